@@ -1,0 +1,1 @@
+"""NVFP4 numerics on tensors: no files, no ComfyUI."""

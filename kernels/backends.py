@@ -1,0 +1,129 @@
+"""Which implementation computes: Triton where it runs, plain torch elsewhere; and both as torch.library operators.
+
+``dequantize`` and ``linear`` are what the rest of the pack calls. Outside torch.compile they go straight to the chosen
+implementation, since the dispatcher costs microseconds a call; inside they go through ``torch.ops.nvfp4_video``, so that a
+compiled graph sees one opaque operator and does not break.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+
+from . import reference
+from .format import block_scale_shape, packed_shape
+
+BACKENDS = ("triton", "torch")
+_MIN_CAPABILITY = (7, 5)
+_MODULES = {"torch": "reference", "triton": "triton_nvfp4"}
+
+
+@functools.cache
+def pick_backend(device: torch.device, requested: str = "auto") -> tuple[str, str]:
+    """Device, "auto" or a name of ``BACKENDS`` -> (backend, reason).
+
+    "auto" falls back to torch and says why; a backend asked for by name that cannot run raises ValueError.
+    """
+    if requested not in (*BACKENDS, "auto"):
+        raise ValueError(f"unknown backend {requested!r}; expected auto, {' or '.join(BACKENDS)}")
+    if requested == "torch":
+        return "torch", "asked for"
+    obstacle = _triton_obstacle(device)
+    if not obstacle:
+        return "triton", "asked for" if requested == "triton" else f"Triton runs on {_describe(device)}"
+    if requested == "triton":
+        raise ValueError(f"the triton backend cannot run: {obstacle}; choose backend auto or torch")
+    return "torch", obstacle
+
+
+def _triton_obstacle(device: torch.device) -> str:
+    """Why Triton cannot run on ``device``, or an empty string."""
+    if device.type != "cuda":
+        return f"Triton needs an NVIDIA or AMD GPU, the model is on {device.type}"
+    if torch.version.cuda and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
+        return f"Triton needs compute capability 7.5, this is {_describe(device)}"
+    try:
+        importlib.import_module(".triton_nvfp4", __package__)
+    except ImportError as error:
+        return f"Triton is not installed ({error}); install triton, on Windows triton-windows"
+    return ""
+
+
+def _describe(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+
+
+@functools.cache
+def implementation(device: torch.device, requested: str = "auto"):
+    """The module (reference or triton_nvfp4) that ``pick_backend`` chose."""
+    return importlib.import_module(f".{_MODULES[pick_backend(device, requested)[0]]}", __package__)
+
+
+def dequantize(
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """(R16(N), R16(K)/2) uint8 + swizzled e4m3 scales + () fp32 -> (N, K) ``dtype``, by the chosen backend."""
+    if torch.compiler.is_compiling():
+        return torch.ops.nvfp4_video.dequantize(packed, block_scale, global_scale, shape[0], shape[1], dtype, backend)
+    return implementation(packed.device, backend).dequantize(packed, block_scale, global_scale, shape, dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """(..., K) float x NVFP4 (N, K) + (N,) -> (..., N) in x's dtype: weight-only, one dequantise and one matmul."""
+    weight = dequantize(packed, block_scale, global_scale, shape, x.dtype, backend)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def quantize(weight: torch.Tensor, global_scale: torch.Tensor | None = None, backend: str = "auto"):
+    """(N, K) float -> PackedWeight with plain amax scaling, by the chosen backend."""
+    return implementation(weight.device, backend).quantize(weight, global_scale)
+
+
+_library = torch.library.Library("nvfp4_video", "DEF")
+_library.define(
+    "dequantize(Tensor packed, Tensor block_scale, Tensor global_scale, SymInt rows, SymInt cols, ScalarType dtype, "
+    "str backend) -> Tensor"
+)
+_library.define("quantize(Tensor weight, Tensor global_scale, str backend) -> (Tensor, Tensor)")
+
+
+def _dequantize_op(packed, block_scale, global_scale, rows, cols, dtype, backend):
+    return implementation(packed.device, backend).dequantize(packed, block_scale, global_scale, (rows, cols), dtype)
+
+
+def _dequantize_fake(packed, block_scale, global_scale, rows, cols, dtype, backend):
+    return packed.new_empty((rows, cols), dtype=dtype)
+
+
+def _quantize_op(weight, global_scale, backend):
+    record = implementation(weight.device, backend).quantize(weight, global_scale)
+    return record.packed, record.block_scale
+
+
+def _quantize_fake(weight, global_scale, backend):
+    packed = weight.new_empty(packed_shape(weight.shape), dtype=torch.uint8)
+    return packed, weight.new_empty(block_scale_shape(weight.shape), dtype=torch.float8_e4m3fn)
+
+
+_library.impl("dequantize", _dequantize_op, "CompositeExplicitAutograd")
+_library.impl("quantize", _quantize_op, "CompositeExplicitAutograd")
+torch.library.register_fake("nvfp4_video::dequantize", _dequantize_fake, lib=_library)
+torch.library.register_fake("nvfp4_video::quantize", _quantize_fake, lib=_library)
+
+__all__ = ["BACKENDS", "dequantize", "implementation", "linear", "pick_backend", "quantize", "reference"]
