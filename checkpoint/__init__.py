@@ -1,0 +1,1 @@
+"""Checkpoint files on disk: headers, dialects, signatures. No ComfyUI."""
