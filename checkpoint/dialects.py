@@ -1,12 +1,12 @@
 """Every way NVFP4 weights are written to disk, and how each is brought to the host's own layout.
 
-``DIALECTS`` says how a file's bytes are to be read; ``detect`` finds out from the header alone which entry a file follows,
-by what its writer declared, and refuses to guess where that leaves a choice: shapes tell tiled from row-major block scales
-only where padding shows, and never the nibble order. ``host_layer`` reads one layer into the layout of kernels/format.py;
-tensors of the native dialect pass through untouched, so they stay memory-mapped.
+``DIALECTS`` says how a file's bytes are to be read; ``detect`` finds out from the header alone which entry a file
+follows, by what its writer declared, and refuses to guess where that leaves a choice: shapes tell tiled from
+row-major block scales only where padding shows, and never the nibble order. ``host_layer`` reads one layer into the
+layout of kernels/format.py; tensors of the native dialect pass through untouched, so they stay memory-mapped.
 
-Sources: ComfyUI ``comfy/ops.py`` (comfy), NVIDIA ModelOpt ``unified_export_hf`` and ``_postprocess_safetensors`` (modelopt),
-vLLM compressed-tensors ``nvfp4-pack-quantized`` (compressed_tensors), ModelTC/LightX2V ``mm_weight.py`` and
+Sources: ComfyUI ``comfy/ops.py`` (comfy), NVIDIA ModelOpt ``unified_export_hf`` and ``_postprocess_safetensors``
+(modelopt), vLLM compressed-tensors ``nvfp4-pack-quantized`` (compressed_tensors), ModelTC/LightX2V ``mm_weight.py`` and
 ``scaled_nvfp4_quant`` (lightx2v).
 """
 
@@ -85,7 +85,7 @@ _SUFFIXES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``detect`` found. ``nvfp4``: layer -> (N, K) as stored, padded or not. ``formats``: layer -> marker content."""
+    """What ``detect`` found. ``nvfp4``: layer -> (N, K) as stored, padded or not. ``formats``: layer -> marker."""
 
     header: Header
     dialect: str | None  # None: no NVFP4 layer
@@ -230,7 +230,7 @@ def _layer_metadata(header: Header) -> dict[str, dict]:
 
 
 def modelopt_declaration(header: Header) -> str | None:
-    """Where ModelOpt declares itself the producer, in the header or in hf_quant_config.json beside the file, or None."""
+    """Where ModelOpt declares itself the producer: in the header, in hf_quant_config.json beside the file, or None."""
     entry = header.metadata.get("quantization_config")
     if entry is not None and "modelopt" in entry.lower():
         return "header entry quantization_config"
@@ -277,13 +277,13 @@ def _declared(header: Header, packed: Mapping[str, Group]) -> tuple[str, str]:
     raise CheckpointError(
         "it holds NVFP4 weights, but neither markers nor the header say in which layout",
         where=header.path.name,
-        expected="a declared dialect: nibble order does not show in shapes, and a wrong one gives noise without an error",
+        expected="a declared dialect: nibble order does not show in shapes, and a wrong one gives noise, no error",
         remedy=f"set the loader's `dialect` ({likely})",
     )
 
 
 def _modelopt_layout(header: Header, layouts: Mapping[str, str], evidence: str) -> tuple[str, str]:
-    """Tiled or row-major: by padding, else by ModelOpt's default. Its swizzle and its layer metadata are separate options."""
+    """Tiled or row-major: by padding, else by ModelOpt's default. Tiling and layer metadata are separate options."""
     if "row-major" in layouts:
         return "modelopt", f"{evidence}, row-major scales in {layouts['row-major']}"
     if "tiled" in layouts:
@@ -294,15 +294,15 @@ def _modelopt_layout(header: Header, layouts: Mapping[str, str], evidence: str) 
         "ModelOpt wrote it for ComfyUI, with or without its option that tiles the block scales",
         where=header.path.name,
         expected="a stated layout: no layer of this file has a shape that tells",
-        remedy="set the loader's `dialect` to modelopt_swizzled if the export used enable_swizzle_layout, else modelopt",
+        remedy="set the loader's `dialect` to modelopt_swizzled if the export tiled its scales, else modelopt",
     )
 
 
 def host_layer(plan: Plan, layer: str, get: Get) -> PackedWeight:
     """One NVFP4 layer of ``plan`` in the host's layout, on the device where ``get`` puts its tensors.
 
-    ``get(suffix)`` returns the layer's tensor of that key suffix. The shape of the record is the stored one. Native bytes
-    are returned as they are. Raises CheckpointError if the global scale is not a finite number.
+    ``get(suffix)`` returns the layer's tensor of that key suffix. The shape of the record is the stored one. Native
+    bytes are returned as they are. Raises CheckpointError if the global scale is not a finite number.
     """
     kind = DIALECTS[plan.dialect]
     group = plan.groups[layer]

@@ -1,8 +1,8 @@
 """Which implementation computes: Triton where it runs, plain torch elsewhere; and both as torch.library operators.
 
-``dequantize`` and ``linear`` are what the rest of the pack calls. Outside torch.compile they go straight to the chosen
-implementation, since the dispatcher costs microseconds a call; inside they go through ``torch.ops.nvfp4_video``, so that a
-compiled graph sees one opaque operator and does not break.
+``dequantize`` and ``linear`` are what the rest of the pack calls. Outside torch.compile they go straight to the
+chosen implementation, since the dispatcher costs microseconds a call; inside they go through
+``torch.ops.nvfp4_video``, so that a compiled graph sees one opaque operator and does not break.
 """
 
 from __future__ import annotations
@@ -74,6 +74,15 @@ def dequantize(
     if torch.compiler.is_compiling():
         return torch.ops.nvfp4_video.dequantize(packed, block_scale, global_scale, shape[0], shape[1], dtype, backend)
     return implementation(packed.device, backend).dequantize(packed, block_scale, global_scale, shape, dtype)
+
+
+@functools.cache
+def dequantizer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str = "auto"):
+    """(N, K), output dtype, device -> the chosen backend's function (packed, block_scale, global_scale) -> (N, K).
+
+    For callers that dequantise the same shape again and again and cannot spare the CPU time of ``dequantize``.
+    """
+    return implementation(device, backend).dequantizer(shape, dtype, device)
 
 
 def linear(

@@ -5,6 +5,8 @@ Layout, names and the order of the multiplications: kernels/format.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .format import (
@@ -39,13 +41,25 @@ def dequantize(
     return values.flatten(1)[:rows, :cols].to(dtype)
 
 
+def dequantizer(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(N, K), output dtype -> function (packed, block_scale, global_scale) -> (N, K); nothing to prepare here."""
+    return lambda packed, block_scale, global_scale: dequantize(packed, block_scale, global_scale, shape, dtype)
+
+
 def amax_global_scale(weight: torch.Tensor) -> torch.Tensor:
     """(N, K) float -> () fp32 ``amax / (448 * 6)``, the scale at which no block scale saturates."""
-    return weight.abs().amax().float() / (E4M3_MAX * E2M1_MAX)
+    return _divide(weight.abs().amax().float(), E4M3_MAX * E2M1_MAX)
+
+
+def _divide(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """IEEE division on every device: by a Python number, CUDA's division multiplies by the reciprocal."""
+    return values / torch.full((), divisor, device=values.device)
 
 
 def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
-    """fp32 values -> uint8 codes 0..15, nearest with ties to the even code, saturating at 6; the sign of zero is kept."""
+    """fp32 values -> uint8 codes 0..15, nearest, ties to the even code, saturating at 6; the sign of zero is kept."""
     magnitude = values.abs()
     codes = torch.zeros_like(values, dtype=torch.uint8)
     for midpoint, inclusive in _MIDPOINTS:
@@ -56,7 +70,8 @@ def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
 def quantize(weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> PackedWeight:
     """(N, K) float -> PackedWeight, plain amax scaling, byte for byte what comfy-kitchen's quantize_nvfp4 writes.
 
-    ``global_scale``: () fp32, default ``amax_global_scale(weight)``. Raises ValueError if the weight is not a finite matrix.
+    ``global_scale``: () fp32, default ``amax_global_scale(weight)``. Raises ValueError if the weight is not a finite
+    matrix.
     """
     if weight.ndim != 2:
         raise ValueError(f"NVFP4 quantises matrices; found shape {tuple(weight.shape)}")
@@ -67,7 +82,8 @@ def quantize(weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> 
     rows, cols = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -cols % BLOCK, 0, -rows % 16))
     blocks = padded.float().unflatten(1, (-1, BLOCK))
-    scale = (blocks.abs().amax(-1) / E2M1_MAX / global_scale).clamp(max=E4M3_MAX).nan_to_num(0.0).to(torch.float8_e4m3fn)
+    scale = (_divide(blocks.abs().amax(-1), E2M1_MAX) / global_scale).clamp(max=E4M3_MAX).nan_to_num(0.0)
+    scale = scale.to(torch.float8_e4m3fn)
     decode_scale = (global_scale * scale.float()).unsqueeze(-1)
     scaled = torch.where(decode_scale == 0, 0.0, blocks / decode_scale)
     codes = round_to_e2m1(scaled.clamp(-E2M1_MAX, E2M1_MAX)).flatten(1)
@@ -83,5 +99,5 @@ def linear(
     shape: tuple[int, int],
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype: the weight is dequantised to x's dtype, then one matmul."""
+    """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype: the weight is dequantised to it, then one matmul."""
     return torch.nn.functional.linear(x, dequantize(packed, block_scale, global_scale, shape, x.dtype), bias)

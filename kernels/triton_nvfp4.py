@@ -1,16 +1,18 @@
 """NVFP4 in Triton: the same names and results as kernels/reference.py, on compute capability 7.5 and up.
 
-No FP4 or FP8 instruction is needed, and no BF16 one below compute capability 8.0: E2M1 codes and E4M3 scales are decoded by
-shifting their bits into an FP16 number's. ``decode_words`` is the one decode tile; every kernel that reads packed weights goes through it.
+No FP4 or FP8 instruction is needed, and no BF16 one below compute capability 8.0: E2M1 codes and E4M3 scales are
+decoded by shifting their bits into an FP16 number's. ``decode_words`` is the one decode tile; every kernel that reads
+packed weights goes through it.
 
-One 32-bit word of ``packed`` holds eight neighbouring columns, half a block, hence one scale: byte k has column 2k in its
-high nibble and 2k + 1 in its low one.
+One 32-bit word of ``packed`` holds eight neighbouring columns, half a block, hence one scale: byte k has column 2k in
+its high nibble and 2k + 1 in its low one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -23,6 +25,9 @@ from .reference import amax_global_scale
 _TILE_WORDS, _STEPS, _WARPS = 256, 2, 8
 _L2_BYTES = 48 << 20
 _QUANTIZE_BLOCKS = 64
+Dequantizer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# Compiled kernels take all arguments, constants included, since Triton 3.4; its interpreter compiles nothing.
+_DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) and not triton.knobs.runtime.interpret
 
 
 @triton.jit
@@ -45,9 +50,9 @@ def _halves_to_f32(pair):
 def decode_words(word, scale_byte, global_scale):
     """int32 words [...] + their E4M3 scale bytes [...] + fp32 scalar -> fp32 values [..., 2, 2, 2], columns in order.
 
-    The exponent and mantissa bits of a code, moved to bits 9-11 of an FP16 number, make its value times 2**-14 (0.5 becomes
-    a subnormal); two codes, 16 bits apart, are moved by the same shift. That 2**-14 and the scale's 2**-8 are made good in
-    ``global_scale``: powers of two change no rounding.
+    The exponent and mantissa bits of a code, moved to bits 9-11 of an FP16 number, make its value times 2**-14 (0.5
+    becomes a subnormal); two codes, 16 bits apart, are moved by the same shift. That 2**-14 and the scale's 2**-8 are
+    made good in ``global_scale``: powers of two change no rounding.
     """
     scale = _e4m3_to_f32(scale_byte) * (global_scale * 4194304.0)
     c1, c5 = _halves_to_f32(((word << 9) & 0x0E000E00) | ((word << 12) & -0x7FFF8000))
@@ -185,23 +190,6 @@ def _quantize_kernel(
     tl.store(scale_ptr + _scale_offset(row, block, scale_cols), scale_bits.to(tl.uint8), mask=inside)
 
 
-def _check(packed: torch.Tensor, block_scale: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    if dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"cannot dequantise NVFP4 to {dtype}; expected one of {OUTPUT_DTYPES}")
-    if tuple(packed.shape) != packed_shape(shape) or tuple(block_scale.shape) != block_scale_shape(shape):
-        raise ValueError(
-            f"packed {tuple(packed.shape)} and block_scale {tuple(block_scale.shape)} do not belong to a weight of shape "
-            f"{tuple(shape)}; expected {packed_shape(shape)} and {block_scale_shape(shape)}"
-        )
-
-
-@functools.cache
-def _converts_bf16(device: torch.device) -> bool:
-    """Whether Triton can round to bf16 there: compute capability 8.0 and up; its interpreter truncates instead."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@functools.cache
 def _tile(rows: int, words_per_row: int) -> tuple[int, int, bool]:
     """(rows, words a row) -> (ROWS, WORDS, FULL) with 256 words a step: the widest tile that divides the row."""
     for words in (128, 64, 32, 16, 8):
@@ -210,14 +198,58 @@ def _tile(rows: int, words_per_row: int) -> tuple[int, int, bool]:
     return _TILE_WORDS // 64, 64, False
 
 
-@contextlib.contextmanager
-def _on(device: torch.device):
-    """Triton launches on the current device; make it the tensor's."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        yield
-    else:
-        with torch.cuda.device(device):
-            yield
+@functools.cache
+def dequantizer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Dequantizer:
+    """(N, K), output dtype, device -> function (packed, block_scale, global_scale) -> (N, K), for tensors of
+    ``device``.
+
+    All that depends on nothing but these is computed here, once; the function costs the CPU a few microseconds. Raises
+    ValueError for another dtype, the function for tensors of another shape.
+    """
+    if dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"cannot dequantise NVFP4 to {dtype}; expected one of {OUTPUT_DTYPES}")
+    rows, cols = shape
+    bytes_shape, scale_shape = packed_shape(shape), block_scale_shape(shape)
+    words_per_row = bytes_shape[1] // 4
+    tile_rows, words, full = _tile(rows, words_per_row)
+    grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(words_per_row, words * _STEPS), 1, 1)
+    # A weight that outgrows the L2 cache is written past it; a smaller one is left there for the matmul that follows.
+    store = ".cs" if rows * cols * dtype.itemsize > _L2_BYTES else ""
+    arguments = (rows, cols, words_per_row, scale_shape[1], tile_rows, words, _STEPS, full and cols % 8 == 0, store)
+    # Triton converts to bf16 from compute capability 8.0 on; its interpreter truncates instead of rounding.
+    converts = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    bf16_as_bits = dtype == torch.bfloat16 and not converts
+    only_device = device.type != "cuda" or torch.cuda.device_count() == 1
+    direct = None
+
+    def run(packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+        nonlocal direct
+        if packed.shape != bytes_shape or block_scale.shape != scale_shape:
+            raise ValueError(
+                f"packed {tuple(packed.shape)} and block_scale {tuple(block_scale.shape)} do not belong to a weight of "
+                f"shape {shape}; expected {bytes_shape} and {scale_shape}"
+            )
+        if not (packed.is_contiguous() and block_scale.is_contiguous()):
+            packed, block_scale = packed.contiguous(), block_scale.contiguous()
+        out = torch.empty(shape, dtype=dtype, device=device)
+        pointers = (packed.data_ptr(), block_scale.data_ptr(), global_scale.data_ptr(), out.data_ptr())
+        aligned = (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15 == 0
+        if direct is not None and aligned:
+            direct(*pointers, *arguments)
+            return out
+        if out.numel() == 0:
+            return out
+        target = out.view(torch.int16) if bf16_as_bits else out
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            compiled = _dequantize_kernel[grid](
+                packed, block_scale.view(torch.uint8), global_scale, target, *arguments, num_warps=_WARPS
+            )
+        if aligned and only_device and _DIRECT_LAUNCH:
+            # The same kernel without the JIT's argument analysis, which costs the CPU more than all the rest.
+            direct = compiled[grid]
+        return out
+
+    return run
 
 
 def dequantize(
@@ -227,39 +259,12 @@ def dequantize(
     shape: tuple[int, int],
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """(R16(N), R16(K)/2) uint8 + swizzled e4m3 scales + () fp32 -> (N, K) ``dtype``; ValueError on other shapes or dtypes."""
-    _check(packed, block_scale, shape, dtype)
-    rows, cols = shape
-    out = torch.empty((rows, cols), dtype=dtype, device=packed.device)
-    if out.numel() == 0:
-        return out
-    words_per_row = packed.shape[1] // 4
-    tile_rows, words, full = _tile(rows, words_per_row)
-    target = out if dtype != torch.bfloat16 or _converts_bf16(packed.device) else out.view(torch.int16)
-    # A weight that outgrows the L2 cache is written past it; a smaller one is left there for the matmul that follows.
-    store = ".cs" if out.nbytes > _L2_BYTES else ""
-    with _on(packed.device):
-        _dequantize_kernel[(triton.cdiv(rows, tile_rows) * triton.cdiv(words_per_row, words * _STEPS),)](
-            packed.contiguous(),
-            block_scale.contiguous().view(torch.uint8),
-            global_scale,
-            target,
-            rows,
-            cols,
-            words_per_row,
-            block_scale.shape[1],
-            tile_rows,
-            words,
-            _STEPS,
-            full and cols % 8 == 0,
-            store,
-            num_warps=_WARPS,
-        )
-    return out
+    """(R16(N), R16(K)/2) uint8 + swizzled e4m3 scales + () fp32 -> (N, K) ``dtype``; ValueError on other shapes."""
+    return dequantizer(tuple(shape), dtype, packed.device)(packed, block_scale, global_scale)
 
 
 def quantize(weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> PackedWeight:
-    """(N, K) float -> PackedWeight, plain amax scaling, the same bytes as reference.quantize; ValueError on a non-finite one."""
+    """(N, K) float -> PackedWeight, plain amax scaling, the bytes of reference.quantize; ValueError if not finite."""
     if weight.ndim != 2:
         raise ValueError(f"NVFP4 quantises matrices; found shape {tuple(weight.shape)}")
     if global_scale is None:
@@ -271,7 +276,7 @@ def quantize(weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> 
     block_scale = torch.zeros(block_scale_shape(shape), dtype=torch.uint8, device=weight.device)
     blocks_per_row = packed.shape[1] // 8
     global_scale = global_scale.to(weight.device, torch.float32)
-    with _on(weight.device):
+    with torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
         _quantize_kernel[(packed.shape[0] * triton.cdiv(blocks_per_row, _QUANTIZE_BLOCKS),)](
             weight.contiguous(),
             global_scale,
@@ -293,5 +298,5 @@ def linear(
     shape: tuple[int, int],
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype: the weight is dequantised to x's dtype, then one matmul."""
+    """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype: the weight is dequantised to it, then one matmul."""
     return torch.nn.functional.linear(x, dequantize(packed, block_scale, global_scale, shape, x.dtype), bias)
