@@ -1,0 +1,36 @@
+# make demo | test | lint | bench
+#
+# The first target run makes .venv and installs requirements-dev.txt into it. `make test PY=/path/to/python` uses an
+# interpreter of your own instead. ARGS goes to the command: make test ARGS="-k dialects".
+# COMFYUI_PATH=<checkout> adds the tests that boot a real ComfyUI, with COMFYUI_PYTHON or the checkout's own venv.
+
+PYTHON ?= python3
+ARGS ?=
+
+ifdef PY
+setup :=
+else
+PY := .venv/bin/python
+setup := .venv/.installed
+endif
+
+.PHONY: demo test lint bench
+
+demo: $(setup)
+	$(PY) . demo $(ARGS)
+
+test: $(setup)
+	$(PY) -m pytest -q -rs $(ARGS)
+
+lint: $(setup)
+	$(PY) -m ruff check . $(ARGS)
+
+bench: $(setup)
+	$(PY) benchmarks/dequant.py $(ARGS)
+	$(PY) benchmarks/linear.py $(ARGS)
+	$(PY) benchmarks/step.py $(ARGS)
+
+.venv/.installed: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
