@@ -1,0 +1,36 @@
+"""The host's quantised tensors are comfy-kitchen's, so these are the real ones."""
+
+from __future__ import annotations
+
+import torch
+from comfy_kitchen.tensor import (
+    QuantizedTensor,
+    TensorCoreFP8Layout,
+    TensorCoreNVFP4Layout,
+    get_layout_class,
+    register_layout_class,
+)
+
+__all__ = ["QUANT_ALGOS", "QuantizedTensor", "TensorCoreFP8E4M3Layout", "TensorCoreNVFP4Layout", "get_layout_class"]
+
+
+class TensorCoreFP8E4M3Layout(TensorCoreFP8Layout):
+    """The host registers comfy-kitchen's FP8 layout under names of its own."""
+
+
+register_layout_class("TensorCoreNVFP4Layout", TensorCoreNVFP4Layout)
+register_layout_class("TensorCoreFP8E4M3Layout", TensorCoreFP8E4M3Layout)
+
+QUANT_ALGOS = {
+    "float8_e4m3fn": {
+        "storage_t": torch.float8_e4m3fn,
+        "parameters": {"weight_scale", "input_scale"},
+        "comfy_tensor_layout": "TensorCoreFP8E4M3Layout",
+    },
+    "nvfp4": {
+        "storage_t": torch.uint8,
+        "parameters": {"weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"},
+        "comfy_tensor_layout": "TensorCoreNVFP4Layout",
+        "group_size": 16,
+    },
+}

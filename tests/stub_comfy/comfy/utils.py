@@ -1,0 +1,74 @@
+"""State dicts and progress."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from safetensors import safe_open
+
+__all__ = [
+    "ProgressBar",
+    "calculate_parameters",
+    "convert_old_quants",
+    "detect_layer_quantization",
+    "load_torch_file",
+    "state_dict_prefix_replace",
+    "weight_dtype",
+]
+
+
+def load_torch_file(ckpt, safe_load=False, device=None, return_metadata=False):
+    with safe_open(ckpt, framework="pt", device=str(device or "cpu")) as file:
+        sd = {name: file.get_tensor(name) for name in file.keys()}
+        return (sd, file.metadata()) if return_metadata else sd
+
+
+def state_dict_prefix_replace(state_dict, replace_prefix, filter_keys=False):
+    """Move keys from one prefix to another; with ``filter_keys`` only the moved ones are in the result."""
+    out = {} if filter_keys else state_dict
+    for old, new in replace_prefix.items():
+        for key in [key for key in state_dict if key.startswith(old)]:
+            out[new + key[len(old) :]] = state_dict.pop(key)
+    return out
+
+
+def calculate_parameters(sd, prefix=""):
+    return sum(tensor.nelement() for key, tensor in sd.items() if key.startswith(prefix))
+
+
+def weight_dtype(sd, prefix=""):
+    """The dtype that most elements have, or None."""
+    counts = {}
+    for key, tensor in sd.items():
+        if key.startswith(prefix):
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    return max(counts, key=counts.get, default=None)
+
+
+def detect_layer_quantization(state_dict, prefix):
+    marked = any(key.startswith(prefix) and key.endswith(".comfy_quant") for key in state_dict)
+    return {"mixed_ops": True} if marked else None
+
+
+def convert_old_quants(state_dict, model_prefix="", metadata=None):
+    """The header's ``_quantization_metadata`` becomes markers, one for each layer it names, names taken verbatim."""
+    metadata = metadata or {}
+    layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+    for layer, conf in layers.items():
+        state_dict[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
+    return state_dict, metadata
+
+
+class ProgressBar:
+    """Keeps the last value in ``current``."""
+
+    def __init__(self, total, node_id=None):
+        self.total, self.current, self.node_id = total, 0, node_id
+
+    def update_absolute(self, value, total=None, preview=None):
+        self.total = self.total if total is None else total
+        self.current = min(value, self.total)
+
+    def update(self, value):
+        self.update_absolute(self.current + value)

@@ -1,0 +1,47 @@
+"""The prompt server: routes are recorded, nothing listens."""
+
+from __future__ import annotations
+
+__all__ = ["PromptServer"]
+
+
+class _Routes:
+    """(method, path, handler) of every route, in ``items``."""
+
+    def __init__(self):
+        self.items = []
+
+    def get(self, path, **kwargs):
+        def register(handler):
+            self.items.append(("GET", path, handler))
+            return handler
+
+        return register
+
+
+class PromptServer:
+    """``sent`` collects (text, node id) and (event, data); ``on_prompt_handlers`` what was added."""
+
+    def __init__(self, loop):
+        self.loop = loop
+        self.routes = _Routes()
+        self.on_prompt_handlers = []
+        self.sent = []
+        self.client_id = None
+
+    def add_on_prompt_handler(self, handler):
+        self.on_prompt_handlers.append(handler)
+
+    def trigger_on_prompt(self, json_data):
+        for handler in self.on_prompt_handlers:
+            json_data = handler(json_data)
+        return json_data
+
+    def send_progress_text(self, text, node_id, sid=None):
+        self.sent.append((text, node_id))
+
+    def send_sync(self, event, data, sid=None):
+        self.sent.append((event, data))
+
+
+PromptServer.instance = PromptServer(None)
