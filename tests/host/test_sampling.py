@@ -12,7 +12,7 @@ from nvfp4_video.tests.host import graphs
 from nvfp4_video.tests.host.harness import ComfyUI, HostError
 
 # Files whose tensors and header leave the dialect open; the user has to state it.
-STATED = {"metadata_less": "comfy", "modelopt_layerwise": "modelopt"}
+STATED: dict[str, str] = {}
 PACKED_KINDS = [kind for kind in synthetic.KINDS if not kind.startswith("bf16") and kind != "mixed"]
 
 

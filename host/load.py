@@ -1,0 +1,244 @@
+"""An NVFP4 file of any dialect -> the host's MODEL, and a report of what was loaded and how it will compute.
+
+The host does the loading. This module finds the dialect, replaces each packed weight in the state dict by a tensor in
+the host's layout that shows its logical shape, writes the markers the host looks for, and passes its own operations
+class. Native tensors are not copied: they stay slices of the mapped file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+import comfy.memory_management
+import comfy.model_detection
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..checkpoint.dialects import AUTO, DIALECTS, MARKER, Plan, detect, host_layer, input_scale
+from ..checkpoint.header import CheckpointError, read_header
+from ..checkpoint.signatures import Model, find_model, transformer_config
+from ..kernels import backends
+from .linear import supports, weight_only_operations, wrap
+
+logger = logging.getLogger(__name__)
+
+COMPUTE_MODES = ("bf16",)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded and how it computes; ``str()`` is the text shown to the user."""
+
+    file: str
+    family: str
+    dialect: str
+    evidence: str
+    layers: dict[str, int]  # format -> number of Linears
+    gigabytes: float
+    compute: str
+    backend: str
+    reason: str
+    device: str
+    dynamic_vram: bool
+    config_from: str | None
+
+    def __str__(self) -> str:
+        layers = ", ".join(f"{count:,} {name}" for name, count in self.layers.items())
+        lines = [
+            f"{self.file}: {self.family}, {self.gigabytes:.2f} GB",
+            f"dialect: {self.dialect} ({self.evidence})",
+            f"layers: {layers}",
+            f"compute: {self.compute}, weights dequantised by the {self.backend} backend ({self.reason})",
+            f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
+        ]
+        if self.config_from:
+            lines.append(f"config taken from {self.config_from}")
+        return "\n".join(lines)
+
+
+def load_model(
+    path: str,
+    compute: str = "bf16",
+    dialect: str = AUTO,
+    backend: str = "auto",
+    config_from: str | None = None,
+    disable_dynamic: bool = False,
+) -> tuple:
+    """File, options -> (ModelPatcher, LoadReport).
+
+    ``config_from``: a safetensors file whose header entry `config` is used where ``path`` has none. Raises
+    CheckpointError for a file that cannot be loaded rightly, ValueError for an option that cannot be had.
+    """
+    if compute not in COMPUTE_MODES:
+        raise ValueError(f"unknown compute mode {compute!r}; expected {' or '.join(COMPUTE_MODES)}")
+    device = comfy.model_management.get_torch_device()
+    backend_name, reason = backends.pick_backend(device, backend)
+    header = read_header(path)
+    model = find_model(header)
+    plan = detect(header, dialect, model.prefix)
+    state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    metadata = dict(metadata or {})
+    config_source = _complete_config(metadata, header, model, config_from)
+    state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(model.prefix)}
+    if not plan.formats:  # the host's older FP8 files have a marker of their own
+        state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model.prefix, metadata=metadata)
+    # Detection reads shapes, not values; the compute dtype of the model it names is the layers' own.
+    compute_dtype = _compute_dtype(rewrite(plan, dict(state_dict), torch.bfloat16), model, metadata, path, device)
+    state_dict = rewrite(plan, state_dict, compute_dtype)
+    options = {"custom_operations": weight_only_operations(compute_dtype, device, backend)}
+    patcher = _load(state_dict, options, metadata, disable_dynamic, header.path.name)
+    patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from))
+    report = _report(path, plan, model, compute, (backend_name, reason), device, patcher, config_source)
+    logger.info("%s", str(report).replace("\n", "; "))
+    return patcher, report
+
+
+def _reload(path, compute, dialect, backend, config_from, disable_dynamic: bool = False):
+    """The host's factory for clones that need weights of their own: another GPU, or no DynamicVRAM."""
+    return load_model(path, compute, dialect, backend, config_from, disable_dynamic)[0]
+
+
+def _complete_config(metadata: dict, header, model: Model, config_from: str | None) -> str | None:
+    """Make sure the metadata has the `config` the model needs -> the name of the file it came from, if another."""
+    if transformer_config(header) is not None:
+        return None
+    if config_from is not None:
+        other = read_header(config_from)
+        if transformer_config(other) is None:
+            found = "its header has no `config` with a `transformer` section"
+            raise CheckpointError(found, where=other.path.name, expected="the file of a model of the same version")
+        metadata["config"] = other.metadata["config"]
+        return other.path.name
+    if model.needs_config:
+        raise CheckpointError(
+            f"its header has no `config`, and {model.family} cannot be built rightly without it: ComfyUI would guess "
+            "dimensions and leave rotary embeddings and time scales at wrong defaults",
+            where=header.path.name,
+            expected="the header entry `config` of the original file",
+            remedy="set `config_from` to another file of the same model version, or convert the file again",
+        )
+    return None
+
+
+def rewrite(plan: Plan, state_dict: dict, dtype: torch.dtype) -> dict:
+    """State dict as stored -> in the host's layout with markers, layer by layer and in place.
+
+    NVFP4 weights become the host's QuantizedTensor; a converted layer's original is dropped before the next is read.
+    """
+    _check_markers(plan, state_dict)
+    consumed = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "alpha", *_INPUT_KEYS}
+    for layer in plan.nvfp4:
+        get = _getter(state_dict, layer)
+        record, activation = host_layer(plan, layer, get), input_scale(plan, layer, get)
+        for suffix in consumed:
+            state_dict.pop(f"{layer}.{suffix}", None)
+        state_dict[f"{layer}.weight"] = wrap(record, dtype)
+        if activation is not None:
+            state_dict[f"{layer}.input_scale"] = activation
+        if f"{layer}.pre_quant_scale" in state_dict and not supports("pre_quant_scale"):
+            raise CheckpointError(
+                "it has AWQ smoothing (`pre_quant_scale`), which this ComfyUI would ignore",
+                where=f"{plan.header.path.name}, layer {layer}",
+                expected="a ComfyUI of August 2026 or later",
+                remedy="update ComfyUI",
+            )
+    for layer, content in plan.formats.items():
+        if layer not in plan.nvfp4 and "weight_scale" in plan.groups[layer]:
+            state_dict[f"{layer}.weight_scale"] = state_dict[f"{layer}.weight_scale"].float().reshape(())
+        state_dict.setdefault(f"{layer}.{MARKER}", _marker(content))
+    return state_dict
+
+
+_INPUT_KEYS = ("input_global_scale", "input_absmax")
+
+
+def _getter(state_dict: dict, layer: str):
+    return lambda suffix: state_dict[f"{layer}.{suffix}"]
+
+
+def _marker(content: dict) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def _check_markers(plan: Plan, state_dict: dict) -> None:
+    """Refuse markers that are not JSON, unless the user stated the dialect: then they are written anew."""
+    for layer, group in plan.groups.items():
+        if MARKER not in group or f"{layer}.{MARKER}" not in state_dict:
+            continue
+        text = state_dict[f"{layer}.{MARKER}"].numpy().tobytes()
+        try:
+            valid = "format" in json.loads(text)
+        except (ValueError, TypeError):
+            valid = False
+        if valid:
+            continue
+        if plan.evidence != "stated by the user" or layer not in plan.formats:
+            what = "nothing but NUL bytes" if not text.strip(b"\0") else "no JSON with a `format`"
+            raise CheckpointError(
+                f"its `{MARKER}` marker holds {what}",
+                where=f"{plan.header.path.name}, layer {layer}",
+                expected='{"format": "nvfp4"} or another format',
+                remedy="download the file again, or state its `dialect` (comfy, if a tool for ComfyUI wrote it): the "
+                "markers are then made from the tensors",
+            )
+        del state_dict[f"{layer}.{MARKER}"]
+
+
+def _compute_dtype(state_dict: dict, model: Model, metadata: dict, path: str, device: torch.device) -> torch.dtype:
+    """The dtype the host would compute this model's quantised layers in on ``device``."""
+    prefix = model.prefix or comfy.model_detection.unet_prefix_from_state_dict(state_dict)
+    for candidate in dict.fromkeys((prefix, "")):
+        found = comfy.model_detection.model_config_from_unet(state_dict, candidate, metadata=metadata)
+        if found is not None:
+            supported = found.supported_inference_dtypes
+            return comfy.model_management.unet_manual_cast(None, device, supported) or torch.bfloat16
+    raise CheckpointError(
+        "ComfyUI does not recognise a diffusion model in it",
+        where=os.path.basename(path),
+        expected="a model family this ComfyUI knows",
+        remedy="update ComfyUI, or pick the diffusion model's own file",
+    )
+
+
+def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool, name: str):
+    load = comfy.sd.load_diffusion_model_state_dict
+    arguments = {"model_options": options, "metadata": metadata}
+    if "disable_dynamic" in inspect.signature(load).parameters:  # since 0.15.1
+        arguments["disable_dynamic"] = disable_dynamic
+    patcher = load(state_dict, **arguments)
+    if patcher is None:
+        raise CheckpointError("ComfyUI could not build a model from it", where=name, remedy="update ComfyUI")
+    return patcher
+
+
+def _report(path, plan: Plan, model: Model, compute, backend, device, patcher, config_source) -> LoadReport:
+    tensors = {key: info for key, info in plan.header.tensors.items() if key.startswith(model.prefix)}
+    layers = Counter(content["format"] for content in plan.formats.values())
+    plain = {layer for layer, group in plan.groups.items() if "weight" in group and layer not in plan.formats}
+    layers.update(
+        plan.groups[layer]["weight"].dtype for layer in plain if len(plan.groups[layer]["weight"].shape) == 2
+    )
+    return LoadReport(
+        file=plan.header.path.name,
+        family=model.family or type(patcher.model).__name__,
+        dialect=plan.dialect or "none",
+        evidence=plan.evidence,
+        layers=dict(layers.most_common()),
+        gigabytes=sum(info.nbytes for info in tensors.values()) / 1e9,
+        compute=compute,
+        backend=backend[0],
+        reason=backend[1],
+        device=str(device),
+        dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
+        config_from=config_source,
+    )
+
+
+__all__ = ["COMPUTE_MODES", "DIALECTS", "LoadReport", "load_model", "rewrite"]
