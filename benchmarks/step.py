@@ -1,0 +1,359 @@
+"""Time a denoising step of the whole LTX-2.3 DiT in a real ComfyUI: stock BF16, stock NVFP4 and this pack, side by
+side.
+
+One process holds all three models on the GPU. The weights are random, the tensor names and shapes the released ones,
+the quantised layers those of the published files (every Linear of all blocks but the first and last two). ComfyUI is
+set up as its main.py does: CUDA allocator, DynamicVRAM, async offload. The NVFP4 file is written once to --scratch and
+loaded by both NVFP4 rows; the BF16 weights go to the loader from memory, since 42 GB more on a disk would take longer
+than all the rest. Each repetition draws fresh noise and runs the rows in another order, so that a drift of the CPU's
+speed hits all alike.
+
+A step is the time between two callbacks of the sampler, the GPU waited for at each: 8 distilled sigmas, euler, cfg 1,
+joint audio and video. `--tiny --cpu` tries the script on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import gzip
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import common
+import in_process
+
+ROWS = {"bf16": "stock BF16", "stock": "stock NVFP4", "ours": "ours NVFP4"}
+MARKER = json.dumps({"format": "nvfp4"}).encode()
+STARTED = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """Print with the seconds since the start: a run that is cut off shows how far it came."""
+    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
+
+
+def recorded_model(layers: int | None, tiny: bool) -> tuple[dict[str, list[int]], dict]:
+    """({tensor name: shape}, transformer config) of LTX-2.3 cut to ``layers`` blocks, or of its scaled-down copy."""
+    path = common.ROOT / ("checkpoint/data/ltx23_small.json.gz" if tiny else "tests/data/ltxav_keys.json.gz")
+    recorded = json.loads(gzip.decompress(path.read_bytes()))
+    keys, config = recorded["keys"], recorded["config"]
+    config["num_layers"] = min(layers or config["num_layers"], config["num_layers"])
+    dropped = tuple(f"transformer_blocks.{block}." for block in range(config["num_layers"], 100))
+    return {key: shape for key, shape in keys.items() if not key.startswith(dropped)}, config
+
+
+def random_weight(key: str, shape: list[int], device: str) -> Any:
+    """BF16 tensor seeded by its name; gains below one keep 48 random blocks from overflowing."""
+    import torch
+
+    if len(shape) == 1 and "norm" in key and key.endswith("weight"):
+        return torch.ones(shape, device=device, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
+    gain = 0.5 / shape[-1] ** 0.5 if len(shape) > 1 else 0.01
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * gain
+
+
+def write_nvfp4(path: Path, keys: Mapping[str, list[int]], config: Mapping, device: str) -> list[str]:
+    """Write the model in the host's own NVFP4 layout with markers; returns the quantised layers."""
+    import torch
+    from nvfp4_video.checkpoint import container, synthetic
+    from nvfp4_video.kernels import reference
+    from nvfp4_video.kernels.format import PackedWeight, packed_shape
+    from nvfp4_video.kernels.format import block_scale_shape as scale_shape
+
+    layers = synthetic.quantised_layers({key: torch.empty(shape, device="meta") for key, shape in keys.items()}, config)
+
+    @functools.lru_cache(maxsize=1)
+    def quantised(layer: str) -> PackedWeight:
+        return reference.quantize(random_weight(f"{layer}.weight", keys[f"{layer}.weight"], device))
+
+    marker = torch.tensor(list(MARKER), dtype=torch.uint8)
+    plan = []
+    for key, shape in keys.items():
+        layer = key.removesuffix(".weight")
+        if layer == key or layer not in layers:
+            produce = functools.partial(random_weight, key, shape, device)
+            plan.append(container.PlannedTensor(key, "BF16", tuple(shape), produce))
+            continue
+        for suffix, dtype, size, produce in (
+            ("weight_scale_2", "F32", (), lambda layer=layer: quantised(layer).global_scale),
+            ("weight_scale", "F8_E4M3", scale_shape(shape), lambda layer=layer: quantised(layer).block_scale),
+            ("weight", "U8", packed_shape(shape), lambda layer=layer: quantised(layer).packed),
+            ("comfy_quant", "U8", (len(MARKER),), lambda: marker),
+        ):
+            plan.append(container.PlannedTensor(f"{layer}.{suffix}", dtype, size, produce))
+    # Large items first, as safetensors' own writer orders them, and the markers of odd length last: all data aligned.
+    order = {"F32": 0, "BF16": 1, "F8_E4M3": 2, "U8": 3}
+    plan.sort(key=lambda tensor: (tensor.name.endswith("comfy_quant"), order[tensor.dtype]))
+    container.write_checkpoint(path, plan, {"config": json.dumps({"transformer": config})})
+    return layers
+
+
+def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mapping, options: Namespace) -> Any:
+    """Load one row's model as a user of it would; returns the host's ModelPatcher."""
+    import comfy.sd
+
+    if row == "bf16":
+        device = "cpu" if options.cpu else "cuda"
+        state = {key: random_weight(key, shape, device).cpu() for key, shape in keys.items()}
+        _empty_cache()
+        say(f"built {sum(tensor.nbytes for tensor in state.values()) / 1e9:.2f} GB of BF16 weights")
+        metadata = {"config": json.dumps({"transformer": config})}
+        return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata)
+    if row == "stock":
+        return comfy.sd.load_diffusion_model(str(path))
+    from nvfp4_video.host import load
+
+    patcher, report = load.load_model(str(path), backend=options.backend)
+    say(str(report))
+    return patcher
+
+
+def _empty_cache() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def memory() -> dict[str, float]:
+    """GB of host memory by kind and of GPU memory in use, as the kernel and the driver count them."""
+    import torch
+
+    found = {}
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="ascii").splitlines() if status.is_file() else ():
+        name, _, value = line.partition(":")
+        if name in ("RssAnon", "RssFile", "RssShmem"):
+            found[name] = int(value.split()[0]) * 1024 / 1e9
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found["gpu"] = (total - free) / 1e9
+    return found
+
+
+class PeakGpuMemory:
+    """The most GPU memory used while the body runs, in GB: ``torch`` its allocator's, ``gpu`` the driver's, polled."""
+
+    def __enter__(self) -> PeakGpuMemory:
+        import torch
+
+        self.torch, self.gpu, self._stop = 0.0, 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._thread.start()
+        return self
+
+    def _poll(self) -> None:
+        while not self._stop.wait(0.02):
+            self.gpu = max(self.gpu, memory()["gpu"])
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            self.torch = torch.cuda.max_memory_allocated() / 1e9
+
+
+def first_sampling(name: str, patcher: Any, config: Mapping, options: Namespace) -> dict[str, Any]:
+    """Sample two steps, which brings the weights to the GPU; returns what that cost in memory."""
+    import torch
+
+    before = memory()
+    with PeakGpuMemory() as peak:
+        in_process.sample(patcher, options.sizes[0], config, options.frames, seed=0, steps=2)
+    after = memory()
+    dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+    found = {
+        "weights on GPU GB": patcher.loaded_size() / 1e9,
+        "GPU grew GB": after.get("gpu", 0.0) - before.get("gpu", 0.0),
+        "GPU peak GB": peak.gpu,
+        "torch peak GB": peak.torch,
+        "RAM grew GB": after.get("RssAnon", 0.0) - before.get("RssAnon", 0.0),
+        "DynamicVRAM": dynamic,
+    }
+    if dynamic and torch.cuda.is_available() and hasattr(patcher, "partially_unload_ram"):
+        # The host keeps a pinned copy of every weight while there is RAM. This is its own answer to a lack of RAM; the
+        # weights stay on the GPU, and three models at once need not fit.
+        torch.cuda.synchronize()
+        patcher.partially_unload_ram(1e32)
+    say(f"{name}: {found['weights on GPU GB']:.2f} GB of weights, torch peak {found['torch peak GB']:.2f} GB")
+    return found
+
+
+def kernel_seconds(name: str, run: Callable[[], Any], steps: int) -> float:
+    """Seconds of GPU kernels a step, by torch.profiler; prints the largest."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.self_device_time_total]
+    total = sum(event.self_device_time_total for event in events) / 1e6 / steps
+    say(f"{name}: {total:.4f} s of kernels a step")
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:12]:
+        each = event.self_device_time_total / 1e6 / steps
+        print(f"  {each:.4f} s  {event.count // steps:6d} x  {event.key[:110]}", flush=True)
+    return total
+
+
+def compare(outputs: Mapping[str, list], repeat_stock: Callable[[], list]) -> dict[str, Any]:
+    """Final latents of ours against stock NVFP4; where they differ, stock is run again to see if it repeats itself."""
+    import torch
+
+    pairs = list(zip(outputs["stock"], outputs["ours"], strict=True))
+    found = {
+        "bit_equal": all(torch.equal(a, b) for a, b in pairs),
+        "max_abs_diff": max(float((a.float() - b.float()).abs().max()) for a, b in pairs),
+        "finite": all(bool(torch.isfinite(b).all()) for _, b in pairs),
+        "std": float(outputs["stock"][0].float().std()),
+    }
+    if not found["bit_equal"]:
+        found["stock_repeats_itself"] = all(map(torch.equal, outputs["stock"], repeat_stock()))
+    return found
+
+
+def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, options: Namespace) -> dict[str, Any]:
+    """All rows at one size, interleaved; returns the table rows and the comparison of latents."""
+    frames, names = options.frames, list(patchers)
+    for name in names:
+        in_process.sample(patchers[name], size, config, frames, seed=0, steps=2)
+    steps: dict[str, list[list[float]]] = {name: [] for name in names}
+    latents = []
+    for rep in range(options.reps):
+        if rep and time.perf_counter() - STARTED > options.limit:
+            say(f"{options.limit:.0f} s are over: no further repetition")
+            break
+        outputs = {}
+        for name in names[rep % len(names) :] + names[: rep % len(names)]:
+            taken, outputs[name] = in_process.sample(patchers[name], size, config, frames, seed=1 + rep)
+            steps[name].append(taken)
+            say(f"{size} repetition {rep + 1}, {ROWS[name]}: {statistics.median(taken):.4f} s a step")
+        if {"stock", "ours"} <= outputs.keys():
+            repeat = functools.partial(in_process.sample, patchers["stock"], size, config, frames, seed=1 + rep)
+            latents.append(compare(outputs, lambda repeat=repeat: repeat()[1]))
+            say(f"{size} repetition {rep + 1}: ours against stock NVFP4 {latents[-1]}")
+    video = in_process.latent_shapes(size, frames)[0]
+    medians = {name: statistics.median(sum(taken, [])) for name, taken in steps.items()}
+    rows = []
+    for name, taken in steps.items():
+        each = [statistics.median(one) for one in taken]
+        row: dict[str, Any] = {"size": size, "tokens": video[2] * video[3] * video[4], "row": ROWS[name]}
+        row |= {"step s": medians[name], "lowest": min(each), "highest": max(each), "repetitions": len(each)}
+        row |= {f"x {ROWS[base]}": medians[name] / medians[base] for base in ("bf16", "stock") if base in medians}
+        rows.append(row)
+    return {"rows": rows, "latents": latents}
+
+
+def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Everything between building the weights and the tables; the result so far is saved after each stage."""
+    device = "cpu" if options.cpu else "cuda"
+    keys, config = recorded_model(options.layers, options.tiny)
+    path = scratch / "ltx23-nvfp4.safetensors"
+    layers = write_nvfp4(path, keys, config, device)
+    _empty_cache()
+    written = path.stat().st_size / 1e9
+    say(f"wrote {written:.2f} GB, {config['num_layers']} blocks, {len(layers)} NVFP4 Linears, to {scratch}")
+    result: dict[str, Any] = {"facts": found, "file_gb": written, "quantised": len(layers)}
+    result |= {"blocks": config["num_layers"], "frames": options.frames, "memory": {}, "sizes": {}, "launch_us": {}}
+    patchers: dict[str, Any] = {}
+    for name in options.rows:
+        gc.collect()
+        before, start = memory(), time.perf_counter()
+        patchers[name] = load_row(name, path, keys, config, options)
+        gc.collect()
+        grown = {kind: value - before[kind] for kind, value in memory().items()}
+        result["memory"][name] = {"load s": time.perf_counter() - start}
+        result["memory"][name] |= {f"load {kind} GB": value for kind, value in grown.items()}
+        say(f"loaded {ROWS[name]}; grew by {', '.join(f'{kind} {value:.2f} GB' for kind, value in grown.items())}")
+        result["memory"][name] |= first_sampling(ROWS[name], patchers[name], config, options)
+    for size in options.sizes:
+        result["sizes"][size] = measure_size(size, patchers, config, options)
+        _save(options, result)
+    for name, patcher in patchers.items():
+        result["launch_us"][name] = in_process.launch_cost(patcher, layers)
+        say(f"{ROWS[name]}: {result['launch_us'][name]:.1f} us of CPU time to launch a Linear of the quantised blocks")
+    if options.profile and not options.cpu:
+        result["kernel_s"] = {}
+        for name, patcher in patchers.items():
+            work = functools.partial(in_process.sample, patcher, options.sizes[0], config, options.frames)
+            result["kernel_s"][name] = kernel_seconds(ROWS[name], lambda work=work: work(seed=0, steps=2), steps=2)
+    _save(options, result)
+    return result
+
+
+def _save(options: Namespace, result: dict[str, Any]) -> None:
+    if not options.cpu or options.out:
+        common.save("step", options.out, result)
+
+
+def parse() -> Namespace:
+    """The command line."""
+
+    def listed(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH"), help="checkout; default $COMFYUI_PATH")
+    parser.add_argument("--layers", type=int, help="transformer blocks; default all (48, with --tiny 6)")
+    parser.add_argument("--tiny", action="store_true", help="the scaled-down model of the tests")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU; nothing is saved without --out")
+    parser.add_argument("--sizes", default="768x512,1280x704", type=listed, help="default %(default)s")
+    parser.add_argument("--frames", type=int, default=121, help="8k + 1; default 121")
+    parser.add_argument("--reps", type=int, default=3, help="repetitions; default 3")
+    parser.add_argument("--rows", default="bf16,stock,ours", type=listed, help="default %(default)s")
+    parser.add_argument("--backend", default="auto", help="backend of ours; default auto")
+    parser.add_argument("--scratch", default=tempfile.gettempdir(), help="folder with 18 GB free; default %(default)s")
+    parser.add_argument("--no-dynamic", action="store_true", help="leave DynamicVRAM off")
+    parser.add_argument("--profile", action="store_true", help="also the GPU kernels of a step, by torch.profiler")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="start no repetition after so many seconds")
+    parser.add_argument("--flags", default="", help="more of ComfyUI's own flags, separated by spaces")
+    options = parser.parse_args()
+    if unknown := set(options.rows) - ROWS.keys():
+        parser.error(f"unknown rows {', '.join(sorted(unknown))}; expected some of {', '.join(ROWS)}")
+    return options
+
+
+def main() -> int:
+    """Returns 1 if the latents of ours and stock NVFP4 differ on a GPU."""
+    options = parse()
+    flags = options.flags.split() + ["--cpu"] * options.cpu
+    host = in_process.start_host(options.comfyui, flags, dynamic=not options.no_dynamic)
+    import torch
+
+    common.import_pack()
+    found = common.facts() | {"comfyui": host}
+    common.print_facts(found)
+    with torch.inference_mode(), tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        result = run(options, found, Path(scratch))
+    common.print_table(
+        [row for size in result["sizes"].values() for row in size["rows"]],
+        {f"x {name}": ".3f" for name in ROWS.values()},
+    )
+    common.print_table(
+        [{"row": ROWS[name], **values} for name, values in result["memory"].items()],
+        {key: ".2f" for values in result["memory"].values() for key in values},
+    )
+    print("CPU time to launch a Linear: " + ", ".join(f"{ROWS[k]} {v:.1f} us" for k, v in result["launch_us"].items()))
+    differing = [one for size in result["sizes"].values() for one in size["latents"] if not one["bit_equal"]]
+    return int(bool(differing) and not options.cpu)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
