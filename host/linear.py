@@ -22,7 +22,7 @@ LAYOUT = "TensorCoreNVFP4Layout"
 
 
 def supports(parameter: str) -> bool:
-    """Whether this host's NVFP4 Linear reads the extra tensor ``parameter``; ``pre_quant_scale`` came in August 2026."""
+    """Whether this host's NVFP4 Linear reads the extra tensor ``parameter``, such as ``pre_quant_scale``."""
     return parameter in QUANT_ALGOS.get("nvfp4", {}).get("parameters", ())
 
 

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "host": {"host", "checkpoint", "measure", "kernels"},
     "nodes": {"nodes", "host", "checkpoint", "measure", "kernels"},
     "__init__": {"nodes", "host"},
-    "__main__": {"host", "checkpoint", "measure", "kernels", "benchmarks", "tests"},
+    "__main__": {"cli"},
+    "cli": {"cli", "checkpoint", "measure", "kernels", "benchmarks", "tests"},
     "benchmarks": {"benchmarks", "host", "checkpoint", "measure", "kernels"},
 }
 HOST_MODULES = {

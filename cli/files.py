@@ -1,0 +1,159 @@
+"""``inspect``, ``split`` and ``repair``: checkpoint/ over files on disk."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.components import COMPONENTS, find_components
+from ..checkpoint.diagnosis import Finding
+from ..checkpoint.dialects import AUTO, DIALECTS
+from ..checkpoint.repair import BACKUP_ENDING, Repaired, restore_header
+from ..checkpoint.repair import repair as repair_checkpoint
+from ..checkpoint.report import inspect_checkpoint
+from ..checkpoint.shards import open_checkpoint
+from ..checkpoint.split import BF16, KEEP
+from ..checkpoint.split import split as split_checkpoint
+from .console import CommandError, Console, size
+
+_SOURCE = "a .safetensors file, its .index.json, one of its shards, or a quoted wildcard"
+# What a file of a sharded checkpoint has in its name beside that of the checkpoint.
+_NOT_THE_NAME = re.compile(r"-\d{5}-of-\d{5}|\.safetensors.*$|[*?\[\]]")
+
+
+def inspect(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``inspect``."""
+    parser.description = (
+        "What is in a checkpoint, what it lacks, which node loads it and what stock ComfyUI does with it, from its "
+        "header alone. Exits with 1 if something is missing."
+    )
+    parser.add_argument("source", metavar="CHECKPOINT", help=_SOURCE)
+    parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the bytes by component and block")
+    _add_dialect(parser)
+    parser.set_defaults(run=run_inspect)
+
+
+def split(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``split``."""
+    parser.description = (
+        "Writes components of a checkpoint to files of their own, <name>_<component>.safetensors, with the names and "
+        "the metadata that ComfyUI's loaders want. Quantised VAE weights become BF16. No unfinished file stays."
+    )
+    parser.add_argument("source", metavar="CHECKPOINT", help=_SOURCE)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the new files go; made if need be")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(COMPONENTS), metavar="COMPONENT", help=f"some of {', '.join(COMPONENTS)}"
+    )
+    parser.add_argument("--name", help="beginning of the new names, by default that of the checkpoint")
+    parser.add_argument("--dtype", choices=(KEEP, BF16), default=KEEP, help="bf16 converts plain floats of other types")
+    parser.add_argument("--vae-prefix", metavar="PREFIX", help="which VAE, where the checkpoint has several")
+    _add_config(parser)
+    _add_overwrite(parser)
+    _add_dialect(parser)
+    parser.set_defaults(run=run_split)
+
+
+def repair(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``repair``."""
+    parser.description = (
+        "Makes a quantised checkpoint loadable by stock ComfyUI: adds what its header lacks, mends names, and converts "
+        "foreign dialects. Exits with 1 if a fault remains."
+    )
+    parser.add_argument("source", metavar="CHECKPOINT", help=_SOURCE)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("target", nargs="?", type=Path, metavar="TARGET", help="the repaired copy")
+    where.add_argument(
+        "--in-place", action="store_true", help=f"change the file; its old header is kept as *{BACKUP_ENDING}"
+    )
+    where.add_argument(
+        "--undo", action="store_true", help="put back the header that --in-place has kept, if only that was changed"
+    )
+    _add_config(parser)
+    _add_overwrite(parser)
+    _add_dialect(parser)
+    parser.set_defaults(run=run_repair)
+
+
+def _add_dialect(parser: argparse.ArgumentParser) -> None:
+    choices = (AUTO, *DIALECTS)
+    text = f"for a file that leaves it open: {', '.join(choices)}"
+    parser.add_argument("--dialect", choices=choices, default=AUTO, metavar="NAME", help=text)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config-from", metavar="FILE", help="a checkpoint of the same model, whose `config` is taken")
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def run_inspect(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
+    """-> (the inspection, whether nothing is missing)."""
+    if args.png and args.png.suffix.lower() != ".png":
+        raise CommandError(f"the output {args.png} does not end in .png")
+    found = inspect_checkpoint(args.source, args.dialect)
+    if args.png:
+        from ..checkpoint.report_picture import draw  # Pillow, which only the picture needs
+        from ..measure.media import write_png
+
+        write_png(args.png, draw(found))
+    console.say(str(found))
+    if args.png:
+        console.say(f"\nPicture: {args.png}")
+    return found.as_dict() | {"png": str(args.png) if args.png else None}, not found.missing
+
+
+def run_split(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
+    """-> ({"files": what was written}, True)."""
+    header = open_checkpoint(args.source).header
+    parts = args.only or list(find_components(header, args.vae_prefix))
+    name = args.name or _NOT_THE_NAME.sub("", header.path.name).strip("-_. ")
+    if not name:
+        raise CommandError(f"{args.source} gives the new files no name; state one with --name")
+    targets = {part: f"{name}_{part}.safetensors" for part in parts}
+    with console.progress(f"Splitting {header.path.name}", amount=size) as progress:
+        written = split_checkpoint(
+            args.source, targets, base=args.folder, dtype=args.dtype, dialect=args.dialect, vae_prefix=args.vae_prefix,
+            config_from=args.config_from, overwrite=args.overwrite, on_bytes=progress.of,
+        )  # fmt: skip
+    rows = [
+        (COMPONENTS[part.component], f"{part.tensors:,}", size(part.nbytes), str(part.restored or "-"), part.path.name)
+        for part in written
+    ]
+    console.table(["component", "tensors", "size", "restored", f"file in {args.folder}"], rows, "<>>><", indent=0)
+    return {"files": [asdict(part) | {"path": str(part.path)} for part in written]}, True
+
+
+def run_repair(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
+    """-> (what was done, whether no fault remains)."""
+    if args.undo:
+        restore_header(args.source)
+        console.say(f"{Path(args.source).name}: the old header is back")
+        return {"path": args.source, "method": "undo"}, True
+    with console.progress(f"Repairing {Path(args.source).name}", amount=size) as progress:
+        done = repair_checkpoint(
+            args.source, args.target, dialect=args.dialect, config_from=args.config_from, in_place=args.in_place,
+            overwrite=args.overwrite, on_bytes=progress.of,
+        )  # fmt: skip
+    console.say(str(done))
+    if done.method == "nothing" and args.target:
+        console.say(f"{args.target} was not written.")
+    return _repair_record(done), not done.remaining
+
+
+def _repair_record(done: Repaired) -> dict[str, Any]:
+    def finding(found: Finding) -> dict[str, str]:
+        return {"code": found.code, "text": found.text, "stock": found.stock}
+
+    return {
+        "path": str(done.path),
+        "method": done.method,
+        "cured": [finding(found) for found in done.cured],
+        "remaining": [finding(found) for found in done.remaining],
+        "converted": done.converted,
+        "backup": str(done.backup) if done.backup else None,
+    }

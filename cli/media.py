@@ -1,0 +1,176 @@
+"""``sharpness`` and ``compare``: measure/ over files, with its pictures as PNG."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..measure import media
+from ..measure.compare import Comparison, compare_clips
+from ..measure.sharpness import REFERENCE_RATIO, Sharpness, measure_sharpness
+from .console import CommandError, Console
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_FILE = "an image, a folder of images, or a video"
+
+
+def sharpness(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``sharpness``."""
+    parser.description = (
+        "Variance of the Laplacian of 8-bit grey (OpenCV), frame by frame. Exits with 1 if something looks like a "
+        "preview decode or blurred. The value depends on content and resolution: give the value of a good clip of the "
+        "same scene and size as --reference where there is one."
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=_FILE)
+    parser.add_argument("--reference", metavar="VALUE|PATH", help="median of a good clip, or the clip itself")
+    parser.add_argument("--png", type=Path, metavar="OUT", help="write the plot: a .png, or a folder for several paths")
+    _add_limit(parser)
+    parser.set_defaults(run=run_sharpness)
+
+
+def compare(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``compare``."""
+    parser.description = (
+        "PSNR, SSIM, difference and sharpness of two clips of the same seed, and of their sound: level, spectral "
+        "distance, sync offset. Exits with 1 if one has less than half of the other's sharpness."
+    )
+    parser.add_argument("a", type=Path, metavar="A", help=f"the clip to trust: {_FILE}")
+    parser.add_argument("b", type=Path, metavar="B", help="the clip under test, of the same size")
+    parser.add_argument("--png", type=Path, metavar="OUT", help="write the card: table, heat map, crops, strip, curves")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="write the numbers of --json into a file as well")
+    parser.add_argument("--common-prefix", action="store_true", help="compare over the shorter clip, if they differ")
+    _add_limit(parser)
+    parser.set_defaults(run=run_compare)
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-frames", type=_positive, metavar="N", help="look at the first N frames only")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number above 0")
+    return value
+
+
+def run_sharpness(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
+    """-> ({"files": [record]}, whether none is soft)."""
+    reference = _reference(args, console)
+    pictures = _plot_paths(args.paths, args.png)
+    records, rows, measured = [], [], []
+    for path, picture in zip(args.paths, pictures, strict=True):
+        found = _measure(path, args.max_frames, reference, console)
+        measured.append((path, found))
+        if picture:
+            from ..measure import plots  # Pillow, which only the pictures need
+
+            media.write_png(picture, plots.sharpness_plot(found))
+        records.append({"path": str(path), **found.to_dict(), "png": str(picture) if picture else None})
+        values = [f"{value:.1f}" for value in (found.median, found.min, found.max)]
+        verdict = (found.verdict, {"sharp": "green", "undecided": ""}.get(found.verdict, "red"))
+        rows.append([str(len(found.values)), f"{found.width}x{found.height}", *values, verdict, str(path)])
+    if len(measured) > 1:
+        console.table(["frames", "size", "median", "min", "max", "verdict", "file"], rows, ">>>>><<", indent=0)
+    for path, found in measured:
+        if len(measured) == 1 or found.soft:
+            console.say(("" if len(measured) == 1 else "\n") + f"{path}", "bold")
+            console.say(found.text)
+    for picture in filter(None, pictures):
+        console.say(f"Plot: {picture}")
+    return {"files": records}, not any(found.soft for _, found in measured)
+
+
+def _reference(args: argparse.Namespace, console: Console) -> float | None:
+    if args.reference is None:
+        return None
+    try:
+        return float(args.reference)
+    except ValueError:
+        return _measure(Path(args.reference), args.max_frames, None, console).median
+
+
+def _measure(path: Path, limit: int | None, reference: float | None, console: Console) -> Sharpness:
+    with console.progress(f"Measuring {path.name}", limit, _frames) as progress:
+        return measure_sharpness(islice(media.iter_frames(path), limit), reference, progress.update)
+
+
+def _frames(count: int) -> str:
+    return f"{count} frame{'s' * (count != 1)}"
+
+
+def _plot_paths(paths: list[Path], out: Path | None) -> list[Path | None]:
+    """Where the plot of each path goes; refuses an answer that would hit an input or another plot."""
+    if out is None:
+        return [None] * len(paths)
+    if out.suffix.lower() == ".png":
+        if len(paths) > 1:
+            raise CommandError(f"--png {out} is one file for {len(paths)} plots; name a folder")
+        _check_output(out, paths)
+        return [out]
+    pictures = [out / f"{path.resolve().name}-sharpness.png" for path in paths]
+    for picture in pictures:
+        _check_output(picture, paths)
+    if len(set(pictures)) < len(pictures):
+        raise CommandError("two of the paths have the same name, and their plots would too; measure them one by one")
+    return pictures
+
+
+def _check_output(out: Path, inputs: list[Path]) -> None:
+    if any(out.resolve() == path.resolve() for path in inputs):
+        raise CommandError(f"{out} is an input; choose another name for the output")
+
+
+def run_compare(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
+    """-> (record, whether both are about equally sharp)."""
+    for out, suffix in ((args.png, ".png"), (args.out, ".json")):
+        if out and out.suffix.lower() != suffix:
+            raise CommandError(f"the output {out} does not end in {suffix}")
+        if out:
+            _check_output(out, [args.a, args.b])
+    a, b = (_read(path, args.max_frames, console) for path in (args.a, args.b))
+    sound = [media.read_audio(path) for path in (args.a, args.b)]
+    names = (args.a.name, args.b.name) if args.a.name != args.b.name else (str(args.a), str(args.b))
+    with console.progress("Comparing", min(len(a), len(b)), _frames) as progress:
+        found = compare_clips(a, b, *sound, names, args.common_prefix, lambda done, _: progress.update(done))
+    record = found.to_dict()
+    if args.png:
+        from ..measure import plots
+
+        media.write_png(args.png, plots.comparison_card(found, a, b))
+    if args.out:
+        media.write_bytes(args.out, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+    return record | {"png": str(args.png) if args.png else None}, _show_comparison(found, args, console)
+
+
+def _show_comparison(found: Comparison, args: argparse.Namespace, console: Console) -> bool:
+    """Show the table -> whether both are about equally sharp."""
+    ratio = found.sharpness_ratio
+    even = ratio is None or REFERENCE_RATIO <= ratio <= 1 / REFERENCE_RATIO
+    head, *_, verdict = found.text.split("\n")
+    console.say(head)
+    rows = [[label, (text, "red" if "ratio" in label and not even else "")] for label, text in found.rows()]
+    console.table([], rows, "<<")
+    console.say(verdict, "green" if even else "red")
+    for title, out in (("Card", args.png), ("Numbers", args.out)):
+        if out:
+            console.say(f"{title}: {out}")
+    return even
+
+
+def _read(path: Path, limit: int | None, console: Console) -> np.ndarray:
+    """(F, H, W, 3) uint8, with progress."""
+    with console.progress(f"Reading {path.name}", limit, _frames) as progress:
+        return media.to_frames(list(_counted(islice(media.iter_frames(path), limit), progress.update)))
+
+
+def _counted(frames: Iterator[np.ndarray], on_frame) -> Iterator[np.ndarray]:
+    for count, frame in enumerate(frames, 1):
+        on_frame(count)
+        yield frame
