@@ -229,6 +229,9 @@ def _layer_metadata(header: Header) -> dict[str, dict]:
         raise CheckpointError(found, where=header.path.name, expected='{"layers": {name: {"format": ...}}}') from error
 
 
+_SIDECAR = "hf_quant_config.json beside the file"
+
+
 def modelopt_declaration(header: Header) -> str | None:
     """Where ModelOpt declares itself the producer: in the header, in hf_quant_config.json beside the file, or None."""
     entry = header.metadata.get("quantization_config")
@@ -238,7 +241,7 @@ def modelopt_declaration(header: Header) -> str | None:
     if sidecar.is_file() and sidecar.stat().st_size < 1 << 24:
         text = sidecar.read_text(encoding="utf-8", errors="replace")
         if "modelopt" in text.lower():
-            return "hf_quant_config.json beside the file"
+            return _SIDECAR
     return None
 
 
@@ -260,10 +263,11 @@ def _declared(header: Header, packed: Mapping[str, Group]) -> tuple[str, str]:
     if "alpha" in group or "weight_global_scale" in group:
         return "lightx2v", "keys `alpha` + `input_global_scale`" if "alpha" in group else "key `weight_global_scale`"
     layouts = _scale_layouts(packed)
+    marked = any(MARKER in group for group in packed.values())
     modelopt = modelopt_declaration(header)
-    if modelopt:
+    if modelopt and not (marked and modelopt == _SIDECAR):  # a sidecar may belong to another file of the folder
         return _modelopt_layout(header, layouts, modelopt)
-    if any(MARKER in group for group in packed.values()):
+    if marked:
         return "comfy", "`comfy_quant` markers"
     if HEADER_ENTRY in header.metadata:
         return "comfy", f"header entry {HEADER_ENTRY}"

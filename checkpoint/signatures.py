@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .header import CheckpointError, Header
 
-# Where full checkpoints and re-saved models keep the diffusion model; the host strips the same ones.
+# Where full checkpoints and re-saved models keep the diffusion model. The host knows the first one only.
 MODEL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 # Family -> names that all must be present, without prefix and up to the last component that quantisation may change.
@@ -29,6 +29,7 @@ _FAMILIES = {
 _NEEDS_CONFIG = ("LTX-2.3", "LTX-2")
 _VAE_STARTS = {"decoder", "encoder", "per_channel_statistics", "quant_conv", "post_quant_conv"}
 _LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".lora_A", ".lokr_w1")
+_LORA = ("this is a LoRA", "put it into models/loras and use LoraLoaderModelOnly after the model loader")
 _TEXT_ENCODER_STARTS = ("model.layers.", "model.language_model.", "language_model.", "text_model.", "encoder.block.")
 
 
@@ -53,7 +54,8 @@ def find_model(header: Header) -> Model:
     family = next((family for family, wanted in _FAMILIES.items() if modules.issuperset(wanted)), None)
     if family is None:
         mistake = _mistaken_for_a_model(names)
-        if mistake is not None:
+        # Beside a prefixed model a full checkpoint may hold anything; a LoRA has the same prefix and nothing else.
+        if mistake is not None and (not prefix or mistake is _LORA):
             found, remedy = mistake
             raise CheckpointError(found, where=header.path.name, expected="a diffusion model", remedy=remedy)
     return Model(family, prefix)
@@ -64,7 +66,7 @@ def _mistaken_for_a_model(names: Collection[str]) -> tuple[str, str] | None:
     if not names:
         return "the file holds no tensors", "download it again"
     if any(name.endswith(_LORA_ENDINGS) for name in names):
-        return "this is a LoRA", "put it into models/loras and use LoraLoaderModelOnly after the model loader"
+        return _LORA
     starts = {name.split(".")[0] for name in names}
     if starts & {"vocoder", "audio_vae"}:
         return "this is an audio VAE", "put it into models/vae and use the loader for audio VAEs"

@@ -16,7 +16,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
 from ..kernels import backends
-from ..kernels.format import OUTPUT_DTYPES, packed_shape
+from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
 
 LAYOUT = "TensorCoreNVFP4Layout"
 
@@ -59,10 +59,13 @@ def weight_only_operations(compute_dtype: torch.dtype, device: torch.device, bac
     return WeightOnlyOperations
 
 
-def wrap(record, dtype: torch.dtype) -> QuantizedTensor:
-    """PackedWeight -> the host's tensor; it shows the logical shape, from which the host detects architectures."""
+def wrap(record: PackedWeight) -> QuantizedTensor:
+    """PackedWeight -> the host's tensor; it shows the logical shape, from which the host detects architectures.
+
+    Its dtype is provisional: the layer that loads it computes in its own.
+    """
     params = get_layout_class(LAYOUT).Params(
-        scale=record.global_scale, orig_dtype=dtype, orig_shape=record.shape, block_scale=record.block_scale
+        scale=record.global_scale, orig_dtype=torch.bfloat16, orig_shape=record.shape, block_scale=record.block_scale
     )
     return QuantizedTensor(record.packed, LAYOUT, params)
 

@@ -21,7 +21,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..checkpoint.dialects import AUTO, DIALECTS, MARKER, Plan, detect, host_layer, input_scale
+from ..checkpoint.dialects import AUTO, DIALECTS, FP8_FORMATS, MARKER, Plan, detect, host_layer, input_scale
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.signatures import Model, find_model, transformer_config
 from ..kernels import backends
@@ -89,9 +89,8 @@ def load_model(
     state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(model.prefix)}
     if not plan.formats:  # the host's older FP8 files have a marker of their own
         state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model.prefix, metadata=metadata)
-    # Detection reads shapes, not values; the compute dtype of the model it names is the layers' own.
-    compute_dtype = _compute_dtype(rewrite(plan, dict(state_dict), torch.bfloat16), model, metadata, path, device)
-    state_dict = rewrite(plan, state_dict, compute_dtype)
+    state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
+    compute_dtype = _compute_dtype(state_dict, metadata, path, device)
     options = {"custom_operations": weight_only_operations(compute_dtype, device, backend)}
     patcher = _load(state_dict, options, metadata, disable_dynamic, header.path.name)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from))
@@ -127,7 +126,7 @@ def _complete_config(metadata: dict, header, model: Model, config_from: str | No
     return None
 
 
-def rewrite(plan: Plan, state_dict: dict, dtype: torch.dtype) -> dict:
+def rewrite(plan: Plan, state_dict: dict) -> dict:
     """State dict as stored -> in the host's layout with markers, layer by layer and in place.
 
     NVFP4 weights become the host's QuantizedTensor; a converted layer's original is dropped before the next is read.
@@ -139,7 +138,7 @@ def rewrite(plan: Plan, state_dict: dict, dtype: torch.dtype) -> dict:
         record, activation = host_layer(plan, layer, get), input_scale(plan, layer, get)
         for suffix in consumed:
             state_dict.pop(f"{layer}.{suffix}", None)
-        state_dict[f"{layer}.weight"] = wrap(record, dtype)
+        state_dict[f"{layer}.weight"] = wrap(record)
         if activation is not None:
             state_dict[f"{layer}.input_scale"] = activation
         if f"{layer}.pre_quant_scale" in state_dict and not supports("pre_quant_scale"):
@@ -150,8 +149,9 @@ def rewrite(plan: Plan, state_dict: dict, dtype: torch.dtype) -> dict:
                 remedy="update ComfyUI",
             )
     for layer, content in plan.formats.items():
-        if layer not in plan.nvfp4 and "weight_scale" in plan.groups[layer]:
-            state_dict[f"{layer}.weight_scale"] = state_dict[f"{layer}.weight_scale"].float().reshape(())
+        scale = state_dict.get(f"{layer}.weight_scale")
+        if content["format"] in FP8_FORMATS.values() and scale is not None and scale.numel() == 1:
+            state_dict[f"{layer}.weight_scale"] = scale.float().reshape(())  # the host wants a scalar
         state_dict.setdefault(f"{layer}.{MARKER}", _marker(content))
     return state_dict
 
@@ -191,10 +191,10 @@ def _check_markers(plan: Plan, state_dict: dict) -> None:
         del state_dict[f"{layer}.{MARKER}"]
 
 
-def _compute_dtype(state_dict: dict, model: Model, metadata: dict, path: str, device: torch.device) -> torch.dtype:
+def _compute_dtype(state_dict: dict, metadata: dict, path: str, device: torch.device) -> torch.dtype:
     """The dtype the host would compute this model's quantised layers in on ``device``."""
-    prefix = model.prefix or comfy.model_detection.unet_prefix_from_state_dict(state_dict)
-    for candidate in dict.fromkeys((prefix, "")):
+    # The host looks behind its own prefixes first, then takes the names as they are.
+    for candidate in (comfy.model_detection.unet_prefix_from_state_dict(state_dict), ""):
         found = comfy.model_detection.model_config_from_unet(state_dict, candidate, metadata=metadata)
         if found is not None:
             supported = found.supported_inference_dtypes
