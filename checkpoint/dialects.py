@@ -25,6 +25,7 @@ AUTO = "auto"
 FP8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 MARKER = "comfy_quant"
 HEADER_ENTRY = "_quantization_metadata"
+SIDECAR = "hf_quant_config.json beside the file"
 
 Get = Callable[[str], torch.Tensor]  # key suffix of one layer -> tensor
 Group = Mapping[str, TensorInfo]  # key suffix of one layer -> header entry
@@ -35,7 +36,8 @@ def _scale_2(get: Get) -> torch.Tensor:
 
 
 def _reciprocal(get: Get) -> torch.Tensor:
-    return 1.0 / get("weight_global_scale").float()
+    divisor = get("weight_global_scale").float()
+    return 1.0 / divisor if divisor.isfinite().all() else divisor  # not 1 / inf: a factor of zero would pass
 
 
 def _alpha(get: Get) -> torch.Tensor:
@@ -125,6 +127,9 @@ def detect(header: Header, requested: str = AUTO, prefix: str = "") -> Plan:
     for layer, content in _layer_metadata(header).items():
         matches = [layer, prefix + layer]
         match = next((candidate for candidate in matches if candidate in groups), None)
+        if match in nvfp4 and content["format"] != "nvfp4":
+            found = f"the header entry {HEADER_ENTRY} calls it {content['format']}, its tensors are packed as NVFP4"
+            raise CheckpointError(found, where=f"{name}, layer {match}", remedy="convert the file again")
         if match is not None:
             formats[match] = formats.get(match, {}) | content
     return Plan(header, dialect, evidence, nvfp4, groups, formats)
@@ -223,13 +228,12 @@ def _layer_metadata(header: Header) -> dict[str, dict]:
         return {}
     try:
         layers = json.loads(text)["layers"]
-        return {layer: dict(content) for layer, content in layers.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(content["format"], str) for content in layers.values()):
+            raise TypeError("a format is no string")
+        return layers
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         found = f"its header entry {HEADER_ENTRY} cannot be read ({error})"
         raise CheckpointError(found, where=header.path.name, expected='{"layers": {name: {"format": ...}}}') from error
-
-
-_SIDECAR = "hf_quant_config.json beside the file"
 
 
 def modelopt_declaration(header: Header) -> str | None:
@@ -241,7 +245,7 @@ def modelopt_declaration(header: Header) -> str | None:
     if sidecar.is_file() and sidecar.stat().st_size < 1 << 24:
         text = sidecar.read_text(encoding="utf-8", errors="replace")
         if "modelopt" in text.lower():
-            return _SIDECAR
+            return SIDECAR
     return None
 
 
@@ -249,7 +253,7 @@ def _lightricks(header: Header) -> bool:
     """Whether Lightricks wrote the header: a `config` of one of its transformers."""
     try:
         transformer = json.loads(header.metadata.get("config", "{}"))["transformer"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
     # LTX video transformers are `AVTransformer3DModel` and `Transformer3DModel`.
     return isinstance(transformer, dict) and "Transformer3DModel" in str(transformer.get("_class_name", ""))
@@ -263,9 +267,17 @@ def _declared(header: Header, packed: Mapping[str, Group]) -> tuple[str, str]:
     if "alpha" in group or "weight_global_scale" in group:
         return "lightx2v", "keys `alpha` + `input_global_scale`" if "alpha" in group else "key `weight_global_scale`"
     layouts = _scale_layouts(packed)
-    marked = any(MARKER in group for group in packed.values())
     modelopt = modelopt_declaration(header)
-    if modelopt and not (marked and modelopt == _SIDECAR):  # a sidecar may belong to another file of the folder
+    marked = any(MARKER in group for group in packed.values())
+    if modelopt == SIDECAR and marked and "row-major" not in layouts:
+        raise CheckpointError(
+            f"its layers have `{MARKER}` markers, which ModelOpt never writes, yet there is {SIDECAR}",
+            where=header.path.name,
+            expected="one declaration: the two differ in nibble order, which does not show in shapes",
+            remedy="set the loader's `dialect`: comfy if that file belongs to another model, modelopt or "
+            "modelopt_swizzled if somebody added the markers to a ModelOpt export",
+        )
+    if modelopt:
         return _modelopt_layout(header, layouts, modelopt)
     if marked:
         return "comfy", "`comfy_quant` markers"

@@ -44,6 +44,17 @@ def block_scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     return round_up(shape[0], 128), round_up(round_up(shape[1], BLOCK) // BLOCK, 4)
 
 
+def check_request(packed: torch.Tensor, block_scale: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Raise ValueError for an output dtype no kernel gives, or tensors that are not those of a weight of ``shape``."""
+    if dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"cannot dequantise NVFP4 to {dtype}; expected one of {OUTPUT_DTYPES}")
+    if packed.shape != packed_shape(shape) or block_scale.shape != block_scale_shape(shape):
+        raise ValueError(
+            f"packed {tuple(packed.shape)} and block_scale {tuple(block_scale.shape)} do not belong to a weight of "
+            f"shape {tuple(shape)}; expected {packed_shape(shape)} and {block_scale_shape(shape)}"
+        )
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """One NVFP4 matrix in the host's layout; see the module docstring. ``shape`` is the logical (N, K)."""

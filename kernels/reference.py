@@ -15,6 +15,7 @@ from .format import (
     E2M1_VALUES,
     E4M3_MAX,
     PackedWeight,
+    check_request,
     swizzle,
     unswizzle,
 )
@@ -32,13 +33,14 @@ def dequantize(
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """(R16(N), R16(K)/2) uint8 + swizzled e4m3 scales + () fp32 -> (N, K) ``dtype``."""
+    check_request(packed, block_scale, shape, dtype)
     rows, cols = shape
     scale = unswizzle(block_scale.view(torch.float8_e4m3fn), packed.shape[0], packed.shape[1] * 2 // BLOCK)
     decode_scale = scale.float() * global_scale.float()
     codes = torch.stack((packed >> 4, packed & 0x0F), dim=-1).flatten(1).long()
     values = torch.tensor(E2M1_VALUES, device=packed.device)[codes]
     values = values.unflatten(1, (-1, BLOCK)) * decode_scale.unsqueeze(-1)
-    return values.flatten(1)[:rows, :cols].to(dtype)
+    return values.flatten(1)[:rows, :cols].to(dtype).contiguous()
 
 
 def dequantizer(
@@ -51,6 +53,18 @@ def dequantizer(
 def amax_global_scale(weight: torch.Tensor) -> torch.Tensor:
     """(N, K) float -> () fp32 ``amax / (448 * 6)``, the scale at which no block scale saturates."""
     return _divide(weight.abs().amax().float(), E4M3_MAX * E2M1_MAX)
+
+
+def checked_global_scale(weight: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
+    """``global_scale``, by default the amax one. Raises ValueError if the weight or the scale is not finite."""
+    amax_scale = amax_global_scale(weight)
+    if not torch.isfinite(amax_scale):
+        raise ValueError("the weight holds NaN or infinity; NVFP4 cannot represent it")
+    if global_scale is None:
+        return amax_scale
+    if not torch.isfinite(global_scale):
+        raise ValueError(f"the global scale is {global_scale.item()}; expected a finite number")
+    return global_scale
 
 
 def _divide(values: torch.Tensor, divisor: float) -> torch.Tensor:
@@ -75,10 +89,7 @@ def quantize(weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> 
     """
     if weight.ndim != 2:
         raise ValueError(f"NVFP4 quantises matrices; found shape {tuple(weight.shape)}")
-    if global_scale is None:
-        global_scale = amax_global_scale(weight)
-    if not torch.isfinite(global_scale):
-        raise ValueError("the weight holds NaN or infinity; NVFP4 cannot represent it")
+    global_scale = checked_global_scale(weight, global_scale)
     rows, cols = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -cols % BLOCK, 0, -rows % 16))
     blocks = padded.float().unflatten(1, (-1, BLOCK))

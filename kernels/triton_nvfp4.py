@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .format import OUTPUT_DTYPES, PackedWeight, block_scale_shape, packed_shape
-from .reference import amax_global_scale
+from .reference import checked_global_scale
 
 # Tile found by measurement on an H200 (benchmarks/results); the kernel is bound by its stores, hardly by the tile.
 _TILE_WORDS, _STEPS, _WARPS = 256, 2, 8
@@ -68,7 +68,8 @@ def decode_words(word, scale_byte, global_scale):
 def _round_to_bf16_bits(value):
     """fp32 -> int16 bits of the nearest bf16, ties to even, in integers: for hardware without BF16 conversions."""
     bits = value.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(value != value, 0x7FC0, rounded).to(tl.int16)  # the sum would carry a NaN's bits into the sign
 
 
 @triton.jit
@@ -215,7 +216,7 @@ def dequantizer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(words_per_row, words * _STEPS), 1, 1)
     # A weight that outgrows the L2 cache is written past it; a smaller one is left there for the matmul that follows.
     store = ".cs" if rows * cols * dtype.itemsize > _L2_BYTES else ""
-    arguments = (rows, cols, words_per_row, scale_shape[1], tile_rows, words, _STEPS, full and cols % 8 == 0, store)
+    arguments = (rows, cols, words_per_row, scale_shape[1], tile_rows, words, _STEPS, full and cols % 16 == 0, store)
     # Triton converts to bf16 from compute capability 8.0 on; its interpreter truncates instead of rounding.
     converts = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     bf16_as_bits = dtype == torch.bfloat16 and not converts
@@ -231,6 +232,10 @@ def dequantizer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
             )
         if not (packed.is_contiguous() and block_scale.is_contiguous()):
             packed, block_scale = packed.contiguous(), block_scale.contiguous()
+        if global_scale.dtype != torch.float32 or global_scale.device != device:
+            global_scale = global_scale.to(device, torch.float32)
+        if packed.data_ptr() % 4:  # bytes are read as 32-bit words
+            packed = packed.clone()
         out = torch.empty(shape, dtype=dtype, device=device)
         pointers = (packed.data_ptr(), block_scale.data_ptr(), global_scale.data_ptr(), out.data_ptr())
         aligned = (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15 == 0
@@ -267,10 +272,7 @@ def quantize(weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> 
     """(N, K) float -> PackedWeight, plain amax scaling, the bytes of reference.quantize; ValueError if not finite."""
     if weight.ndim != 2:
         raise ValueError(f"NVFP4 quantises matrices; found shape {tuple(weight.shape)}")
-    if global_scale is None:
-        global_scale = amax_global_scale(weight)
-    if not torch.isfinite(global_scale):
-        raise ValueError("the weight holds NaN or infinity; NVFP4 cannot represent it")
+    global_scale = checked_global_scale(weight, global_scale)
     shape = (weight.shape[0], weight.shape[1])
     packed = torch.empty(packed_shape(shape), dtype=torch.uint8, device=weight.device)
     block_scale = torch.zeros(block_scale_shape(shape), dtype=torch.uint8, device=weight.device)

@@ -303,7 +303,7 @@ def test_a_weight_of_another_layer_s_size_is_refused_with_both_sizes():
     operations = linear.weight_only_operations(torch.bfloat16, CPU)
     model = torch.nn.ModuleDict({"to_q": operations.Linear(64, 24, bias=False)})
     state = {"to_q.weight": linear.wrap(random_record(24, 32)), "to_q.comfy_quant": NVFP4}
-    with pytest.raises(ValueError, match=r"layer to_q: .* \(32, 32\) \(padded\), the model expects \(24, 64\)"):
+    with pytest.raises(ValueError, match=r"layer to_q: .*\(32, 32\).*expect.*\(24, 64\)"):
         model.load_state_dict(state)
 
 

@@ -1,0 +1,91 @@
+"""Names on widgets -> files of the host's model folders, and the places in its output folder where loaders look."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePath
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+
+from ..checkpoint.components import AUDIO_VAE, DIFFUSION_MODEL, REST, TEXT_PROJECTION, VIDEO_VAE
+from ..checkpoint.header import CheckpointError
+
+SUFFIXES = (".safetensors", ".sft")
+SAME_FILE = "(the file itself)"
+VAE_FOLDERS = ("vae", "checkpoints", "diffusion_models")
+ALL_FOLDERS = ("checkpoints", "diffusion_models", "vae", "text_encoders", "loras")
+# Component -> folder below output/ whose files ComfyUI lists among the models.
+OUTPUT_FOLDERS = {
+    VIDEO_VAE: "vae",
+    AUDIO_VAE: "vae",
+    TEXT_PROJECTION: "checkpoints",
+    DIFFUSION_MODEL: "diffusion_models",
+    REST: "checkpoints",
+}
+
+
+def file_names(folders: Iterable[str]) -> list[str]:
+    """Safetensors files of the model folders, each name once, in the folders' order."""
+    names = dict.fromkeys(name for folder in folders for name in folder_paths.get_filename_list(folder))
+    return [name for name in names if name.lower().endswith(SUFFIXES)]
+
+
+def file_path(name: str, folders: Iterable[str]) -> str:
+    """Name from ``file_names`` -> path in the first folder that has it; FileNotFoundError if none has."""
+    folders = tuple(folders)
+    for folder in folders:
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return path
+    places = ", ".join(f"models/{folder}" for folder in folders)
+    raise FileNotFoundError(f"{name} is in none of {places}; put it into one of them")
+
+
+def optional_path(name: str | None, folders: Iterable[str]) -> str | None:
+    """As ``file_path``; None for the choice that means the file itself."""
+    return None if name in (None, SAME_FILE) else file_path(name, folders)
+
+
+def fingerprint(names: Iterable[str | None], folders: Iterable[str], *options: object) -> str:
+    """Changes when a file or an option does. Names that come over a link are None here."""
+    folders = tuple(folders)
+    paths = [file_path(name, folders) for name in names if name not in (None, SAME_FILE)]
+    return str([(path, os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in paths] + list(options))
+
+
+def output_folder() -> str:
+    """ComfyUI's output folder."""
+    return folder_paths.get_output_directory()
+
+
+def output_targets(source: str, name: str, components: Iterable[str]) -> dict[str, str]:
+    """Components -> paths below the output folder, ``<its folder>/<name>_<component>.safetensors``.
+
+    ``name`` may hold subfolders; empty, it is that of ``source``. Raises CheckpointError for one that leads elsewhere.
+    """
+    name = name.strip() or Path(source).stem
+    pure = PurePath(name)
+    if pure.is_absolute() or pure.drive or {".", ".."} & set(name.replace("\\", "/").split("/")) or name[-1] in "/\\":
+        found, remedy = "this name leads out of the folder where loaders look", "give a plain name, without `..`"
+        raise CheckpointError(found, where=name, remedy=remedy)
+    return {part: os.path.join(OUTPUT_FOLDERS[part], f"{name}_{part}.safetensors") for part in components}
+
+
+def restore_device() -> torch.device:
+    """Where quantised weights are restored: the device on which the host would run a VAE."""
+    return comfy.model_management.vae_device()
+
+
+def progress() -> Callable[[int, int], None]:
+    """-> on_step(done, total) for long functions: shows the progress, and stops them when the user cancels."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def on_step(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return on_step
