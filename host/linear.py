@@ -15,6 +15,7 @@ import comfy.ops
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
+from ..checkpoint.header import CheckpointError
 from ..kernels import backends
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
 
@@ -26,7 +27,9 @@ def supports(parameter: str) -> bool:
     return parameter in QUANT_ALGOS.get("nvfp4", {}).get("parameters", ())
 
 
-def weight_only_operations(compute_dtype: torch.dtype, device: torch.device, backend: str = "auto") -> type:
+def weight_only_operations(
+    compute_dtype: torch.dtype, device: torch.device, backend: str = "auto", source: str = "the file"
+) -> type:
     """Operations class for a model with NVFP4 layers that computes in ``compute_dtype``; FP8 stays the host's."""
     marked = SimpleNamespace(quant_config={"mixed_ops": True})
     host = comfy.ops.pick_operations(None, compute_dtype, device, model_config=marked)
@@ -38,7 +41,7 @@ def weight_only_operations(compute_dtype: torch.dtype, device: torch.device, bac
             def _load_from_state_dict(self, state_dict, prefix, *args):
                 weight = state_dict.get(f"{prefix}weight")
                 if isinstance(weight, QuantizedTensor):
-                    _unwrap(state_dict, prefix, weight, (self.out_features, self.in_features))
+                    _unwrap(state_dict, prefix, weight, (self.out_features, self.in_features), source)
                 super()._load_from_state_dict(state_dict, prefix, *args)
 
             def forward(self, input, *args, **kwargs):
@@ -70,12 +73,16 @@ def wrap(record: PackedWeight) -> QuantizedTensor:
     return QuantizedTensor(record.packed, LAYOUT, params)
 
 
-def _unwrap(state_dict: dict, prefix: str, weight: QuantizedTensor, shape: tuple[int, int]) -> None:
+def _unwrap(state_dict: dict, prefix: str, weight: QuantizedTensor, shape: tuple[int, int], source: str) -> None:
     """Give the host the tensors it expects to find in a file; refuse a weight of another layer's size."""
     packed, params = weight._qdata, weight._params
     if tuple(packed.shape) != packed_shape(shape):
-        stored = (packed.shape[0], packed.shape[1] * 2)
-        raise ValueError(f"layer {prefix[:-1]}: its NVFP4 weight is {stored} (padded), the model expects {shape}")
+        raise CheckpointError(
+            f"its NVFP4 weight is {(packed.shape[0], packed.shape[1] * 2)} (padded)",
+            where=f"{source}, layer {prefix[:-1]}",
+            expected=f"{shape}, as the model has",
+            remedy="the file is damaged, or of another version of the model than its `config` says: download it again",
+        )
     state_dict[f"{prefix}weight"] = packed
     state_dict[f"{prefix}weight_scale"] = params.block_scale
     state_dict[f"{prefix}weight_scale_2"] = params.scale

@@ -20,6 +20,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
+from comfy.quant_ops import QUANT_ALGOS
 
 from ..checkpoint.dialects import AUTO, DIALECTS, FP8_FORMATS, MARKER, Plan, detect, host_layer, input_scale
 from ..checkpoint.header import CheckpointError, read_header
@@ -91,8 +92,10 @@ def load_model(
         state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model.prefix, metadata=metadata)
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
     compute_dtype = _compute_dtype(state_dict, metadata, path, device)
-    options = {"custom_operations": weight_only_operations(compute_dtype, device, backend)}
+    options = {"custom_operations": weight_only_operations(compute_dtype, device, backend, header.path.name)}
+    present = {key.rpartition(".")[0] for key in state_dict}
     patcher = _load(state_dict, options, metadata, disable_dynamic, header.path.name)
+    _check_linears(patcher.model.diffusion_model, options["custom_operations"].Linear, present, header.path.name)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from))
     report = _report(path, plan, model, compute, (backend_name, reason), device, patcher, config_source)
     logger.info("%s", str(report).replace("\n", "; "))
@@ -156,6 +159,30 @@ def rewrite(plan: Plan, state_dict: dict) -> dict:
     return state_dict
 
 
+def _check_linears(model: torch.nn.Module, linear: type, present: set[str], name: str) -> None:
+    """Refuse Linears that the host gave a weight of another shape, or none though the file has parts of them.
+
+    A layer of which the file has nothing may be one that this host builds and the model does not use: a warning.
+    """
+    absent = []
+    remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
+    for layer, module in model.named_modules():
+        if not isinstance(module, linear):
+            continue
+        shape, weight = (module.out_features, module.in_features), module.weight
+        if weight is None and layer in present:
+            found = "it has no `weight`"
+        elif weight is not None and tuple(weight.shape) != shape:
+            found = f"its `weight` has shape {tuple(weight.shape)}"
+        else:
+            absent += [layer] if weight is None else []
+            continue
+        where, expected = f"{name}, layer {layer}", f"a weight of shape {shape}"
+        raise CheckpointError(found, where=where, expected=expected, remedy=remedy)
+    if absent:
+        logger.warning("%s has nothing of %d layers of the model, such as %s", name, len(absent), absent[0])
+
+
 _INPUT_KEYS = ("input_global_scale", "input_absmax")
 
 
@@ -168,27 +195,43 @@ def _marker(content: dict) -> torch.Tensor:
 
 
 def _check_markers(plan: Plan, state_dict: dict) -> None:
-    """Refuse markers that are not JSON, unless the user stated the dialect: then they are written anew."""
+    """Refuse markers that say nothing or contradict their tensors, unless the user stated the dialect.
+
+    They are then written anew.
+    """
     for layer, group in plan.groups.items():
-        if MARKER not in group or f"{layer}.{MARKER}" not in state_dict:
-            continue
-        text = state_dict[f"{layer}.{MARKER}"].numpy().tobytes()
-        try:
-            valid = "format" in json.loads(text)
-        except (ValueError, TypeError):
-            valid = False
-        if valid:
-            continue
-        if plan.evidence != "stated by the user" or layer not in plan.formats:
-            what = "nothing but NUL bytes" if not text.strip(b"\0") else "no JSON with a `format`"
-            raise CheckpointError(
-                f"its `{MARKER}` marker holds {what}",
-                where=f"{plan.header.path.name}, layer {layer}",
-                expected='{"format": "nvfp4"} or another format',
-                remedy="download the file again, or state its `dialect` (comfy, if a tool for ComfyUI wrote it): the "
-                "markers are then made from the tensors",
-            )
-        del state_dict[f"{layer}.{MARKER}"]
+        where = f"{plan.header.path.name}, layer {layer}"
+        matrix = "weight" not in group or len(group["weight"].shape) == 2  # banks of experts are the host's business
+        packed = layer in plan.nvfp4 if matrix else None
+        if MARKER in group and f"{layer}.{MARKER}" in state_dict:
+            text = state_dict[f"{layer}.{MARKER}"].numpy().tobytes()
+            found = _fault(text, packed)
+            if found and (plan.evidence != "stated by the user" or layer not in plan.formats):
+                raise CheckpointError(
+                    f"its `{MARKER}` marker {found}",
+                    where=where,
+                    expected='{"format": "nvfp4"} or another format that fits its tensors and this ComfyUI',
+                    remedy="download the file again, or state its `dialect` (comfy, if a tool for ComfyUI wrote it): "
+                    "the markers are then made from the tensors",
+                )
+            if found:
+                del state_dict[f"{layer}.{MARKER}"]
+        elif layer in plan.formats and (found := _fault(json.dumps(plan.formats[layer]).encode(), packed)):
+            expected = "what fits its tensors and this ComfyUI"
+            raise CheckpointError(f"its entry in the header {found}", where=where, expected=expected)
+
+
+def _fault(text: bytes, packed: bool | None) -> str:
+    """What is wrong with a marker, or an empty string; ``packed``: whether its tensors are NVFP4, None if unknown."""
+    try:
+        name = json.loads(text)["format"]
+    except (ValueError, TypeError, KeyError):
+        return "holds nothing but NUL bytes" if not text.strip(b"\0") else "holds no JSON with a `format`"
+    if name not in QUANT_ALGOS:
+        return f"names the format {name!r}, which this ComfyUI does not know"
+    if packed is not None and (name == "nvfp4") != packed:
+        return f"says {name}, its tensors are {'' if packed else 'not '}NVFP4"
+    return ""
 
 
 def _compute_dtype(state_dict: dict, metadata: dict, path: str, device: torch.device) -> torch.dtype:
@@ -222,9 +265,7 @@ def _report(path, plan: Plan, model: Model, compute, backend, device, patcher, c
     tensors = {key: info for key, info in plan.header.tensors.items() if key.startswith(model.prefix)}
     layers = Counter(content["format"] for content in plan.formats.values())
     plain = {layer for layer, group in plan.groups.items() if "weight" in group and layer not in plan.formats}
-    layers.update(
-        plan.groups[layer]["weight"].dtype for layer in plain if len(plan.groups[layer]["weight"].shape) == 2
-    )
+    layers.update(plan.groups[layer]["weight"].dtype for layer in plain if len(plan.groups[layer]["weight"].shape) == 2)
     return LoadReport(
         file=plan.header.path.name,
         family=model.family or type(patcher.model).__name__,

@@ -113,7 +113,8 @@ def load_vae(
         vae, config_source = pick_vae(header, audio, prefix), open_checkpoint(config_from).header.path.name
     reason = refusal(vae, audio, allow_preview)
     if reason is not None:
-        raise CheckpointError(reason, where=header.path.name)
+        remedy = "set `config_from` to such a file" if vae.has("config") and config_from is None else ""
+        raise CheckpointError(reason, where=header.path.name, remedy=remedy)
     component = find_components(header, None if audio else vae.prefix)[AUDIO_VAE if audio else VIDEO_VAE]
     state_dict, restored = _read(checkpoint, header, component, dialect)
     host_vae = _build(vae, state_dict, metadata_of(header, component), header.path.name)

@@ -100,9 +100,10 @@ class NVFP4Split(io.ComfyNode):
         cls, file_name, name, dtype, overwrite, config_from=SAME_FILE, dialect=AUTO, vae_prefix="", **parts
     ) -> io.NodeOutput:
         targets = files.output_targets(file_name, name, [part for part in COMPONENTS if parts[part]])
+        config = files.optional_path(config_from, ALL_FOLDERS)
         written = split(
             file_path(file_name, ALL_FOLDERS), targets, base=files.output_folder(), dtype=dtype, dialect=dialect,
-            vae_prefix=vae_prefix or None, config_from=files.optional_path(config_from, ALL_FOLDERS), overwrite=overwrite,
-            device=files.restore_device(), on_bytes=files.progress(),
+            vae_prefix=vae_prefix or None, config_from=config, overwrite=overwrite, device=files.restore_device(),
+            on_bytes=files.progress(),
         )  # fmt: skip
         return io.NodeOutput("\n".join(targets.values()), ui=show(cls, "\n".join(map(str, written))))
