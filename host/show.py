@@ -10,7 +10,7 @@ from server import PromptServer
 
 def to_image(picture: np.ndarray) -> torch.Tensor:
     """(H, W, 3) uint8 RGB -> (1, H, W, 3) float32 in 0..1, the host's IMAGE."""
-    return torch.from_numpy(picture).to(torch.float32).div_(255.0).unsqueeze(0)
+    return torch.from_numpy(picture.astype(np.float32) / 255.0).unsqueeze(0)
 
 
 def show(node: type[io.ComfyNode], text: str, image: torch.Tensor | None = None) -> dict:

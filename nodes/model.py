@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
-import folder_paths
 from comfy_api.v0_0_2 import io
 
+from ..host.files import SAME_FILE, file_names, file_path, fingerprint, optional_path
 from ..host.load import COMPUTE_MODES, DIALECTS, load_model
 from ..kernels.backends import BACKENDS
 
 FOLDERS = ("diffusion_models", "checkpoints")
-SAME_FILE = "(the file itself)"
-
-
-def model_files() -> list[str]:
-    """Safetensors files of both model folders, each name once."""
-    names = dict.fromkeys(name for folder in FOLDERS for name in folder_paths.get_filename_list(folder))
-    return [name for name in names if name.lower().endswith((".safetensors", ".sft"))]
-
-
-def model_path(name: str) -> str:
-    """Name from ``model_files`` -> path; FileNotFoundError if no folder has it (any more)."""
-    for folder in FOLDERS:
-        path = folder_paths.get_full_path(folder, name)
-        if path is not None:
-            return path
-    raise FileNotFoundError(f"{name} is in neither models/diffusion_models nor models/checkpoints; put it there")
 
 
 class NVFP4ModelLoader(io.ComfyNode):
@@ -41,7 +23,7 @@ class NVFP4ModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=model_files(),
+                    options=file_names(FOLDERS),
                     tooltip="From models/diffusion_models or models/checkpoints (a full checkpoint's model part).",
                 ),
                 io.Combo.Input(
@@ -67,7 +49,7 @@ class NVFP4ModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "config_from",
-                    options=[SAME_FILE, *model_files()],
+                    options=[SAME_FILE, *file_names(FOLDERS)],
                     default=SAME_FILE,
                     optional=True,
                     tooltip="For a file whose header lost its `config`: another file of the same model version.",
@@ -80,11 +62,10 @@ class NVFP4ModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, compute, dialect, backend="auto", config_from=SAME_FILE):
-        stats = [os.stat(model_path(name)) for name in (model_name, config_from) if name not in (None, SAME_FILE)]
-        return str([compute, dialect, backend, config_from, [(s.st_mtime_ns, s.st_size) for s in stats]])
+        return fingerprint([model_name, config_from], FOLDERS, compute, dialect, backend)
 
     @classmethod
     def execute(cls, model_name, compute, dialect, backend="auto", config_from=SAME_FILE) -> io.NodeOutput:
-        config_path = None if config_from == SAME_FILE else model_path(config_from)
-        patcher, report = load_model(model_path(model_name), compute, dialect, backend, config_path)
+        config_path = optional_path(config_from, FOLDERS)
+        patcher, report = load_model(file_path(model_name, FOLDERS), compute, dialect, backend, config_path)
         return io.NodeOutput(patcher, str(report))

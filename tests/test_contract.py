@@ -11,6 +11,7 @@ from nvfp4_video.tests import record_contract
 # What the stub offers although some supported host lacks it: a name, or a parameter as "name:parameter". The pack has
 # to probe for these before it relies on them.
 PROBED = {
+    "comfy.ldm.lightricks.vae.audio_vae.VocoderWithBWE",
     "comfy.memory_management.aimdo_enabled",
     "comfy.model_management.in_training",
     "comfy.model_patcher.ModelPatcher.clone:disable_dynamic",

@@ -9,6 +9,7 @@ from nvfp4_video.tests.test_load import (  # the fixtures come with their names
     assert_computes_the_decoded_weights,
     assert_refused,
     edit,  # noqa: F401
+    files,  # noqa: F401
     model,  # noqa: F401
     one_thread,  # noqa: F401
     put,

@@ -76,7 +76,7 @@ def test_a_preview_decoder_that_was_let_pass_warns_and_is_never_tiled(all_facts:
     found = facts_of(all_facts, "preview")
     assert "preview decoder" in found["warnings"][0]
     assert "warning: this is a preview decoder" in found["report"]
-    assert found["whole"] == found["tiled"]["ours"] == [1, 17, 384, 384, 3]
+    assert found["whole"] == found["tiled"]["ours"] == [1, 17, 192, 192, 3]
     assert found["equal"]
 
 
@@ -92,7 +92,7 @@ def test_the_vae_gets_the_patcher_that_loads_all_of_it_even_where_the_host_prefe
         ("flux", "FLUX or SD3 image VAE (16 latent channels, LTX has 128)", "take the full VAE"),
         ("no config", "the header has no `config`", "set `config_from`"),
         ("no statistics", "per_channel_statistics.mean-of-means", "garbage"),
-        ("weights missing", "16 weights of its decoder are missing", "download or convert it again"),
+        ("weights missing", "weights of its decoder are missing, `decoder.", "download or convert it again"),
         ("wrong config", "could not build the LTX 2.3 video VAE", "take the `config` from a file of the same model"),
         ("no vae", "there is no video VAE in it", "choose a full checkpoint or a VAE file"),
     ],
@@ -154,7 +154,7 @@ def test_split_components_are_listed_by_the_loaders_at_once(host: ComfyUI, check
     assert not (host.base / "output" / "checkpoints" / "vae_full_text_projection.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["../out", "a/../../out", "/tmp/out"])
+@pytest.mark.parametrize("name", ["../out", "a/../../out", "/out"])
 def test_a_split_never_leaves_the_output_folder(host: ComfyUI, checkpoint: str, name: str):
     with pytest.raises(HostError, match="leads out of the folder"):
         run_node(host, "NVFP4Split", **split_inputs(checkpoint, name=name))

@@ -22,6 +22,8 @@ __all__ = [
     "unet_dtype",
     "unet_manual_cast",
     "unet_offload_device",
+    "vae_device",
+    "vae_offload_device",
 ]
 
 NUM_STREAMS = 0
@@ -50,6 +52,14 @@ def get_torch_device():
 
 
 def unet_offload_device():
+    return torch.device("cpu")
+
+
+def vae_device():
+    return torch.device("cpu")
+
+
+def vae_offload_device():
     return torch.device("cpu")
 
 
@@ -87,9 +97,7 @@ def unet_dtype(
     return torch.float32
 
 
-def unet_manual_cast(
-    weight_dtype, inference_device, supported_dtypes=(torch.float16, torch.bfloat16, torch.float32)
-):
+def unet_manual_cast(weight_dtype, inference_device, supported_dtypes=(torch.float16, torch.bfloat16, torch.float32)):
     """None where no cast is needed; a CPU computes everything but fp32 in a cast."""
     if weight_dtype in (torch.float32, torch.float64):
         return None

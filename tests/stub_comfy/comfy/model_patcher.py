@@ -82,3 +82,7 @@ class ModelPatcher:
 
     def get_attachment(self, key):
         return self.attachments.get(key)
+
+
+# The host's own choice for most models; with DynamicVRAM it is another class. The pack does not name it.
+CoreModelPatcher = ModelPatcher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PreviewText"]
+__all__ = ["PreviewImage", "PreviewText"]
 
 
 class PreviewText:
@@ -11,3 +11,13 @@ class PreviewText:
 
     def as_dict(self):
         return {"text": (self.value,)}
+
+
+class PreviewImage:
+    """Keeps the images instead of writing them to the host's temp folder."""
+
+    def __init__(self, image, animated=False, cls=None, **kwargs):
+        self.image, self.animated = image, animated
+
+    def as_dict(self):
+        return {"images": [{"size": tuple(frame.shape)} for frame in self.image], "animated": (self.animated,)}
