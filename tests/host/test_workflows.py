@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from nvfp4_video.checkpoint import synthetic
@@ -58,48 +58,45 @@ def _widget_values(node: dict, spec: dict) -> dict:
     return found
 
 
-@pytest.fixture
-def empty_queue(host: ComfyUI) -> Iterator[None]:
-    """Whatever a test queued is stopped and dropped again."""
-    yield
-    host.post("/queue", {"clear": True})
-    host.post("/interrupt", {})
-
-
 @pytest.fixture(params=FILES, ids=lambda file: file.stem)
 def graph(request: pytest.FixtureRequest) -> dict:
     return json.loads(request.param.read_text("utf-8"))
 
 
-def put_files(graph: dict, base: Path) -> None:
-    """Stand-ins for the files that the graph names: a small full checkpoint, under all names that are missing."""
+@pytest.fixture
+def files(host: ComfyUI, graph: dict) -> Iterator[None]:
+    """Small full checkpoints under the names in the graph; afterwards they are gone, and so is what was queued."""
     models = [model for node in graph["nodes"] for model in node["properties"].get("models", [])]
     folders = {model["name"]: model["directory"] for model in models}
-    names = {value for node in graph["nodes"] for value in node.get("widgets_values", []) if isinstance(value, str)}
-    for name in names:
-        path = base / "models" / folders.get(name, "diffusion_models") / name
-        if name.endswith(".safetensors") and "\n" not in name and not path.exists():
-            synthetic.write(path, "comfy_markers", *synthetic.small_ltx23(), full=True)
+    names = {str(value) for node in graph["nodes"] for value in node.get("widgets_values", [])}
+    names = {name for name in names if name.endswith(".safetensors") and "\n" not in name}
+    paths = [host.base / "models" / folders.get(name, "diffusion_models") / name for name in names]
+    for path in paths:
+        synthetic.write(path, "comfy_markers", *synthetic.small_ltx23(), full=True)
+    yield
+    host.post("/queue", {"clear": True})
+    host.post("/interrupt", {})
+    deadline = time.monotonic() + 60
+    while host.get("/queue")["queue_running"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for path in paths:
+        path.unlink()
 
 
 def test_the_template_gallery_lists_every_workflow_of_the_pack(host: ComfyUI):
     assert sorted(host.get("/workflow_templates")[PACK_FOLDER]) == [file.stem for file in FILES]
 
 
-def test_the_host_accepts_the_graph_once_the_files_are_there(host: ComfyUI, graph: dict, empty_queue: None):
-    put_files(graph, host.base)
+def test_the_host_accepts_the_graph_once_the_files_are_there(host: ComfyUI, graph: dict, files: None):
     prompt = api_prompt(graph, host.get("/object_info"))
     answer = host.post("/prompt", {"prompt": prompt, "client_id": "nvfp4-video-tests"})
     assert answer["prompt_id"] and answer["node_errors"] == {}
 
 
-def test_every_socket_of_the_graph_is_one_the_host_knows(host: ComfyUI, graph: dict):
-    info = host.get("/object_info")
-    for node in graph["nodes"]:
-        if node["type"] in NOTES:
-            continue
-        spec = info[node["type"]]["input"]
-        known = {**spec.get("required", {}), **spec.get("optional", {})}
-        linked = [entry["name"] for entry in node["inputs"] if entry["link"] is not None]
-        assert set(linked) <= known.keys(), f"{node['type']} has no input of that name"
-        assert [output["type"] for output in node["outputs"]] == info[node["type"]]["output"]
+def test_every_linked_socket_is_one_the_host_has(host: ComfyUI, graph: dict):
+    info, nodes = host.get("/object_info"), {node["id"]: node for node in graph["nodes"]}
+    for link, source, slot, target, inlet, kind in graph["links"]:
+        start, end = nodes[source], nodes[target]
+        assert info[start["type"]]["output"][slot] == kind, f"link {link}: {start['type']} has another output there"
+        spec = info[end["type"]]["input"]
+        assert end["inputs"][inlet]["name"] in {**spec.get("required", {}), **spec.get("optional", {})}, f"link {link}"
