@@ -5,8 +5,9 @@ usage: python benchmarks/split.py [--gigabytes N] [--repeats N] [--folder DIR] [
 The checkpoint has LTX-2.3's VAEs in their true shapes (726 and 182 million parameters in BF16) and a diffusion model of
 NVFP4 layers that fills it up to the size asked for; all bytes are random. Every run is a process of its own, which says
 by how much its memory peaked above what it had before the split. Both sides end with fsync, in turn, after one round
-that is not counted; the file is in the page cache if memory allows. Where Linux has a file system in memory the whole is
-repeated there, because a disk's speed varies from run to run more than the two sides differ.
+that is not counted; the file is in the page cache if memory allows. On Linux the whole is repeated in memory, because a
+disk's speed varies from run to run more than the two sides differ. largest_tensor counts a restored weight as stored
+and as BF16, since it is there twice; the speed of restoring is that of converting on the CPU, not of copying.
 """
 
 from __future__ import annotations

@@ -6,13 +6,14 @@ restores quantised weights once, and refuses what would decode badly.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
-import comfy.ldm.lightricks.vae.audio_vae
 import comfy.model_management
 import comfy.sd
 import torch
@@ -155,11 +156,11 @@ def _read(checkpoint: Checkpoint, header: Header, component: Component, dialect:
 def _build(vae: Vae, state_dict: dict, metadata: dict[str, str], file: str) -> Any:
     """Tensors of one VAE -> the host's object for it, checked to be complete."""
     names = set(state_dict)
+    if vae.kind == AUDIO and "bwe" in metadata["config"] and not hasattr(_audio_classes(), "VocoderWithBWE"):
+        raise CheckpointError(f"this ComfyUI does not know the {vae.title}", where=file, remedy="update ComfyUI")
     try:
         host_vae = _construct(vae, state_dict, metadata)
     except (RuntimeError, AssertionError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         found = f"ComfyUI could not build the {vae.title} ({' '.join(str(error).split())[:300]})"
         expected = "a `config` that belongs to the weights, and a ComfyUI that knows this version"
         remedy = "take the `config` from a file of the same model version, or update ComfyUI"
@@ -181,12 +182,15 @@ def _build(vae: Vae, state_dict: dict, metadata: dict[str, str], file: str) -> A
 def _construct(vae: Vae, state_dict: dict, metadata: dict[str, str]) -> Any:
     if vae.kind != AUDIO:
         return (PreviewVAE if vae.preview else ResidentVAE)(sd=state_dict, metadata=metadata)
-    audio_vae = comfy.ldm.lightricks.vae.audio_vae
-    if "bwe" in metadata["config"] and not hasattr(audio_vae, "VocoderWithBWE"):
-        raise CheckpointError(f"this ComfyUI does not know the {vae.title}", where=vae.title, remedy="update ComfyUI")
-    if "state_dict" in inspect.signature(audio_vae.AudioVAE).parameters:  # up to 0.15 it was no VAE of the host's class
-        return audio_vae.AudioVAE(state_dict, metadata)
+    audio_class = _audio_classes().AudioVAE
+    if "state_dict" in inspect.signature(audio_class).parameters:  # up to 0.15 it was no VAE of the host's class
+        return audio_class(state_dict, metadata)
     return ResidentVAE(sd=state_dict, metadata=metadata)
+
+
+def _audio_classes() -> ModuleType:
+    """The host's module of the audio VAE, imported late: it needs torchaudio, which an older host may run without."""
+    return importlib.import_module("comfy.ldm.lightricks.vae.audio_vae")
 
 
 def _patcher_of(host_vae: Any) -> Any:

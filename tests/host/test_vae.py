@@ -7,6 +7,7 @@ through a running server.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -32,8 +33,12 @@ def all_facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def facts_of(all_facts: dict, topic: str) -> dict:
-    assert "error" not in all_facts[topic], all_facts[topic]["error"]
-    return all_facts[topic]
+    found = all_facts[topic]
+    assert "error" not in found, found["error"]
+    if "refused" in found:
+        assert re.search("(could not build|does not know) the LTX 2.3 .*; .*update ComfyUI", found["refused"])
+        pytest.skip(f"ComfyUI {all_facts['version']} cannot build this VAE, and the loader says so")
+    return found
 
 
 def test_the_split_video_vae_is_complete_and_the_host_s_vaeloader_decodes_with_it(all_facts: dict):
@@ -62,11 +67,8 @@ def test_a_quantised_vae_decodes_like_its_dequantised_weights(all_facts: dict, n
     assert f"restored to BF16: {count} from {stored_as}" in found["report"]
 
 
-def test_the_audio_vae_sounds_the_same_split_and_embedded_or_the_host_is_too_old_for_it(all_facts: dict):
+def test_the_audio_vae_sounds_the_same_split_and_embedded(all_facts: dict):
     found = facts_of(all_facts, "audio")
-    if "refused" in found:
-        assert "this ComfyUI does not know the LTX 2.3 audio VAE; update ComfyUI" in found["refused"]
-        return
     assert found["equal"] == {vae_in_process.FULL: True, vae_in_process.AUDIO: True}
     assert found["finite"] and not found["silent"]
     assert found.get("factory", True), "a clone for another GPU must load the same weights anew"

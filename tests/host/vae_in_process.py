@@ -75,6 +75,14 @@ class Scene:
     def ours(self, name: str, **options):
         return pack("host.vae").load_vae(self.path(name), **options)
 
+    def refusal(self, name: str, **options) -> str | None:
+        """What our loader says against a file, None if it loads it."""
+        try:
+            self.ours(name, **options)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def stock(self, name: str):
         """The host's own node for a VAE file."""
         return importlib.import_module("nodes").VAELoader().load_vae(name)[0]
@@ -99,7 +107,12 @@ def video(scene: Scene) -> dict:
     parts = pack("checkpoint.split").split(
         scene.path(FULL), {"video_vae": VIDEO, "audio_vae": AUDIO}, base=scene.folder
     )
-    reference = scene.decode(scene.stock(VIDEO))
+    try:
+        stock = scene.stock(VIDEO)
+    except RuntimeError:
+        return {"refused": scene.refusal(VIDEO)}
+    reference = scene.decode(stock)
+    del stock
     found = {
         "shape": list(reference.shape),
         "finite": bool(reference.isfinite().all()),
@@ -119,6 +132,8 @@ def video(scene: Scene) -> dict:
 
 def restored(scene: Scene) -> dict:
     """NVFP4 and FP8 files of the whole VAE against the host's VAE on weights dequantised by plain torch."""
+    if (refused := scene.refusal(VIDEO)) is not None:
+        return {"refused": refused}
     found = {}
     for name, damage in (("fp8", _fp8), ("nvfp4", _nvfp4)):
         stored, plain = {}, {}
@@ -187,10 +202,7 @@ def audio(scene: Scene) -> dict:
             return decode.execute({"samples": scene.sound.clone()}, vae)[0]["waveform"]
 
     if not hasattr(comfy("ldm.lightricks.vae.audio_vae"), "VocoderWithBWE"):
-        try:
-            scene.ours(FULL, kind="audio")
-        except ValueError as error:
-            return {"refused": str(error)}
+        return {"refused": scene.refusal(FULL, kind="audio")}
     (stock,) = node.execute(FULL).args
     reference = wave(stock)
     found = {"shape": list(reference.shape), "finite": bool(reference.isfinite().all()), "equal": {}, "reports": {}}
@@ -273,11 +285,7 @@ def refusals(scene: Scene) -> dict:
     found = {}
     for name, (tensors, metadata) in files.items():
         path = scene.write("refused.safetensors", tensors, metadata)
-        try:
-            scene.ours("refused.safetensors")
-            found[name] = ""
-        except ValueError as error:
-            found[name] = str(error)
+        found[name] = scene.refusal("refused.safetensors") or ""
         Path(path).unlink()
         gc.collect()
     return found
@@ -285,6 +293,8 @@ def refusals(scene: Scene) -> dict:
 
 def lender(scene: Scene) -> dict:
     """A file without `config` that takes it from a sibling: its weights and the report."""
+    if not hasattr(comfy("ldm.lightricks.vae.audio_vae"), "VocoderWithBWE"):
+        return {"refused": scene.refusal(AUDIO)}
     scene.write("bare.safetensors", scene.audio, {"format": "pt"})
     vae, report = scene.ours("bare.safetensors", config_from=scene.path(AUDIO))
     model = getattr(vae, "first_stage_model", vae)
