@@ -134,10 +134,11 @@ def write_checkpoint(
     """Write ``tensors`` in the order given, one in memory at a time; temporary name, fsync, rename to ``path``.
 
     Whatever is raised on the way, and whenever the process is killed, ``path`` is afterwards the old file, none, or
-    the whole new one; only a kill leaves a ``.part`` file behind. ``on_bytes(done, total)``, in bytes of tensor data,
-    is called after every tensor and every 16 MiB within one, and may raise to interrupt. Tensors may be on any device
-    and non-contiguous. Data follow each other without padding, as the format demands, so a tensor that comes after one
-    of odd size is misaligned and readers have to copy it: put wide elements first, or even out the sizes.
+    the whole new one; a kill leaves a hidden ``.part`` file only where unnamed files do not exist (Windows, NFS).
+    ``on_bytes(done, total)``, in bytes of tensor data, is called after every tensor and every 16 MiB within one, and
+    may raise to interrupt. Tensors may be on any device and non-contiguous. Data follow each other without padding,
+    as the format demands, so a tensor that comes after one of odd size is misaligned and readers have to copy it: put
+    wide elements first, or even out the sizes.
     Raises CheckpointError for a plan that cannot be written, a tensor that differs from its plan, or a failing disk.
     """
     target = Path(os.path.realpath(path))  # a link stays a link, and the file it names is replaced
@@ -146,7 +147,7 @@ def write_checkpoint(
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.part")
     try:
         with _writing(target):
-            file = open(temporary, "xb", buffering=0)
+            file = _open_unnamed(target.parent) or open(temporary, "xb", buffering=0)
         with file:
             _write_all(file, memoryview(header), target)
             done = 0
@@ -154,6 +155,8 @@ def write_checkpoint(
                 done = _write_tensor(file, tensor, target, done, total, on_bytes)
             with _writing(target):
                 os.fsync(file.fileno())
+                if not temporary.exists():
+                    _give_name(file, temporary)
         with _writing(target):
             os.replace(temporary, target)
     except BaseException:
@@ -275,6 +278,26 @@ def _produce_bytes(tensor: PlannedTensor, target: Path) -> memoryview:
         found, planned = f"a {type(value).__name__}", f"a tensor or memoryview for {planned}"
     found = f"tensor {quote(tensor.name)} was produced as {found}"
     raise CheckpointError(found, where=target.name, expected=planned, remedy="this is a bug in the producer, report it")
+
+
+def _open_unnamed(folder: Path) -> BinaryIO | None:
+    """A file in ``folder`` that has no name yet, so that a kill leaves nothing; None where there is no such thing."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb", buffering=0)
+    except OSError:  # NFS, FAT, overlays of old kernels
+        return None
+
+
+def _give_name(file: BinaryIO, name: Path) -> None:
+    """Link an unnamed file into its folder."""
+    folder = os.open(name.parent, os.O_RDONLY)
+    try:
+        # With a folder given, os.link calls linkat, which alone follows the link in /proc to the file.
+        os.link(f"/proc/self/fd/{file.fileno()}", name.name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
 
 
 def _remove(temporary: Path) -> None:
