@@ -1,0 +1,26 @@
+"""The kernels compile for every architecture the pack names, without a GPU at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+
+
+def test_the_kernels_compile_from_turing_to_blackwell(tmp_path: Path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "75", "80", "89", "90", "100", "120"]
+    run = subprocess.run(
+        command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    sizes = json.loads(run.stdout)
+    assert len(sizes) == 6 * 9
+    assert all(size > 1000 for size in sizes.values())
