@@ -14,7 +14,6 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
-import comfy.memory_management
 import comfy.model_detection
 import comfy.model_management
 import comfy.sd
@@ -52,11 +51,14 @@ class LoadReport:
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count:,} {name}" for name, count in self.layers.items())
+        how = f"{self.compute}, weights dequantised by the {self.backend} backend ({self.reason})"
+        if self.dialect == "none":
+            how = "as ComfyUI's own loader, there is nothing to dequantise"
         lines = [
             f"{self.file}: {self.family}, {self.gigabytes:.2f} GB",
             f"dialect: {self.dialect} ({self.evidence})",
             f"layers: {layers}",
-            f"compute: {self.compute}, weights dequantised by the {self.backend} backend ({self.reason})",
+            f"compute: {how}",
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
         ]
         if self.config_from:
