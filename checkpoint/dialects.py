@@ -20,12 +20,14 @@ import torch
 
 from ..kernels.format import BLOCK, PackedWeight, block_scale_shape, round_up, swap_nibbles, swizzle
 from .header import CheckpointError, Header, TensorInfo
+from .signatures import transformer_config
 
 AUTO = "auto"
 FP8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 MARKER = "comfy_quant"
 HEADER_ENTRY = "_quantization_metadata"
 SIDECAR = "hf_quant_config.json beside the file"
+STATED = "stated by the user"
 
 Get = Callable[[str], torch.Tensor]  # key suffix of one layer -> tensor
 Group = Mapping[str, TensorInfo]  # key suffix of one layer -> header entry
@@ -79,10 +81,13 @@ _INPUT_SCALES = (
     ("input_global_scale", lambda value: 1.0 / value),
     ("input_absmax", lambda value: value / 2688.0),  # 448 * 6
 )
-_SUFFIXES = (
-    *("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "alpha", "input_scale"),
-    *("input_global_scale", "input_absmax", "pre_quant_scale", "scale_weight", "scale_input", MARKER),
+# Key suffixes that, beside `weight`, say how a quantised layer is stored, in any dialect.
+STORAGE_KEYS = (
+    *("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape", "alpha"),
+    *("input_scale", "input_global_scale", "input_absmax"),
 )
+OLD_FP8_KEYS = ("scale_weight", "scale_input")
+_SUFFIXES = ("weight", *STORAGE_KEYS, "pre_quant_scale", *OLD_FP8_KEYS, MARKER)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def detect(header: Header, requested: str = AUTO, prefix: str = "") -> Plan:
     if packed and requested == AUTO:
         dialect, evidence = _declared(header, packed)
     elif packed:
-        dialect, evidence = requested, "stated by the user"
+        dialect, evidence = requested, STATED
     else:
         dialect, evidence = None, "no NVFP4 layer"
     nvfp4 = {layer: _check_layer(name, layer, group, dialect) for layer, group in packed.items()}
@@ -252,11 +257,11 @@ def modelopt_declaration(header: Header) -> str | None:
 def _lightricks(header: Header) -> bool:
     """Whether Lightricks wrote the header: a `config` of one of its transformers."""
     try:
-        transformer = json.loads(header.metadata.get("config", "{}"))["transformer"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        transformer = transformer_config(header) or {}
+    except CheckpointError:
         return False
     # LTX video transformers are `AVTransformer3DModel` and `Transformer3DModel`.
-    return isinstance(transformer, dict) and "Transformer3DModel" in str(transformer.get("_class_name", ""))
+    return "Transformer3DModel" in str(transformer.get("_class_name", ""))
 
 
 def _declared(header: Header, packed: Mapping[str, Group]) -> tuple[str, str]:

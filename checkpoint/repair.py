@@ -26,10 +26,7 @@ from .shards import Checkpoint, Source, open_checkpoint
 from .split import check_targets, with_config
 
 BACKUP_ENDING = ".header-backup"
-_REPLACED = (
-    *("weight_packed", "weight", "weight_scale", "weight_scale_2", "weight_global_scale", "alpha", "input_scale"),
-    *("input_global_scale", "input_absmax", "weight_shape", dialects.MARKER),
-)
+_REPLACED = ("weight", *dialects.STORAGE_KEYS, dialects.MARKER)
 _OLD_FP8 = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 
 

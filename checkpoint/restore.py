@@ -25,10 +25,7 @@ _SCALES = ("weight_scale", "scale_weight")
 _SLAB, _TILE = 2**20, 4096  # elements converted at once; columns dequantised at once
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Key suffixes that only describe how a layer's weight is stored.
-AUXILIARY = (
-    *("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape", "alpha", "input_scale"),
-    *("input_global_scale", "input_absmax", "pre_quant_scale", "scale_weight", "scale_input", dialects.MARKER),
-)
+AUXILIARY = (*dialects.STORAGE_KEYS, "pre_quant_scale", *dialects.OLD_FP8_KEYS, dialects.MARKER)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ class. Native tensors are not copied: they stay slices of the mapped file.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
-import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -21,7 +21,18 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
-from ..checkpoint.dialects import AUTO, DIALECTS, FP8_FORMATS, MARKER, Plan, detect, host_layer, input_scale
+from ..checkpoint.dialects import (
+    AUTO,
+    DIALECTS,
+    FP8_FORMATS,
+    MARKER,
+    STATED,
+    STORAGE_KEYS,
+    Plan,
+    detect,
+    host_layer,
+    input_scale,
+)
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.signatures import Model, find_model, transformer_config
 from ..kernels import backends
@@ -93,13 +104,13 @@ def load_model(
     if not plan.formats:  # the host's older FP8 files have a marker of their own
         state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model.prefix, metadata=metadata)
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
-    compute_dtype = _compute_dtype(state_dict, metadata, path, device)
+    compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
     options = {"custom_operations": weight_only_operations(compute_dtype, device, backend, header.path.name)}
     present = {key.rpartition(".")[0] for key in state_dict}
     patcher = _load(state_dict, options, metadata, disable_dynamic, header.path.name)
     _check_linears(patcher.model.diffusion_model, options["custom_operations"].Linear, present, header.path.name)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from))
-    report = _report(path, plan, model, compute, (backend_name, reason), device, patcher, config_source)
+    report = _report(plan, model, compute, (backend_name, reason), device, patcher, config_source)
     logger.info("%s", str(report).replace("\n", "; "))
     return patcher, report
 
@@ -137,11 +148,10 @@ def rewrite(plan: Plan, state_dict: dict) -> dict:
     NVFP4 weights become the host's QuantizedTensor; a converted layer's original is dropped before the next is read.
     """
     _check_markers(plan, state_dict)
-    consumed = {"weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "alpha", *_INPUT_KEYS}
     for layer in plan.nvfp4:
-        get = _getter(state_dict, layer)
+        get = functools.partial(_tensor_of, state_dict, layer)
         record, activation = host_layer(plan, layer, get), input_scale(plan, layer, get)
-        for suffix in consumed:
+        for suffix in STORAGE_KEYS:
             state_dict.pop(f"{layer}.{suffix}", None)
         state_dict[f"{layer}.weight"] = wrap(record)
         if activation is not None:
@@ -185,11 +195,8 @@ def _check_linears(model: torch.nn.Module, linear: type, present: set[str], name
         logger.warning("%s has nothing of %d layers of the model, such as %s", name, len(absent), absent[0])
 
 
-_INPUT_KEYS = ("input_global_scale", "input_absmax")
-
-
-def _getter(state_dict: dict, layer: str):
-    return lambda suffix: state_dict[f"{layer}.{suffix}"]
+def _tensor_of(state_dict: dict, layer: str, suffix: str) -> torch.Tensor:
+    return state_dict[f"{layer}.{suffix}"]
 
 
 def _marker(content: dict) -> torch.Tensor:
@@ -208,7 +215,7 @@ def _check_markers(plan: Plan, state_dict: dict) -> None:
         if MARKER in group and f"{layer}.{MARKER}" in state_dict:
             text = state_dict[f"{layer}.{MARKER}"].numpy().tobytes()
             found = _fault(text, packed)
-            if found and (plan.evidence != "stated by the user" or layer not in plan.formats):
+            if found and (plan.evidence != STATED or layer not in plan.formats):
                 raise CheckpointError(
                     f"its `{MARKER}` marker {found}",
                     where=where,
@@ -236,7 +243,7 @@ def _fault(text: bytes, packed: bool | None) -> str:
     return ""
 
 
-def _compute_dtype(state_dict: dict, metadata: dict, path: str, device: torch.device) -> torch.dtype:
+def _compute_dtype(state_dict: dict, metadata: dict, device: torch.device, name: str) -> torch.dtype:
     """The dtype the host would compute this model's quantised layers in on ``device``."""
     # The host looks behind its own prefixes first, then takes the names as they are.
     for candidate in (comfy.model_detection.unet_prefix_from_state_dict(state_dict), ""):
@@ -246,7 +253,7 @@ def _compute_dtype(state_dict: dict, metadata: dict, path: str, device: torch.de
             return comfy.model_management.unet_manual_cast(None, device, supported) or torch.bfloat16
     raise CheckpointError(
         "ComfyUI does not recognise a diffusion model in it",
-        where=os.path.basename(path),
+        where=name,
         expected="a model family this ComfyUI knows",
         remedy="update ComfyUI, or pick the diffusion model's own file",
     )
@@ -263,7 +270,7 @@ def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool
     return patcher
 
 
-def _report(path, plan: Plan, model: Model, compute, backend, device, patcher, config_source) -> LoadReport:
+def _report(plan: Plan, model: Model, compute, backend, device, patcher, config_source) -> LoadReport:
     tensors = {key: info for key, info in plan.header.tensors.items() if key.startswith(model.prefix)}
     layers = Counter(content["format"] for content in plan.formats.values())
     plain = {layer for layer, group in plan.groups.items() if "weight" in group and layer not in plan.formats}

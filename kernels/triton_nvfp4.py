@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .format import OUTPUT_DTYPES, PackedWeight, block_scale_shape, packed_shape
+from .format import OUTPUT_DTYPES, PackedWeight, block_scale_shape, check_request, packed_shape
 from .reference import checked_global_scale
 
 # Tile found by measurement on an H200 (benchmarks/results); the kernel is bound by its stores, hardly by the tile.
@@ -226,10 +226,7 @@ def dequantizer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     def run(packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
         nonlocal direct
         if packed.shape != bytes_shape or block_scale.shape != scale_shape:
-            raise ValueError(
-                f"packed {tuple(packed.shape)} and block_scale {tuple(block_scale.shape)} do not belong to a weight of "
-                f"shape {shape}; expected {bytes_shape} and {scale_shape}"
-            )
+            check_request(packed, block_scale, shape, dtype)  # raises
         if not (packed.is_contiguous() and block_scale.is_contiguous()):
             packed, block_scale = packed.contiguous(), block_scale.contiguous()
         if global_scale.dtype != torch.float32 or global_scale.device != device:
