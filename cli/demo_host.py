@@ -16,6 +16,7 @@ from ..checkpoint import synthetic
 from .console import Cell, Console
 
 HARNESS = Path(__file__).resolve().parent.parent / "tests" / "host"
+FAMILIES = {"ltx23": "LTX-2.3", "ltx20": "LTX-2"}
 STOCK = "UNETLoader"
 OURS = "NVFP4ModelLoader"
 # The first is the reference that all packed ones must equal, the second must differ from it.
@@ -36,7 +37,7 @@ def sample_in_comfyui(base: Path, gpu: bool, console: Console) -> dict[str, Any]
         nodes = [HARNESS / "standin_nodes"]
         # One thread for the same reason as in demo.py.
         host = harness.ComfyUI(base=base, custom_nodes=nodes, cpu=not gpu, env={"OMP_NUM_THREADS": "1"})
-        model = _model_for(host.path)
+        model = harness.small_model(host.path)
         if model is None:
             reason = "This ComfyUI builds the embeddings connectors in their released size only: no small model runs."
             console.say(reason, indent=2)
@@ -59,7 +60,7 @@ def sample_in_comfyui(base: Path, gpu: bool, console: Console) -> dict[str, Any]
         "ok": all(run["as_expected"] for run in runs),
         "version": host.version,
         "device": "GPU" if gpu else "CPU",
-        "family": model,
+        "family": FAMILIES[model],
         "boot_seconds": boot_seconds,
         "runs": runs,
     }
@@ -84,17 +85,8 @@ def _import_error(log: str) -> str:
     return next((line for line in log.splitlines() if line.startswith("Cannot import")), "its log does not say why")
 
 
-def _model_for(comfyui: Path) -> str | None:
-    """The family this ComfyUI can build scaled down, by what its source knows; versions tell less."""
-    model = comfyui / "comfy" / "ldm" / "lightricks" / "av_model.py"
-    source = model.read_text(encoding="utf-8") if model.is_file() else ""
-    if "apply_gated_attention" in source:
-        return "LTX-2.3"
-    return None if "video_embeddings_connector" in source or not source else "LTX-2"
-
-
-def _write_files(folder: Path, family: str) -> dict:
-    state, config = synthetic.small_ltx23() if family == "LTX-2.3" else synthetic.small_ltx20()
+def _write_files(folder: Path, model: str) -> dict:
+    state, config = getattr(synthetic, f"small_{model}")()
     packed = synthetic.quantize_layers(state, config)
     for kind in (*STOCK_KINDS, *KINDS):
         synthetic.write(folder / f"{kind}.safetensors", kind, state, config, packed)

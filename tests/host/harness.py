@@ -52,6 +52,18 @@ def comfyui_python(path: Path) -> str:
     return "python3"
 
 
+def small_model(comfyui: Path) -> str | None:
+    """The scaled-down model of synthetic.py this ComfyUI can build, "ltx23" or "ltx20", by what its source knows.
+
+    None if it builds the embeddings connectors in their released size only; versions tell less than the source.
+    """
+    model = comfyui / "comfy" / "ldm" / "lightricks" / "av_model.py"
+    source = model.read_text(encoding="utf-8") if model.is_file() else ""
+    if "apply_gated_attention" in source:
+        return "ltx23"
+    return None if "video_embeddings_connector" in source or not source else "ltx20"
+
+
 def host_environment() -> dict[str, str]:
     """This process's environment without what the tests set for themselves."""
     return {name: value for name, value in os.environ.items() if name not in {"TRITON_INTERPRET", "PYTHONPATH"}}

@@ -25,7 +25,7 @@ class Scene:
     def __init__(self, folder: Path):
         synthetic = importlib.import_module("nvfp4_video.checkpoint.synthetic")
         self.folder = folder
-        self.ltx = ltx_that_this_host_builds()
+        self.ltx = importlib.import_module("nvfp4_video.tests.host.harness").small_model(Path.cwd())
         if self.ltx is None:
             return
         self.state, self.config = getattr(synthetic, f"small_{self.ltx}")()
@@ -77,14 +77,6 @@ class Scene:
 
 def comfy(name: str):
     return importlib.import_module(f"comfy.{name}")
-
-
-def ltx_that_this_host_builds() -> str | None:
-    """Name of the small model, as tests/host/test_sampling.py chooses it; None if neither can be built."""
-    source = Path("comfy/ldm/lightricks/av_model.py").read_text(encoding="utf-8")
-    if "apply_gated_attention" in source:
-        return "ltx23"
-    return None if "video_embeddings_connector" in source else "ltx20"
 
 
 def is_quantized(weight) -> bool:

@@ -10,6 +10,7 @@ from nvfp4_video.checkpoint import synthetic
 from nvfp4_video.checkpoint.repair import repair
 from nvfp4_video.tests.host import graphs
 from nvfp4_video.tests.host.harness import ComfyUI, HostError, run_in_host
+from nvfp4_video.tests.host.models import small_model_of
 
 KINDS = ("metadata_less", "modelopt", "modelopt_swizzled", "compressed_tensors", "lightx2v")
 # Loads a full checkpoint with ComfyUI's own function and says which layers it took for NVFP4, and the checksum of one.
@@ -31,14 +32,7 @@ print("RESULT" + json.dumps(sorted(packed)))
 @pytest.fixture(scope="module")
 def model(host: ComfyUI):
     """State, config and packed layers of the model this host can build, and its decoded weights in a file."""
-    source = (host.path / "comfy" / "ldm" / "lightricks" / "av_model.py").read_text(encoding="utf-8")
-    if "apply_gated_attention" in source:
-        state, config = synthetic.small_ltx23()
-    elif "video_embeddings_connector" in source:
-        pytest.skip(f"ComfyUI {host.version} builds the embeddings connectors in their released size only")
-    else:
-        state, config = synthetic.small_ltx20()
-    packed = synthetic.quantize_layers(state, config)
+    state, config, packed = small_model_of(host)
     folder = host.base / "models" / "diffusion_models"
     synthetic.write(folder / "repair_reference.safetensors", "bf16_decoded", state, config, packed)
     return state, config, packed

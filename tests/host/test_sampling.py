@@ -10,6 +10,7 @@ import pytest
 from nvfp4_video.checkpoint import synthetic
 from nvfp4_video.tests.host import graphs
 from nvfp4_video.tests.host.harness import ComfyUI, HostError
+from nvfp4_video.tests.host.models import small_model_of
 
 # Files whose tensors and header leave the dialect open; the user has to state it.
 STATED: dict[str, str] = {}
@@ -19,14 +20,7 @@ PACKED_KINDS = [kind for kind in synthetic.KINDS if not kind.startswith("bf16") 
 @pytest.fixture(scope="module")
 def config(host: ComfyUI) -> dict:
     """Puts every file into the host's folders; the transformer config of the model they hold."""
-    source = (host.path / "comfy" / "ldm" / "lightricks" / "av_model.py").read_text(encoding="utf-8")
-    if "apply_gated_attention" in source:
-        state, config = synthetic.small_ltx23()
-    elif "video_embeddings_connector" in source:
-        pytest.skip(f"ComfyUI {host.version} builds the embeddings connectors in their released size only")
-    else:
-        state, config = synthetic.small_ltx20()
-    packed = synthetic.quantize_layers(state, config)
+    state, config, packed = small_model_of(host)
     models = host.base / "models"
     for kind in synthetic.KINDS:
         synthetic.write(models / "diffusion_models" / f"{kind}.safetensors", kind, state, config, packed)
