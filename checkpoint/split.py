@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import dialects
-from .components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components
+from .components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, REST, VIDEO_VAE, Component, find_components
 from .container import PlannedTensor, write_checkpoint
 from .header import CheckpointError, Header, read_header
 from .restore import Restoration, plan_restoration
@@ -166,7 +166,7 @@ def _choose(header: Header, wanted: list[str], vae_prefix: str | None) -> dict[s
     for name in wanted:
         if name not in components:
             present = ", ".join(component.title for component in components.values())
-            found = f"there is no {COMPONENTS[name]} in it"
+            found = "it has nothing else" if name == REST else f"there is no {COMPONENTS[name]} in it"
             remedy = "choose a full checkpoint, or leave this component out"
             raise CheckpointError(found, where=header.path.name, expected=f"one beside: {present}", remedy=remedy)
     return {name: components[name] for name in wanted}
