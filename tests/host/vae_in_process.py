@@ -215,7 +215,8 @@ def audio(scene: Scene) -> dict:
     if hasattr(patcher, "cached_patcher_init"):
         factory, arguments = patcher.cached_patcher_init
         again = factory(*arguments).model
-        equal = all(scene.equal(*pair) for pair in zip(again.parameters(), patcher.model.parameters(), strict=True))
+        pairs = zip(again.parameters(), patcher.model.parameters(), strict=True)
+        equal = all(scene.equal(a.cpu(), b.cpu()) for a, b in pairs)
         found["factory"] = equal and again is not patcher.model
     return found
 
