@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "nodes": {"nodes", "host", "checkpoint", "measure", "kernels"},
     "__init__": {"nodes", "host"},
     "__main__": {"cli"},
-    "cli": {"cli", "checkpoint", "measure", "kernels", "benchmarks", "tests"},
+    "cli": {"cli", "host", "checkpoint", "measure", "kernels", "benchmarks", "tests"},
     "benchmarks": {"benchmarks", "host", "checkpoint", "measure", "kernels"},
 }
 HOST_MODULES = {

@@ -1,0 +1,99 @@
+"""``doctor``: what host/ finds out about a ComfyUI, its launch flags and a prompt, and a file's page cache."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .console import CommandError, Console, size
+
+PACK = Path(__file__).resolve().parent.parent
+_NO_COMFYUI = "No ComfyUI: set COMFYUI_PATH to its folder to ask it. What only it knows is unknown below."
+_NOT_RUNNING = "This ComfyUI is asked without being started; a running one tells all at /nvfp4/report."
+
+
+def doctor(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``doctor``."""
+    parser.description = (
+        "What this machine and its ComfyUI are able to do with NVFP4, which launch flags fit, and what is wrong with a "
+        "prompt. COMFYUI_PATH names the folder of the ComfyUI, if the pack does not lie in its custom_nodes. Exits "
+        "with 1 if something is wrong."
+    )
+    parser.add_argument("prompt", nargs="?", type=Path, metavar="PROMPT_JSON", help="a workflow saved as API format")
+    parser.add_argument(
+        "--release", type=Path, metavar="FILE", help="only drop this file from the page cache, for unified memory"
+    )
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
+    """-> (the report, or what was released; whether no finding is worse than an information)."""
+    if args.release:
+        if args.prompt:
+            raise CommandError("--release does nothing else: leave the prompt out, or call doctor twice")
+        return _release(args.release, console), True
+    prompt = _read_prompt(args.prompt) if args.prompt else None
+    connected = _connect()
+    if prompt is not None and not connected:
+        raise CommandError("a prompt is checked against the files of a ComfyUI: set COMFYUI_PATH to its folder")
+    # Imported here, after _connect has made that ComfyUI importable.
+    from ..host import doctor as host_doctor
+    from ..host.probe import probe
+
+    facts, findings = probe(), []
+    if connected:
+        from ..host import guard
+
+        findings = [*guard.check_host(facts), *(guard.check(prompt, facts) if prompt is not None else ())]
+    report = host_doctor.report(facts, findings)
+    console.say(_NOT_RUNNING if connected else _NO_COMFYUI, "yellow")
+    console.say()
+    console.say(host_doctor.text(report))
+    return report, all(finding["severity"] == "info" for finding in report["findings"])
+
+
+def _release(path: Path, console: Console) -> dict[str, Any]:
+    from ..host import page_cache
+
+    done = page_cache.release(path)
+    console.say(f"{path.name}, {size(done.size)}: {size(done.before)} were cached, {size(done.after)} are now.")
+    if done.after:
+        console.say("A program that has the file mapped, such as a ComfyUI with the model loaded, keeps its pages.")
+    return {"file": path.name} | asdict(done)
+
+
+def _read_prompt(path: Path) -> dict[str, Any]:
+    """The graph of a file in API format. Raises CommandError for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(f"{path} is no JSON: {error}") from None
+    if isinstance(found, dict) and isinstance(found.get("prompt"), dict):
+        found = found["prompt"]
+    if isinstance(found, dict) and isinstance(found.get("nodes"), list):
+        raise CommandError(f"{path} is a workflow as the front end saves it; export it again with Export (API)")
+    if not isinstance(found, dict) or not all(isinstance(node, dict) for node in found.values()):
+        raise CommandError(f"{path} holds no prompt: expected an object of nodes by id, as Export (API) writes it")
+    return found
+
+
+def _connect() -> bool:
+    """Make the ComfyUI importable that COMFYUI_PATH or the pack's own place names -> whether there is one."""
+    named = os.environ.get("COMFYUI_PATH")
+    path = Path(named).expanduser().resolve() if named else PACK.parent.parent
+    if not (path / "comfy" / "cli_args.py").is_file():
+        if named:
+            raise CommandError(f"COMFYUI_PATH is {named!r}; expected the folder of a ComfyUI, the one with main.py")
+        return False
+    sys.path.insert(0, str(path))
+    # ComfyUI reads its command line while it is imported, and wants a GPU unless told otherwise.
+    torch = importlib.import_module("torch")
+    sys.argv = ["main.py"] if torch.cuda.is_available() else ["main.py", "--cpu"]
+    importlib.import_module("comfy.options").enable_args_parsing()
+    return True

@@ -1,0 +1,106 @@
+"""The host report: facts, verdict for each loaded model, findings and the recommended launch, as JSON and as text.
+
+It is the body of GET /nvfp4/report and what the `doctor` command prints, so it holds no paths and no names of users.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
+from .probe import Fact, gib, probe, why
+from .profiles import launch_profile
+
+SCHEMA = 1
+_RESIDENT = 0.95  # of a model's bytes; the rest may be what the host keeps back for itself
+
+
+def report(facts: Mapping[str, Fact] | None = None, findings: Iterable = ()) -> dict:
+    """Facts, by default those of now, and findings of guard.py -> the report, ready for JSON."""
+    facts = probe() if facts is None else facts
+    names = ("id", "group", "label", "text", "known", "source")
+    return {
+        "schema": SCHEMA,
+        "facts": [{name: getattr(fact, name) for name in names} for fact in facts.values()],
+        "models": models(facts),
+        "findings": [finding if isinstance(finding, dict) else finding.as_dict() for finding in findings],
+        "launch": launch_profile(facts).as_dict(),
+    }
+
+
+def text(report: Mapping) -> str:
+    """The report as lines for a terminal, a node or a bug report."""
+    lines = []
+    for group, facts in groupby(report["facts"], key=lambda fact: fact["group"]):
+        lines += [group, *(f"  {fact['label']}: {fact['text']}" for fact in facts), ""]
+    lines.append("Loaded models")
+    for model in report["models"]:
+        lines += [f"  {model['name']}: {model['verdict']} ({model['text']})", f"    {model['why']}"]
+    lines += [] if report["models"] else ["  none"]
+    lines += ["", "Findings"]
+    for finding in report["findings"]:
+        lines += [f"  {finding['severity']}: {finding['title']}", f"    {finding['why']}", f"    {finding['remedy']}"]
+        lines += [f"    nodes: {', '.join(finding['nodes'])}"] if finding.get("nodes") else []
+    lines += [] if report["findings"] else ["  none"]
+    launch = report["launch"]
+    lines += ["", f"Recommended launch, {launch['name']}", f"  {launch['command']}"]
+    lines += [f"  {flag['flag']}: {flag['why']} ({flag['evidence']})" for flag in launch["flags"]]
+    lines += [f"  {launch['note']}"] if launch["note"] else []
+    return "\n".join(lines)
+
+
+def models(facts: Mapping[str, Fact]) -> list[dict[str, str]]:
+    """Loaded models -> name, verdict ("fast", "slow", "unknown"), text, why: is this one on the fast path?"""
+    management = sys.modules.get("comfy.model_management")
+    patchers = [loaded.model for loaded in list(getattr(management, "current_loaded_models", ()))]
+    return [_describe(patcher, facts) for patcher in patchers if patcher is not None]
+
+
+def _describe(patcher, facts: Mapping[str, Fact]) -> dict[str, str]:
+    name = type(patcher.model).__name__
+    try:
+        layers = [m for m in patcher.model.modules() if m.__dict__.get("quant_format") == "nvfp4"]
+        if not layers:
+            return _model(name, "unknown", "no NVFP4 layers", "there is nothing to dequantise")
+        dynamic = bool(getattr(patcher, "is_dynamic", bool)())
+        size, loaded = patcher.model_size(), patcher.loaded_size()
+        text = f"{len(layers):,} NVFP4 layers, DynamicVRAM {'on' if dynamic else 'off'}, "
+        text += f"{gib(loaded)} of {gib(size)} on the GPU"
+        verdict, reason = _compute_verdict(layers, facts)
+        # A dynamic model that has not run yet has nothing on the GPU; that says nothing.
+        if verdict == "fast" and 0 < loaded < _RESIDENT * size:
+            verdict, reason = "slow", f"{gib(size - loaded)} lie outside the GPU's memory and are copied in every step"
+        return _model(name, verdict, text, reason)
+    except Exception as error:  # a report must come whatever a model of a custom node does
+        return _model(name, "unknown", "could not be examined", why(error))
+
+
+def _model(name: str, verdict: str, text: str, reason: str) -> dict[str, str]:
+    return {"name": name, "verdict": verdict, "text": text, "why": reason}
+
+
+def _compute_verdict(layers: list, facts: Mapping[str, Fact]) -> tuple[str, str]:
+    """NVFP4 Linears of one model -> verdict, reason."""
+    own = [layer for layer in layers if type(layer).__module__ == f"{__package__}.linear"]
+    patched = sum(map(_is_patched, layers))
+    if patched:
+        return "slow", f"a LoRA is computed into the weight in every step in {patched:,} of {len(layers):,} layers"
+    if len(own) == len(layers):
+        backend = facts["own_backend"]
+        verdict = {"triton": "fast", "torch": "slow"}.get(backend.value, "unknown")
+        return verdict, f"weights are dequantised by this pack's kernels: {backend.text}"
+    compute = facts["nvfp4_compute"]
+    whole = sum(bool(layer.__dict__.get("_full_precision_mm")) for layer in layers)
+    if compute.value == "fp4" and not whole:
+        return "fast", f"ComfyUI computes {compute.text}, activations quantised as well"
+    if compute.value == "fp4":
+        return "slow", f"ComfyUI dequantises the weights of {whole:,} layers; load the file with NVFP4ModelLoader"
+    if not compute.known:
+        return "unknown", compute.text
+    return "slow", f"ComfyUI's own way: {compute.text}; load the file with NVFP4ModelLoader"
+
+
+def _is_patched(layer) -> bool:
+    own = layer.__dict__
+    return bool(own.get("weight_function")) or own.get("weight_lowvram_function") is not None

@@ -1,0 +1,175 @@
+"""Which flags ComfyUI is best started with on this machine, each with its reason and where that is known from.
+
+A flag is named only if the host's own command line knows it. "Measured by us" is a figure of benchmarks/ or of this
+pack's tests on the GPU named; "reported" is somebody's experience in a thread of ComfyUI's issue tracker, by number,
+and was not repeated here. Nothing here was run on a GB10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from .probe import GIB, Fact
+
+COMMAND = "python main.py"
+FOLKLORE = ("--disable-async-offload", "--disable-dynamic-vram")
+# What ComfyUI takes as a request to leave DynamicVRAM off, besides the flag for it (comfy/cli_args.py).
+SWITCHES_DYNAMIC_OFF = ("--highvram", "--gpu-only", "--novram")
+MEASURED = "measured by us"
+# An LTX-2.3 DiT of 21.0 B parameters with 1,496 Linears in NVFP4.
+WEIGHTS_GB = 17.6
+_LARGE, _FULL, _MEDIUM = 40 * GIB, 28 * GIB, 20 * GIB
+
+Flag = tuple[str, str, str]  # flag with its value, why, evidence
+
+
+@dataclass(frozen=True)
+class LaunchProfile:
+    """``command`` is the line to copy; ``flags`` are (flag, why, evidence); ``note`` says what no flag can."""
+
+    name: str
+    command: str
+    flags: tuple[Flag, ...]
+    note: str
+
+    def as_dict(self) -> dict[str, object]:
+        flags = [dict(zip(("flag", "why", "evidence"), flag, strict=True)) for flag in self.flags]
+        return {"name": self.name, "command": self.command, "flags": flags, "note": self.note}
+
+
+def launch_profile(facts: Mapping[str, Fact]) -> LaunchProfile:
+    """Facts of probe() -> the profile of this machine and this host."""
+    name, own, remarks = _machine(facts)
+    known = _value(facts, "known_flags") or frozenset()
+    flags = tuple(flag for flag in (*_crash_flags(facts), *own) if flag[0].split()[0] in known)
+    notes = [*remarks, *_crash_notes(facts, flags), *_started_with(facts, flags)]
+    if not known:
+        notes.append("This process has no ComfyUI, so no flag could be checked against its command line.")
+    return LaunchProfile(name, " ".join((COMMAND, *(flag[0] for flag in flags))), flags, " ".join(notes))
+
+
+def _machine(facts: Mapping[str, Fact]) -> tuple[str, list[Flag], list[str]]:
+    """-> name, flags and remarks of the hardware."""
+    memory = _value(facts, "gpu_memory")
+    if memory is None:
+        return "no NVIDIA GPU found", [], ["No flag is recommended without one."]
+    if _value(facts, "unified_memory"):
+        return _unified(memory, _value(facts, "gpu_name") or "")
+    fits = f"LTX-2.3 in NVFP4 weighs {WEIGHTS_GB} GB ({MEASURED})"
+    regression = list(_pinning_regression(facts))
+    if memory >= _LARGE:
+        ran = f"No flag is needed: {fits}; this pack's figures on an H200 were taken with ComfyUI's defaults."
+        return "40 GB and more", regression, [ran]
+    if memory >= _FULL:
+        stays = f"No flag is needed for the weights: {fits} and stays on the GPU as a whole."
+        return "32 GB", [*_two_stages(facts), *regression], [stays]
+    if memory >= _MEDIUM:
+        tight = f"{fits}, which leaves little for the video itself; DynamicVRAM moves weights out as needed."
+        return "24 GB", [*_headroom(facts, "1"), *regression], [tight, *_no_dynamic(facts)]
+    streams = f"{fits}: part of it stays in system memory and is copied in every step, which DynamicVRAM overlaps."
+    return "less than 20 GB", [*_headroom(facts, "0.5"), *regression], [streams, *_no_dynamic(facts)]
+
+
+def _unified(memory: int, gpu: str) -> tuple[str, list[Flag], list[str]]:
+    reserve = 16 if memory >= 100 * GIB else max(2, round(memory / GIB / 8))
+    scaled = "" if memory >= 100 * GIB else ", scaled from 16 of 121 GiB to this machine"
+    flags: list[Flag] = [
+        (
+            f"--reserve-vram {reserve}",
+            "GPU and system share one memory: without a reserve a large load ends in SIGABRT or NV_ERR_NO_MEMORY "
+            "instead of an out-of-memory error",
+            f"reported, thread 15285 (GB10, ComfyUI 0.33.1){scaled}",
+        )
+    ]
+    if "Orin" in gpu:
+        why = "on this system on a chip ComfyUI does not start, or stops while it loads a model, with DynamicVRAM"
+        flags.append(("--disable-dynamic-vram", why, "reported, thread 15285 (Jetson AGX Orin, 32 GB)"))
+    remarks = [
+        "A loaded file stays in the page cache beside its weights, in the same memory (reported, threads 10896 and "
+        "13609), and CUDA counts that as used: the `doctor` command with --release FILE drops it and says how much "
+        "that was.",
+        "--highvram and --gpu-only switch DynamicVRAM off and gain nothing here: there is no second memory to keep "
+        "weights out of. Which flags suit a DGX Spark is an open question among its users (thread 15852).",
+    ]
+    return "unified memory", flags, remarks
+
+
+def _headroom(facts: Mapping[str, Fact], gigabytes: str) -> Iterator[Flag]:
+    if not _has_no_dynamic_vram(facts):
+        why = "keeps room for the desktop and the browser, into which DynamicVRAM else grows; not needed without them"
+        yield f"--vram-headroom {gigabytes}", why, "reported, thread 14396 (RTX 4090 and smaller cards)"
+
+
+def _two_stages(facts: Mapping[str, Fact]) -> Iterator[Flag]:
+    if _has_no_dynamic_vram(facts):
+        why = "without DynamicVRAM the second, larger stage of a two-stage LTX-2 workflow finds too little memory left"
+        yield "--reserve-vram 8", why, "reported, thread 11726 (32 GB card)"
+
+
+def _pinning_regression(facts: Mapping[str, Fact]) -> Iterator[Flag]:
+    version = _value(facts, "comfyui_version") or ""
+    if version.startswith("0.30.") and not _has_no_dynamic_vram(facts):
+        why = "this ComfyUI can stop with `HostBuffer.read_file_slice failed`; a newer one is the better cure"
+        yield "--disable-pinned-memory", why, "reported, thread 15255 (0.30.0 and 0.30.1)"
+
+
+def _no_dynamic(facts: Mapping[str, Fact]) -> Iterator[str]:
+    if _has_no_dynamic_vram(facts):
+        yield "DynamicVRAM is off here, and on this card it matters more than any flag: update ComfyUI and PyTorch."
+
+
+def _has_no_dynamic_vram(facts: Mapping[str, Fact]) -> bool:
+    """Whether it is off for another reason than a flag, which the recommended line would leave out."""
+    return _value(facts, "dynamic_vram") is False and not _started(facts) & {FOLKLORE[1], *SWITCHES_DYNAMIC_OFF}
+
+
+def _crash_flags(facts: Mapping[str, Fact]) -> Iterator[Flag]:
+    """For a host that has the crash of the block prefetch, if nothing but flags keeps that from happening."""
+    streams = _value(facts, "async_offload_streams") != 0 or FOLKLORE[0] in _started(facts)
+    possible = streams and not _has_no_dynamic_vram(facts) and _value(facts, "gpu_memory") is not None
+    if _value(facts, "prefetch_crash") and possible:
+        why = "this ComfyUI stops with 'wait_stream' on a model that stays on the GPU; this one flag avoids it"
+        yield FOLKLORE[0], why, f"{MEASURED}, H200"
+
+
+def _crash_notes(facts: Mapping[str, Fact], flags: tuple[Flag, ...]) -> Iterator[str]:
+    crash = _value(facts, "prefetch_crash")
+    recommended = {flag[0] for flag in flags}
+    folklore = [flag for flag in FOLKLORE if flag not in recommended]
+    if crash is False:
+        are = "are" if len(folklore) > 1 else "is"
+        yield (
+            f"`{' '.join(folklore)}` {are} not needed: this ComfyUI does not have the crash that this is recommended "
+            "against, and it costs speed and memory."
+        )
+    elif crash and list(_crash_flags(facts)):
+        yield (
+            "Better than --disable-async-offload: update ComfyUI, whose pull request 13703 fixed the crash, or put the "
+            f"node NVFP4LaunchGuard with the policy `cure` behind the loader ({MEASURED}, H200)."
+        )
+    elif crash:
+        yield "This ComfyUI has the 'wait_stream' crash, which cannot happen on this machine: update it all the same."
+    else:
+        reason = facts["prefetch_crash"].text.removeprefix("unknown: ") if "prefetch_crash" in facts else "not asked"
+        yield f"Whether `{' '.join(folklore)}` must be given is not known: {reason}."
+
+
+def _started_with(facts: Mapping[str, Fact], flags: tuple[Flag, ...]) -> Iterator[str]:
+    """What to leave out of the line this host was started with."""
+    superfluous = [flag for flag in FOLKLORE if flag in _started(facts) - {flag[0] for flag in flags}]
+    if superfluous and _value(facts, "prefetch_crash") is not None:
+        yield f"It was started with {' and '.join(superfluous)}: leave that out."
+    for flag in SWITCHES_DYNAMIC_OFF:
+        if flag in _started(facts):
+            yield f"It was started with {flag}, which switches DynamicVRAM off."
+
+
+def _started(facts: Mapping[str, Fact]) -> set[str]:
+    """The flags, without their values, this host was started with."""
+    return {flag.split()[0] for flag in _value(facts, "launch_flags") or []}
+
+
+def _value(facts: Mapping[str, Fact], fact_id: str):
+    fact = facts.get(fact_id)
+    return fact.value if fact is not None else None
