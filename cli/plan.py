@@ -1,0 +1,61 @@
+"""``plan``: what a checkpoint needs on a GPU, and what NVFP4 changes there."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.components import find_components
+from ..checkpoint.shards import open_checkpoint
+from ..measure.gpus import DETECTED, GPUS, pick_gpu
+from ..measure.plan import make_plan
+from ..measure.roofline import MODES, Clip
+from .console import CommandError, Console
+
+
+def plan(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``plan``."""
+    parser.description = (
+        "Whether a model fits a GPU for a clip, what bounds a denoising step there, and what NVFP4 therefore changes: "
+        "size, speed, or both. Reads only the header. Exits with 1 if weights would have to be streamed in every step."
+    )
+    parser.add_argument("source", metavar="FILE", help="a full checkpoint or a diffusion model")
+    parser.add_argument(
+        "--gpu", default=DETECTED, metavar="NAME", help=f"this machine's, if left out, or one of: {', '.join(GPUS)}"
+    )
+    parser.add_argument("--width", type=int, default=768, metavar="PIXELS")
+    parser.add_argument("--height", type=int, default=512, metavar="PIXELS")
+    parser.add_argument("--frames", type=int, default=121, metavar="N")
+    parser.add_argument("--fps", type=float, default=24.0, metavar="N")
+    parser.add_argument("--compute", choices=MODES, default=MODES[0], help="how NVFP4 is multiplied")
+    parser.add_argument("--text-encoder", type=float, metavar="GB", help="size of the text encoder, 9 if left out")
+    parser.add_argument("--memory", type=float, metavar="GB", help="memory of a GPU that is not in the list")
+    parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="its memory bandwidth")
+    parser.add_argument("--tflops", type=float, metavar="N", help="its dense BF16 tensor rate in TFLOP/s")
+    parser.add_argument("--picture", type=Path, metavar="OUT", help="write the roofline as .png")
+    parser.set_defaults(run=run_plan)
+
+
+def run_plan(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
+    """-> (the plan, whether it runs without streaming)."""
+    if args.picture and args.picture.suffix.lower() != ".png":
+        raise CommandError(f"the output {args.picture} does not end in .png")
+    header = open_checkpoint(args.source).header
+    clip = Clip(args.width, args.height, args.frames, args.fps)
+    encoder = args.text_encoder and args.text_encoder * 1e9
+    try:
+        gpu = pick_gpu(args.gpu, memory=args.memory, bandwidth=args.bandwidth, tflops=args.tflops)
+        parts = find_components(header)
+        found = make_plan(header.path.name, header.tensors, parts, clip, gpu, args.compute, encoder)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if args.picture:
+        from ..measure.media import write_png
+        from ..measure.roofline_picture import roofline_picture  # Pillow, which only the picture needs
+
+        write_png(args.picture, roofline_picture(found))
+    console.say(str(found))
+    if args.picture:
+        console.say(f"\nPicture: {args.picture}")
+    return found.as_dict() | {"picture": str(args.picture) if args.picture else None}, found.runs

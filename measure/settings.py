@@ -1,0 +1,179 @@
+"""What a distilled LTX-2.x model has to be given: sizes it can make, frame counts, audio length, sigmas.
+
+The video VAE takes 32 x 32 pixels of 8 frames to one latent (the first frame has a latent of its own), so sides are
+multiples of 32 and frame counts 8k + 1. Two stages sample at half the size first, so that the final sides are multiples
+of 64. ComfyUI's nodes round other values down without a word.
+
+Audio: 16,000 samples a second, one MEL frame per 160 samples, one latent per 4 MEL frames: 25 latents a second.
+
+Sigmas: as Lightricks publishes them for the distilled models. A scheduler with 8 steps gives other values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+VERSIONS = ("2.3", "2.5", "2.0")
+ONE_STAGE, TWO_STAGES = "one stage", "two stages"
+STAGES = (ONE_STAGE, TWO_STAGES)
+SIGMAS_STAGE_1 = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+SIGMAS_STAGE_2 = {
+    "2.0": (0.909375, 0.725, 0.421875, 0.0),
+    "2.3": (0.85, 0.725, 0.4219, 0.0),
+    "2.5": (0.85, 0.725, 0.4219, 0.0),
+}
+CFG = 1.0
+AUDIO_LATENTS_PER_SECOND = 16_000 / 160 / 4
+SPATIAL, TEMPORAL = 32, 8
+# Where the positions of the 2.x models end: `positional_embedding_max_pos` of LTX-2.3 is [20, 2048, 2048].
+MAX_SECONDS, MAX_SIDE = 20.0, 2048
+# LTXVEmptyLatentAudio's limit for its frame count.
+MAX_AUDIO_FRAMES = 1000
+_SMALLEST_SIDE = 64  # of EmptyLTXVLatentVideo
+_MEL_PER_LATENT = 4
+
+
+def audio_latents(frames: int, fps: float) -> int:
+    """Latents of a sound track as long as the picture, as ComfyUI 0.33 counts them: round(frames / fps * 25)."""
+    return round(frames / fps * AUDIO_LATENTS_PER_SECOND)
+
+
+def mel_frames(latents: int) -> int:
+    """MEL frames that ``latents`` audio latents decode to: 4n - 3, because the first one is not repeated."""
+    return _MEL_PER_LATENT * latents - (_MEL_PER_LATENT - 1)
+
+
+def latent_size(width: int, height: int, frames: int) -> tuple[int, int, int]:
+    """Pixels and frames -> (frames, height, width) of the video latent; what does not divide is cut off."""
+    return (frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All numbers of one render.
+
+    ``width`` and ``height`` are those of the first stage, whose latent is made empty; ``final_width`` and
+    ``final_height`` those of the clip. ``notes``: what was changed and why, and what to know.
+    """
+
+    version: str
+    stages: str
+    width: int
+    height: int
+    final_width: int
+    final_height: int
+    frames: int
+    fps: float
+    audio_latents: int
+    sigmas: tuple[float, ...]
+    sigmas_stage_2: tuple[float, ...]
+    cfg: float
+    notes: tuple[str, ...]
+
+    @property
+    def frame_rate(self) -> int:
+        """``fps`` as a whole number, for inputs that take nothing else."""
+        return max(round(self.fps), 1)
+
+    @property
+    def seconds(self) -> float:
+        """Length of the clip."""
+        return self.frames / self.fps
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self) | {"frame_rate": self.frame_rate, "seconds": self.seconds}
+
+    def __str__(self) -> str:
+        stages = "one stage of 8 steps"
+        if self.stages == TWO_STAGES:
+            stages = f"8 steps at {self.width}x{self.height}, latent upscaled twice, then 3 steps"
+        lines = [
+            f"LTX-{self.version} distilled: {self.final_width}x{self.final_height}, {self.frames} frames at "
+            f"{self.fps:g} fps, {self.seconds:.2f} s; {stages}; cfg {self.cfg:g}",
+            f"audio: {self.audio_latents} latents, {self.audio_latents / AUDIO_LATENTS_PER_SECOND:.2f} s",
+            f"sigmas: {', '.join(f'{sigma:g}' for sigma in self.sigmas)}",
+        ]
+        if self.stages == TWO_STAGES:
+            lines.append(f"sigmas of stage 2: {', '.join(f'{sigma:g}' for sigma in self.sigmas_stage_2)}")
+        return "\n".join([*lines, *self.notes])
+
+
+def distilled_settings(
+    width: int,
+    height: int,
+    frames: int = 121,
+    fps: float = 24.0,
+    *,
+    seconds: float = 0.0,
+    stages: str = ONE_STAGE,
+    version: str = "2.3",
+    count_audio: Callable[[int, float], int] = audio_latents,
+) -> Settings:
+    """Wishes -> Settings the model can make, each wish moved to the nearest possible value (of two, the smaller).
+
+    ``width``, ``height``: of the finished clip. ``seconds``: if above 0, decides instead of ``frames``.
+    ``count_audio``: (frames, fps) -> audio latents; a running ComfyUI's own, where there is one. ValueError for a
+    value that means nothing.
+    """
+    _check(width, height, frames, fps, seconds, stages, version)
+    step = SPATIAL * (2 if stages == TWO_STAGES else 1)
+    final_width, final_height = (_nearest(side, step, _SMALLEST_SIDE * step // SPATIAL) for side in (width, height))
+    wanted = seconds * fps if seconds > 0 else frames
+    count = max(TEMPORAL * math.ceil((wanted - 1) / TEMPORAL - 0.5), 0) + 1
+    latents = count_audio(count, fps)
+    notes = []
+    if (final_width, final_height) != (width, height):
+        why = "both stages need sides that are multiples of 32, so the final ones" if step > SPATIAL else "sides"
+        notes.append(f"size: {width}x{height} -> {final_width}x{final_height}; {why} are multiples of {step}")
+    if seconds > 0:
+        notes.append(f"frames: {seconds:g} s at {fps:g} fps are {wanted:g} frames -> {count}, the nearest 8k + 1")
+    elif count != frames:
+        notes.append(f"frames: {frames} -> {count}; the VAE makes 8k + 1, and ComfyUI would cut down in silence")
+    notes += _cautions(final_width, final_height, count, fps, latents)
+    scale = step // SPATIAL
+    return Settings(
+        version, stages, final_width // scale, final_height // scale, final_width, final_height, count, fps, latents,
+        SIGMAS_STAGE_1, SIGMAS_STAGE_2[version], CFG, tuple(notes),
+    )  # fmt: skip
+
+
+def _check(width: int, height: int, frames: int, fps: float, seconds: float, stages: str, version: str) -> None:
+    for name, value in (("width", width), ("height", height), ("frames", frames), ("fps", fps)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value}; expected a number above 0")
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"seconds is {seconds}; expected 0 (frames decides) or a length above it")
+    for name, value, known in (("stages", stages, STAGES), ("version", version, VERSIONS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+
+
+def _nearest(side: int, step: int, smallest: int) -> int:
+    """The multiple of ``step`` that is nearest, the smaller of two; at least ``smallest``."""
+    return max(-((step - 2 * side) // (2 * step)) * step, smallest)
+
+
+def _cautions(width: int, height: int, frames: int, fps: float, latents: int) -> list[str]:
+    notes = []
+    if fps != round(fps):
+        notes.append(
+            f"fps: {fps:g} is not whole; `frame_rate` is {max(round(fps), 1)} and makes the sound drift, so connect "
+            "`fps`. A ComfyUI whose empty audio latent takes whole numbers only cannot make this clip in sync"
+        )
+    if frames / fps > MAX_SECONDS:
+        notes.append(f"length: {frames / fps:.1f} s; the model's positions end at {MAX_SECONDS:g} s")
+    if max(width, height) > MAX_SIDE:
+        notes.append(f"size: the model's positions end at {MAX_SIDE} pixels")
+    if frames > MAX_AUDIO_FRAMES:
+        notes.append(f"frames: LTXV Empty Latent Audio takes {MAX_AUDIO_FRAMES} at most")
+    as_mel = mel_frames(frames)
+    notes.append(
+        f'the often quoted "frames*4-3" ({as_mel} for {frames} frames) counts MEL frames, not latents: n latents '
+        f"decode to 4n - 3 MEL frames, and at 25 fps a clip has as many latents as frames. Allocated as latents it "
+        f"gives {as_mel / AUDIO_LATENTS_PER_SECOND:.1f} s of sound for {frames / fps:.1f} s of picture; here it is "
+        f"{latents}"
+    )
+    return notes
