@@ -5,7 +5,8 @@ usage: python benchmarks/decode.py [--comfyui DIR] [--frames N] [--size WxH] [--
 LTX-2.3's VAEs in their true shapes with random weights (tests/host/vae_in_process.py), DynamicVRAM on as ComfyUI's
 main.py sets it. Each side decodes the same latent three times; the first time includes the way of the weights to the
 GPU. "parameters" is where a node finds the weights that infers the device from them, before and after a decode. Then
-the decodes of split, embedded, FP8 and NVFP4 files and of the audio VAE are compared bit for bit with the host's.
+the decodes of split, embedded, FP8 and NVFP4 files and of the audio VAE are compared bit for bit with the host's; the
+last one by deterministic cuDNN algorithms, because without them two decodes of one audio VAE already differ.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def main() -> None:
             del vae
         equal["clip"] = scene.equal(*pixels)
         equal["restored"] = {name: row["equal"] for name, row in vae_in_process.restored(scene).items()}
+        scene.torch.backends.cudnn.deterministic = True
         equal["audio"] = vae_in_process.audio(scene)["equal"]
     common.print_table(rows, dict.fromkeys(("first_s", "best_s", "peak_gb"), ".3f"))
     print(f"decodes equal the host's bit for bit: {json.dumps(equal)}")
