@@ -2,6 +2,7 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .host import routes
 from .nodes import NODES
 
 WEB_DIRECTORY = "./web"
@@ -13,4 +14,6 @@ class NVFP4VideoExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> NVFP4VideoExtension:
+    # Here and not in on_load, which ComfyUI 0.12 does not call.
+    routes.start()
     return NVFP4VideoExtension()

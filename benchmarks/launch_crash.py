@@ -98,7 +98,6 @@ def run_case(name: str, kind: str, path: Path) -> dict[str, Any]:
     except Exception as error:
         return found | {
             "result": f"{type(error).__name__}: {error}",
-            "where": f"{Path(last.filename).name} {last.name}",
         }
     return found | {"result": "runs", "step_s": statistics.median(seconds)}
 

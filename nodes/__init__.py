@@ -1,8 +1,23 @@
 """The pack's nodes, one file a family."""
 
 from .checkpoint import NVFP4Inspect, NVFP4Split
+from .guard import NVFP4HostReport, NVFP4LaunchGuard
 from .measure import NVFP4Compare, NVFP4Sharpness
 from .model import NVFP4ModelLoader
+from .plan import NVFP4DistilledSettings, NVFP4Planner
+from .quantize import NVFP4Quantize
 from .vae import NVFP4VAELoader
 
-NODES = [NVFP4ModelLoader, NVFP4VAELoader, NVFP4Inspect, NVFP4Split, NVFP4Sharpness, NVFP4Compare]
+NODES = [
+    NVFP4ModelLoader,
+    NVFP4VAELoader,
+    NVFP4Inspect,
+    NVFP4Split,
+    NVFP4Quantize,
+    NVFP4DistilledSettings,
+    NVFP4Planner,
+    NVFP4LaunchGuard,
+    NVFP4HostReport,
+    NVFP4Sharpness,
+    NVFP4Compare,
+]

@@ -15,6 +15,7 @@ __all__ = [
     "get_input_directory",
     "get_output_directory",
     "get_temp_directory",
+    "get_user_directory",
 ]
 
 _EXTENSIONS = {".ckpt", ".pt", ".pt2", ".bin", ".pth", ".safetensors", ".pkl", ".sft"}
@@ -65,3 +66,7 @@ def get_output_directory():
 
 def get_temp_directory():
     return os.path.join(base_path, "temp")
+
+
+def get_user_directory():
+    return os.path.join(base_path, "user")

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 __all__ = ["PromptServer"]
 
 
+class _Route(NamedTuple):
+    method: str
+    path: str
+    handler: Any
+
+
 class _Routes:
-    """(method, path, handler) of every route, in ``items``."""
+    """Every route, in ``items``; iterating goes over them."""
 
     def __init__(self):
         self.items = []
 
+    def __iter__(self):
+        return iter(self.items)
+
     def get(self, path, **kwargs):
+        return self._route("GET", path)
+
+    def post(self, path, **kwargs):
+        return self._route("POST", path)
+
+    def _route(self, method, path):
         def register(handler):
-            self.items.append(("GET", path, handler))
+            self.items.append(_Route(method, path, handler))
             return handler
 
         return register

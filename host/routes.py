@@ -1,0 +1,158 @@
+"""Where the guard meets the host's server: one line at start-up, the handler of queued prompts, two read-only routes.
+
+The handler sees every prompt before the host validates it, whoever queued it. It logs the findings, sends them to the
+client that queued the prompt, and puts them into the prompt's extra_data, so that they stand in the history. Under
+`block` it hands the host a prompt that cannot pass instead (``_refused``). Whatever goes wrong in here, the prompt goes
+on as it came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Collection
+from typing import Any
+
+import folder_paths
+from server import PromptServer
+
+from . import doctor, guard
+from .guard_view import GUARD_NODE
+from .probe import probe
+
+logger = logging.getLogger(__name__)
+
+REPORT_ROUTE, CHECK_ROUTE = "/nvfp4/report", "/nvfp4/check"
+EVENT = "nvfp4.findings"
+IN_HISTORY = "nvfp4_findings"
+ENABLED, POLICY = "NVFP4.guard.enabled", "NVFP4.guard.policy"
+MAX_BODY = 4 << 20
+MOST_LINES = 20  # of the log, a prompt
+# What the policy widget of a refused prompt begins with; the rest is the reason (see NVFP4LaunchGuard.validate_inputs).
+REFUSED = "refused: "
+_failed: set[str] = set()
+
+
+def start() -> None:
+    """Add routes and handler to the host's server, once however often the pack is loaded, and look at the host."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None or any(getattr(route, "path", None) == REPORT_ROUTE for route in server.routes):
+        return
+    server.routes.get(REPORT_ROUTE)(get_report)
+    server.routes.post(CHECK_ROUTE)(post_check)
+    server.add_on_prompt_handler(on_prompt)
+    try:
+        findings = guard.check_host(probe())
+    except Exception:
+        _log_once("looking at the host")
+        return
+    if findings:
+        logger.warning("NVFP4 guard: %s", " ".join(guard.one_line(finding) for finding in findings))
+
+
+async def get_report(request: Any) -> Any:
+    """GET: the host report of doctor.py, findings on the host included."""
+    from aiohttp import web
+
+    facts = await asyncio.to_thread(probe)
+    report = await asyncio.to_thread(doctor.report, facts, guard.check_host(facts))
+    return web.json_response(report)
+
+
+async def post_check(request: Any) -> Any:
+    """POST {"prompt": <API prompt>} -> {"findings": [...]}. Nothing is queued, kept or changed."""
+    from aiohttp import web
+
+    body = bytearray()
+    async for chunk in request.content.iter_chunked(1 << 16):
+        body += chunk
+        if len(body) > MAX_BODY:
+            return web.json_response({"error": f"the prompt is larger than {MAX_BODY >> 20} MiB"}, status=413)
+    try:
+        data = json.loads(body)
+        prompt = data["prompt"] if isinstance(data, dict) else None
+    except (ValueError, KeyError, RecursionError):
+        prompt = None
+    if not isinstance(prompt, dict):
+        return web.json_response({"error": 'expected {"prompt": <a prompt in API form>}'}, status=400)
+    findings = await asyncio.to_thread(lambda: guard.check(prompt, probe()))
+    return web.json_response({"findings": [finding.as_dict() for finding in findings]})
+
+
+def on_prompt(data: Any) -> Any:
+    """The host's prompt handler: body of POST /prompt -> the same with findings in its extra_data, or a refused one."""
+    try:
+        return _handle(data) if isinstance(data, dict) else data
+    except Exception:
+        _log_once("checking a prompt")
+        return data
+
+
+def _handle(data: dict[str, Any]) -> dict[str, Any]:
+    prompt = data.get("prompt")
+    settings = _settings()
+    policy = guard.policy_in_graph(prompt)
+    if policy is None:
+        if settings.get(ENABLED, True) is False:
+            return data
+        policy = settings.get(POLICY, guard.WARN)
+    findings = guard.check(prompt, probe(), _targets(data))
+    if not findings:
+        return data
+    for finding in findings[:MOST_LINES]:
+        level = logging.INFO if finding.severity == guard.INFO else logging.WARNING
+        logger.log(level, "NVFP4 guard: %s", guard.one_line(finding))
+    if len(findings) > MOST_LINES:
+        logger.warning("NVFP4 guard: %d more findings on this prompt", len(findings) - MOST_LINES)
+    listed = [finding.as_dict() for finding in findings]
+    client = data.get("client_id")
+    if client is not None:
+        PromptServer.instance.send_sync(EVENT, {"findings": listed}, client)
+    errors = [finding for finding in findings if finding.severity == guard.ERROR]
+    if policy == guard.BLOCK and errors:
+        return _refused(data, errors)
+    extra = data.get("extra_data")
+    return data | {"extra_data": (extra if isinstance(extra, dict) else {}) | {IN_HISTORY: listed}}
+
+
+def _refused(data: dict[str, Any], errors: Collection[guard.Finding]) -> dict[str, Any]:
+    """A prompt that the host refuses with our reason, at the nodes where the trouble is.
+
+    The host knows no way to refuse from a handler, and runs the outputs that pass when others do not. So the prompt is
+    replaced by NVFP4LaunchGuard nodes under the ids of the nodes in question, whose policy says why: they are its only
+    outputs, and their validation fails with that text, which the host answers as node errors.
+    """
+    reasons: dict[str, list[str]] = {}
+    for error in errors:
+        node = error.nodes[0] if error.nodes else GUARD_NODE
+        reasons.setdefault(node, []).append(f"{error.title} {error.why} {error.remedy}")
+    prompt = {
+        node: {"class_type": GUARD_NODE, "inputs": {"model": None, "policy": REFUSED + "\n".join(texts)}}
+        for node, texts in reasons.items()
+    }
+    return {key: value for key, value in data.items() if key != "partial_execution_targets"} | {"prompt": prompt}
+
+
+def _targets(data: dict[str, Any]) -> list[str] | None:
+    """The outputs that will run, where the client asked for some of them only."""
+    targets = data.get("partial_execution_targets")
+    return [str(target) for target in targets] if isinstance(targets, list) else None
+
+
+def _settings() -> dict[str, Any]:
+    """The front end's saved settings of the user `default`, the only one on most hosts; empty without any."""
+    path = os.path.join(folder_paths.get_user_directory(), "default", "comfy.settings.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _log_once(doing: str) -> None:
+    if doing not in _failed:
+        _failed.add(doing)
+        logger.exception("NVFP4 guard: %s failed; prompts go on unchecked and unchanged", doing)
