@@ -96,9 +96,7 @@ def run_case(name: str, kind: str, path: Path) -> dict[str, Any]:
                 found["proof"] = cure.prove(patcher)
             seconds, found["sums"] = sample(patcher, transformer_config(read_header(path)), kind == "av")
     except Exception as error:
-        return found | {
-            "result": f"{type(error).__name__}: {error}",
-        }
+        return found | {"result": f"{type(error).__name__}: {error}"}
     return found | {"result": "runs", "step_s": statistics.median(seconds)}
 
 
