@@ -99,6 +99,10 @@ def _handle(data: dict[str, Any]) -> dict[str, Any]:
             return data
         policy = settings.get(POLICY, guard.WARN)
     findings = guard.check(prompt, probe(), _targets(data))
+    listed = [finding.as_dict() for finding in findings]
+    client = data.get("client_id")
+    if client is not None:  # without findings too: the client drops those of the prompt before
+        PromptServer.instance.send_sync(EVENT, {"findings": listed}, client)
     if not findings:
         return data
     for finding in findings[:MOST_LINES]:
@@ -106,10 +110,6 @@ def _handle(data: dict[str, Any]) -> dict[str, Any]:
         logger.log(level, "NVFP4 guard: %s", guard.one_line(finding))
     if len(findings) > MOST_LINES:
         logger.warning("NVFP4 guard: %d more findings on this prompt", len(findings) - MOST_LINES)
-    listed = [finding.as_dict() for finding in findings]
-    client = data.get("client_id")
-    if client is not None:
-        PromptServer.instance.send_sync(EVENT, {"findings": listed}, client)
     errors = [finding for finding in findings if finding.severity == guard.ERROR]
     if policy == guard.BLOCK and errors:
         return _refused(data, errors)

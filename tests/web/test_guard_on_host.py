@@ -1,0 +1,69 @@
+"""Panel and toast in a real ComfyUI: its front end, its websocket, our routes, a prompt that is really queued."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nvfp4_video.tests.host.harness import ComfyUI
+from nvfp4_video.tests.web.doctor_page import DoctorPage, chromium
+
+pytestmark = pytest.mark.host
+
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+# Asks for 120 frames, which are not 8k + 1.
+WORKFLOW = json.loads((Path(__file__).resolve().parent / "workflow.json").read_text("utf-8"))
+QUEUE = """async () => {
+  const { api } = await import('/scripts/api.js');
+  const { output } = await app.graphToPrompt();
+  await api.fetchApi('/prompt', { method: 'POST', body: JSON.stringify({ prompt: output, client_id: api.clientId }) });
+}"""
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[ComfyUI]:
+    with ComfyUI() as running:
+        for name, value in SETTINGS.items():
+            running.post(f"/settings/{name}", value)
+        yield running
+
+
+@pytest.fixture(params=[False, True], ids=["classic", "vue"])
+def page(host, request, tmp_path: Path) -> Iterator[DoctorPage]:
+    host.post("/settings/Comfy.VueNodes.Enabled", request.param)
+    with chromium() as browser:
+        opened = DoctorPage(browser, host.url, tmp_path, host=True)
+        yield opened
+        opened.close()
+        assert opened.problems == []
+
+
+def test_the_panel_shows_this_host_and_checks_the_open_workflow(host, page):
+    page.load(WORKFLOW)
+    page.open_panel()
+    text = page.panel.text_content()
+    report = host.get("/nvfp4/report")
+    for fact in report["facts"]:
+        assert fact["label"] in text, fact["id"]
+    assert host.version in text and report["launch"]["command"] in text
+    page.shot("panel")
+    page.panel.locator("li", has_text="120 frames").get_by_role("button").first.click()
+    page.page.wait_for_function("() => app.canvas.selectedItems.size === 1")
+    assert page.selected() == ["10"]
+    assert page.distance_from_centre("10") < 30
+
+
+def test_a_queued_prompt_brings_the_toast_whose_details_open_the_panel(page):
+    page.load(WORKFLOW)
+    page.page.evaluate(QUEUE)
+    toast = page.toasts()
+    toast.get_by_text("120 frames").wait_for()
+    page.settle()
+    page.shot("toast")
+    toast.get_by_role("button", name="Details").click()
+    page.wait_checked()
+    page.panel.get_by_text("120 frames").wait_for()
+    # The host refuses the prompt: it has no output node. Chromium logs that.
+    assert len(page.problems) == 1 and "/prompt" in page.problems.pop()

@@ -1,0 +1,232 @@
+// NVFP4 Video in the front end: a toast when the guard finds something at queue time, and the tab "NVFP4 Doctor".
+//
+// The server's part is host/routes.py: GET /nvfp4/report, POST /nvfp4/check and the websocket event "nvfp4.findings".
+// Nothing is requested before the panel opens or a finding arrives, so a server without these routes sees no calls.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { createPanel } from "./doctor.js";
+import { translator } from "./texts.js";
+
+const PANEL = "nvfp4-doctor";
+const EVENT = "nvfp4.findings";
+const ENABLED = "NVFP4.guard.enabled";
+const TOAST_CLASS = "nvfp4-doctor-toast";
+const TOAST_LIFE_MS = 20000;
+const SEVERITIES = ["info", "warning", "error"];
+
+const state = { report: null, findings: null, problem: null };
+const panel = createPanel({ refresh, jump, nodeTitle });
+let messages = null;
+let latestRefresh = 0;
+let refreshing = false;
+let stale = false;
+let toastShown = null;
+
+/** A route of the host -> its JSON, or null if it does not answer, refuses, or lacks the route. */
+async function request(route, options) {
+  try {
+    const answer = await api.fetchApi(route, options);
+    return answer.ok ? await answer.json() : null;
+  } catch {
+    return null;
+  }
+}
+
+/** The function that looks a text up in the user's language; /i18n is asked once. */
+async function texts() {
+  messages ??= await request("/i18n");
+  return translator(messages, setting("Comfy.Locale"));
+}
+
+function setting(id) {
+  return app.extensionManager?.setting?.get(id);
+}
+
+/** Take over what changed in the state, and show it. */
+async function show(change) {
+  Object.assign(state, change);
+  stale = false;
+  const text = await texts();
+  panel.show(state, text);
+  panel.tell("");
+  showBadge();
+  return text;
+}
+
+/** Ask the host for its report and for the findings of the open workflow, and show both. */
+async function refresh() {
+  const mine = ++latestRefresh;
+  refreshing = true;
+  const text = state.report ? await texts() : await show();
+  panel.tell(text("checking"), true);
+  const report = await request("/nvfp4/report");
+  const checked = report && (await check(text));
+  if (mine !== latestRefresh) return;
+  refreshing = false;
+  const findings = checked?.findings && distinct([...checked.findings, ...(report.findings ?? [])]);
+  await show({ report, findings, problem: checked?.problem });
+  if (!report) panel.tell(text("unavailable"));
+}
+
+async function check(text) {
+  try {
+    const { output } = await app.graphToPrompt();
+    const headers = { "Content-Type": "application/json" };
+    const answer = await request("/nvfp4/check", { method: "POST", headers, body: JSON.stringify({ prompt: output }) });
+    return answer ? { findings: answer.findings ?? [] } : { problem: text("notChecked") };
+  } catch (error) {
+    return { problem: `${text("notChecked")} ${error.message}` };
+  }
+}
+
+/** The gravest first; of what concerns the workflow and the host alike, only what names the nodes. */
+function distinct(findings) {
+  const located = new Set(findings.filter(({ nodes }) => nodes?.length).map(({ id }) => id));
+  const kept = findings.filter(({ id, nodes }) => nodes?.length || !located.has(id));
+  return kept.sort((a, b) => SEVERITIES.indexOf(b.severity) - SEVERITIES.indexOf(a.severity));
+}
+
+/** The websocket event: what the guard found in the prompt this browser has just queued. */
+async function onFindings(event) {
+  const findings = distinct(event.detail?.findings ?? []);
+  const text = await show({ findings, problem: null });
+  if (findings.length && setting(ENABLED) !== false) notify(findings, text);
+}
+
+function notify(findings, text) {
+  const { toast } = app.extensionManager;
+  const [{ severity, title }] = findings;
+  const more = findings.length > 1 ? ` ${text("more", { count: findings.length - 1 })}` : "";
+  const description = title + more;
+  const details = () => {
+    dismissToast();
+    openPanel();
+  };
+  const life = severity === "error" ? undefined : TOAST_LIFE_MS;
+  dismissToast();
+  if (typeof toast.warning === "function") {
+    const options = { description, duration: life, action: { label: text("details"), onClick: details } };
+    const kind = SEVERITIES.includes(severity) ? severity : "warning";
+    const id = toast[kind](text("title"), options);
+    toastShown = () => toast.dismiss(id);
+    return;
+  }
+  const kind = { error: "error", info: "info" }[severity] ?? "warn";
+  const message = { severity: kind, summary: text("title"), detail: description, life, styleClass: TOAST_CLASS };
+  toast.add(message);
+  toastShown = () => toast.remove(message);
+  addToastAction(text("details"), details);
+}
+
+function dismissToast() {
+  toastShown?.();
+  toastShown = null;
+}
+
+/** Toasts of front ends without `toast.warning` take no action: give ours a button once it is drawn. */
+function addToastAction(label, action, framesLeft = 60) {
+  const target = document.querySelector(`.${TOAST_CLASS}:not(:has(button[data-nvfp4])) .p-toast-message-text`);
+  if (!target) {
+    if (framesLeft > 0) requestAnimationFrame(() => addToastAction(label, action, framesLeft - 1));
+    return;
+  }
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: label });
+  button.dataset.nvfp4 = "details";
+  button.style.cssText =
+    "align-self: flex-start; margin-top: 0.5rem; padding: 0.25rem 0.75rem; font: inherit; color: inherit; " +
+    "background: transparent; border: 1px solid currentColor; border-radius: 0.375rem; cursor: pointer";
+  button.addEventListener("click", action);
+  target.append(button);
+}
+
+function openPanel() {
+  const tabs = app.extensionManager.sidebarTab;
+  if (tabs?.activeSidebarTabId !== PANEL) app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${PANEL}`);
+}
+
+/** The number of errors and warnings on the tab's icon. */
+function showBadge() {
+  const tab = app.extensionManager?.getSidebarTabs?.().find(({ id }) => id === PANEL);
+  const count = (state.findings ?? []).filter(({ severity }) => severity !== "info").length;
+  if (tab) tab.iconBadge = count && setting(ENABLED) !== false ? String(count) : "";
+}
+
+/** The node of an API id in the root graph; of "12:34", a node in a subgraph, the outermost one. */
+function outermostNode(id) {
+  const graph = app.rootGraph ?? app.graph;
+  const outermost = String(id).split(":")[0];
+  return graph.getNodeById(outermost) ?? graph.getNodeById(Number(outermost)) ?? null;
+}
+
+function nodeTitle(id) {
+  const node = outermostNode(id);
+  return node && String(node.title || node.type);
+}
+
+/** Leave an open subgraph if need be, then select and centre the node; both node renderers follow the canvas. */
+async function jump(id) {
+  const node = outermostNode(id);
+  if (!node) return;
+  const { canvas } = app;
+  if (canvas.graph !== node.graph) {
+    canvas.setGraph(node.graph);
+    // The front end restores the graph's last view within the next two frames.
+    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  }
+  canvas.selectNode(node);
+  canvas.centerOnNode(node);
+}
+
+async function onGraphChanged() {
+  if (refreshing || stale || !state.findings) return;
+  stale = true;
+  panel.tell((await texts())("stale"));
+}
+
+app.registerExtension({
+  name: "nvfp4-video.doctor",
+  settings: [
+    {
+      id: "NVFP4.guard.policy",
+      category: ["NVFP4 Video", "Launch guard", "policy"],
+      name: "When a queued workflow is in danger",
+      tooltip: "Warn shows what was found and runs the workflow; block refuses it with an error on the node.",
+      type: "combo",
+      options: [
+        { text: "Warn", value: "warn" },
+        { text: "Block", value: "block" },
+      ],
+      defaultValue: "warn",
+    },
+    {
+      id: ENABLED,
+      category: ["NVFP4 Video", "Launch guard", "enabled"],
+      name: "Check queued workflows",
+      tooltip: "Looks for known crashes and wrong settings whenever a workflow is queued.",
+      type: "boolean",
+      defaultValue: true,
+      onChange: showBadge,
+    },
+  ],
+  commands: [{ id: "NVFP4.OpenDoctor", label: "Open NVFP4 Doctor", icon: "mdi mdi-stethoscope", function: openPanel }],
+  menuCommands: [{ path: ["Extensions", "NVFP4 Video"], commands: ["NVFP4.OpenDoctor"] }],
+  afterConfigureGraph: onGraphChanged,
+  setup() {
+    app.extensionManager?.registerSidebarTab?.({
+      id: PANEL,
+      icon: "mdi mdi-stethoscope",
+      title: "NVFP4 Doctor",
+      tooltip: "NVFP4 Doctor",
+      type: "custom",
+      // The front end calls this again whenever it redraws the tab, and with a new container when the tab reopens.
+      render(container) {
+        if (panel.element.parentElement === container) return;
+        container.replaceChildren(panel.element);
+        refresh();
+      },
+    });
+    api.addEventListener(EVENT, onFindings);
+    api.addEventListener("graphChanged", onGraphChanged);
+  },
+});
