@@ -45,7 +45,11 @@ __all__ = [
     "PlannedTensor",
     "TensorInfo",
     "TensorReader",
+    "build_header",
+    "check_target",
+    "produce_bytes",
     "read_header",
+    "sync_folder",
     "write_checkpoint",
 ]
 
@@ -142,8 +146,8 @@ def write_checkpoint(
     Raises CheckpointError for a plan that cannot be written, a tensor that differs from its plan, or a failing disk.
     """
     target = Path(os.path.realpath(path))  # a link stays a link, and the file it names is replaced
-    header, total = _build_header(target, tensors, metadata or {})
-    _check_target(target, len(header) + total)
+    header, total = build_header(target, tensors, metadata or {})
+    check_target(target, len(header) + total)
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.part")
     try:
         with _writing(target):
@@ -162,7 +166,7 @@ def write_checkpoint(
     except BaseException:
         _remove(temporary)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _map_privately(file: BinaryIO) -> tuple[mmap.mmap, bool]:
@@ -181,7 +185,7 @@ def _map_privately(file: BinaryIO) -> tuple[mmap.mmap, bool]:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), False
 
 
-def _build_header(target: Path, tensors: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+def build_header(target: Path, tensors: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> tuple[bytes, int]:
     """-> the bytes before the data, a multiple of 8 of them, and the number of data bytes."""
 
     def error(found: str, expected: str) -> CheckpointError:
@@ -211,7 +215,7 @@ def _build_header(target: Path, tensors: Sequence[PlannedTensor], metadata: Mapp
     return len(text).to_bytes(8, "little") + text, end
 
 
-def _check_target(target: Path, needed: int) -> None:
+def check_target(target: Path, needed: int) -> None:
     """Refuse a target that cannot be written before any work is spent on it."""
     if not target.parent.is_dir():
         raise CheckpointError("its folder does not exist", where=target, remedy="create the folder or choose another")
@@ -250,7 +254,7 @@ def _write_tensor(
     on_bytes: Callable[[int, int], None] | None,
 ) -> int:
     """Produce one tensor and write it in chunks -> bytes of data written so far."""
-    data = _produce_bytes(tensor, target)
+    data = produce_bytes(tensor, target)
     for offset in range(0, len(data) or 1, CHUNK_BYTES):
         chunk = data[offset : offset + CHUNK_BYTES]
         _write_all(file, chunk, target)
@@ -260,7 +264,7 @@ def _write_tensor(
     return done
 
 
-def _produce_bytes(tensor: PlannedTensor, target: Path) -> memoryview:
+def produce_bytes(tensor: PlannedTensor, target: Path) -> memoryview:
     """Produce a tensor, compare it with its plan, and return its bytes as one flat view on the CPU."""
     value = tensor.produce()
     planned = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
@@ -308,7 +312,7 @@ def _remove(temporary: Path) -> None:
         logger.warning("The unfinished file %s could not be removed (%s); delete it by hand.", temporary, error)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut, where the system can."""
     if os.name != "posix":
         return

@@ -94,35 +94,40 @@ class Source:
         return str(self.checkpoint.homes[name].path), self.checkpoint.header.tensors[name].start
 
     def view(self, name: str) -> memoryview:
-        """Bytes of a tensor, read-only. The next call gives its pages back to the system."""
+        """Bytes of a tensor, read-only. The next call gives its pages back to the system; ``tensor`` leaves them."""
         self._give_back()
-        home, info = self.checkpoint.homes[name], self.checkpoint.header.tensors[name]
-        mapping = self._mapping(home)
-        if sys.platform == "linux" and info.nbytes:
-            start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._shown = mapping, start, info.end - start
-            try:
-                mapping.madvise(_POPULATE_READ, start, info.end - start)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # an older kernel does not know it and reads page by page
-                    found = f"its tensor {quote(name)} cannot be read ({error})"
-                    raise CheckpointError(found, where=home.path.name, remedy="check the disk") from error
-        return memoryview(mapping)[info.start : info.end]
+        self._shown = self._populated(name)
+        mapping, start, end = self._shown
+        return memoryview(mapping)[start:end]
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor on the CPU in its stored dtype and shape, with memory of its own."""
         info = self.checkpoint.header.tensors[name]
         flat = torch.empty(info.nbytes, dtype=torch.uint8)
         if info.nbytes:
-            memoryview(flat.numpy())[:] = self.view(name)
-            self._give_back()
+            mapping, start, end = self._populated(name)
+            memoryview(flat.numpy())[:] = memoryview(mapping)[start:end]
+            _release(mapping, start, end)
         return flat.view(info.torch_dtype).view(info.shape)
+
+    def _populated(self, name: str) -> tuple[mmap.mmap, int, int]:
+        """The mapping and the bytes in it where a tensor lies, read in one go where the system can."""
+        home, info = self.checkpoint.homes[name], self.checkpoint.header.tensors[name]
+        mapping = self._mapping(home)
+        if sys.platform == "linux" and info.nbytes:
+            start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+            try:
+                mapping.madvise(_POPULATE_READ, start, info.end - start)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # an older kernel does not know it and reads page by page
+                    found = f"its tensor {quote(name)} cannot be read ({error})"
+                    raise CheckpointError(found, where=home.path.name, remedy="check the disk") from error
+        return mapping, info.start, info.end
 
     def _give_back(self) -> None:
         if self._shown is not None:
-            mapping, start, length = self._shown
+            _release(*self._shown)
             self._shown = None
-            mapping.madvise(mmap.MADV_DONTNEED, start, length)
 
     def _mapping(self, home: Header) -> mmap.mmap:
         if home.path not in self._mappings:
@@ -132,6 +137,13 @@ class Source:
                     raise CheckpointError(found, where=home.path.name, remedy="try again")
                 self._mappings[home.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._mappings[home.path]
+
+
+def _release(mapping: mmap.mmap, start: int, end: int) -> None:
+    """Give the pages of a part of a mapping back to the system; whoever reads them again gets them again."""
+    if sys.platform == "linux" and end > start:
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 def _files(path: Path) -> tuple[list[Path], set[str]]:

@@ -29,8 +29,12 @@ COMMANDS = {
     "inspect": ("files", "tell what is in a checkpoint, what it lacks, and what loads it"),
     "split": ("files", "write the VAE, audio VAE and other components of a checkpoint to their own files"),
     "repair": ("files", "make a quantised checkpoint loadable by stock ComfyUI"),
+    "quantize": ("quantize", "write a BF16 or FP8 checkpoint as NVFP4, in little memory, with a model card"),
+    "verify": ("quantize", "compare an NVFP4 file with its source, layer by layer"),
+    "plan": ("plan", "tell whether a model fits a GPU, and what NVFP4 changes there: size, speed or both"),
     "sharpness": ("media", "measure how sharp images, folders or videos are, and name preview decodes"),
     "compare": ("media", "compare two clips of the same seed: picture, sharpness, sound"),
+    "doctor": ("doctor", "report what this machine and its ComfyUI can do, and check a prompt"),
 }
 OK, FOUND, FAILED, INTERRUPTED = 0, 1, 2, 130
 
@@ -73,8 +77,8 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
-    except KeyboardInterrupt:
-        console.error("interrupted; unfinished files were removed")
+    except KeyboardInterrupt as stop:
+        console.error(str(stop) or "interrupted; unfinished files were removed")
         return INTERRUPTED
     except _expected() as error:
         message = _describe(error)

@@ -1,0 +1,188 @@
+"""``quantize`` and ``verify``: make an NVFP4 file, and prove what it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.components import DIFFUSION_MODEL
+from ..checkpoint.dialects import AUTO, DIALECTS
+from ..checkpoint.estimate import estimate
+from ..checkpoint.quantize import quantize_checkpoint
+from ..checkpoint.quantize_plan import AMAX, MSE, Settings
+from ..checkpoint.recipes import FAMILIES, Options
+from ..checkpoint.resume import PART
+from ..checkpoint.verify import Verification, summary
+from ..checkpoint.verify import verify as verify_files
+from .console import CommandError, Console, size
+
+_SOURCE = "a .safetensors file, its .index.json, one of its shards, or a quoted wildcard"
+
+
+def quantize(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``quantize``."""
+    parser.description = (
+        "Writes a BF16, FP16, FP32 or FP8 checkpoint as NVFP4 in ComfyUI's own layout, with a model card beside it. "
+        "Needs memory for one tensor, not for the model. An interrupted run is gone on with by the same command."
+    )
+    parser.add_argument("source", metavar="CHECKPOINT", help=_SOURCE)
+    parser.add_argument("target", type=Path, metavar="TARGET", help="the new .safetensors file")
+    parser.add_argument("--estimate", action="store_true", help="only tell size and time; nothing is written")
+    parser.add_argument("--recipe", choices=FAMILIES, default=AUTO, metavar="NAME", help=f"{', '.join(FAMILIES)}")
+    parser.add_argument("--only", choices=(DIFFUSION_MODEL,), help="leave out VAE, audio VAE and all else")
+    parser.add_argument("--fast", action="store_true", help="plain block maxima, no search for better scales")
+    parser.add_argument("--protect-audio", action="store_true", help="keep the audio branch as it is")
+    parser.add_argument("--protect-cross-attention", action="store_true", help="keep all cross-attention as it is")
+    parser.add_argument(
+        "--keep-first-last", type=int, metavar="N", help="keep N blocks at either end; default: as the recipe"
+    )
+    parser.add_argument("--keep", nargs="+", default=[], metavar="REGEX", help="keep the layers these match")
+    parser.add_argument(
+        "--quantize", nargs="+", default=[], metavar="REGEX", help="quantise these, though the recipe keeps them"
+    )
+    parser.add_argument(
+        "--keep-non-finite", action="store_true", help="keep layers with NaN or infinity; reads the source twice"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="mean squares of each layer's inputs, as safetensors"
+    )
+    parser.add_argument("--config-from", metavar="FILE", help="a checkpoint of the same model, whose `config` is taken")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    _add_device(parser)
+    parser.set_defaults(run=run_quantize)
+
+
+def verify(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``verify``."""
+    parser.description = (
+        "Compares an NVFP4 file of any dialect with the checkpoint it was made from, layer by layer. Exits with 1 if a "
+        "layer is worse than its format allows, is read in the wrong dialect, or something else was changed."
+    )
+    parser.add_argument("file", metavar="FILE", help="the quantised checkpoint")
+    parser.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the errors by block and layer type")
+    parser.add_argument("--worst", type=int, default=10, metavar="N", help="how many layers to list (default 10)")
+    choices = (AUTO, *DIALECTS)
+    parser.add_argument("--dialect", choices=choices, default=AUTO, metavar="NAME", help=", ".join(choices))
+    _add_device(parser)
+    parser.set_defaults(run=run_verify)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"{name!r} is no device ({error})") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CommandError("torch finds no CUDA device; use --device cpu")
+    return device
+
+
+def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
+    """-> (the record of the file or the estimate, whether it can be written)."""
+    if args.keep_first_last is not None and args.keep_first_last < 0:
+        raise CommandError("--keep-first-last takes a number of blocks, 0 or more")
+    settings = Settings(
+        recipe=args.recipe,
+        options=Options(
+            args.protect_audio, args.protect_cross_attention, args.keep_first_last, tuple(args.keep),
+            tuple(args.quantize),
+        ),
+        only_model=args.only == DIFFUSION_MODEL,
+        search=AMAX if args.fast else MSE,
+        keep_non_finite=args.keep_non_finite,
+        calibration=args.calibration,
+        config_from=args.config_from,
+    )  # fmt: skip
+    device = _device(args.device)
+    if args.estimate:
+        found = estimate(args.source, args.target, settings, device=device)
+        _say_estimate(found, console, args.target)
+        return found, found["fits"]
+    try:
+        with console.progress(f"Quantising to {args.target.name}", amount=size) as progress:
+            record = quantize_checkpoint(
+                args.source, args.target, settings, overwrite=args.overwrite, device=device, on_step=progress.of
+            )
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"interrupted; run it again to go on, {args.target.name}{PART} is kept") from stop
+    _say_warnings(record, console)
+    resumed = f", {record['resumed']:,} tensors were there already" if record["resumed"] else ""
+    rows = [
+        ("file", f"{record['path']}, {size(record['nbytes'])}, {_less(record)} than the source"),
+        ("sha256", record["sha256"]),
+        ("layers", f"{record['layers']:,} in NVFP4, {sum(record['kept'].values()):,} kept (recipe {record['recipe']})"),
+        ("card", record["card"]),
+        ("time", f"{record['seconds']:.1f} s{resumed}"),
+    ]
+    console.table((), rows, "<<", indent=0)
+    return record, True
+
+
+def _say_estimate(found: dict[str, Any], console: Console, target: Path) -> None:
+    rates = found["rates"]
+    _say_warnings(found, console)
+    rows = [
+        ("size", f"{size(found['nbytes'])}, {_less(found)} than the source ({size(found['source_bytes'])})"),
+        ("time", f"about {found['seconds'] / 60:.1f} min (reads {size(int(rates['read']))}/s, writes "
+         f"{size(int(rates['write']))}/s, quantises {rates['quantise'] / 1e6:.0f} M weights/s)"),
+        ("disk", f"{size(found['free_bytes'])} free" + ("" if found["fits"] else ": NOT ENOUGH")),
+        ("layers", f"{found['layers']:,} to NVFP4 (recipe {found['recipe']}: {found['why']})"),
+        *((f"keeps {count:,}", reason) for reason, count in found["kept"].items()),
+    ]  # fmt: skip
+    console.table((), rows, "<<", indent=0)
+    console.say(f"Nothing was written to {target}.")
+
+
+def _say_warnings(record: dict[str, Any], console: Console) -> None:
+    for text in record["warnings"]:
+        console.say(f"Warning: {text}", "yellow")
+
+
+def _less(record: dict[str, Any]) -> str:
+    shrunk = 1 - record["nbytes"] / record["source_bytes"]
+    return f"{100 * abs(shrunk):.1f} % {'less' if shrunk >= 0 else 'more'}"
+
+
+def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
+    """-> (the verification, whether nothing is wrong)."""
+    if args.png and args.png.suffix.lower() != ".png":
+        raise CommandError(f"the output {args.png} does not end in .png")
+    with console.progress(f"Verifying {Path(args.file).name}", amount=size) as progress:
+        found = verify_files(
+            args.file, args.source, dialect=args.dialect, device=_device(args.device), on_step=progress.of
+        )
+    if args.png:
+        from ..checkpoint.verify_picture import draw  # Pillow, which only the picture needs
+        from ..measure.media import write_png
+
+        write_png(args.png, draw(found))
+    console.say(summary(found))
+    _say_worst(found, console, args.worst)
+    if args.png:
+        console.say(f"Picture: {args.png}")
+    # Strict JSON has no infinity; a layer that decodes to it has one.
+    record = json.loads(json.dumps(found.as_dict()), parse_constant=lambda _: None)
+    return record | {"png": str(args.png) if args.png else None}, found.ok
+
+
+def _say_worst(found: Verification, console: Console, count: int) -> None:
+    rows = [
+        (check.layer, check.format, f"{check.error:.4f}", f"{check.allowed:.4f}", f"{check.sqnr:.1f}",
+         f"{100 * check.saturated:.2f} %", f"{100 * check.lost:.2f} %")
+        for check in found.worst(count)
+    ]  # fmt: skip
+    if rows:
+        console.say()
+        head = ["worst layers", "format", "error", "allowed", "SQNR dB", "saturated", "lost"]
+        console.table(head, rows, "<<>>>>>", indent=0)

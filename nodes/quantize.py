@@ -1,0 +1,117 @@
+"""The node that makes NVFP4 files."""
+
+from __future__ import annotations
+
+import time
+
+from comfy_api.v0_0_2 import io
+
+from ..checkpoint.card import text_of
+from ..checkpoint.components import DIFFUSION_MODEL, REST
+from ..checkpoint.estimate import estimate
+from ..checkpoint.quantize import quantize_checkpoint
+from ..checkpoint.quantize_plan import AMAX, MSE, Settings
+from ..checkpoint.recipes import AUTO, FAMILIES, Options
+from ..checkpoint.report import size_text
+from ..host import files
+from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
+from ..host.show import show
+
+WHOLE, MODEL_ONLY = "whole checkpoint", "diffusion model only"
+SEARCHES = {"best": MSE, "fast": AMAX}
+
+
+class NVFP4Quantize(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NVFP4Quantize",
+            display_name="NVFP4 Quantize",
+            category="NVFP4",
+            description="Writes a BF16, FP16, FP32 or FP8 checkpoint as NVFP4 below ComfyUI's output folder, with a "
+            "model card beside it. Needs memory for one tensor, not for the model; a cancelled run is gone on with.",
+            inputs=[
+                io.Combo.Input("file_name", options=file_names(ALL_FOLDERS), tooltip="The checkpoint to quantise."),
+                io.Combo.Input(
+                    "contents", options=[WHOLE, MODEL_ONLY], default=WHOLE,
+                    tooltip="The VAE and all else are copied byte for byte, or left out.",
+                ),
+                io.Combo.Input(
+                    "quality", options=[*SEARCHES], default="best",
+                    tooltip="best searches the block scales with the least error; fast takes block maxima. Same size.",
+                ),
+                io.Boolean.Input("protect_audio", default=False, tooltip="Keep the audio branch as it is."),
+                io.Boolean.Input("protect_cross_attention", default=False, tooltip="Keep cross-attention as it is."),
+                io.Boolean.Input("estimate_only", default=False, tooltip="Tell size and time, write nothing."),
+                io.String.Input("name", default="", tooltip="Of the new file; empty: that of the checkpoint."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file that exists."),
+                io.Combo.Input(
+                    "recipe", options=list(FAMILIES), default=AUTO, optional=True, advanced=True,
+                    tooltip="Which layers; auto goes by the tensors.",
+                ),
+                io.Int.Input(
+                    "keep_first_last", default=-1, min=-1, max=64, optional=True, advanced=True,
+                    tooltip="Blocks kept at either end; -1: as the recipe.",
+                ),
+                io.String.Input(
+                    "keep", default="", multiline=True, optional=True, advanced=True,
+                    tooltip="Regular expressions, one a line: layers whose names they match are kept.",
+                ),
+                io.Boolean.Input(
+                    "keep_non_finite", default=False, optional=True, advanced=True,
+                    tooltip="Keep layers with NaN or infinity instead of refusing the file.",
+                ),
+                io.Combo.Input(
+                    "config_from", options=[SAME_FILE, *file_names(ALL_FOLDERS)], default=SAME_FILE, optional=True,
+                    tooltip="A file of the same model version, whose `config` is used.", advanced=True,
+                ),
+            ],
+            outputs=[io.String.Output("file", display_name="file"), io.String.Output("report", display_name="report")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            search_aliases=["convert to nvfp4", "shrink model", "fp4", "quantise"],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, file_name, config_from=SAME_FILE, **options) -> str:
+        return fingerprint((file_name, config_from), ALL_FOLDERS, sorted(options.items()))
+
+    @classmethod
+    def execute(
+        cls, file_name, contents, quality, protect_audio, protect_cross_attention, estimate_only, name, overwrite,
+        recipe=AUTO, keep_first_last=-1, keep="", keep_non_finite=False, config_from=SAME_FILE,
+    ) -> io.NodeOutput:  # fmt: skip
+        edges = None if keep_first_last < 0 else keep_first_last
+        options = Options(protect_audio, protect_cross_attention, edges, tuple(keep.split()))
+        settings = Settings(
+            recipe, options, contents == MODEL_ONLY, SEARCHES[quality], keep_non_finite,
+            config_from=files.optional_path(config_from, ALL_FOLDERS),
+        )  # fmt: skip
+        part = DIFFUSION_MODEL if settings.only_model else REST
+        target = files.output_targets(file_name, name, [part])[part].removesuffix(f"_{part}.safetensors")
+        target += "_nvfp4.safetensors"
+        source, device = file_path(file_name, ALL_FOLDERS), files.restore_device()
+        if estimate_only:
+            text = text_of(estimate(source, target, settings, device=device))
+            return io.NodeOutput(target, text, ui=show(cls, text))
+        record = quantize_checkpoint(
+            source, target, settings, base=files.output_folder(), overwrite=overwrite, device=device,
+            on_step=cls.reporting(files.progress()),
+        )  # fmt: skip
+        return io.NodeOutput(target, text_of(record), ui=show(cls, text_of(record)))
+
+    @classmethod
+    def reporting(cls, on_step):
+        """``on_step``, and once a second a line of text on the node: how far, how fast, how long still."""
+        started = shown = time.monotonic()
+
+        def step(done: int, total: int) -> None:
+            nonlocal shown
+            on_step(done, total)
+            now = time.monotonic()
+            if done and now - shown > 1:
+                shown, rate = now, done / (now - started)
+                left = (total - done) / rate
+                show(cls, f"{size_text(done)} of {size_text(total)}, {size_text(int(rate))}/s, {left:.0f} s left")
+
+        return step

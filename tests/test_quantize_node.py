@@ -1,0 +1,133 @@
+"""NVFP4Quantize on the stubbed host: where it writes, what it shows, what a cancel leaves, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.utils
+import pytest
+import server
+from nvfp4_video.checkpoint.header import CheckpointError
+from nvfp4_video.checkpoint.recipes import FAMILIES
+from nvfp4_video.checkpoint.report import inspect_checkpoint
+from nvfp4_video.checkpoint.verify import verify
+from nvfp4_video.nodes import quantize as module
+from nvfp4_video.nodes.quantize import MODEL_ONLY, WHOLE, NVFP4Quantize
+from nvfp4_video.tests.quantize_sources import metadata, save, tiny
+
+WIDGETS = {
+    "file_name": "full.safetensors",
+    "contents": WHOLE,
+    "quality": "fast",
+    "protect_audio": False,
+    "protect_cross_attention": False,
+    "estimate_only": False,
+    "name": "",
+    "overwrite": False,
+}
+
+
+@pytest.fixture
+def full(stub_comfy, tmp_path: Path) -> Path:
+    return save(tmp_path / "models" / "checkpoints" / "full.safetensors", tiny())
+
+
+@pytest.fixture
+def output(stub_comfy) -> Path:
+    return Path(stub_comfy.get_output_directory())
+
+
+def run(**changes):
+    return NVFP4Quantize.execute(**(WIDGETS | changes))
+
+
+def written(output: Path) -> list[str]:
+    return sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
+
+
+def test_whole_checkpoints_and_models_go_where_the_host_s_loaders_look_each_with_its_card(full, output):
+    whole, model = run(), run(contents=MODEL_ONLY)
+    assert [Path(result.args[0]).as_posix() for result in (whole, model)] == [
+        "checkpoints/full_nvfp4.safetensors", "diffusion_models/full_nvfp4.safetensors",
+    ]  # fmt: skip
+    assert written(output) == [
+        "checkpoints/full_nvfp4.md", "checkpoints/full_nvfp4.safetensors",
+        "diffusion_models/full_nvfp4.md", "diffusion_models/full_nvfp4.safetensors",
+    ]  # fmt: skip
+    for result in (whole, model):
+        found = inspect_checkpoint(output / result.args[0])
+        assert found.formats["NVFP4"][0] == 20 and found.dialect == "comfy"
+        assert verify(output / result.args[0], full).ok
+        assert "20 in NVFP4" in result.args[1]
+        assert result.ui["text"] == (result.args[1],)
+
+
+def test_protections_patterns_and_names_are_passed_on(full, output):
+    result = run(protect_audio=True, keep="attn2\n1\\.ff", name="ltx/own", keep_first_last=0, recipe="LTX-2.3")
+    assert Path(result.args[0]).as_posix() == "checkpoints/ltx/own_nvfp4.safetensors"
+    assert "7 in NVFP4" in result.args[1]  # 4 attn1.to_q and 3 of the 4 ff
+    assert '"quality"' not in metadata(output / result.args[0])["nvfp4_video"]
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        run(name="../x")
+
+
+def test_an_estimate_tells_size_and_time_and_writes_nothing(full, output):
+    text = run(estimate_only=True).args[1]
+    assert "time: about" in text and "less than the source" in text and "20 in NVFP4" in text
+    assert written(output) == []
+
+
+def test_a_cancel_stops_it_and_queueing_it_again_goes_on(full, output, monkeypatch):
+    bars = []
+
+    class Bar(comfy.utils.ProgressBar):
+        def __init__(self, total, node_id=None):
+            super().__init__(total, node_id)
+            bars.append(self)
+
+        def update_absolute(self, value, total=None, preview=None):
+            super().update_absolute(value, total, preview)
+            if len(bars) == 1 and self.current >= 0.4 * self.total:
+                management.interrupt_current_processing()
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    with pytest.raises(management.InterruptProcessingException):
+        run()
+    assert written(output) == [f"checkpoints/full_nvfp4.safetensors.part{end}" for end in ("", ".journal")]
+    run()
+    assert bars[1].current == bars[1].total > 0
+    assert written(output) == ["checkpoints/full_nvfp4.md", "checkpoints/full_nvfp4.safetensors"]
+
+
+def test_how_far_and_how_fast_is_written_on_the_node(full, output, monkeypatch):
+    class Running(NVFP4Quantize):
+        hidden = type("Hidden", (), {"unique_id": "7"})
+
+    clock = iter(range(0, 10_000, 2))
+    monkeypatch.setattr(module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: next(clock))}))
+    Running.execute(**WIDGETS)
+    sent = [text for text, node in server.PromptServer.instance.sent if node == "7"]
+    assert len(sent) > 10
+    assert "/s, " in sent[0] and sent[0].endswith(" s left")
+    assert "sha256" in sent[-1]
+
+
+def test_an_existing_file_stays_unless_overwriting_is_allowed(full, output):
+    target = output / run().args[0]
+    target.write_bytes(b"mine")
+    with pytest.raises(CheckpointError, match="the target exists"):
+        run()
+    run(overwrite=True)
+    assert target.stat().st_size > 1000
+
+
+def test_its_inputs_offer_the_recipes_and_changes_are_noticed(full):
+    spec = NVFP4Quantize.INPUT_TYPES()
+    assert spec["optional"]["recipe"][1]["options"] == list(FAMILIES)
+    assert spec["required"]["file_name"][1]["options"] == ["full.safetensors"]
+    first = NVFP4Quantize.fingerprint_inputs(**WIDGETS)
+    assert NVFP4Quantize.fingerprint_inputs(**WIDGETS) == first
+    assert NVFP4Quantize.fingerprint_inputs(**(WIDGETS | {"protect_audio": True})) != first
+    full.write_bytes(full.read_bytes() + b" ")
+    assert NVFP4Quantize.fingerprint_inputs(**WIDGETS) != first
