@@ -1,7 +1,7 @@
 """Time a denoising step of the whole LTX-2.3 DiT in a real ComfyUI: stock BF16, stock NVFP4 and this pack, side by
-side.
+side, the pack also with `fp8` compute (--rows bf16,stock,ours,fp8).
 
-One process holds all three models on the GPU. The weights are random, the tensor names and shapes the released ones,
+One process holds all models on the GPU. The weights are random, the tensor names and shapes the released ones,
 the quantised layers those of the published files (every Linear of all blocks but the first and last two). ComfyUI is
 set up as its main.py does: CUDA allocator, DynamicVRAM, async offload. The NVFP4 file is written once to --scratch and
 loaded by both NVFP4 rows; the BF16 weights go to the loader from memory, since 42 GB more on a disk would take longer
@@ -33,7 +33,7 @@ from typing import Any
 import common
 import in_process
 
-ROWS = {"bf16": "stock BF16", "stock": "stock NVFP4", "ours": "ours NVFP4"}
+ROWS = {"bf16": "stock BF16", "stock": "stock NVFP4", "ours": "ours NVFP4", "fp8": "ours NVFP4, fp8"}
 MARKER = json.dumps({"format": "nvfp4"}).encode()
 STARTED = time.perf_counter()
 
@@ -115,7 +115,8 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
         return comfy.sd.load_diffusion_model(str(path))
     from nvfp4_video.host import load
 
-    patcher, report = load.load_model(str(path), backend=options.backend)
+    compute = "fp8" if row == "fp8" else "bf16"
+    patcher, report = load.load_model(str(path), compute, backend=options.backend)
     say(str(report))
     return patcher
 
@@ -218,7 +219,7 @@ def compare(outputs: Mapping[str, list], repeat_stock: Callable[[], list]) -> di
     import torch
 
     pairs = list(zip(outputs["stock"], outputs["ours"], strict=True))
-    found = {
+    found: dict[str, Any] = {
         "bit_equal": all(torch.equal(a, b) for a, b in pairs),
         "max_abs_diff": max(float((a.float() - b.float()).abs().max()) for a, b in pairs),
         "finite": all(bool(torch.isfinite(b).all()) for _, b in pairs),
@@ -229,13 +230,18 @@ def compare(outputs: Mapping[str, list], repeat_stock: Callable[[], list]) -> di
     return found
 
 
+def relative_error(found: Any, expected: Any) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
 def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, options: Namespace) -> dict[str, Any]:
     """All rows at one size, interleaved; returns the table rows and the comparison of latents."""
     frames, names = options.frames, list(patchers)
     for name in names:
         in_process.sample(patchers[name], size, config, frames, seed=0, steps=2)
     steps: dict[str, list[list[float]]] = {name: [] for name in names}
-    latents = []
+    latents, errors = [], []
     for rep in range(options.reps):
         if rep and time.perf_counter() - STARTED > options.limit:
             say(f"{options.limit:.0f} s are over: no further repetition")
@@ -249,6 +255,9 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
             repeat = functools.partial(in_process.sample, patchers["stock"], size, config, frames, seed=1 + rep)
             latents.append(compare(outputs, lambda repeat=repeat: repeat()[1]))
             say(f"{size} repetition {rep + 1}: ours against stock NVFP4 {latents[-1]}")
+        if {"fp8", "ours"} <= outputs.keys():
+            errors.append([relative_error(*pair) for pair in zip(outputs["fp8"], outputs["ours"], strict=True)])
+            say(f"{size} repetition {rep + 1}: fp8 against bf16 compute, latents of video and audio {errors[-1]}")
     video = in_process.latent_shapes(size, frames)[0]
     medians = {name: statistics.median(sum(taken, [])) for name, taken in steps.items()}
     rows = []
@@ -258,7 +267,7 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
         row |= {"step s": medians[name], "lowest": min(each), "highest": max(each), "repetitions": len(each)}
         row |= {f"x {ROWS[base]}": medians[name] / medians[base] for base in ("bf16", "stock") if base in medians}
         rows.append(row)
-    return {"rows": rows, "latents": latents}
+    return {"rows": rows, "latents": latents, "fp8_errors": errors}
 
 
 def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, Any]:

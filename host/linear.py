@@ -1,9 +1,10 @@
 """The operations class with which ComfyUI builds a model whose NVFP4 Linears compute from packed weights.
 
 It derives from the host's own mixed-precision operations, so loading, LoRA, offload, DynamicVRAM and saving stay the
-host's. Only ``Linear.forward`` gains a path of its own: dequantise on the device, one matmul, no tensor-subclass
-dispatch. Whatever that path does not cover (weight functions, low-VRAM patches, training, odd inputs) goes to the
-host's forward, which here is weight-only too.
+host's. Only ``Linear.forward`` gains a path of its own, without tensor-subclass dispatch: few rows go to the fused
+kernel, a layer in FP8 mode to the FP8 tensor cores, the rest is dequantised on the device and multiplied. Whatever that
+path does not cover (weight functions, low-VRAM patches, training, odd inputs, layers in FP4 mode) goes to the host's
+forward, which is weight-only too but for the FP4 layers.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
 from ..checkpoint.header import CheckpointError
-from ..kernels import backends
+from ..kernels import backends, fp8, gemv
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
+from .compute import Compute
 
 LAYOUT = "TensorCoreNVFP4Layout"
+# Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
+FP8_MIN_TOKENS = 256
+_OWN_MODES = ("bf16", "fp8")
+_WEIGHT_ONLY = Compute()
 
 
 def supports(parameter: str) -> bool:
@@ -28,13 +34,21 @@ def supports(parameter: str) -> bool:
 
 
 def weight_only_operations(
-    compute_dtype: torch.dtype, device: torch.device, backend: str = "auto", source: str = "the file"
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    backend: str = "auto",
+    source: str = "the file",
+    compute: Compute = _WEIGHT_ONLY,
 ) -> type:
-    """Operations class for a model with NVFP4 layers that computes in ``compute_dtype``; FP8 stays the host's."""
+    """Operations class for a model with NVFP4 layers that computes in ``compute_dtype``; FP8 files stay the host's.
+
+    Weight-only unless ``compute`` says otherwise.
+    """
     marked = SimpleNamespace(quant_config={"mixed_ops": True})
     host = comfy.ops.pick_operations(None, compute_dtype, device, model_config=marked)
     # A disabled format is one the host computes from full-precision weights instead of quantising the activations.
-    base = comfy.ops.mixed_precision_ops(host._quant_config, compute_dtype, disabled={*host._disabled, "nvfp4"})
+    disabled = {*host._disabled} if compute.uses("fp4") else {*host._disabled, "nvfp4"}
+    base = comfy.ops.mixed_precision_ops(host._quant_config, compute_dtype, disabled=disabled)
 
     class WeightOnlyOperations(base):
         class Linear(base.Linear):
@@ -43,23 +57,51 @@ def weight_only_operations(
                 if isinstance(weight, QuantizedTensor):
                     _unwrap(state_dict, prefix, weight, (self.out_features, self.in_features), source)
                 super()._load_from_state_dict(state_dict, prefix, *args)
+                _choose_mode(self, compute.of(prefix[:-1]))
 
             def forward(self, input, *args, **kwargs):
-                if not _takes_fast_path(self, input):
+                # Looked up in the instance: a missing attribute of an nn.Module costs microseconds, a thousand times
+                # a step.
+                own = self.__dict__
+                parameters = own["_parameters"]
+                weight = parameters.get("weight")
+                if not (
+                    own.get("nvfp4_mode") in _OWN_MODES
+                    and isinstance(weight, QuantizedTensor)
+                    and not self.weight_function
+                    and not self.bias_function
+                    and own.get("weight_lowvram_function") is None
+                    and own.get("bias_lowvram_function") is None
+                    and type(input) is torch.Tensor
+                    and input.dtype in OUTPUT_DTYPES
+                    and not (input.requires_grad and torch.is_grad_enabled())
+                ):
                     return super().forward(input, *args, **kwargs)
-                parameters, own, device = self._parameters, self.__dict__, input.device
-                weight, bias = parameters["weight"], parameters["bias"]
+                device = input.device
                 if "pre_quant_scale" in parameters:  # ModelOpt's AWQ
                     smoothing = parameters["pre_quant_scale"]
                     input = input * comfy.model_management.cast_to_device(smoothing, device, input.dtype)
                 if "_v" not in own and weight._qdata.device == device:
-                    return _matmul(input, weight, bias, backend)
+                    return _matmul(own, input, weight, parameters["bias"], device, backend)
                 resident = _prefetched(own, device)
                 if resident is not None:
-                    return _matmul(input, resident, own.get("_v_bias"), backend)
+                    return _matmul(own, input, resident, own.get("_v_bias"), device, backend)
                 return _streamed(self, input, weight, backend)
 
     return WeightOnlyOperations
+
+
+def _choose_mode(module, mode: str) -> None:
+    """Note how a freshly loaded Linear computes: ``nvfp4_mode``, None if its weight is not NVFP4."""
+    own = module.__dict__
+    if own.get("quant_format") != "nvfp4":
+        own["nvfp4_mode"] = None
+        return
+    if own.get("_full_precision_mm_config"):  # its file asks for weight-only
+        mode = "bf16"
+    if mode != "fp4":
+        module._full_precision_mm = True
+    own["nvfp4_mode"] = mode
 
 
 def wrap(record: PackedWeight) -> QuantizedTensor:
@@ -88,23 +130,6 @@ def _unwrap(state_dict: dict, prefix: str, weight: QuantizedTensor, shape: tuple
     state_dict[f"{prefix}weight_scale_2"] = params.scale
 
 
-def _takes_fast_path(module, input: torch.Tensor) -> bool:
-    """Whether nothing but an inference matmul with the plain NVFP4 weight is asked for."""
-    # Looked up in the instance: a missing attribute of an nn.Module costs microseconds, a thousand times a step.
-    own = module.__dict__
-    return (
-        own.get("quant_format") == "nvfp4"
-        and not module.weight_function
-        and not module.bias_function
-        and own.get("weight_lowvram_function") is None
-        and own.get("bias_lowvram_function") is None
-        and type(input) is torch.Tensor
-        and input.dtype in OUTPUT_DTYPES
-        and not (input.requires_grad and torch.is_grad_enabled())
-        and isinstance(module._parameters.get("weight"), QuantizedTensor)
-    )
-
-
 def _streamed(module, input: torch.Tensor, weight: QuantizedTensor, backend: str) -> torch.Tensor:
     """The weight is offloaded, or DynamicVRAM owns it: the host brings it, and takes it back afterwards."""
     comfy.ops.run_every_op()
@@ -115,7 +140,7 @@ def _streamed(module, input: torch.Tensor, weight: QuantizedTensor, backend: str
     )
     try:
         if isinstance(weight, QuantizedTensor):
-            return _matmul(input, weight, bias, backend)
+            return _matmul(module.__dict__, input, weight, bias, input.device, backend)
         return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
@@ -134,11 +159,46 @@ def _prefetched(own: dict, device: torch.device) -> QuantizedTensor | None:
     return weight if isinstance(weight, QuantizedTensor) and weight._qdata.device == device else None
 
 
-def _matmul(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
-    params, dtype = weight._params, input.dtype
+def _matmul(
+    own: dict, input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, device, backend: str
+) -> torch.Tensor:
+    params, packed, dtype = weight._params, weight._qdata, input.dtype
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     if torch.compiler.is_compiling():
-        return backends.linear(input, weight._qdata, params.block_scale, params.scale, params.orig_shape, bias, backend)
-    dequantize = backends.dequantizer(params.orig_shape, dtype, input.device, backend)
-    return torch.nn.functional.linear(input, dequantize(weight._qdata, params.block_scale, params.scale), bias)
+        return _compiled_matmul(own, input, packed, params, bias, backend)
+    functions = own.get("_nvfp4_functions")
+    if functions is None or functions[0] is not dtype or functions[1] != device or functions[2] != backend:
+        functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
+    _, _, _, few, many, dequantize = functions
+    if few is not None or many is not None:
+        shape = input.shape
+        cols = shape[-1] if shape else 0
+        rows = input.numel() // cols if cols else 0
+        if many is not None and rows >= FP8_MIN_TOKENS:
+            return many(input, packed, params.block_scale, params.scale, bias)
+        if few is not None and 0 < rows <= gemv.MAX_TOKENS:
+            if len(shape) == 2:
+                return few(input, packed, params.block_scale, params.scale, bias)
+            out = few(input.reshape(rows, cols), packed, params.block_scale, params.scale, bias)
+            return out.view(*shape[:-1], out.shape[1])
+    return torch.nn.functional.linear(input, dequantize(packed, params.block_scale, params.scale), bias)
+
+
+def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:
+    """What this layer calls for inputs of ``dtype`` on ``device``, which led the tuple: few rows, many, any number."""
+    few = gemv.gemv_function(shape, dtype, device, backend)
+    many = fp8.linear_function(shape, dtype, device, backend) if own.get("nvfp4_mode") == "fp8" else None
+    return dtype, device, backend, few, many, backends.dequantizer(shape, dtype, device, backend)
+
+
+def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> torch.Tensor:
+    """As ``_matmul`` with operators that torch.compile takes whole; the number of rows is a guard of the graph."""
+    arguments = (input, packed, params.block_scale, params.scale, params.orig_shape, bias, backend)
+    cols = input.shape[-1] if input.ndim else 0
+    rows = input.numel() // cols if cols else 0
+    if own.get("nvfp4_mode") == "fp8" and rows >= FP8_MIN_TOKENS:
+        return fp8.linear_fp8(*arguments)
+    if 0 < rows <= gemv.MAX_TOKENS:
+        return gemv.gemv(*arguments)
+    return backends.linear(*arguments)

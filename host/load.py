@@ -36,11 +36,13 @@ from ..checkpoint.dialects import (
 from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.signatures import Model, find_model, transformer_config
 from ..kernels import backends
+from .compute import AUTO as FASTEST
+from .compute import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers
 from .linear import supports, weight_only_operations, wrap
 
 logger = logging.getLogger(__name__)
 
-COMPUTE_MODES = ("bf16",)
+COMPUTE_MODES = (*MODES, FASTEST)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class LoadReport:
     layers: dict[str, int]  # format -> number of Linears
     gigabytes: float
     compute: str
+    compute_reason: str
+    modes: dict[str, int]  # mode -> number of NVFP4 Linears
     backend: str
     reason: str
     device: str
@@ -62,7 +66,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count:,} {name}" for name, count in self.layers.items())
-        how = f"{self.compute}, weights dequantised by the {self.backend} backend ({self.reason})"
+        how = f"{self.compute} ({self.compute_reason})" if self.compute_reason != "asked for" else self.compute
+        if len(self.modes) > 1:
+            how += f": {describe(self.modes)}"
+        how += f", weights decoded by the {self.backend} backend ({self.reason})"
         if self.dialect == "none":
             how = "as ComfyUI's own loader, there is nothing to dequantise"
         lines = [
@@ -84,19 +91,22 @@ def load_model(
     backend: str = "auto",
     config_from: str | None = None,
     disable_dynamic: bool = False,
+    layer_compute: str = "",
 ) -> tuple:
     """File, options -> (ModelPatcher, LoadReport).
 
-    ``config_from``: a safetensors file whose header entry `config` is used where ``path`` has none. Raises
-    CheckpointError for a file that cannot be loaded rightly, ValueError for an option that cannot be had.
+    ``compute``, ``layer_compute``: host/compute.py. ``config_from``: a safetensors file whose header entry `config` is
+    used where ``path`` has none. Raises CheckpointError for a file that cannot be loaded rightly, ValueError for an
+    option that cannot be had.
     """
-    if compute not in COMPUTE_MODES:
-        raise ValueError(f"unknown compute mode {compute!r}; expected {' or '.join(COMPUTE_MODES)}")
     device = comfy.model_management.get_torch_device()
+    picked = pick_mode(compute, device)
+    overrides = parse_overrides(layer_compute, device)
     backend_name, reason = backends.pick_backend(device, backend)
     header = read_header(path)
     model = find_model(header)
     plan = detect(header, dialect, model.prefix)
+    how = _plan_compute(picked, overrides, plan, model)
     state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     metadata = dict(metadata or {})
     config_source = _complete_config(metadata, header, model, config_from)
@@ -105,19 +115,31 @@ def load_model(
         state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model.prefix, metadata=metadata)
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
     compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
-    options = {"custom_operations": weight_only_operations(compute_dtype, device, backend, header.path.name)}
+    operations = weight_only_operations(compute_dtype, device, backend, header.path.name, how)
+    options = {"custom_operations": operations}
     present = {key.rpartition(".")[0] for key in state_dict}
     patcher = _load(state_dict, options, metadata, disable_dynamic, header.path.name)
-    _check_linears(patcher.model.diffusion_model, options["custom_operations"].Linear, present, header.path.name)
-    patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from))
-    report = _report(plan, model, compute, (backend_name, reason), device, patcher, config_source)
+    _check_linears(patcher.model.diffusion_model, operations.Linear, present, header.path.name)
+    patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute))
+    report = _report(plan, model, how, (backend_name, reason), device, patcher, config_source)
     logger.info("%s", str(report).replace("\n", "; "))
     return patcher, report
 
 
-def _reload(path, compute, dialect, backend, config_from, disable_dynamic: bool = False):
+def _reload(path, compute, dialect, backend, config_from, layer_compute="", disable_dynamic: bool = False):
     """The host's factory for clones that need weights of their own: another GPU, or no DynamicVRAM."""
-    return load_model(path, compute, dialect, backend, config_from, disable_dynamic)[0]
+    return load_model(path, compute, dialect, backend, config_from, disable_dynamic, layer_compute)[0]
+
+
+def _plan_compute(picked: tuple[str, str], overrides: dict[str, str], plan: Plan, model: Model) -> Compute:
+    """Modes by layer, named as the model will name them."""
+    start = len(model.prefix)
+    matrices = [
+        layer[start:]
+        for layer, group in plan.groups.items()
+        if layer in plan.nvfp4 or "weight" in group and len(group["weight"].shape) == 2
+    ]
+    return plan_layers(picked, overrides, plan.header, [layer[start:] for layer in plan.nvfp4], matrices)
 
 
 def _complete_config(metadata: dict, header, model: Model, config_from: str | None) -> str | None:
@@ -270,11 +292,13 @@ def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool
     return patcher
 
 
-def _report(plan: Plan, model: Model, compute, backend, device, patcher, config_source) -> LoadReport:
+def _report(plan: Plan, model: Model, compute: Compute, backend, device, patcher, config_source) -> LoadReport:
     tensors = {key: info for key, info in plan.header.tensors.items() if key.startswith(model.prefix)}
     layers = Counter(content["format"] for content in plan.formats.values())
     plain = {layer for layer, group in plan.groups.items() if "weight" in group and layer not in plan.formats}
     layers.update(plan.groups[layer]["weight"].dtype for layer in plain if len(plan.groups[layer]["weight"].shape) == 2)
+    modules = patcher.model.diffusion_model.modules()
+    modes = Counter(mode for module in modules if (mode := module.__dict__.get("nvfp4_mode")))
     return LoadReport(
         file=plan.header.path.name,
         family=model.family or type(patcher.model).__name__,
@@ -282,7 +306,9 @@ def _report(plan: Plan, model: Model, compute, backend, device, patcher, config_
         evidence=plan.evidence,
         layers=dict(layers.most_common()),
         gigabytes=sum(info.nbytes for info in tensors.values()) / 1e9,
-        compute=compute,
+        compute=compute.mode,
+        compute_reason=compute.reason,
+        modes=dict(modes.most_common()),
         backend=backend[0],
         reason=backend[1],
         device=str(device),

@@ -12,8 +12,8 @@ import importlib
 
 import torch
 
-from . import reference
-from .format import block_scale_shape, packed_shape
+from . import cpu_quantize, reference
+from .format import PackedWeight, block_scale_shape, packed_shape
 
 BACKENDS = ("triton", "torch")
 _MIN_CAPABILITY = (7, 5)
@@ -99,9 +99,18 @@ def linear(
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def quantize(weight: torch.Tensor, global_scale: torch.Tensor | None = None, backend: str = "auto"):
-    """(N, K) float -> PackedWeight with plain amax scaling, by the chosen backend."""
-    return implementation(weight.device, backend).quantize(weight, global_scale)
+def quantize(
+    weight: torch.Tensor,
+    global_scale: torch.Tensor | None = None,
+    search: str = "amax",
+    column_weight: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> PackedWeight:
+    """(N, K) float -> PackedWeight by the chosen backend; arguments and errors of ``reference.quantize``."""
+    module = implementation(weight.device, backend)
+    if module is reference and weight.device.type == "cpu":
+        module = cpu_quantize
+    return module.quantize(weight, global_scale, search, column_weight)
 
 
 _library = torch.library.Library("nvfp4_video", "DEF")
@@ -121,7 +130,7 @@ def _dequantize_fake(packed, block_scale, global_scale, rows, cols, dtype, backe
 
 
 def _quantize_op(weight, global_scale, backend):
-    record = implementation(weight.device, backend).quantize(weight, global_scale)
+    record = quantize(weight, global_scale, backend=backend)
     return record.packed, record.block_scale
 
 

@@ -2,7 +2,7 @@
 
 No FP4 or FP8 instruction is needed, and no BF16 one below compute capability 8.0: E2M1 codes and E4M3 scales are
 decoded by shifting their bits into an FP16 number's. ``decode_words`` is the one decode tile; every kernel that reads
-packed weights goes through it.
+packed weights goes through it. ``quantize`` is in kernels/triton_quantize.py.
 
 One 32-bit word of ``packed`` holds eight neighbouring columns, half a block, hence one scale: byte k has column 2k in
 its high nibble and 2k + 1 in its low one.
@@ -18,24 +18,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .format import OUTPUT_DTYPES, PackedWeight, block_scale_shape, check_request, packed_shape
-from .reference import checked_global_scale
+from .format import OUTPUT_DTYPES, block_scale_shape, check_request, packed_shape
+from .triton_quantize import _e4m3_to_f32, quantize  # noqa: F401  (one of the four functions this module offers)
 
 # Tile found by measurement on an H200 (benchmarks/results); the kernel is bound by its stores, hardly by the tile.
 _TILE_WORDS, _STEPS, _WARPS = 256, 2, 8
 _L2_BYTES = 48 << 20
-_QUANTIZE_BLOCKS = 64
 Dequantizer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Compiled kernels take all arguments, constants included, since Triton 3.4; its interpreter compiles nothing.
 _DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) and not triton.knobs.runtime.interpret
-
-
-@triton.jit
-def _e4m3_to_f32(byte):
-    """E4M3 bits -> fp32 of the value times 2**-8, subnormals and NaN included."""
-    bits = byte.to(tl.int32)
-    half = (((bits & 0x7F) << 7) | ((bits & 0x80) << 8)).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32))
 
 
 @triton.jit
@@ -129,68 +120,6 @@ def _dequantize_kernel(
         tl.store(out + step * (WORDS * 8) + out_offset, values, mask=out_inside, cache_modifier=STORE)
 
 
-@triton.jit
-def _to_e4m3_bits(value):
-    """fp32 in [0, 448] -> int32 E4M3 bits, nearest with ties to even, subnormals included."""
-    bits = value.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2**-6 the step is 2**-9; adding 2**23 leaves exactly that many integer bits, rounded to even by the adder.
-    subnormal = (value * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xF
-    return tl.where(value < 0.015625, subnormal, normal)
-
-
-@triton.jit
-def _to_e2m1_code(value):
-    """fp32 in [-6, 6] -> int32 code 0..15, nearest with ties to even, the sign of zero kept."""
-    size = tl.abs(value)
-    code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
-    code += (size >= 1.75).to(tl.int32) + (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
-    code += (size > 5.0).to(tl.int32)
-    return code | ((value.to(tl.int32, bitcast=True) >> 28) & 8)
-
-
-@triton.jit
-def _scale_offset(row, block, scale_cols):
-    """Offset of the scale of (row, block) in the tiled layout; see kernels/format.py."""
-    tile = (row // 128).to(tl.int64) * (scale_cols // 4) + block // 4
-    return tile * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + block % 4
-
-
-@triton.jit
-def _quantize_kernel(
-    weight_ptr,
-    global_ptr,
-    packed_ptr,
-    scale_ptr,
-    rows,
-    cols,
-    blocks_per_row,
-    scale_cols,
-    BLOCKS: tl.constexpr,
-):
-    """Each program quantises BLOCKS neighbouring blocks of 16 columns of one row, padding with zeros."""
-    programs_per_row = tl.cdiv(blocks_per_row, BLOCKS)
-    row = tl.program_id(0) // programs_per_row
-    block = tl.program_id(0) % programs_per_row * BLOCKS + tl.arange(0, BLOCKS)
-    column = block[:, None] * 16 + tl.arange(0, 16)[None, :]
-    source = weight_ptr + row.to(tl.int64) * cols + column
-    values = tl.load(source, mask=(row < rows) & (column < cols), other=0.0).to(tl.float32)
-    global_scale = tl.load(global_ptr)
-    amax = tl.max(tl.abs(values), axis=1)
-    scale = tl.minimum(tl.div_rn(tl.div_rn(amax, 6.0), global_scale), 448.0)
-    scale = tl.where(global_scale == 0.0, 0.0, scale)
-    scale_bits = _to_e4m3_bits(scale)
-    decode_scale = (global_scale * (_e4m3_to_f32(scale_bits) * 256.0))[:, None]
-    scaled = tl.div_rn(values, tl.where(decode_scale == 0.0, 1.0, decode_scale))
-    scaled = tl.where(decode_scale == 0.0, 0.0, tl.minimum(tl.maximum(scaled, -6.0), 6.0))
-    even, odd = tl.split(tl.reshape(_to_e2m1_code(scaled), (BLOCKS, 8, 2)))
-    byte = block[:, None] * 8 + tl.arange(0, 8)[None, :]
-    inside = block < blocks_per_row
-    target = packed_ptr + row.to(tl.int64) * (blocks_per_row * 8) + byte
-    tl.store(target, ((even << 4) | odd).to(tl.uint8), mask=inside[:, None])
-    tl.store(scale_ptr + _scale_offset(row, block, scale_cols), scale_bits.to(tl.uint8), mask=inside)
-
-
 def _tile(rows: int, words_per_row: int) -> tuple[int, int, bool]:
     """(rows, words a row) -> (ROWS, WORDS, FULL) with 256 words a step: the widest tile that divides the row."""
     for words in (128, 64, 32, 16, 8):
@@ -263,30 +192,6 @@ def dequantize(
 ) -> torch.Tensor:
     """(R16(N), R16(K)/2) uint8 + swizzled e4m3 scales + () fp32 -> (N, K) ``dtype``; ValueError on other shapes."""
     return dequantizer(tuple(shape), dtype, packed.device)(packed, block_scale, global_scale)
-
-
-def quantize(weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> PackedWeight:
-    """(N, K) float -> PackedWeight, plain amax scaling, the bytes of reference.quantize; ValueError if not finite."""
-    if weight.ndim != 2:
-        raise ValueError(f"NVFP4 quantises matrices; found shape {tuple(weight.shape)}")
-    global_scale = checked_global_scale(weight, global_scale)
-    shape = (weight.shape[0], weight.shape[1])
-    packed = torch.empty(packed_shape(shape), dtype=torch.uint8, device=weight.device)
-    block_scale = torch.zeros(block_scale_shape(shape), dtype=torch.uint8, device=weight.device)
-    blocks_per_row = packed.shape[1] // 8
-    global_scale = global_scale.to(weight.device, torch.float32)
-    with torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
-        _quantize_kernel[(packed.shape[0] * triton.cdiv(blocks_per_row, _QUANTIZE_BLOCKS),)](
-            weight.contiguous(),
-            global_scale,
-            packed,
-            block_scale,
-            *shape,
-            blocks_per_row,
-            block_scale.shape[1],
-            _QUANTIZE_BLOCKS,
-        )
-    return PackedWeight(packed, block_scale.view(torch.float8_e4m3fn), global_scale, shape)
 
 
 def linear(

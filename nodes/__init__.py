@@ -6,11 +6,13 @@ from .measure import NVFP4Compare, NVFP4Sharpness
 from .model import NVFP4ModelLoader
 from .plan import NVFP4DistilledSettings, NVFP4Planner
 from .quantize import NVFP4Quantize
+from .text_encoder import NVFP4TextEncoderLoader
 from .vae import NVFP4VAELoader
 
 NODES = [
     NVFP4ModelLoader,
     NVFP4VAELoader,
+    NVFP4TextEncoderLoader,
     NVFP4Inspect,
     NVFP4Split,
     NVFP4Quantize,

@@ -19,7 +19,8 @@ class NVFP4ModelLoader(io.ComfyNode):
             display_name="NVFP4 Model Loader",
             category="NVFP4",
             description="Loads an NVFP4 diffusion model of any dialect. Weights stay packed in GPU memory; each layer "
-            "is dequantised on the GPU when it is used, with the result of ComfyUI's own weight-only path.",
+            "is decoded on the GPU when it is used: by default with the result of ComfyUI's own weight-only path, on "
+            "newer GPUs in FP8 or FP4.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -30,7 +31,9 @@ class NVFP4ModelLoader(io.ComfyNode):
                     "compute",
                     options=list(COMPUTE_MODES),
                     default="bf16",
-                    tooltip="bf16: weight-only. Weights are dequantised, activations are left alone.",
+                    tooltip="bf16: weight-only, exact. fp8: weights and activations in FP8 (compute capability 8.9 and "
+                    "up). fp4: both in FP4, by ComfyUI's own kernels (10.0 and up, CUDA 13). auto: the fastest of "
+                    "these that runs here. Sensitive layers stay weight-only; the report says how many and why.",
                 ),
                 io.Combo.Input(
                     "dialect",
@@ -55,17 +58,28 @@ class NVFP4ModelLoader(io.ComfyNode):
                     tooltip="For a file whose header lost its `config`: another file of the same model version.",
                     advanced=True,
                 ),
+                io.String.Input(
+                    "layer_compute",
+                    default="",
+                    optional=True,
+                    tooltip="Modes of single layers, as PART=MODE separated by commas, such as to_out=bf16, "
+                    "blocks.0=bf16. PART is any part of the layers' names, * stands for any text; the last match "
+                    "counts.",
+                    advanced=True,
+                ),
             ],
             outputs=[io.Model.Output(), io.String.Output("report", display_name="report")],
             search_aliases=["nvfp4", "fp4 loader", "load diffusion model nvfp4", "ltx nvfp4"],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, compute, dialect, backend="auto", config_from=SAME_FILE):
-        return fingerprint([model_name, config_from], FOLDERS, compute, dialect, backend)
+    def fingerprint_inputs(cls, model_name, compute, dialect, backend="auto", config_from=SAME_FILE, layer_compute=""):
+        return fingerprint([model_name, config_from], FOLDERS, compute, dialect, backend, layer_compute)
 
     @classmethod
-    def execute(cls, model_name, compute, dialect, backend="auto", config_from=SAME_FILE) -> io.NodeOutput:
-        config_path = optional_path(config_from, FOLDERS)
-        patcher, report = load_model(file_path(model_name, FOLDERS), compute, dialect, backend, config_path)
+    def execute(
+        cls, model_name, compute, dialect, backend="auto", config_from=SAME_FILE, layer_compute=""
+    ) -> io.NodeOutput:
+        path, config_path = file_path(model_name, FOLDERS), optional_path(config_from, FOLDERS)
+        patcher, report = load_model(path, compute, dialect, backend, config_path, layer_compute=layer_compute)
         return io.NodeOutput(patcher, str(report))

@@ -14,12 +14,13 @@ package = types.ModuleType("nvfp4_video")
 package.__path__ = [str(Path(__file__).resolve().parents[1])]
 sys.modules["nvfp4_video"] = package
 
-from nvfp4_video.kernels import triton_nvfp4  # noqa: E402
+from nvfp4_video.kernels import triton_fp8, triton_gemv, triton_nvfp4, triton_quantize  # noqa: E402
 from triton import compile as triton_compile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-POINTERS = {"packed_ptr": "*u8", "scale_ptr": "*u8", "global_ptr": "*fp32"}
+POINTERS = {"packed_ptr": "*u8", "scale_ptr": "*u8", "global_ptr": "*fp32", "column_ptr": "*i32"}
+SEARCHES = {"amax": (False, False), "search": (True, False), "weighted": (True, True)}
 
 
 def compiled_bytes(kernel, capability: int, pointers: dict[str, str], constants: dict[str, object]) -> int:
@@ -29,6 +30,36 @@ def compiled_bytes(kernel, capability: int, pointers: dict[str, str], constants:
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=types_of, constexprs=values)
     return len(triton_compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
+
+
+def gemv_sizes(capability: int) -> dict[str, int]:
+    """The kernels for few rows: BF16 and FP16, with and without masks, and the sum of slices of K."""
+    sizes = {}
+    tile = {"UNDO": 256.0, "TOKENS": 16, "ROWS": 16, "UNROLL": 1, "PACKED": True, "BIAS": True}
+    for dtype in ("*bf16", "*fp16"):
+        pointers = POINTERS | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)
+        for full in (True, False):
+            size = compiled_bytes(triton_gemv._gemv_kernel, capability, pointers, tile | {"FULL": full})
+            sizes[f"{capability} gemv {dtype} {full}"] = size
+    pointers = POINTERS | {"sum_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    constants = {"UNDO": 256.0, "SPLIT": 4, "COLS": 256, "BIAS": True}
+    sizes[f"{capability} reduce"] = compiled_bytes(triton_gemv._reduce_kernel, capability, pointers, constants)
+    return sizes
+
+
+def fp8_sizes(capability: int) -> dict[str, int]:
+    """The conversions of weights and activations to E4M3."""
+    sizes = {}
+    for full in (True, False):
+        pointers = POINTERS | {"out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
+        constants = {"ROWS": 2, "BLOCKS": 128, "SCALES": 256, "FULL": full}
+        size = compiled_bytes(triton_fp8._to_fp8_kernel, capability, pointers, constants)
+        sizes[f"{capability} to_fp8 {full}"] = size
+        pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+        constants = {"COLS": 4096, "SINGLE": full}
+        size = compiled_bytes(triton_fp8._quantize_rows_kernel, capability, pointers, constants)
+        sizes[f"{capability} quantize_rows {full}"] = size
+    return sizes
 
 
 def main() -> None:
@@ -42,8 +73,14 @@ def main() -> None:
                 sizes[f"{capability} dequantize {out} {full}"] = size
         for dtype in ("*bf16", "*fp16", "*fp32"):
             pointers = POINTERS | {"weight_ptr": dtype}
-            size = compiled_bytes(triton_nvfp4._quantize_kernel, capability, pointers, {"BLOCKS": 64})
-            sizes[f"{capability} quantize {dtype}"] = size
+            for name, (search, weighted) in SEARCHES.items():
+                constants = {"BLOCKS": 64, "SEARCH": search, "WEIGHTED": weighted}
+                size = compiled_bytes(triton_quantize._quantize_kernel, capability, pointers, constants)
+                sizes[f"{capability} quantize {dtype} {name}"] = size
+        if capability >= 80:
+            sizes |= gemv_sizes(capability)
+        if capability >= 89:
+            sizes |= fp8_sizes(capability)
     sys.stdout.write(json.dumps(sizes))
 
 

@@ -21,6 +21,7 @@ PROBED = {
     "comfy.ops.mixed_precision_ops().Linear.forward_comfy_cast_weights:want_requant",
     "comfy.sd.load_diffusion_model:disable_dynamic",
     "comfy.sd.load_diffusion_model_state_dict:disable_dynamic",
+    "comfy.sd.load_text_encoder_state_dicts:disable_dynamic",
 }
 CONTRACT = record_contract.read_contract()
 

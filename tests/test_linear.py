@@ -115,7 +115,7 @@ def test_weight_functions_are_the_host_s_work_and_taking_them_off_restores_the_o
     assert torch.equal(layer(x), plain)
     assert len(calls) == 1
     bias = layer.bias.to(x.dtype)
-    torch.testing.assert_close(doubled - bias, 2 * (plain - bias), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(doubled - bias, 2 * (plain - bias), rtol=0.02, atol=0.2)
 
 
 def test_bias_functions_are_the_host_s_work(layer_and_host_calls):
@@ -123,7 +123,7 @@ def test_bias_functions_are_the_host_s_work(layer_and_host_calls):
     layer.bias_function = [torch.zeros_like]
     x = torch.randn(3, 32, dtype=torch.bfloat16)
     layer_without = expected(layer, record, x) - layer.bias
-    torch.testing.assert_close(layer(x), layer_without, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(layer(x), layer_without, rtol=0.02, atol=0.2)
     assert len(calls) == 1
 
 

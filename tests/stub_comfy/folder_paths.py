@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 _EXTENSIONS = {".ckpt", ".pt", ".pt2", ".bin", ".pth", ".safetensors", ".pkl", ".sft"}
-_KINDS = ("checkpoints", "diffusion_models", "loras", "text_encoders", "vae")
+_KINDS = ("checkpoints", "diffusion_models", "embeddings", "loras", "text_encoders", "vae")
 
 base_path = os.path.join(tempfile.gettempdir(), "nvfp4-video-stub")
 DEFAULT_FOLDERS = {kind: ([os.path.join(base_path, "models", kind)], _EXTENSIONS) for kind in _KINDS}

@@ -18,6 +18,7 @@ __all__ = [
     "soft_empty_cache",
     "supports_fp8_compute",
     "supports_nvfp4_compute",
+    "text_encoder_device",
     "throw_exception_if_processing_interrupted",
     "unet_dtype",
     "unet_manual_cast",
@@ -52,6 +53,10 @@ def get_torch_device():
 
 
 def unet_offload_device():
+    return torch.device("cpu")
+
+
+def text_encoder_device():
     return torch.device("cpu")
 
 

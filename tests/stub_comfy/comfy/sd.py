@@ -1,14 +1,21 @@
-"""State dict in, ModelPatcher or VAE out."""
+"""State dict in, ModelPatcher, CLIP or VAE out."""
 
 from __future__ import annotations
 
+import enum
 import json
 
 import torch
 
 from . import model_detection, model_management, model_patcher, utils
 
-__all__ = ["VAE", "load_diffusion_model", "load_diffusion_model_state_dict"]
+# CLIPType is left out: how an Enum spells its parameters depends on the Python that records them.
+__all__ = [
+    "VAE",
+    "load_diffusion_model",
+    "load_diffusion_model_state_dict",
+    "load_text_encoder_state_dicts",
+]
 
 _VAE_SIGNS = (
     "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight",
@@ -96,3 +103,39 @@ def load_diffusion_model(unet_path, model_options=None, disable_dynamic=False):
         raise RuntimeError(f"ERROR: Could not detect model type of: {unet_path}")
     patcher.cached_patcher_init = (load_diffusion_model, (unet_path, model_options))
     return patcher
+
+
+class CLIPType(enum.Enum):
+    """What a text encoder is for."""
+
+    LTXV = 8
+
+
+class _Clip:
+    """LTX's text encoder: Gemma's modules by their names, the embedding and the projection as plain parameters."""
+
+    def __init__(self, tensors, projection, options, embedding_directory):
+        self.options, self.embedding_directory = options, embedding_directory
+        device = options.get("load_device", model_management.text_encoder_device())
+        model = torch.nn.Module()
+        tokens = {name: tensors.pop(name) for name in list(tensors) if "embed_tokens" in name}
+        tokenizer = {name: tensors.pop(name) for name in list(tensors) if "." not in name}
+        operations = options["custom_operations"]
+        model.gemma3_12b = torch.nn.Module()
+        model.gemma3_12b.transformer = model_detection._build(tensors, "", operations, torch.bfloat16, device)
+        model.gemma3_12b.transformer.load_state_dict(tensors, strict=False)
+        if "model.layers.5.self_attn.v_proj.weight" not in tensors:
+            model.text_encoder_key = "gemma4"
+        self.tokens, self.tokenizer, self.projection = tokens, tokenizer, projection
+        self.cond_stage_model = model
+        self.patcher = model_patcher.ModelPatcher(model, device, device)
+
+
+def load_text_encoder_state_dicts(
+    state_dicts=(), embedding_directory=None, clip_type=None, model_options=None, disable_dynamic=False
+):
+    """Knows LTX's pair of Gemma and projection only; AttributeError without a tokenizer, as from the host's."""
+    gemma, projection = state_dicts
+    if not any("." not in name for name in gemma):
+        raise AttributeError("no tokenizer")
+    return _Clip(dict(gemma), dict(projection), model_options or {}, embedding_directory)

@@ -1,0 +1,175 @@
+"""Gemma 3's token loop in a shape that the host can replay as CUDA graphs, one a block.
+
+Each token costs a block some forty kernels, most of which take the CPU longer to launch than the GPU to run. The host
+can replay a block as a graph where the keys and values lie at fixed addresses (its ``FixedKV``), but its own attention
+over such a cache takes heads of 128 numbers, Gemma 3 has 256, and knows no window. ``DecodeCache`` adds both: one slot
+a token from the prompt's first on, and a bias that hides the slots no token has, or that lie outside a layer's window.
+
+Only the decode of one token is ours; prompt, blocks, sampling, residency checks and capture are the host's. The classes
+are set on the loaded model's own modules; nothing of the host is patched. Where the host cannot capture (no
+DynamicVRAM, CPU, graphs disabled, an older ComfyUI) its own cache and attention are used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import types
+from types import ModuleType
+from typing import Any
+
+import comfy.model_management
+import torch
+
+EAGER = "block by block"
+
+
+class Slots:
+    """Which slots of a cache count, on the device, shared by all layers of one window.
+
+    ``position`` (1,) int64: where the next token goes; ``bias`` (capacity,) FP32: 0 or minus infinity.
+    """
+
+    def __init__(self, capacity: int, window: int | None, device: torch.device):
+        self.window, self.end = window, 0
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.bias = torch.full((capacity,), float("-inf"), device=device)
+
+    def take(self, index: int, count: int) -> None:
+        """Tokens ``index`` to ``index + count`` are next; the layers after the first ask again and change nothing."""
+        end = index + count
+        if end == self.end:
+            return
+        first, before = (max(0, e - self.window) if self.window else 0 for e in (end, self.end))
+        self.position.fill_(index)
+        self.bias[index:end] = 0
+        if first > before:
+            self.bias[before:first] = float("-inf")
+        self.end = end
+
+
+@functools.cache
+def _classes() -> tuple[type, type, type] | None:
+    """(cache, attention, model) over the host's own, or None where it has no such machinery."""
+    try:
+        llama = importlib.import_module("comfy.text_encoders.llama")
+        prefetch = importlib.import_module("comfy.model_prefetch")
+    except ImportError:
+        return None
+    if not all(hasattr(llama, name) for name in ("FixedKV", "Attention", "Llama2_", "apply_rope")):
+        return None
+    if not {"core", "enable_graph"} <= inspect.signature(prefetch.prefetch_queue_pop).parameters.keys():
+        return None
+    if not hasattr(llama.Llama2_, "init_kv_cache") or not hasattr(llama.Llama2_, "get_dynamic_vram__units"):
+        return None
+    return _derive(llama, prefetch)
+
+
+def _derive(llama: ModuleType, prefetch: ModuleType) -> tuple[type, type, type]:
+    class DecodeCache(llama.FixedKV):
+        """Keys and values (1, capacity, heads, head_dim) of one layer; ``slots`` is shared by layers of one window."""
+
+        def __init__(self, key: torch.Tensor, value: torch.Tensor, slots: Slots):
+            super().__init__(key, value, 0, slots.position, torch.zeros(1, dtype=torch.int32, device=key.device))
+            self.slots = slots
+
+        def prepare(self, num_tokens: int) -> None:
+            self.slots.take(self.index, num_tokens)
+
+    class DecodeAttention(llama.Attention):
+        def forward(self, hidden_states, freqs_cis=None, past_key_value=None, **others):
+            cache = past_key_value
+            if not isinstance(cache, DecodeCache) or hidden_states.shape[1] != 1 or cache.index == 0:
+                return super().forward(hidden_states, freqs_cis=freqs_cis, past_key_value=cache, **others)
+            heads, width = (1, 1, -1, self.head_dim), self.head_dim
+            query = self.q_norm(self.q_proj(hidden_states).view(heads).transpose(1, 2))
+            key = self.k_norm(self.k_proj(hidden_states).view(heads).transpose(1, 2))
+            query, key = llama.apply_rope(query, key, freqs_cis=freqs_cis)
+            cache.key.index_copy_(1, cache.position, key.transpose(1, 2))
+            cache.value.index_copy_(1, cache.position, self.v_proj(hidden_states).view(heads))
+            # Query heads that share a key head lie side by side: they are the rows of one product.
+            query = query.reshape(self.num_kv_heads, self.num_heads // self.num_kv_heads, width)
+            scores = _scores(query, cache.key[0].permute(1, 2, 0))
+            weights = torch.add(cache.slots.bias, scores, alpha=width**-0.5).softmax(-1).to(query.dtype)
+            output = torch.bmm(weights, cache.value[0].transpose(0, 1))
+            return self.o_proj(output.view(1, 1, self.inner_size)), cache
+
+    class DecodeModel(llama.Llama2_):
+        def init_kv_cache(self, batch, capacity, device, dtype):
+            if batch != 1 or _obstacle(self, device):
+                return super().init_kv_cache(batch, capacity, device, dtype)
+            if any(hasattr(layer, "_comfy_graph") for layer in self.layers):
+                prefetch.cleanup_prefetch_queues()  # graphs of an earlier generation hold its cache
+            slots: dict[int | None, Slots] = {}
+            shape = (1, -(-capacity // 8) * 8, self.config.num_key_value_heads, self.config.head_dim)
+            caches = []
+            for layer in self.layers:
+                window = layer.sliding_attention or None
+                if window not in slots:
+                    slots[window] = Slots(shape[1], window, device)
+                # Zeros, because a hidden slot counts with the weight 0, and 0 times NaN is NaN.
+                key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+                caches.append(DecodeCache(key, value, slots[window]))
+            return caches
+
+    return DecodeCache, DecodeAttention, DecodeModel
+
+
+@functools.cache
+def _products_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch can give the FP32 sums of a product of ``dtype``."""
+    try:
+        torch.bmm(*(torch.zeros(1, 8, 8, dtype=dtype, device=device) for _ in range(2)), out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """(H, G, D) x (H, D, C) -> (H, G, C) FP32, not rounded on the way: a softmax magnifies what is lost here."""
+    if query.dtype != torch.float32 and _products_in_fp32(query.device, query.dtype):
+        return torch.bmm(query, key, out_dtype=torch.float32)
+    return torch.bmm(query.float(), key.float())
+
+
+def _obstacle(model: torch.nn.Module, device: torch.device) -> str:
+    """Why the host will not capture graphs of this loaded model on ``device``, or an empty string."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"graphs need an NVIDIA GPU, the model is on {device.type}"
+    if getattr(importlib.import_module("comfy.cli_args").args, "disable_cuda_graphs", False):
+        return "ComfyUI runs with --disable-cuda-graphs"
+    if comfy.model_management.NUM_STREAMS == 0:
+        return "ComfyUI runs without async offload"
+    if getattr(model.layers[0], "_v_block", None) is None:
+        return "DynamicVRAM is off"
+    return ""
+
+
+def use_graphs(clip: Any) -> str:
+    """Prepare a loaded LTX text encoder so that the host captures its token loop -> what to expect, for the report."""
+    if _classes() is None:
+        return f"{EAGER}, this ComfyUI cannot capture graphs of it"
+    model = clip.cond_stage_model.gemma3_12b.transformer.model
+    if not hasattr(model, "get_dynamic_vram__units"):
+        return f"{EAGER}, this ComfyUI cannot capture graphs of it"
+    cache, attention, decode = _classes()
+    if type(model) is decode.__bases__[0] and model.config.transformer_type == "gemma3":
+        for layer in model.layers:
+            if type(layer.self_attn) is attention.__bases__[0]:
+                layer.self_attn.__class__ = attention
+        model.__class__ = decode
+        model.prefetch_dynamic_vbars = model.graph_dynamic_vbar_blocks = True
+    if not hasattr(clip.cond_stage_model, "get_dynamic_vram__units"):
+        # The host asks the whole text encoder for its blocks; LTX's class does not pass the question on.
+        clip.cond_stage_model.get_dynamic_vram__units = types.MethodType(_units, clip.cond_stage_model)
+    device = clip.patcher.load_device
+    if device.type != "cuda":
+        return f"{EAGER}, graphs need an NVIDIA GPU, the model is on {device.type}"
+    if not getattr(clip.patcher, "is_dynamic", bool)():
+        return f"{EAGER}, graphs need DynamicVRAM"
+    return "a CUDA graph a block, where the block stays on the GPU"
+
+
+def _units(encoder: torch.nn.Module) -> tuple[list, list]:
+    return encoder.gemma3_12b.transformer.model.get_dynamic_vram__units()

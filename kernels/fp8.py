@@ -1,0 +1,144 @@
+"""W4A8: NVFP4 weights and row-wise quantised activations meet on FP8 tensor cores, through ``torch._scaled_mm``.
+
+The weight is converted to E4M3 on every call, as the BF16 mode dequantises it: one byte written and read an element
+instead of two, and a matmul of twice the rate. kernels/reference.py defines the rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from . import backends, reference
+from .format import round_up
+
+MIN_CAPABILITY = (8, 9)
+# On: sums stay in the tensor core's short accumulator instead of going to FP32 every 128 products. On an H200 that
+# takes 8 to 15 % off the matmul, and its rounding (0.1 to 0.2 %) is small beside the 2.4 % of FP8 itself
+# (benchmarks/results/fp8.json).
+FAST_ACCUMULATION = True
+LinearFp8 = Callable[..., torch.Tensor]
+
+
+@functools.cache
+def obstacle(device: torch.device) -> str:
+    """Why ``linear_fp8`` has no tensor cores on ``device``, or an empty string.
+
+    Behind the capability a tiny product is computed: which torch builds have row-wise scaling for which GPU differs.
+    """
+    if device.type != "cuda" or not torch.version.cuda:
+        return f"FP8 tensor cores are those of an NVIDIA GPU, the model is on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"FP8 needs compute capability 8.9, {name} has {capability[0]}.{capability[1]}"
+    if not hasattr(torch, "_scaled_mm"):
+        return f"torch {torch.__version__} has no torch._scaled_mm; update torch"
+    backend, reason = backends.pick_backend(device)
+    if backend != "triton":
+        return reason
+    return _failure_of_a_trial(device)
+
+
+def _failure_of_a_trial(device: torch.device) -> str:
+    try:
+        weight = torch.eye(32, device=device).to(reference.FP8)
+        scale = torch.full((32,), 0.5, device=device)
+        x = torch.arange(17 * 32, device=device).remainder(15).float().view(17, 32)
+        x_scale = torch.arange(1, 18, device=device, dtype=torch.float32).unsqueeze(1)
+        bias = torch.ones(32, device=device, dtype=torch.bfloat16)
+        found = scaled_mm(x.to(reference.FP8), x_scale, weight, scale, bias)
+    except RuntimeError as error:
+        return f"torch {torch.__version__} cannot multiply FP8 row-wise here: {str(error).splitlines()[0]}"
+    if not torch.equal(found, (x * x_scale * 0.5 + 1).bfloat16()):
+        return f"torch {torch.__version__} multiplies FP8 row-wise wrongly here"
+    return ""
+
+
+def scaled_mm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    fast: bool = FAST_ACCUMULATION,
+) -> torch.Tensor:
+    """(M, K) e4m3, (M, 1) fp32, (N, K) e4m3, (N,) fp32, (N,) bf16 -> (M, N) bf16; N and K are multiples of 16."""
+    return torch._scaled_mm(
+        x, weight.t(), x_scale, weight_scale.unsqueeze(0), bias, out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
+
+
+@functools.cache
+def linear_function(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str = "auto"
+) -> LinearFp8:
+    """(N, K), dtype and device of x -> function (x, packed, block_scale, global_scale, bias or None) -> (..., N).
+
+    For callers that use a shape again and again; ``linear_fp8`` without the look-ups. The torch backend computes in
+    FP32 what the tensor cores would.
+    """
+    name, _ = backends.pick_backend(device, backend)
+    if name == "torch":
+        return lambda x, packed, block_scale, global_scale, bias=None: reference.linear_fp8(
+            x, packed, block_scale, global_scale, shape, bias
+        )
+    triton_fp8 = importlib.import_module(".triton_fp8", __package__)
+    convert = triton_fp8.converter(shape, device)
+    quantize = triton_fp8.row_quantizer(shape[1], dtype, device)
+    rows, cols = shape
+    added = round_up(rows, 16) - rows
+
+    def run(x, packed, block_scale, global_scale, bias=None):
+        if bias is not None:
+            bias = bias if bias.dtype == torch.bfloat16 else bias.to(torch.bfloat16)
+            bias = torch.nn.functional.pad(bias, (0, added)) if added else bias
+        weight, weight_scale = convert(packed, block_scale, global_scale)
+        quantized, scale = quantize(x if x.ndim == 2 else x.reshape(-1, cols))
+        out = scaled_mm(quantized, scale, weight, weight_scale, bias)
+        out = out[:, :rows] if added else out
+        out = out if dtype == torch.bfloat16 else out.to(dtype)
+        return out if x.ndim == 2 else out.reshape(*x.shape[:-1], rows)
+
+    return run
+
+
+def linear_fp8(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """(..., K) float x NVFP4 (N, K) + (N,) -> (..., N) in x's dtype, both operands rounded to E4M3.
+
+    The matmul's result is BF16 whatever x is, before it is cast to x's dtype.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.nvfp4_video.linear_fp8(x, packed, block_scale, global_scale, shape[0], shape[1], bias, backend)
+    run = linear_function(tuple(shape), x.dtype, x.device, backend)
+    return run(x, packed, block_scale, global_scale, bias)
+
+
+_library = torch.library.Library("nvfp4_video", "FRAGMENT")
+_library.define(
+    "linear_fp8(Tensor x, Tensor packed, Tensor block_scale, Tensor global_scale, SymInt rows, SymInt cols, "
+    "Tensor? bias, str backend) -> Tensor"
+)
+
+
+def _linear_fp8_op(x, packed, block_scale, global_scale, rows, cols, bias, backend):
+    return linear_fp8(x, packed, block_scale, global_scale, (rows, cols), bias, backend)
+
+
+def _linear_fp8_fake(x, packed, block_scale, global_scale, rows, cols, bias, backend):
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+_library.impl("linear_fp8", _linear_fp8_op, "CompositeExplicitAutograd")
+torch.library.register_fake("nvfp4_video::linear_fp8", _linear_fp8_fake, lib=_library)

@@ -1,0 +1,74 @@
+"""Launching a Triton kernel again and again at a few microseconds of CPU time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+# Compiled kernels take all arguments, constants included, since Triton 3.4; its interpreter compiles nothing.
+_DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) and not triton.knobs.runtime.interpret
+
+
+class Launcher:
+    """One kernel with everything fixed but its tensors.
+
+    From its second call on it skips the JIT's analysis of arguments, which costs the CPU more than all the rest; that
+    needs the first call's alignment, and a single GPU, since the compiled kernel belongs to a device. ``as_bytes``:
+    positions of tensors that the kernel sees as uint8.
+    """
+
+    __slots__ = ("_arguments", "_as_bytes", "_device", "_direct", "_grid", "_kernel", "_may_skip", "_options")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: tuple,
+        device: torch.device,
+        as_bytes: tuple[int, ...] = (),
+        **options: int,
+    ):
+        self._kernel, self._grid, self._arguments = kernel, (*grid, 1, 1)[:3], arguments
+        self._device, self._options, self._as_bytes, self._direct = device, options, as_bytes, None
+        self._may_skip = _DIRECT and (device.type != "cuda" or torch.cuda.device_count() == 1)
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        """Launch on the current stream; ``tensors`` are the kernel's first arguments. The grid must not be empty."""
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        aligned = True
+        for pointer in pointers:
+            if pointer & 15:
+                aligned = False
+        if aligned and self._direct is not None:
+            self._direct(*pointers, *self._arguments)
+            return
+        seen = [tensor.view(torch.uint8) if at in self._as_bytes else tensor for at, tensor in enumerate(tensors)]
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+            compiled = self._kernel[self._grid](*seen, *self._arguments, **self._options)
+        if aligned and self._may_skip:
+            self._direct = direct_launch(compiled, self._grid, self._device, (*pointers, *self._arguments))
+
+
+def direct_launch(compiled: Any, grid: tuple[int, int, int], device: torch.device, trial: tuple) -> Callable[..., None]:
+    """A compiled kernel -> function of addresses and arguments that launches it on the device's current stream.
+
+    It leaves out Triton's look-up of the device and its hooks for profilers. ``trial``, arguments with which the kernel
+    has just run and may run again, shows whether this Triton takes that; otherwise its own, slower launch is returned.
+    """
+    slower = compiled[grid]
+    try:
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        index = torch.cuda.current_device() if device.index is None else device.index
+        current_stream = torch._C._cuda_getCurrentRawStream
+
+        def launch(*arguments: Any) -> None:
+            run(*grid, current_stream(index), function, metadata, None, None, None, *arguments)
+
+        launch(*trial)
+    except (AttributeError, TypeError):
+        return slower
+    return launch

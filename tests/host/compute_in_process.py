@@ -1,0 +1,104 @@
+"""Facts about the compute modes inside a real ComfyUI process on the CPU, as JSON; run by test_compute_host.py.
+
+usage: <the host's python> compute_in_process.py <empty folder>, in the folder of a ComfyUI checkout
+
+A CPU has no FP8 or FP4 tensor cores: both are declared to run, FP8 is then computed in FP32 by the torch backend, for
+any number of tokens, and FP4 by the host, which on a CPU is weight-only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import traceback
+from pathlib import Path
+
+MARK = "facts: "
+
+
+def load(name: str):
+    return importlib.import_module(f"nvfp4_video.{name}")
+
+
+def modes_of(patcher) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for module in patcher.model.diffusion_model.modules():
+        mode = module.__dict__.get("nvfp4_mode")
+        if mode:
+            found[mode] = found.get(mode, 0) + 1
+    return found
+
+
+def sampled(scene, counts: dict, patcher) -> tuple:
+    """Latents, and how often each kind of computation was entered."""
+    counts.update(fp8=0, host=0)
+    out = scene.sample(patcher)
+    return out, dict(counts)
+
+
+def facts_of(scene) -> dict:
+    linear, fp8, compute = load("host.linear"), load("kernels.fp8"), load("host.compute")
+    counts = {"fp8": 0, "host": 0}
+    fp8.obstacle = lambda device: ""
+    compute._fp4_obstacle = lambda device: ""
+    linear.FP8_MIN_TOKENS = 1
+    make = fp8.linear_function
+
+    def counted(*arguments):
+        run = make(*arguments)
+
+        def call(*given):
+            counts["fp8"] += 1
+            return run(*given)
+
+        return call
+
+    fp8.linear_function = counted
+    bf16, _ = sampled(scene, counts, scene.ours("comfy_markers"))
+    found = {"modes": {}, "calls": {}, "error": {}, "finite": {}}
+    for name, options in {
+        "bf16": {},
+        "fp8": {"compute": "fp8"},
+        "fp8 with to_out kept": {"compute": "fp8", "layer_compute": "to_out=bf16"},
+        "fp4": {"compute": "fp4"},
+        "auto": {"compute": "auto"},
+    }.items():
+        patcher = scene.ours("comfy_markers", **options)
+        linear_class = next(type(m) for m in patcher.model.diffusion_model.modules() if "nvfp4_mode" in m.__dict__)
+        host_class = linear_class.__bases__[0]
+        forward = host_class.forward
+
+        def watched(self, *given, forward=forward, **options):
+            counts["host"] += self.__dict__.get("quant_format") == "nvfp4"
+            return forward(self, *given, **options)
+
+        host_class.forward = watched
+        found["modes"][name] = modes_of(patcher)
+        latents, found["calls"][name] = sampled(scene, counts, patcher)
+        found["error"][name] = float((latents - bf16).norm() / bf16.norm())
+        found["finite"][name] = bool(latents.isfinite().all())
+        if name == "fp8":
+            changed, found["calls"]["lora"] = sampled(scene, counts, scene.with_lora(patcher))
+            found["finite"]["lora"] = bool(changed.isfinite().all())
+            found["changed by lora"] = float((changed - latents).norm() / latents.norm())
+            found["restored"] = bool((sampled(scene, counts, patcher)[0] == latents).all())
+    return found
+
+
+def main(folder: Path) -> None:
+    sys.path.insert(1, str(Path(__file__).resolve().parent))
+    in_process = importlib.import_module("in_process")
+    facts: dict[str, object] = {"version": in_process.bring_up_host()}
+    scene = in_process.Scene(folder)
+    facts["ltx"] = scene.ltx
+    if scene.ltx is not None:
+        try:
+            facts["compute"] = facts_of(scene)
+        except Exception:
+            facts["compute"] = {"failed": traceback.format_exc()}
+    sys.stdout.write(f"\n{MARK}{json.dumps(facts)}\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
