@@ -25,6 +25,7 @@ from ..checkpoint.signatures import find_model
 from ..kernels import backends
 from ..kernels.format import PackedWeight
 from .console import Cell, CommandError, Console, size
+from .demo_files import make_and_split
 from .demo_host import sample_in_comfyui
 
 ORIGINAL, DECODED, UNDECLARED, CUT = "bf16", "bf16_decoded", "undeclared", "cut_short"
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], boo
         record["files"] = show_files(folder, model, console)
         record["misreadings"] = show_misreadings(folder, model, console)
         record["refusals"] = show_refusals(folder, model, console)
+        record["whole"] = make_and_split(folder, model.state, model.config, console)
         record["gpu"] = show_gpu(console)
         record["comfyui"] = sample_in_comfyui(folder / "comfyui", args.gpu, console)
         if args.keep:
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], boo
     record["identical"] = all(file["identical"] for file in record["files"])
     passed = (
         record["identical"]
+        and record["whole"]["ok"]
         and all(refusal["refused"] for refusal in record["refusals"])
         and record["gpu"].get("identical", True)
         and record["comfyui"].get("ok", True)

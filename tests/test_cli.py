@@ -96,6 +96,14 @@ def test_the_demo_shows_the_refusals_and_that_stating_the_dialect_helps(demo):
     assert "cut short" in cut["message"]
 
 
+def test_the_demo_quantises_verifies_and_splits_a_whole_checkpoint(demo):
+    record, kept = demo
+    whole = record["whole"]
+    assert whole["ok"] and whole["errors"]["mse"] < 0.9 * whole["errors"]["amax"] < 0.09
+    assert all((kept / name).is_file() for name in whole["files"])
+    assert whole["settings"] == {"width": 768, "height": 512, "frames": 121, "audio": 126}
+
+
 def test_the_demo_keeps_its_files_where_asked_and_says_why_comfyui_was_left_out(demo):
     record, kept = demo
     for file in record["files"]:

@@ -1,0 +1,61 @@
+"""The second half of ``demo``: a BF16 checkpoint becomes an NVFP4 file, is verified, taken apart and given settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import synthetic
+from ..checkpoint.components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE
+from ..checkpoint.header import read_header
+from ..checkpoint.quantize import quantize_checkpoint
+from ..checkpoint.quantize_plan import Settings
+from ..checkpoint.report import inspect_checkpoint
+from ..checkpoint.split import split
+from ..checkpoint.vae_signatures import find_vaes
+from ..checkpoint.verify import verify
+from ..measure.settings import distilled_settings
+from .console import Console, size
+
+SOURCE, BEST, FAST = "whole_bf16.safetensors", "whole_nvfp4.safetensors", "whole_nvfp4_fast.safetensors"
+PARTS = (VIDEO_VAE, AUDIO_VAE, DIFFUSION_MODEL)
+
+
+def make_and_split(folder: Path, state: dict[str, torch.Tensor], config: dict, console: Console) -> dict[str, Any]:
+    """Whole BF16 checkpoint -> NVFP4 with and without the scale search, verified -> its components in files."""
+    console.title("Making the file, and taking it apart")
+    source = folder / SOURCE
+    synthetic.write(source, "bf16", state, config, full=True)
+    rows, errors = [("", SOURCE, size(source.stat().st_size), "", "the source")], {}
+    for name, search in ((FAST, "amax"), (BEST, "mse")):
+        with console.progress("Quantising") as progress:
+            progress.update(0, name)
+            quantize_checkpoint(source, folder / name, Settings(search=search))
+            found = verify(folder / name, source)
+        errors[search] = found.mean_error
+        text = f"{len(found.layers)} layers"
+        verdict = ("as good as its format allows", "green") if found.ok else ("WORSE THAN ITS FORMAT ALLOWS", "red")
+        rows.append((verdict, name, size((folder / name).stat().st_size), f"{found.mean_error:.4f}", text))
+        if not found.ok:
+            errors["failed"] = name
+    parts = split(folder / BEST, {part: f"whole_{part}.safetensors" for part in PARTS}, base=folder)
+    for part in parts:
+        rows.append(("", part.path.name, size(part.path.stat().st_size), "", str(part).partition(":")[0]))
+    console.table(["verify", "file", "size", "error", ""], rows, "<<>><")
+    vae = find_vaes(read_header(folder / f"whole_{VIDEO_VAE}.safetensors"))[0]
+    model = inspect_checkpoint(folder / f"whole_{DIFFUSION_MODEL}.safetensors")
+    console.say(f"By their tensors: the first is the {vae.title}, the last {str(model).splitlines()[0]}.", indent=2)
+    gained = 1 - (errors["mse"] / errors["amax"]) ** 2
+    console.say(f"The search took {gained:.0%} off the squared error, in the same bytes.", indent=2)
+    made = distilled_settings(768, 500, 120, 24.0)
+    console.title("Settings that fit: 768 x 500, 120 frames asked for")
+    console.say(str(made), indent=2)
+    return {
+        "errors": errors,
+        "files": [path for _, path, *_ in rows],
+        "vae": vae.title,
+        "settings": {"width": made.width, "height": made.height, "frames": made.frames, "audio": made.audio_latents},
+        "ok": "failed" not in errors and errors["mse"] < errors["amax"],
+    }
