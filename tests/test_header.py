@@ -10,12 +10,12 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nvfp4_video.checkpoint.container import DTYPES, CheckpointError, Header, TensorInfo, TensorReader, read_header
 
 # No example database: the tests leave nothing behind in the checkout.
-fuzz = settings(max_examples=250, deadline=None, database=None)
+fuzz = settings(max_examples=250, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def pack(header: object, data: bytes = b"") -> bytes:
