@@ -290,7 +290,9 @@ def test_a_name_that_leads_to_no_file_is_unknown(name: object, models):
     assert guard_files.file_facts("torn.safetensors", ("diffusion_models",)) is None
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, database=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, database=None
+)
 @given(PROMPTS)
 def test_any_prompt_can_be_checked(stub_comfy, prompt: dict):
     for finding in guard.check(prompt, VULNERABLE | facts(ltxav_needs_audio=True, torch_cuda=(12, 1))):
