@@ -16,6 +16,8 @@ PANEL = ".nvfp4-doctor"
 READY = "() => window.app?.extensionManager?.getSidebarTabs?.().some((tab) => tab.id === 'nvfp4-doctor')"
 # Errors the front end logs without us: 1.49.6 asks for the graph while it opens its first workflow.
 KNOWN_ERRORS = ("ComfyApp graph accessed before initialization",)
+# The front end asks where a template's missing models are published how large they are; the host's rules forbid it.
+MODEL_SIZES = "/assets/missingModelMetadata"
 # What a real host answers with 404 on a first visit, which Chromium logs.
 KNOWN_MISSING = ("/user.css", "/userdata?dir=workflows", "/userdata?dir=subgraphs", "/userdata/comfy.templates.json")
 ELSEWHERE = re.compile(r"^https?://(?!127\.0\.0\.1)")
@@ -69,7 +71,7 @@ class DoctorPage:
 
     def _on_console(self, message) -> None:
         where = message.location.get("url", "")
-        if message.type == "error" and message.text not in KNOWN_ERRORS:
+        if message.type == "error" and message.text not in KNOWN_ERRORS and MODEL_SIZES not in where:
             if not ("404" in message.text and any(known in where for known in KNOWN_MISSING)):
                 self.problems.append(f"{message.text} ({where})")
         elif message.type == "warning" and "nvfp4" in where:
