@@ -26,7 +26,7 @@ from .recipes import AUTO, Options, Recipe, Selection, find_recipe, select
 from .shards import Checkpoint, Source, open_checkpoint
 from .signatures import find_model
 from .split import with_config
-from .weights import FP8_SCALES, FloatWeight, float_weight
+from .weights import FP8_SCALES, FloatWeight, float_weight, scale_of
 
 MSE, AMAX = "mse", "amax"
 NON_FINITE = "NaN or infinity in it, kept on request"
@@ -184,7 +184,7 @@ def _others(
     declared, made = _declared(header, names), {}
     for layer in {name.rpartition(".")[0] for name in names} - quantized:
         content = declared.get(layer)
-        scale = next((f"{layer}.{key}" for key in FP8_SCALES if f"{layer}.{key}" in header.tensors), None)
+        scale = scale_of(header.tensors, layer)
         if content is None and scale and header.tensors[scale].numel == 1 and _is_fp8(header, layer):
             content = {"format": dialects.FP8_FORMATS[header.tensors[f"{layer}.weight"].dtype]}
             content |= {"full_precision_matrix_mult": True} if full else {}

@@ -17,13 +17,12 @@ from ..kernels.backends import dequantize
 from ..kernels.format import BLOCK, PackedWeight, round_up, swizzle, unswizzle
 from . import dialects
 from .header import CheckpointError, Header, TensorInfo
+from .weights import FLOATS, scale_fits, scale_of
 
 Get = Callable[[str], torch.Tensor]  # name in the checkpoint -> tensor
 
 _WEIGHTS = ("weight", "weight_packed")
-_SCALES = ("weight_scale", "scale_weight")
 _SLAB, _TILE = 2**19, 4096  # elements converted at once; columns dequantised at once
-_FLOATS = ("F64", "F32", "F16", "BF16")
 # Key suffixes that only describe how a layer's weight is stored.
 AUXILIARY = (*dialects.STORAGE_KEYS, "pre_quant_scale", *dialects.OLD_FP8_KEYS, dialects.MARKER)
 
@@ -57,7 +56,7 @@ def plan_restoration(header: Header, names: Mapping[str, str], dialect: str = di
     leftover: set[str] = {name for name in part if name.rpartition(".")[2] == "scaled_fp8"}
     for name, info in part.items():
         layer, _, suffix = name.rpartition(".")
-        if suffix not in _WEIGHTS or info.dtype in _FLOATS:
+        if suffix not in _WEIGHTS or info.dtype in FLOATS:
             continue
         if plan is not None and layer in plan.nvfp4:
             restored = _packed(plan, layer, names[name])
@@ -88,16 +87,14 @@ def _detect(header: Header, part: Mapping[str, TensorInfo], dialect: str) -> dia
 def _scaled(header: Header, part: Mapping[str, TensorInfo], layer: str, info: TensorInfo) -> Restored:
     """FP8 or INT8, one scale per tensor or per row; bare FP8 is a plain cast."""
     weight = f"{layer}.weight"
-    scale = next((f"{layer}.{key}" for key in _SCALES if f"{layer}.{key}" in part), None)
+    scale = scale_of(part, layer)
     where = f"{header.path.name}, layer {layer}"
     if scale is None and info.dtype == "I8":
         found, remedy = "its weight is INT8 without a scale", "the file is damaged: take another version of the model"
         raise CheckpointError(found, where=where, expected="`weight_scale`", remedy=remedy)
     if scale is not None:
-        rows = info.shape[0] if info.shape else 1
         found = part[scale]
-        by_row = found.numel == rows and all(size in (1, rows) for size in found.shape)
-        if found.dtype not in _FLOATS or not (found.numel == 1 or by_row):
+        if not scale_fits(found, info.shape):
             text = f"its scale is {found.dtype} of shape {found.shape}"
             expected = f"one number, or one per row of {info.shape}"
             remedy = "take another version of the model for its VAE"

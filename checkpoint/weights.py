@@ -7,7 +7,7 @@ multiply, whether they are called `weight_scale` or, in older files, `scale_weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +52,22 @@ def float_weight(header: Header, name: str) -> FloatWeight | str:
         return FloatWeight(name, info, None)
     if info.dtype not in dialects.FP8_FORMATS:
         return f"stored as {info.dtype}"
-    scale = next((f"{layer}.{key}" for key in FP8_SCALES if f"{layer}.{key}" in header.tensors), None)
-    if scale is not None:
-        found, rows = header.tensors[scale], info.shape[0] if info.shape else 1
-        by_row = found.numel == rows and all(size in (1, rows) for size in found.shape)
-        if found.dtype not in FLOATS or not (found.numel == 1 or by_row):
-            return f"FP8 with a scale of another kind, {found.dtype} of shape {found.shape}"
+    scale = scale_of(header.tensors, layer)
+    if scale is not None and not scale_fits(found := header.tensors[scale], info.shape):
+        return f"FP8 with a scale of another kind, {found.dtype} of shape {found.shape}"
     return FloatWeight(name, info, scale)
+
+
+def scale_of(tensors: Container[str], layer: str) -> str | None:
+    """Name of the tensor that multiplies a layer's FP8 or INT8 weight; None if there is none."""
+    return next((f"{layer}.{key}" for key in FP8_SCALES if f"{layer}.{key}" in tensors), None)
+
+
+def scale_fits(scale: TensorInfo, shape: tuple[int, ...]) -> bool:
+    """Whether a scale is floating point and one number, or one for each row of a weight of this shape."""
+    rows = shape[0] if shape else 1
+    by_row = scale.numel == rows and all(size in (1, rows) for size in scale.shape)
+    return scale.dtype in FLOATS and (scale.numel == 1 or by_row)
 
 
 class FloatRows:
