@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -144,4 +145,24 @@ _library.impl("quantize", _quantize_op, "CompositeExplicitAutograd")
 torch.library.register_fake("nvfp4_video::dequantize", _dequantize_fake, lib=_library)
 torch.library.register_fake("nvfp4_video::quantize", _quantize_fake, lib=_library)
 
-__all__ = ["BACKENDS", "dequantize", "implementation", "linear", "pick_backend", "quantize", "reference"]
+
+def define_linear(name: str, function: Callable[..., torch.Tensor]) -> None:
+    """Register ``nvfp4_video::<name>``, by which compiled graphs call a function with the arguments of ``linear``."""
+    _library.define(
+        f"{name}(Tensor x, Tensor packed, Tensor block_scale, Tensor global_scale, SymInt rows, SymInt cols, "
+        "Tensor? bias, str backend) -> Tensor"
+    )
+
+    def run(x, packed, block_scale, global_scale, rows, cols, bias, backend):
+        return function(x, packed, block_scale, global_scale, (rows, cols), bias, backend)
+
+    def fake(x, packed, block_scale, global_scale, rows, cols, bias, backend):
+        return x.new_empty((*x.shape[:-1], rows))
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nvfp4_video::{name}", fake, lib=_library)
+
+
+__all__ = [
+    "BACKENDS", "define_linear", "dequantize", "implementation", "linear", "pick_backend", "quantize", "reference",
+]  # fmt: skip

@@ -125,20 +125,4 @@ def linear_fp8(
     return run(x, packed, block_scale, global_scale, bias)
 
 
-_library = torch.library.Library("nvfp4_video", "FRAGMENT")
-_library.define(
-    "linear_fp8(Tensor x, Tensor packed, Tensor block_scale, Tensor global_scale, SymInt rows, SymInt cols, "
-    "Tensor? bias, str backend) -> Tensor"
-)
-
-
-def _linear_fp8_op(x, packed, block_scale, global_scale, rows, cols, bias, backend):
-    return linear_fp8(x, packed, block_scale, global_scale, (rows, cols), bias, backend)
-
-
-def _linear_fp8_fake(x, packed, block_scale, global_scale, rows, cols, bias, backend):
-    return x.new_empty((*x.shape[:-1], rows))
-
-
-_library.impl("linear_fp8", _linear_fp8_op, "CompositeExplicitAutograd")
-torch.library.register_fake("nvfp4_video::linear_fp8", _linear_fp8_fake, lib=_library)
+backends.define_linear("linear_fp8", linear_fp8)

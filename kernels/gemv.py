@@ -85,20 +85,4 @@ def gemv(
     return out.reshape(*x.shape[:-1], shape[0])
 
 
-_library = torch.library.Library("nvfp4_video", "FRAGMENT")
-_library.define(
-    "gemv(Tensor x, Tensor packed, Tensor block_scale, Tensor global_scale, SymInt rows, SymInt cols, Tensor? bias, "
-    "str backend) -> Tensor"
-)
-
-
-def _gemv_op(x, packed, block_scale, global_scale, rows, cols, bias, backend):
-    return gemv(x, packed, block_scale, global_scale, (rows, cols), bias, backend)
-
-
-def _gemv_fake(x, packed, block_scale, global_scale, rows, cols, bias, backend):
-    return x.new_empty((*x.shape[:-1], rows))
-
-
-_library.impl("gemv", _gemv_op, "CompositeExplicitAutograd")
-torch.library.register_fake("nvfp4_video::gemv", _gemv_fake, lib=_library)
+backends.define_linear("gemv", gemv)
