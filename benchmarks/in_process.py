@@ -177,3 +177,21 @@ def launch_cost(patcher: Any, layers: list[str], rounds: int = 5) -> float:
             seconds.append((time.perf_counter() - start) / len(pairs))
     end_of_node()
     return statistics.median(seconds) * 1e6
+
+
+def without_graphs(patcher: Any) -> None:
+    """Take the pack's CUDA graphs off a loaded model."""
+    from comfy.patcher_extension import WrappersMP
+    from nvfp4_video.host import graphs
+
+    patcher.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, graphs.KEY)
+
+
+def compiled(patcher: Any) -> Any:
+    """What ComfyUI's TorchCompileModel makes of a model without DynamicVRAM."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    patcher = patcher.clone()
+    guards = {"guard_filter_fn": lambda entries: ["transformer_options" not in entry.name for entry in entries]}
+    set_torch_compile_wrapper(model=patcher, backend="inductor", options=guards)
+    return patcher

@@ -1,5 +1,5 @@
 """Time a denoising step of the whole LTX-2.3 DiT in a real ComfyUI: stock BF16, stock NVFP4 and this pack, side by
-side, the pack also with `fp8` compute (--rows bf16,stock,ours,fp8).
+side, the pack also with `fp8` compute and without CUDA graphs, and compiled by ComfyUI's TorchCompileModel (--rows).
 
 One process holds all models on the GPU. The weights are random, the tensor names and shapes the released ones,
 the quantised layers those of the published files (every Linear of all blocks but the first and last two). ComfyUI is
@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import gc
 import gzip
+import itertools
 import json
 import os
 import statistics
@@ -33,7 +34,18 @@ from typing import Any
 import common
 import in_process
 
-ROWS = {"bf16": "stock BF16", "stock": "stock NVFP4", "ours": "ours NVFP4", "fp8": "ours NVFP4, fp8"}
+ROWS = {
+    "bf16": "stock BF16",
+    "stock": "stock NVFP4",
+    "ours": "ours NVFP4",
+    "ours-eager": "ours NVFP4, no graphs",
+    "fp8": "ours NVFP4, fp8",
+    "fp8-eager": "ours NVFP4, fp8, no graphs",
+    "bf16-compiled": "stock BF16, compiled",
+    "ours-compiled": "ours NVFP4, compiled",
+    "fp8-compiled": "ours NVFP4, fp8, compiled",
+}
+EQUAL = (("stock", "ours"), ("ours-eager", "ours"), ("fp8-eager", "fp8"))  # rows whose latents must have the same bits
 MARKER = json.dumps({"format": "nvfp4"}).encode()
 STARTED = time.perf_counter()
 
@@ -104,20 +116,27 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
     """Load one row's model as a user of it would; returns the host's ModelPatcher."""
     import comfy.sd
 
+    if row.endswith("-compiled"):
+        options = Namespace(**vars(options) | {"no_dynamic": True})
+        return in_process.compiled(load_row(row.removesuffix("-compiled"), path, keys, config, options))
     if row == "bf16":
         device = "cpu" if options.cpu else "cuda"
         state = {key: random_weight(key, shape, device).cpu() for key, shape in keys.items()}
         _empty_cache()
         say(f"built {sum(tensor.nbytes for tensor in state.values()) / 1e9:.2f} GB of BF16 weights")
         metadata = {"config": json.dumps({"transformer": config})}
-        return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata)
+        return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=options.no_dynamic)
     if row == "stock":
         return comfy.sd.load_diffusion_model(str(path))
     from nvfp4_video.host import load
 
-    compute = "fp8" if row == "fp8" else "bf16"
-    patcher, report = load.load_model(str(path), compute, backend=options.backend)
+    compute = "fp8" if row.startswith("fp8") else "bf16"
+    patcher, report = load.load_model(
+        str(path), compute, backend=options.backend, disable_dynamic=options.no_dynamic
+    )
     say(str(report))
+    if row.endswith("-eager"):
+        in_process.without_graphs(patcher)
     return patcher
 
 
@@ -214,19 +233,20 @@ def kernel_seconds(name: str, run: Callable[[], Any], steps: int) -> float:
     return total
 
 
-def compare(outputs: Mapping[str, list], repeat_stock: Callable[[], list]) -> dict[str, Any]:
-    """Final latents of ours against stock NVFP4; where they differ, stock is run again to see if it repeats itself."""
+def compare(outputs: Mapping[str, list], first: str, second: str, repeat: Callable[[], list]) -> dict[str, Any]:
+    """Final latents of two rows; where they differ, the first is run again to see if it repeats itself."""
     import torch
 
-    pairs = list(zip(outputs["stock"], outputs["ours"], strict=True))
+    pairs = list(zip(outputs[first], outputs[second], strict=True))
     found: dict[str, Any] = {
+        "rows": [first, second],
         "bit_equal": all(torch.equal(a, b) for a, b in pairs),
         "max_abs_diff": max(float((a.float() - b.float()).abs().max()) for a, b in pairs),
         "finite": all(bool(torch.isfinite(b).all()) for _, b in pairs),
-        "std": float(outputs["stock"][0].float().std()),
+        "std": float(outputs[first][0].float().std()),
     }
     if not found["bit_equal"]:
-        found["stock_repeats_itself"] = all(map(torch.equal, outputs["stock"], repeat_stock()))
+        found["repeats_itself"] = all(map(torch.equal, outputs[first], repeat()))
     return found
 
 
@@ -251,10 +271,11 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
             taken, outputs[name] = in_process.sample(patchers[name], size, config, frames, seed=1 + rep)
             steps[name].append(taken)
             say(f"{size} repetition {rep + 1}, {ROWS[name]}: {statistics.median(taken):.4f} s a step")
-        if {"stock", "ours"} <= outputs.keys():
-            repeat = functools.partial(in_process.sample, patchers["stock"], size, config, frames, seed=1 + rep)
-            latents.append(compare(outputs, lambda repeat=repeat: repeat()[1]))
-            say(f"{size} repetition {rep + 1}: ours against stock NVFP4 {latents[-1]}")
+        for first, second in EQUAL:
+            if {first, second} <= outputs.keys():
+                again = functools.partial(in_process.sample, patchers[first], size, config, frames, seed=1 + rep)
+                latents.append(compare(outputs, first, second, lambda again=again: again()[1]))
+                say(f"{size} repetition {rep + 1}: {ROWS[second]} against {ROWS[first]} {latents[-1]}")
         if {"fp8", "ours"} <= outputs.keys():
             errors.append([relative_error(*pair) for pair in zip(outputs["fp8"], outputs["ours"], strict=True)])
             say(f"{size} repetition {rep + 1}: fp8 against bf16 compute, latents of video and audio {errors[-1]}")
@@ -300,9 +321,10 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
         say(f"{ROWS[name]}: {result['launch_us'][name]:.1f} us of CPU time to launch a Linear of the quantised blocks")
     if options.profile and not options.cpu:
         result["kernel_s"] = {}
-        for name, patcher in patchers.items():
-            work = functools.partial(in_process.sample, patcher, options.sizes[0], config, options.frames)
-            result["kernel_s"][name] = kernel_seconds(ROWS[name], lambda work=work: work(seed=0, steps=2), steps=2)
+        for size, name in itertools.product(options.sizes, patchers):
+            work = functools.partial(in_process.sample, patchers[name], size, config, options.frames)
+            seconds = kernel_seconds(f"{size} {ROWS[name]}", lambda work=work: work(seed=0, steps=2), steps=2)
+            result["kernel_s"].setdefault(size, {})[name] = seconds
     _save(options, result)
     return result
 
@@ -340,7 +362,7 @@ def parse() -> Namespace:
 
 
 def main() -> int:
-    """Returns 1 if the latents of ours and stock NVFP4 differ on a GPU."""
+    """Returns 1 if latents that must be equal differ on a GPU."""
     options = parse()
     flags = options.flags.split() + ["--cpu"] * options.cpu
     host = in_process.start_host(options.comfyui, flags, dynamic=not options.no_dynamic)

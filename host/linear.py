@@ -17,7 +17,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
 from ..checkpoint.header import CheckpointError
-from ..kernels import backends, fp8, gemv
+from ..kernels import backends, fp8, gemv, reference
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
 from .compute import Compute
 
@@ -59,7 +59,7 @@ def weight_only_operations(
                 super()._load_from_state_dict(state_dict, prefix, *args)
                 _choose_mode(self, compute.of(prefix[:-1]))
 
-            def forward(self, input, *args, **kwargs):
+            def forward(self, input, *args, activation="", **kwargs):
                 # Looked up in the instance: a missing attribute of an nn.Module costs microseconds, a thousand times
                 # a step.
                 own = self.__dict__
@@ -76,17 +76,19 @@ def weight_only_operations(
                     and input.dtype in OUTPUT_DTYPES
                     and not (input.requires_grad and torch.is_grad_enabled())
                 ):
-                    return super().forward(input, *args, **kwargs)
+                    return super().forward(reference.activate(input, activation), *args, **kwargs)
                 device = input.device
+                if activation and ("pre_quant_scale" in parameters or own["nvfp4_mode"] != "fp8"):
+                    input, activation = reference.activate(input, activation), ""
                 if "pre_quant_scale" in parameters:  # ModelOpt's AWQ
                     smoothing = parameters["pre_quant_scale"]
                     input = input * comfy.model_management.cast_to_device(smoothing, device, input.dtype)
                 if "_v" not in own and weight._qdata.device == device:
-                    return _matmul(own, input, weight, parameters["bias"], device, backend)
+                    return _matmul(own, input, weight, parameters["bias"], device, backend, activation)
                 resident = _prefetched(own, device)
                 if resident is not None:
-                    return _matmul(own, input, resident, own.get("_v_bias"), device, backend)
-                return _streamed(self, input, weight, backend)
+                    return _matmul(own, input, resident, own.get("_v_bias"), device, backend, activation)
+                return _streamed(self, input, weight, backend, activation)
 
     return WeightOnlyOperations
 
@@ -130,7 +132,7 @@ def _unwrap(state_dict: dict, prefix: str, weight: QuantizedTensor, shape: tuple
     state_dict[f"{prefix}weight_scale_2"] = params.scale
 
 
-def _streamed(module, input: torch.Tensor, weight: QuantizedTensor, backend: str) -> torch.Tensor:
+def _streamed(module, input: torch.Tensor, weight: QuantizedTensor, backend: str, activation: str) -> torch.Tensor:
     """The weight is offloaded, or DynamicVRAM owns it: the host brings it, and takes it back afterwards."""
     comfy.ops.run_every_op()
     # Asking for the weight's own dtype keeps the host from dequantising it.
@@ -140,8 +142,8 @@ def _streamed(module, input: torch.Tensor, weight: QuantizedTensor, backend: str
     )
     try:
         if isinstance(weight, QuantizedTensor):
-            return _matmul(module.__dict__, input, weight, bias, input.device, backend)
-        return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
+            return _matmul(module.__dict__, input, weight, bias, input.device, backend, activation)
+        return torch.nn.functional.linear(reference.activate(input, activation), weight.to(input.dtype), bias)
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
@@ -160,13 +162,19 @@ def _prefetched(own: dict, device: torch.device) -> QuantizedTensor | None:
 
 
 def _matmul(
-    own: dict, input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, device, backend: str
+    own: dict,
+    input: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None,
+    device: torch.device,
+    backend: str,
+    activation: str,
 ) -> torch.Tensor:
     params, packed, dtype = weight._params, weight._qdata, input.dtype
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     if torch.compiler.is_compiling():
-        return _compiled_matmul(own, input, packed, params, bias, backend)
+        return _compiled_matmul(own, reference.activate(input, activation), packed, params, bias, backend)
     functions = own.get("_nvfp4_functions")
     if functions is None or functions[0] is not dtype or functions[1] != device or functions[2] != backend:
         functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
@@ -176,7 +184,10 @@ def _matmul(
         cols = shape[-1] if shape else 0
         rows = input.numel() // cols if cols else 0
         if many is not None and rows >= FP8_MIN_TOKENS:
-            return many(input, packed, params.block_scale, params.scale, bias)
+            shared = own.get("_nvfp4_shared")
+            return many(input, packed, params.block_scale, params.scale, bias, activation, shared)
+        if activation:
+            input = reference.activate(input, activation)
         if few is not None and 0 < rows <= gemv.MAX_TOKENS:
             if len(shape) == 2:
                 return few(input, packed, params.block_scale, params.scale, bias)

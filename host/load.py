@@ -38,6 +38,8 @@ from ..checkpoint.signatures import Model, find_model, transformer_config
 from ..kernels import backends
 from .compute import AUTO as FASTEST
 from .compute import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers
+from .fusions import fuse
+from .graphs import use_graphs
 from .linear import supports, weight_only_operations, wrap
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ class LoadReport:
     device: str
     dynamic_vram: bool
     config_from: str | None
+    graphs: str  # CUDA graphs of the blocks: which, or why none
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count:,} {name}" for name, count in self.layers.items())
@@ -79,6 +82,8 @@ class LoadReport:
             f"compute: {how}",
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
         ]
+        if not self.graphs.startswith("none"):
+            lines.append(f"CUDA graphs: {self.graphs}")
         if self.config_from:
             lines.append(f"config taken from {self.config_from}")
         return "\n".join(lines)
@@ -120,6 +125,7 @@ def load_model(
     present = {key.rpartition(".")[0] for key in state_dict}
     patcher = _load(state_dict, options, metadata, disable_dynamic, header.path.name)
     _check_linears(patcher.model.diffusion_model, operations.Linear, present, header.path.name)
+    fuse(patcher.model.diffusion_model, operations.Linear)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute))
     report = _report(plan, model, how, (backend_name, reason), device, patcher, config_source)
     logger.info("%s", str(report).replace("\n", "; "))
@@ -314,6 +320,7 @@ def _report(plan: Plan, model: Model, compute: Compute, backend, device, patcher
         device=str(device),
         dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
         config_from=config_source,
+        graphs=use_graphs(patcher),
     )
 
 

@@ -72,32 +72,63 @@ def scaled_mm(
     )
 
 
+class SharedRows:
+    """The quantised form of a tensor that several Linears take one after the other, such as to_q, to_k and to_v.
+
+    ``place`` says where a Linear stands among them: the first begins a new pass and always quantises, the last forgets.
+    Within a pass the tensor must not be written to. Its quantised form hangs on it, and is gone when it is.
+    """
+
+    FIRST, MIDDLE, LAST = range(3)
+    __slots__ = ("_pass",)
+
+    def __init__(self):
+        self._pass = object()
+
+    def get(self, place: int, x: torch.Tensor, quantize: Callable[[torch.Tensor], tuple]) -> tuple:
+        """``quantize(x)``, or what it gave for this very tensor in this pass."""
+        if place == self.FIRST:
+            self._pass = object()
+        known = getattr(x, "_nvfp4_rows", None)
+        if known is not None and known[0] is self._pass:
+            rows = known[1]
+        else:
+            rows = quantize(x)
+            x._nvfp4_rows = self._pass, rows
+        if place == self.LAST:
+            del x._nvfp4_rows
+        return rows
+
+
 @functools.cache
 def linear_function(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str = "auto"
 ) -> LinearFp8:
-    """(N, K), dtype and device of x -> function (x, packed, block_scale, global_scale, bias or None) -> (..., N).
+    """(N, K), dtype and device of x -> function (x, packed, block_scale, global_scale, bias, activation, shared).
 
-    For callers that use a shape again and again; ``linear_fp8`` without the look-ups. The torch backend computes in
-    FP32 what the tensor cores would.
+    That is for callers that use a shape again and again; ``linear_fp8`` without the look-ups. ``activation`` (one of
+    ``reference.ACTIVATIONS``) of x is taken first, ``shared`` is None or (SharedRows, place). The torch backend
+    computes in FP32 what the tensor cores would.
     """
     name, _ = backends.pick_backend(device, backend)
+    rows, cols = shape
     if name == "torch":
-        return lambda x, packed, block_scale, global_scale, bias=None: reference.linear_fp8(
-            x, packed, block_scale, global_scale, shape, bias
+        return lambda x, packed, block_scale, global_scale, bias=None, activation="", shared=None: reference.linear_fp8(
+            reference.activate(x, activation), packed, block_scale, global_scale, shape, bias
         )
     triton_fp8 = importlib.import_module(".triton_fp8", __package__)
     convert = triton_fp8.converter(shape, device)
-    quantize = triton_fp8.row_quantizer(shape[1], dtype, device)
-    rows, cols = shape
+    quantizers = {kind: triton_fp8.row_quantizer(cols, dtype, device, kind) for kind in reference.ACTIVATIONS}
+    flat = {kind: lambda x, run=run: run(x if x.ndim == 2 else x.reshape(-1, cols)) for kind, run in quantizers.items()}
     added = round_up(rows, 16) - rows
 
-    def run(x, packed, block_scale, global_scale, bias=None):
+    def run(x, packed, block_scale, global_scale, bias=None, activation="", shared=None):
         if bias is not None:
             bias = bias if bias.dtype == torch.bfloat16 else bias.to(torch.bfloat16)
             bias = torch.nn.functional.pad(bias, (0, added)) if added else bias
         weight, weight_scale = convert(packed, block_scale, global_scale)
-        quantized, scale = quantize(x if x.ndim == 2 else x.reshape(-1, cols))
+        quantize = flat[activation]
+        quantized, scale = quantize(x) if shared is None or activation else shared[0].get(shared[1], x, quantize)
         out = scaled_mm(quantized, scale, weight, weight_scale, bias)
         out = out[:, :rows] if added else out
         out = out if dtype == torch.bfloat16 else out.to(dtype)

@@ -305,12 +305,23 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+ACTIVATIONS = ("", "gelu_tanh")
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """One of ``ACTIVATIONS`` of x, in x's dtype; the empty one is x itself. Raises ValueError for another."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; expected one of {ACTIVATIONS}")
+    return torch.nn.functional.gelu(x, approximate="tanh") if activation else x
+
+
+def quantize_rows(x: torch.Tensor, activation: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """(M, K) float -> (M, R16(K)) e4m3 and its (M, 1) fp32 scales, each row's largest magnitude becoming 448.
 
-    The added columns are zero. NaN stays NaN where it is.
+    The added columns are zero. NaN stays NaN where it is. ``activation``, one of ``ACTIVATIONS``, comes first and is
+    rounded to x's dtype, as the layer before would have written it.
     """
-    values = x.float()
+    values = activate(x, activation).float()
     amax = values.abs().nan_to_num(0.0, torch.inf).amax(1, keepdim=True) if x.shape[1] else values.new_zeros(len(x), 1)
     scale = torch.where(amax < SMALLEST_AMAX, 1.0, _divide(amax, E4M3_MAX))
     quantized = (values * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(FP8)

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 
 from .format import block_scale_shape, check_request, packed_shape, round_up
-from .reference import FP8, SMALLEST_AMAX
+from .reference import ACTIVATIONS, FP8, SMALLEST_AMAX
 from .triton_launch import Launcher
-from .triton_nvfp4 import decode_words
+from .triton_nvfp4 import _round_to_bf16_bits, decode_words
 from .triton_quantize import _to_e4m3_bits
 
 # A tile for an H200; benchmarks/fp8.py times others. A thread owns two words, a block of 16 columns: one 16-byte store.
-WEIGHT_TILE = {"ROWS": 2, "BLOCKS": 128, "num_warps": 8}
+WEIGHT_TILE = {"ROWS": 2, "BLOCKS": 128, "num_warps": 4}
 _ROW_COLS = 16384
 _SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
 Converter = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -101,16 +101,46 @@ def _to_fp8_kernel(
 
 
 @triton.jit
-def _quantize_rows_kernel(x_ptr, out_ptr, scale_ptr, cols, out_cols, COLS: tl.constexpr, SINGLE: tl.constexpr):
+def _activated(values, ACTIVATION: tl.constexpr, dtype: tl.constexpr, EXACT_CASTS: tl.constexpr):
+    """fp32 numbers that ``dtype`` holds -> fp32 of their activation, rounded to ``dtype``.
+
+    GELU's 0.5 (1 + tanh(u)) is the logistic function of 2 u. EXACT_CASTS: whether a cast rounds, as in the interpreter
+    it does not.
+    """
+    if ACTIVATION == "gelu_tanh":
+        inner = values * (1.5957691216057308 + 0.07135481282733464 * values * values)
+        values = values / (1.0 + tl.exp(-inner))
+        if dtype == tl.bfloat16 and not EXACT_CASTS:
+            values = (_round_to_bf16_bits(values).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        else:
+            values = values.to(dtype).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    cols,
+    out_cols,
+    COLS: tl.constexpr,
+    SINGLE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
     """Each program quantises one row of x; columns from ``cols`` to ``out_cols`` become zero. SINGLE: one step does."""
     row = tl.program_id(0).to(tl.int64)
     source, target = x_ptr + row * cols, out_ptr + row * out_cols
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    rounds: tl.constexpr = out_ptr.dtype.element_ty != tl.uint8
     column = tl.arange(0, COLS)
     values = tl.load(source + column, mask=column < cols, other=0.0).to(tl.float32)
+    values = _activated(values, ACTIVATION, kind, rounds)
     amax = tl.max(tl.where(values == values, tl.abs(values), 0.0), axis=0)
     if not SINGLE:
         for first in range(COLS, cols, COLS):
             more = tl.load(source + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
+            more = _activated(more, ACTIVATION, kind, rounds)
             amax = tl.maximum(amax, tl.max(tl.where(more == more, tl.abs(more), 0.0), axis=0))
     scale = tl.where(amax < _SMALLEST_AMAX, 1.0, tl.div_rn(amax, 448.0))
     factor = tl.div_rn(1.0, scale)
@@ -119,7 +149,7 @@ def _quantize_rows_kernel(x_ptr, out_ptr, scale_ptr, cols, out_cols, COLS: tl.co
     if not SINGLE:
         for first in range(COLS, out_cols, COLS):
             more = tl.load(source + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
-            more = _to_fp8(more * factor, out_ptr.dtype.element_ty)
+            more = _to_fp8(_activated(more, ACTIVATION, kind, rounds) * factor, out_ptr.dtype.element_ty)
             tl.store(target + first + column, more, mask=first + column < out_cols)
 
 
@@ -158,12 +188,14 @@ def converter(shape: tuple[int, int], device: torch.device) -> Converter:
 
 
 @functools.cache
-def row_quantizer(cols: int, dtype: torch.dtype, device: torch.device) -> RowQuantizer:
-    """K, dtype and device of x -> function (M, K) -> (M, R16(K)) e4m3, (M, 1) fp32."""
+def row_quantizer(cols: int, dtype: torch.dtype, device: torch.device, activation: str = "") -> RowQuantizer:
+    """K, dtype and device of x, activation -> function (M, K) -> (M, R16(K)) e4m3, (M, 1) fp32."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; expected one of {ACTIVATIONS}")
     out_cols = round_up(cols, 16)
     step = min(triton.next_power_of_2(max(out_cols, 16)), _ROW_COLS)
     warps = min(max(step // 1024, 1), 8)
-    arguments = (cols, out_cols, step, step >= out_cols)
+    arguments = (cols, out_cols, step, step >= out_cols, activation)
     as_bytes = () if device.type == "cuda" else (1,)
     launchers: dict[int, Launcher] = {}
 
@@ -194,6 +226,6 @@ def to_fp8(
     return converter(tuple(shape), packed.device)(packed, block_scale, global_scale)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, K) float -> (M, R16(K)) e4m3, (M, 1) fp32."""
-    return row_quantizer(x.shape[1], x.dtype, x.device)(x)
+def quantize_rows(x: torch.Tensor, activation: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, K) float, activation -> (M, R16(K)) e4m3, (M, 1) fp32."""
+    return row_quantizer(x.shape[1], x.dtype, x.device, activation)(x)

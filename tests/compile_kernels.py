@@ -56,7 +56,7 @@ def fp8_sizes(capability: int) -> dict[str, int]:
         size = compiled_bytes(triton_fp8._to_fp8_kernel, capability, pointers, constants)
         sizes[f"{capability} to_fp8 {full}"] = size
         pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-        constants = {"COLS": 4096, "SINGLE": full}
+        constants = {"COLS": 4096, "SINGLE": full, "ACTIVATION": "gelu_tanh" if full else ""}
         size = compiled_bytes(triton_fp8._quantize_rows_kernel, capability, pointers, constants)
         sizes[f"{capability} quantize_rows {full}"] = size
     return sizes
