@@ -114,7 +114,7 @@ def linear_function(
     rows, cols = shape
     if name == "torch":
         return lambda x, packed, block_scale, global_scale, bias=None, activation="", shared=None: reference.linear_fp8(
-            reference.activate(x, activation), packed, block_scale, global_scale, shape, bias
+            x, packed, block_scale, global_scale, shape, bias, activation
         )
     triton_fp8 = importlib.import_module(".triton_fp8", __package__)
     convert = triton_fp8.converter(shape, device)

@@ -318,10 +318,9 @@ def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
 def quantize_rows(x: torch.Tensor, activation: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """(M, K) float -> (M, R16(K)) e4m3 and its (M, 1) fp32 scales, each row's largest magnitude becoming 448.
 
-    The added columns are zero. NaN stays NaN where it is. ``activation``, one of ``ACTIVATIONS``, comes first and is
-    rounded to x's dtype, as the layer before would have written it.
+    The added columns are zero. NaN stays NaN where it is. ``activation``, one of ``ACTIVATIONS``, comes first, in fp32.
     """
-    values = activate(x, activation).float()
+    values = activate(x.float(), activation)
     amax = values.abs().nan_to_num(0.0, torch.inf).amax(1, keepdim=True) if x.shape[1] else values.new_zeros(len(x), 1)
     scale = torch.where(amax < SMALLEST_AMAX, 1.0, _divide(amax, E4M3_MAX))
     quantized = (values * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(FP8)
@@ -336,10 +335,14 @@ def linear_fp8(
     global_scale: torch.Tensor,
     shape: tuple[int, int],
     bias: torch.Tensor | None = None,
+    activation: str = "",
 ) -> torch.Tensor:
-    """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype, both operands in E4M3 (W4A8), FP32 accumulation."""
+    """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype, both operands in E4M3 (W4A8), FP32 accumulation.
+
+    ``activation`` of x comes first, as in ``quantize_rows``.
+    """
     weight, weight_scale = to_fp8(packed, block_scale, global_scale, shape)
-    quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]), activation)
     out = (quantized.float() @ weight.float().t() * weight_scale * scale)[:, : shape[0]]
     out = out if bias is None else out + bias.float()
     return out.to(x.dtype).reshape(*x.shape[:-1], shape[0])

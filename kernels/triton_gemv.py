@@ -7,8 +7,9 @@ program are 32 apart in fours, as the scales lie in their tiles (kernels/format.
 sector are used.
 
 A code times a block scale is exact in BF16 and FP16; sums are FP32; the global scale and the bias come last, and the
-result is rounded once. Where the rows are too few to fill the GPU, K is divided among programs and a second kernel adds
-their sums in a fixed order: two calls give the same bits.
+result is rounded once. Where the rows are too few to fill the GPU, K is divided among programs; the last of them to
+finish adds all sums in a fixed order: two calls give the same bits. It is found by a counter per group of rows, which
+it sets back to zero. The counters belong to a shape: two streams must not multiply by weights of one shape at once.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 # What the sum is multiplied by besides the global scale: the operands carry 2**-8 (BF16) or 2**-7 (FP16) of their own.
 _UNDO = {torch.bfloat16: 256.0, torch.float16: 128.0}
 _STEP_WORDS = 16
-_WARPS_PER_MULTIPROCESSOR = 6
-_REDUCE_COLS = 256
+_WARPS_PER_MULTIPROCESSOR = 15
+_MOST_SLICES = 8
 Gemv = Callable[..., torch.Tensor]
 
 # One word -> eight numbers, two an instruction, in the order of decode_words: the bits of a code, moved to where BF16
@@ -156,6 +157,8 @@ def _gemv_kernel(
     global_ptr,
     bias_ptr,
     out_ptr,
+    sum_ptr,
+    counter_ptr,
     tokens,
     rows,
     cols,
@@ -167,14 +170,15 @@ def _gemv_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
+    SPLIT: tl.constexpr,
     FULL: tl.constexpr,
     PACKED: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     """Program (p, s): ROWS rows of the weight, ``steps`` steps of K from step s * steps on.
 
-    An FP32 output receives the plain sums of slice s at ``out_ptr`` + s * tokens * rows, another one the result (int16:
-    its BF16 bits). FULL: rows and words divide evenly by what the programs take.
+    ``sum_ptr``: (SPLIT, tokens, rows) fp32 for the slices' sums, ``counter_ptr``: int32 zeros, one a program p. An
+    int16 output receives BF16 bits. FULL: rows and words divide evenly by what the programs take.
     """
     group = tl.program_id(0) * ROWS // 128
     first_row = tl.program_id(0) * ROWS % 128 // 4
@@ -218,48 +222,38 @@ def _gemv_kernel(
             acc = _step(acc, x, token_inside, column + first * 128, cols, word, scale, FULL, PACKED)
     number = group * 128 + row
     inside = (number < rows)[:, None] & (token < tokens)[None, :]
-    target = out_ptr + tl.program_id(1).to(tl.int64) * tokens * rows + token[None, :] * rows + number[:, None]
-    if out_ptr.dtype.element_ty != tl.float32:
-        acc = acc * (tl.load(global_ptr) * UNDO)
-        if BIAS:
-            acc += tl.load(bias_ptr + number, mask=number < rows, other=0.0).to(tl.float32)[:, None]
-    if out_ptr.dtype.element_ty == tl.int16:
-        acc = _round_to_bf16_bits(acc)
-    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    target = token[None, :] * rows + number[:, None]
+    if SPLIT == 1:
+        _finish(acc, out_ptr + target, number, inside, rows, global_ptr, bias_ptr, UNDO, BIAS)
+    else:
+        size = tokens.to(tl.int64) * rows
+        tl.store(sum_ptr + tl.program_id(1) * size + target, acc, mask=inside)
+        tl.debug_barrier()  # all of the program's stores come before its first thread's counting
+        finished = tl.atomic_add(counter_ptr + tl.program_id(0), 1, sem="acq_rel")
+        if finished == SPLIT - 1:
+            acc = tl.zeros((ROWS, TOKENS), tl.float32)
+            for part in tl.static_range(SPLIT):
+                acc += tl.load(sum_ptr + part * size + target, mask=inside, other=0.0, cache_modifier=".cg")
+            _finish(acc, out_ptr + target, number, inside, rows, global_ptr, bias_ptr, UNDO, BIAS)
+            tl.store(counter_ptr + tl.program_id(0), 0)
 
 
 @triton.jit
-def _reduce_kernel(
-    sum_ptr,
-    global_ptr,
-    bias_ptr,
-    out_ptr,
-    rows,
-    UNDO: tl.constexpr,
-    SPLIT: tl.constexpr,
-    COLS: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """(SPLIT, tokens, rows) fp32 -> (tokens, rows): each program adds the slices of COLS numbers of one token."""
-    number = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    inside, size = number < rows, tl.num_programs(1).to(tl.int64) * rows
-    offset = tl.program_id(1) * rows + number
-    acc = tl.zeros((COLS,), tl.float32)
-    for part in tl.static_range(SPLIT):
-        acc += tl.load(sum_ptr + part * size + offset, mask=inside, other=0.0)
+def _finish(acc, target, number, inside, rows, global_ptr, bias_ptr, UNDO: tl.constexpr, BIAS: tl.constexpr):
+    """Sums (R, T) of weight rows ``number`` -> the result at the pointers ``target``."""
     acc = acc * (tl.load(global_ptr) * UNDO)
     if BIAS:
-        acc += tl.load(bias_ptr + number, mask=inside, other=0.0).to(tl.float32)
-    if out_ptr.dtype.element_ty == tl.int16:
+        acc += tl.load(bias_ptr + number, mask=number < rows, other=0.0).to(tl.float32)[:, None]
+    if target.dtype.element_ty == tl.int16:
         acc = _round_to_bf16_bits(acc)
-    tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(target, acc.to(target.dtype.element_ty), mask=inside)
 
 
 def plan(shape: tuple[int, int], programs: int) -> tuple[int, int, int]:
     """(N, K), programs that fill the GPU -> (ROWS, UNROLL, SPLIT)."""
     rows, steps = -(-shape[0] // 128) * 8, -(-packed_shape(shape)[1] // (4 * _STEP_WORDS))
     split = 1
-    while rows * split < programs and split < 16 and steps % (4 * split) == 0 and steps // (2 * split) >= 4:
+    while rows * split < programs and split < _MOST_SLICES and steps % (4 * split) == 0 and steps // (2 * split) >= 4:
         split *= 2
     return 16, 2, split
 
@@ -288,17 +282,13 @@ def gemv_function(
     full = bytes_shape[0] % 128 == 0 and words == steps * split * _STEP_WORDS and cols % 16 == 0
     unroll = unroll if full and steps % unroll == 0 else 1
     grid = (triton.cdiv(rows, 128) * (128 // tile_rows), split)
-    launchers: dict[tuple[int, bool], tuple[Launcher, Launcher | None]] = {}
+    counters = torch.zeros(grid[0] if split > 1 else 1, dtype=torch.int32, device=device)
+    launchers: dict[tuple[int, bool], Launcher] = {}
 
-    def launchers_for(tokens: int, bias: bool) -> tuple[Launcher, Launcher | None]:
+    def launcher(tokens: int, bias: bool) -> Launcher:
         sizes = (tokens, rows, cols, bytes_shape[0], words, scale_shape[1], steps, _UNDO[dtype])
-        tile = (8 if tokens <= 8 else 16, tile_rows, unroll, full, on_gpu, bias)
-        first = Launcher(_gemv_kernel, grid, sizes + tile, device, (2,), num_warps=1, num_stages=1)
-        if split == 1:
-            return first, None
-        second_grid = (triton.cdiv(rows, _REDUCE_COLS), tokens)
-        constants = (rows, _UNDO[dtype], split, _REDUCE_COLS, bias)
-        return first, Launcher(_reduce_kernel, second_grid, constants, device, num_warps=4)
+        tile = (8 if tokens <= 8 else 16, tile_rows, unroll, split, full, on_gpu, bias)
+        return Launcher(_gemv_kernel, grid, sizes + tile, device, (2,), num_warps=1, num_stages=1)
 
     def run(
         x: torch.Tensor,
@@ -326,16 +316,13 @@ def gemv_function(
         key = (tokens, bias is not None)
         found = launchers.get(key)
         if found is None:
-            found = launchers[key] = launchers_for(*key)
-        first, second = found
+            found = launchers[key] = launcher(*key)
         bias = global_scale if bias is None else bias
         target = out if on_gpu or dtype != torch.bfloat16 else out.view(torch.int16)  # the interpreter truncates
-        if second is None:
-            first(x, packed, block_scale, global_scale, bias, target)
-        else:
+        sums = counters
+        if split > 1:
             sums = torch.empty((split, tokens, rows), dtype=torch.float32, device=device)
-            first(x, packed, block_scale, global_scale, bias, sums)
-            second(sums, global_scale, bias, target)
+        found(x, packed, block_scale, global_scale, bias, target, sums, counters)
         return out
 
     return run

@@ -33,17 +33,16 @@ def compiled_bytes(kernel, capability: int, pointers: dict[str, str], constants:
 
 
 def gemv_sizes(capability: int) -> dict[str, int]:
-    """The kernels for few rows: BF16 and FP16, with and without masks, and the sum of slices of K."""
+    """The kernels for few rows: BF16 and FP16, with and without masks, K in one slice or four."""
     sizes = {}
     tile = {"UNDO": 256.0, "TOKENS": 16, "ROWS": 16, "UNROLL": 1, "PACKED": True, "BIAS": True}
+    sums = {"sum_ptr": "*fp32", "counter_ptr": "*i32"}
     for dtype in ("*bf16", "*fp16"):
-        pointers = POINTERS | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)
-        for full in (True, False):
-            size = compiled_bytes(triton_gemv._gemv_kernel, capability, pointers, tile | {"FULL": full})
-            sizes[f"{capability} gemv {dtype} {full}"] = size
-    pointers = POINTERS | {"sum_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-    constants = {"UNDO": 256.0, "SPLIT": 4, "COLS": 256, "BIAS": True}
-    sizes[f"{capability} reduce"] = compiled_bytes(triton_gemv._reduce_kernel, capability, pointers, constants)
+        pointers = POINTERS | sums | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)
+        for full, split in ((True, 1), (False, 1), (True, 4)):
+            constants = tile | {"FULL": full, "SPLIT": split}
+            size = compiled_bytes(triton_gemv._gemv_kernel, capability, pointers, constants)
+            sizes[f"{capability} gemv {dtype} {full} {split}"] = size
     return sizes
 
 

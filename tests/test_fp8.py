@@ -82,6 +82,45 @@ def test_rows_are_quantised_as_the_reference_does_it(shape, dtype, kernels, gene
     assert found.shape[1] % 16 == 0
 
 
+@pytest.mark.parametrize("shape", [(1, 16), (3, 17), (9, 4096), (2, 17000)], ids=str)
+@pytest.mark.parametrize("dtype", harness.DTYPES, ids=str)
+def test_gelu_on_the_way_is_gelu_before_it_but_for_the_last_bit_of_some(shape, dtype, kernels, generator):
+    x = (torch.randn(shape, generator=generator) * 3).to(dtype)
+    found, scale = (t.cpu() for t in kernels.call("quantize_rows", x, "gelu_tanh"))
+    right, right_scale = reference.quantize_rows(torch.nn.functional.gelu(x.double(), approximate="tanh").float())
+    torch.testing.assert_close(scale, right_scale, rtol=1e-5, atol=0)
+    differ = found.float() != right.float()
+    assert differ.float().mean() < 1e-3 or differ.sum() <= 1
+    torch.testing.assert_close(found.float(), right.float(), rtol=2**-3 * 1.01, atol=2**-9 * 1.01)
+
+
+def test_an_activation_that_does_not_exist_is_refused(generator):
+    x = torch.randn(2, 16, generator=generator)
+    with pytest.raises(ValueError, match="unknown activation 'relu'; expected one of"):
+        reference.quantize_rows(x, "relu")
+    triton_fp8 = pytest.importorskip("nvfp4_video.kernels.triton_fp8")
+    with pytest.raises(ValueError, match="unknown activation 'relu'; expected one of"):
+        triton_fp8.quantize_rows(x, "relu")
+
+
+def test_what_several_layers_take_is_quantised_once_a_pass(generator):
+    shared, calls = fp8.SharedRows(), []
+
+    def quantize(x):
+        calls.append(x)
+        return len(calls)
+
+    x, context = torch.randn(2, 16, generator=generator), torch.randn(2, 16, generator=generator)
+    first, middle, last = shared.FIRST, shared.MIDDLE, shared.LAST
+    assert [shared.get(place, x, quantize) for place in (first, middle, last)] == [1, 1, 1], "self-attention"
+    assert [shared.get(place, x, quantize) for place in (first, middle, last)] == [2, 2, 2], "the tensor may be new"
+    assert [shared.get(p, t, quantize) for p, t in ((first, x), (middle, context), (last, context))] == [3, 4, 4]
+    assert not hasattr(context, "_nvfp4_rows")
+    other = fp8.SharedRows()
+    shared.get(first, context, quantize)
+    assert other.get(middle, context, quantize) == 6, "another attention's"
+
+
 def test_the_largest_number_of_a_row_becomes_448_and_comes_back(generator):
     x = torch.randn(9, 40, generator=generator)
     quantized, scale = reference.quantize_rows(x)
