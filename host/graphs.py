@@ -109,7 +109,7 @@ class _Plan:
     """
 
     def __init__(self, arguments: dict, tensors: list[torch.Tensor]):
-        self.inputs = [torch.empty_like(tensor) for tensor in tensors]
+        self.inputs = [_like(tensor) for tensor in tensors]
         self.stream = tuple(torch.empty_like(tensor) for tensor in arguments["img"])
         given = iter(self.inputs)
         self.arguments = {
@@ -134,6 +134,13 @@ class _Plan:
         for own, tensor in zip(self.stream, arguments["img"], strict=True):
             if own is not tensor:
                 own.copy_(tensor)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor with its strides, by which kernels are chosen; but one that is written to has no overlaps."""
+    if 0 in tensor.stride():
+        return torch.empty_like(tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 class _Graphs:
@@ -271,7 +278,7 @@ def _kind(value: Any, tensors: list[torch.Tensor]) -> Any:
     """One argument -> what a graph depends on in it, None if that cannot be said; ``tensors`` receives its tensors."""
     if isinstance(value, torch.Tensor):
         tensors.append(value)
-        return tuple(value.shape), value.dtype, value.device
+        return tuple(value.shape), value.stride(), value.dtype, value.device
     if value is None or isinstance(value, bool | int | float | str):
         return type(value), value
     if isinstance(value, list | tuple):

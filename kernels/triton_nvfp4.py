@@ -10,7 +10,6 @@ its high nibble and 2k + 1 in its low one.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -19,14 +18,13 @@ import triton
 import triton.language as tl
 
 from .format import OUTPUT_DTYPES, block_scale_shape, check_request, packed_shape
+from .triton_launch import Launcher
 from .triton_quantize import _e4m3_to_f32, quantize  # noqa: F401  (one of the four functions this module offers)
 
 # Tile found by measurement on an H200 (benchmarks/results); the kernel is bound by its stores, hardly by the tile.
 _TILE_WORDS, _STEPS, _WARPS = 256, 2, 8
 _L2_BYTES = 48 << 20
 Dequantizer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# Compiled kernels take all arguments, constants included, since Triton 3.4; its interpreter compiles nothing.
-_DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) and not triton.knobs.runtime.interpret
 
 
 @triton.jit
@@ -149,11 +147,9 @@ def dequantizer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     # Triton converts to bf16 from compute capability 8.0 on; its interpreter truncates instead of rounding.
     converts = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     bf16_as_bits = dtype == torch.bfloat16 and not converts
-    only_device = device.type != "cuda" or torch.cuda.device_count() == 1
-    direct = None
+    launch = Launcher(_dequantize_kernel, grid, arguments, device, (1,), num_warps=_WARPS)
 
     def run(packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-        nonlocal direct
         if packed.shape != bytes_shape or block_scale.shape != scale_shape:
             check_request(packed, block_scale, shape, dtype)  # raises
         if not (packed.is_contiguous() and block_scale.is_contiguous()):
@@ -163,21 +159,8 @@ def dequantizer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
         if packed.data_ptr() % 4:  # bytes are read as 32-bit words
             packed = packed.clone()
         out = torch.empty(shape, dtype=dtype, device=device)
-        pointers = (packed.data_ptr(), block_scale.data_ptr(), global_scale.data_ptr(), out.data_ptr())
-        aligned = (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15 == 0
-        if direct is not None and aligned:
-            direct(*pointers, *arguments)
-            return out
-        if out.numel() == 0:
-            return out
-        target = out.view(torch.int16) if bf16_as_bits else out
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            compiled = _dequantize_kernel[grid](
-                packed, block_scale.view(torch.uint8), global_scale, target, *arguments, num_warps=_WARPS
-            )
-        if aligned and only_device and _DIRECT_LAUNCH:
-            # The same kernel without the JIT's argument analysis, which costs the CPU more than all the rest.
-            direct = compiled[grid]
+        if out.numel():
+            launch(packed, block_scale, global_scale, out.view(torch.int16) if bf16_as_bits else out)
         return out
 
     return run

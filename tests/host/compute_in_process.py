@@ -86,6 +86,61 @@ def facts_of(scene) -> dict:
     return found
 
 
+class FakeGraph:
+    """What a captured block does: run on the plan's own tensors."""
+
+    def __init__(self, plan, original):
+        self.plan, self.original = plan, original
+
+    def replay(self):
+        self.original(self.plan.arguments)
+
+    def reset(self):
+        pass
+
+
+def graphs_of(scene) -> dict:
+    """Sampling with every block replaced by a fake graph, against sampling without; fused layers in FP8 mode."""
+    torch, graphs, fp8 = importlib.import_module("torch"), load("host.graphs"), load("kernels.fp8")
+    extension = importlib.import_module("comfy.patcher_extension")
+    kept = graphs._obstacle
+    plain = scene.ours("comfy_markers")
+    right = scene.sample(plain, steps=8)
+    counts = {"captured": 0, "replayed": 0}
+
+    def capture(self, plan, number, original, weights):
+        block = self.blocks[number]  # the host's own closure means another block as soon as its loop goes on
+
+        def replayed(arguments):
+            counts["replayed"] += 1
+            return block(arguments["img"], **{name: value for name, value in arguments.items() if name != "img"})
+
+        counts["captured"] += 1
+        plan.graphs[number] = FakeGraph(plan, replayed), weights
+        return plan.graphs[number][0]
+
+    fakes = {"record": lambda self: None, "query": lambda self: True}
+    graphs._obstacle = lambda model, device: "" if type(model) is graphs._host_class("LTXAVModel") else "other"
+    graphs._Graphs._capture, torch.cuda.Event = capture, type("Event", (), fakes)
+    torch.cuda.synchronize = torch.cuda.graph_pool_handle = lambda: None
+    patcher = scene.ours("comfy_markers")
+    found = {"equal": bool((scene.sample(patcher, steps=8) == right).all()), "first": dict(counts)}
+    found["again"] = bool((scene.sample(patcher, steps=8) == right).all())
+    found["second"] = dict(counts)
+    found["blocks"] = len(patcher.model.diffusion_model.transformer_blocks)
+    found["left"] = len(graphs._models[patcher.model.diffusion_model].plans)
+    clone = patcher.clone()
+    clone.remove_wrappers_with_key(extension.WrappersMP.DIFFUSION_MODEL, graphs.KEY)
+    found["without"] = bool((scene.sample(clone, steps=8) == right).all()) and counts == found["second"]
+    graphs._obstacle = kept
+    fused = [m for m in scene.ours("comfy_markers", compute="fp8").model.diffusion_model.modules()]
+    found["feed-forward"] = sum(type(m).__name__ == "FusedFeedForward" for m in fused)
+    shares = [m.__dict__["_nvfp4_shared"] for m in fused if "_nvfp4_shared" in m.__dict__]
+    found["places"] = [sum(place == at for _, place in shares) for at in range(3)]
+    found["sharing"] = len({id(shared) for shared, _ in shares if isinstance(shared, fp8.SharedRows)})
+    return found
+
+
 def main(folder: Path) -> None:
     sys.path.insert(1, str(Path(__file__).resolve().parent))
     in_process = importlib.import_module("in_process")
@@ -95,6 +150,7 @@ def main(folder: Path) -> None:
     if scene.ltx is not None:
         try:
             facts["compute"] = facts_of(scene)
+            facts["compute"]["graphs"] = graphs_of(scene)
         except Exception:
             facts["compute"] = {"failed": traceback.format_exc()}
     sys.stdout.write(f"\n{MARK}{json.dumps(facts)}\n")

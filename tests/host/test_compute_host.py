@@ -55,3 +55,19 @@ def test_fp4_layers_go_to_the_host_s_forward_and_auto_picks_the_fastest(found: d
 def test_a_lora_changes_the_output_of_an_fp8_model_and_taking_it_off_restores_it(found: dict):
     assert found["changed by lora"] > 0
     assert found["restored"]
+
+
+def test_blocks_replaced_by_graphs_give_the_same_latents_and_are_freed_after_sampling(found: dict):
+    graphs = found["graphs"]
+    blocks = graphs["blocks"]
+    assert graphs["equal"] and graphs["again"]
+    assert graphs["first"] == {"captured": blocks, "replayed": 6 * blocks}, "steps three to eight"
+    assert graphs["second"] == {"captured": 2 * blocks, "replayed": 14 * blocks}, "the second sampling knows"
+    assert graphs["left"] == 0
+    assert graphs["without"], "the wrapper is what does it"
+
+
+def test_fp8_layers_share_what_they_can(found: dict):
+    graphs = found["graphs"]
+    assert graphs["feed-forward"] > 0
+    assert graphs["sharing"] > 0 and set(graphs["places"]) == {graphs["sharing"]}
