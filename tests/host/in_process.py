@@ -50,8 +50,11 @@ class Scene:
         lora = comfy("utils").load_torch_file(str(self.folder / LORA))
         return comfy("sd").load_lora_for_models(patcher, None, lora, 1.0, 0.0)[0]
 
-    def sample(self, patcher, steps: int = 2):
-        """Joint audio and video latents of the first distilled steps, flat in one FP32 tensor."""
+    def sample(self, patcher, steps: int = 2, hooks=None):
+        """Joint audio and video latents of the first distilled steps, flat in one FP32 tensor.
+
+        ``hooks``: a group of weight hooks for the positive conditioning.
+        """
         torch = importlib.import_module("torch")
         nested = comfy("nested_tensor").NestedTensor
         graphs = importlib.import_module("nvfp4_video.tests.host.graphs")
@@ -60,13 +63,16 @@ class Scene:
         noise = nested([torch.randn(shape, generator=generator) for shape in shapes])
         text = torch.randn(1, 32, graphs.context_dim(self.config), generator=generator)
         conditioning = [[text, {"frame_rate": 25.0}]]
+        positive = conditioning
+        if hooks is not None:
+            positive = comfy("hooks").set_hooks_for_conditioning(conditioning, hooks)
         result = comfy("sample").sample_custom(
             patcher,
             noise,
             1.0,
             comfy("samplers").sampler_object("euler"),
             torch.tensor([float(sigma) for sigma in graphs.SIGMAS.split(",")][: steps + 1]),
-            conditioning,
+            positive,
             conditioning,
             nested([torch.zeros(shape) for shape in shapes]),
             disable_pbar=True,
