@@ -239,33 +239,6 @@ def saving(scene: Scene) -> dict:
     return found | {"layers": len(scene.packed)}
 
 
-def lora(scene: Scene) -> dict:
-    """A LoRA through the host: our weights against its own loader's, against the ideal, and after taking it off."""
-    torch = importlib.import_module("torch")
-    management = comfy("model_management")
-    patcher, stock = scene.ours("comfy_markers"), scene.stock("comfy_markers")
-    before = scene.sample(patcher)
-    change = comfy("utils").load_torch_file(str(scene.folder / LORA))
-    patched, theirs = scene.with_lora(patcher), scene.with_lora(stock)
-    changed, reference = scene.sample(patched), scene.sample(theirs)
-    management.load_models_gpu([patched, theirs])
-    equal, errors = [], []
-    for layer in scene.lora_layers:
-        own, other = (p.model.diffusion_model.get_submodule(layer).weight for p in (patched, theirs))
-        equal.append(torch.equal(plain(own), plain(other)))
-        up, down = (change[f"diffusion_model.{layer}.lora_{part}.weight"].float() for part in "BA")
-        ideal = scene.decoded[f"{layer}.weight"].float() + up @ down
-        errors.append(((plain(own).float() - ideal).norm() / ideal.norm()).item())
-    after = scene.sample(patcher)
-    return {
-        "weights_equal_stock": equal,
-        "latents_equal_stock": torch.equal(changed, reference),
-        "latents_differ": (changed - before).abs().max().item(),
-        "errors": errors,
-        "restored": torch.equal(after, before),
-    }
-
-
 def low_vram(scene: Scene) -> dict:
     """Layers left offloaded by a small memory budget, without and with a LoRA: against the ideal and the host's own."""
     torch = importlib.import_module("torch")
@@ -357,7 +330,7 @@ def flux(scene: Scene) -> dict:
     }
 
 
-TOPICS = (memory, equality, compiling, reloading, saving, lora, low_vram, flux)
+TOPICS = (memory, equality, compiling, reloading, saving, low_vram, flux)
 FOR_ANY_HOST = (flux,)
 
 

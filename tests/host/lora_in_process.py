@@ -185,7 +185,14 @@ def saving(scene, loras: Loras) -> dict:
             next(value for key, value in raw.items() if key.endswith(f"{layer}.weight")).view(torch.uint8),
         )
     ]
+    offloaded = loras.on(scene.ours("comfy_markers"), 1.0)
+    offloaded.patch_model(load_weights=False)
+    offloaded.load(offloaded.load_device, lowvram_model_memory=1)
+    state = offloaded.state_dict_for_saving()
+    pieces = all(_same(ours[key], state[key].to("cpu")) for key in ours)
+    offloaded.detach()
     return {
+        "equal from offloaded layers": ours.keys() == state.keys() and pieces,
         "equal": ours.keys() == stock.keys() and all(_same(ours[key], stock[key]) for key in ours),
         "changed": len(changed),
         "layers": len(scene.lora_layers),
@@ -213,6 +220,29 @@ def partial(scene, loras: Loras) -> dict:
     found["unloaded, waiting"] = sum(bool(module.weight_function) for _, module in linears(patched, scene))
     patched.detach()
     found["left"] = branches(patched, scene)
+    return found
+
+
+def dynamic(scene, loras: Loras) -> dict:
+    """The host's patcher for DynamicVRAM, which a CPU does not get: its ``load``, without memory to manage."""
+    model_patcher = load("comfy.model_patcher")
+    make = load("nvfp4_video.host.lora_patcher")._patcher_class
+    load("comfy_aimdo.host_buffer").HostBuffer = lambda *sizes: None
+    found = {}
+    for name, strengths in {"one": (1.0,), "two": (0.4, 0.8), "none": ()}.items():
+        patcher = loras.on(scene.ours("comfy_markers"), *strengths)
+        patcher.__class__ = make(model_patcher.ModelPatcherDynamic)
+        patcher.model.dynamic_vbars, patcher.model.dynamic_pins, patcher.model.dynamic_patchers = {}, {}, set()
+        patcher.register_load_device(patcher.load_device)
+        patcher.load(patcher.load_device)
+        owns = [module.__dict__ for _, module in linears(patcher, scene)]
+        waiting = sum(own.get("weight_lowvram_function") is not None for own in owns[1:])
+        small = sum(f"diffusion_model.{layer}.weight" in patcher.backup for layer in scene.lora_layers)
+        found[name] = {"waiting": waiting, "small": small, "branches": branches(patcher, scene)}
+        errors_of = layer_errors(patcher, loras, scene.decoded, *strengths) if strengths else ()
+        pairs = zip(errors_of, owns, strict=False)
+        found[name]["errors"] = [one for one, own in pairs if "nvfp4_lora" in own]
+        patcher.__class__ = make(model_patcher.ModelPatcher)
     return found
 
 
@@ -283,7 +313,7 @@ def fp8(scene, loras: Loras) -> dict:
     }
 
 
-TOPICS = (errors, strengths, hooks, saving, partial, refused, compiling, fp8)
+TOPICS = (errors, strengths, hooks, saving, partial, dynamic, refused, compiling, fp8)
 
 
 def main(folder: Path, names: list[str]) -> None:
