@@ -142,7 +142,8 @@ def _not_plain(value: Any, shape: tuple[int, int]) -> str:
     """Why a patch's value is no LoRA for a weight of this shape, or an empty string."""
     name = getattr(value, "name", None)
     if name is None:
-        return "it replaces or adds whole weights"
+        kind = value[0] if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) else "weight"
+        return f"it is a patch of the kind {kind}, no LoRA"
     if name != "lora" or len(value.weights) < 5:
         return f"it is a {name}, no LoRA"
     up, down, _, mid, dora, *reshape = value.weights

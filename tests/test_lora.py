@@ -144,9 +144,9 @@ def test_merging_begins_where_it_moves_fewer_bytes():
         (adapter(24, 32, 2, reshape=[48, 32]), {}, "changes the weight's shape"),
         (adapter(12, 32, 2), {}, "of another shape, 12 x 32"),
         (adapter(24, 16, 2), {}, "of another shape, 24 x 16"),
-        (("diff", (torch.zeros(24, 32),)), {}, "whole weights"),
-        (("set", (torch.zeros(24, 32),)), {}, "whole weights"),
-        ([(torch.zeros(24, 32), lambda weight, **_: weight)], {}, "whole weights"),
+        (("diff", (torch.zeros(24, 32),)), {}, "of the kind diff"),
+        (("set", (torch.zeros(24, 32),)), {}, "of the kind set"),
+        ([(torch.zeros(24, 32), lambda weight, **_: weight)], {}, "of the kind weight"),
         (adapter(24, 32, 2), {"strength_model": 0.5}, "scales the weight"),
         (adapter(24, 32, 2), {"offset": (0, 0, 12)}, "a part of the weight"),
         (adapter(24, 32, 2), {"function": abs}, "a part of the weight"),
@@ -198,3 +198,18 @@ def test_torch_compile_sees_one_graph_without_a_break(tokens):
     with torch.no_grad():
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_another_strength_needs_no_new_graph():
+    layer, weight = build(24, 32)
+    x = torch.randn(7, 32).bfloat16()
+    seen = []
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend=lambda graph, _: seen.append(1) or graph.forward, fullgraph=True)
+        for strength in (1.0, -0.4):
+            patches = [(strength, adapter(24, 32, 4), 1.0, None, None)]
+            put(layer, patches)
+            assert error(compiled(x), exact(layer, weight, x, patches)) < TOLERANCE[torch.bfloat16]
+    assert seen == [1]
