@@ -84,7 +84,7 @@ def test_a_clone_can_load_its_own_weights_and_a_patch_comes_off_without_a_trace(
 def test_a_lora_is_computed_beside_the_packed_weights_and_comes_off_without_a_trace(all_facts: dict):
     found = facts_of(all_facts, "lora")
     assert found["taken"] and found["branches"] == found["packed"]
-    assert found["error"] < 0.1, "of what the LoRA changes"
+    assert found["missed"] < 0.02, "of what the LoRA changes"
     assert found["restored"]
 
 

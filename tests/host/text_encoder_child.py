@@ -297,7 +297,7 @@ def lora(scene: Scene) -> dict:
         "taken": all(taken.values()),
         "branches": branches,
         "packed": len(names) - 1,
-        "error": ((patched["ours"] - patched["stock"]).norm() / changed.norm()).item(),
+        "missed": ((patched["ours"] - patched["stock"]).norm() / changed.norm()).item(),
         "restored": torch.equal(scene.encode(clips["ours"]), before["ours"]),
     }
 
