@@ -6,6 +6,7 @@ It is the body of GET /nvfp4/report and what the `doctor` command prints, so it 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 
@@ -83,13 +84,12 @@ def _model(name: str, verdict: str, text: str, reason: str) -> dict[str, str]:
 def _compute_verdict(layers: list, facts: Mapping[str, Fact]) -> tuple[str, str]:
     """NVFP4 Linears of one model -> verdict, reason."""
     own = [layer for layer in layers if type(layer).__module__ == f"{__package__}.linear"]
-    patched = sum(map(_is_patched, layers))
-    if patched:
-        return "slow", f"a LoRA is computed into the weight in every step in {patched:,} of {len(layers):,} layers"
+    if reason := _slow_lora(layers):
+        return "slow", reason
     if len(own) == len(layers):
         backend = facts["own_backend"]
         verdict = {"triton": "fast", "torch": "slow"}.get(backend.value, "unknown")
-        return verdict, f"weights are dequantised by this pack's kernels: {backend.text}"
+        return verdict, f"weights are dequantised by this pack's kernels: {backend.text}{_lora_of_own(layers)}"
     compute = facts["nvfp4_compute"]
     whole = sum(bool(layer.__dict__.get("_full_precision_mm")) for layer in layers)
     if compute.value == "fp4" and not whole:
@@ -101,6 +101,31 @@ def _compute_verdict(layers: list, facts: Mapping[str, Fact]) -> tuple[str, str]
     return "slow", f"ComfyUI's own way: {compute.text}; load the file with NVFP4ModelLoader"
 
 
-def _is_patched(layer) -> bool:
-    own = layer.__dict__
-    return bool(own.get("weight_function")) or own.get("weight_lowvram_function") is not None
+def _slow_lora(layers: list) -> str:
+    """What a LoRA costs where the host computes with the weight, or an empty string."""
+    every = sum(bool(layer.__dict__.get("weight_function")) for layer in layers)
+    brought = sum(layer.__dict__.get("weight_lowvram_function") is not None for layer in layers)
+    if every:
+        text = f"a LoRA is computed into the weight in every step in {every:,} of {len(layers):,} layers"
+    elif brought:
+        text = (
+            f"ComfyUI packs the weight again with a LoRA in it in {brought:,} of {len(layers):,} layers, and computes"
+        )
+        text += " them its own way"
+    else:
+        return ""
+    return text + _reasons(layers)
+
+
+def _lora_of_own(layers: list) -> str:
+    """How LoRAs are computed that cost no step more than their own matmuls, as the end of a sentence."""
+    beside = sum(layer.__dict__.get("nvfp4_lora") is not None for layer in layers)
+    packed = sum(bool(layer.__dict__.get("nvfp4_lora_refused")) for layer in layers)
+    text = f"; a LoRA is computed beside the packed weight in {beside:,} layers" if beside else ""
+    return text + (f"; ComfyUI packed a LoRA into {packed:,} layers{_reasons(layers)}" if packed else "")
+
+
+def _reasons(layers: list) -> str:
+    """Why LoRAs went the host's way, the most frequent reason first."""
+    counts = Counter(reason for layer in layers if (reason := layer.__dict__.get("nvfp4_lora_refused")))
+    return f" ({'; '.join(reason for reason, _ in counts.most_common(3))})" if counts else ""

@@ -315,6 +315,8 @@ def _weights(block: torch.nn.Module, device: torch.device) -> tuple | None:
             return None
         if own.get("weight_function") or own.get("bias_function"):
             return None
+        if (branch := own.get("nvfp4_lora")) is not None:
+            found += branch.down.data_ptr(), branch.up.data_ptr()
         if "_v" in own:
             prefetch = own.get("_prefetch")
             if type(prefetch) is not dict or prefetch.get("resident") is not True:

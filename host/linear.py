@@ -2,13 +2,15 @@
 
 It derives from the host's own mixed-precision operations, so loading, LoRA, offload, DynamicVRAM and saving stay the
 host's. Only ``Linear.forward`` gains a path of its own, without tensor-subclass dispatch: few rows go to the fused
-kernel, a layer in FP8 mode to the FP8 tensor cores, the rest is dequantised on the device and multiplied. Whatever that
-path does not cover (weight functions, low-VRAM patches, training, odd inputs, layers in FP4 mode) goes to the host's
-forward, which is weight-only too but for the FP4 layers.
+kernel, a layer in FP8 mode to the FP8 tensor cores, the rest is dequantised on the device and multiplied. Plain LoRAs
+are a branch beside the packed weight (host/lora.py). Whatever that path does not cover (weight functions, low-VRAM
+patches, training, odd inputs, layers in FP4 mode) goes to the host's forward, which is weight-only too but for the FP4
+layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -19,6 +21,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 from ..checkpoint.header import CheckpointError
 from ..kernels import backends, fp8, gemv, reference
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
+from . import lora
 from .compute import Compute
 
 LAYOUT = "TensorCoreNVFP4Layout"
@@ -76,19 +79,23 @@ def weight_only_operations(
                     and input.dtype in OUTPUT_DTYPES
                     and not (input.requires_grad and torch.is_grad_enabled())
                 ):
-                    return super().forward(reference.activate(input, activation), *args, **kwargs)
+                    input = reference.activate(input, activation)
+                    out, branch = super().forward(input, *args, **kwargs), own.get("nvfp4_lora")
+                    return out if branch is None else lora.beside(parameters, out, input, branch)
                 device = input.device
-                if activation and ("pre_quant_scale" in parameters or own["nvfp4_mode"] != "fp8"):
+                matmul = _matmul if own.get("nvfp4_lora") is None else _matmul_with_lora
+                fused = own["nvfp4_mode"] == "fp8" and matmul is _matmul and "pre_quant_scale" not in parameters
+                if activation and not fused:
                     input, activation = reference.activate(input, activation), ""
                 if "pre_quant_scale" in parameters:  # ModelOpt's AWQ
                     smoothing = parameters["pre_quant_scale"]
                     input = input * comfy.model_management.cast_to_device(smoothing, device, input.dtype)
                 if "_v" not in own and weight._qdata.device == device:
-                    return _matmul(own, input, weight, parameters["bias"], device, backend, activation)
+                    return matmul(own, input, weight, parameters["bias"], device, backend, activation)
                 resident = _prefetched(own, device)
                 if resident is not None:
-                    return _matmul(own, input, resident, own.get("_v_bias"), device, backend, activation)
-                return _streamed(self, input, weight, backend, activation)
+                    return matmul(own, input, resident, own.get("_v_bias"), device, backend, activation)
+                return _streamed(self, input, weight, backend, matmul, activation)
 
     return WeightOnlyOperations
 
@@ -132,7 +139,9 @@ def _unwrap(state_dict: dict, prefix: str, weight: QuantizedTensor, shape: tuple
     state_dict[f"{prefix}weight_scale_2"] = params.scale
 
 
-def _streamed(module, input: torch.Tensor, weight: QuantizedTensor, backend: str, activation: str) -> torch.Tensor:
+def _streamed(
+    module, input: torch.Tensor, weight: QuantizedTensor, backend: str, matmul: Callable, activation: str
+) -> torch.Tensor:
     """The weight is offloaded, or DynamicVRAM owns it: the host brings it, and takes it back afterwards."""
     comfy.ops.run_every_op()
     # Asking for the weight's own dtype keeps the host from dequantising it.
@@ -142,8 +151,10 @@ def _streamed(module, input: torch.Tensor, weight: QuantizedTensor, backend: str
     )
     try:
         if isinstance(weight, QuantizedTensor):
-            return _matmul(module.__dict__, input, weight, bias, input.device, backend, activation)
-        return torch.nn.functional.linear(reference.activate(input, activation), weight.to(input.dtype), bias)
+            return matmul(module.__dict__, input, weight, bias, input.device, backend, activation)
+        input, branch = reference.activate(input, activation), module.__dict__.get("nvfp4_lora")
+        out = torch.nn.functional.linear(input, weight.to(input.dtype), bias)
+        return out if branch is None else lora.add(out, input, branch)
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
@@ -194,6 +205,30 @@ def _matmul(
             out = few(input.reshape(rows, cols), packed, params.block_scale, params.scale, bias)
             return out.view(*shape[:-1], out.shape[1])
     return torch.nn.functional.linear(input, dequantize(packed, params.block_scale, params.scale), bias)
+
+
+def _matmul_with_lora(
+    own: dict,
+    input: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None,
+    device: torch.device,
+    backend: str,
+    activation: str = "",
+) -> torch.Tensor:
+    """As ``_matmul`` with the layer's branch: many rows in BF16 mode meet the sum of both, see ``lora.merge_rows``.
+
+    The branch takes the input too, so an activation has been computed before.
+    """
+    branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
+    rows = input.numel() // cols if cols else 0
+    if own.get("nvfp4_mode") != "bf16" or rows < branch.merge_rows or rows <= gemv.MAX_TOKENS:
+        return lora.add(_matmul(own, input, weight, bias, device, backend, activation), input, branch)
+    params, dtype = weight._params, input.dtype
+    down, up = lora.tensors(branch, input)
+    merged = backends.dequantize(weight._qdata, params.block_scale, params.scale, params.orig_shape, dtype, backend)
+    merged.addmm_(up, down)
+    return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(dtype))
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:

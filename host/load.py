@@ -41,6 +41,7 @@ from .compute import MODES, Compute, describe, parse_overrides, pick_mode, plan_
 from .fusions import fuse
 from .graphs import use_graphs
 from .linear import supports, weight_only_operations, wrap
+from .lora_patcher import use_branches
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def load_model(
     operations = weight_only_operations(compute_dtype, device, backend, header.path.name, how)
     options = {"custom_operations": operations}
     present = {key.rpartition(".")[0] for key in state_dict}
-    patcher = _load(state_dict, options, metadata, disable_dynamic, header.path.name)
+    patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
     _check_linears(patcher.model.diffusion_model, operations.Linear, present, header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute))

@@ -36,6 +36,7 @@ from ..kernels import backends
 from ..kernels.format import OUTPUT_DTYPES
 from .linear import weight_only_operations
 from .load import rewrite
+from .lora_patcher import use_branches
 from .text_decode import use_graphs
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ def load_text_encoder(
     restored = _restore_embedding(tensors, operations, backend, load_device)
     clip = _build([tensors, beside], options | {"custom_operations": operations}, disable_dynamic, header.path.name)
     _check(clip.cond_stage_model, encoder, operations.Linear, header.path.name)
+    use_branches(clip.patcher)
     decode = use_graphs(clip) if graphs else "block by block, graphs are switched off"
     clip.patcher.cached_patcher_init = (_reload, (path, projection, dialect, backend, device, graphs))
     warnings = []

@@ -114,6 +114,19 @@ def test_a_lora_computed_in_every_step_is_the_reason_of_a_slow_model(loaded):
         assert model["verdict"] == "slow" and "LoRA" in model["why"] and "4 of 4" in model["why"]
 
 
+def test_a_lora_beside_packed_weights_leaves_a_model_fast_and_is_told(loaded):
+    (model,) = loaded(Patcher(LTXAV(OURS, nvfp4_lora=object())))
+    assert model["verdict"] == "fast" and "LoRA is computed beside the packed weight in 4 layers" in model["why"]
+
+
+def test_a_lora_that_went_the_host_s_way_is_told_with_the_reason(loaded):
+    (model,) = loaded(Patcher(LTXAV(OURS, nvfp4_lora_refused="it is a DoRA")))
+    assert model["verdict"] == "fast" and "ComfyUI packed a LoRA into 4 layers (it is a DoRA)" in model["why"]
+    waiting = {"weight_lowvram_function": abs, "nvfp4_lora_refused": "it is a DoRA"}
+    (model,) = loaded(Patcher(LTXAV(OURS, **waiting)))
+    assert model["verdict"] == "slow" and model["why"].endswith("(it is a DoRA)") and "4 of 4" in model["why"]
+
+
 def test_a_model_that_lies_partly_in_system_memory_is_slow_and_one_that_has_not_run_is_not(loaded):
     (model,) = loaded(Patcher(LTXAV(OURS), loaded=0.75, dynamic=False))
     assert model["verdict"] == "slow" and model["why"].startswith("4.0 GiB lie outside")

@@ -1,4 +1,4 @@
-"""The pack inside a real ComfyUI process: memory, torch.compile, reloading, saving, LoRA, low VRAM, another family.
+"""The pack inside a real ComfyUI process: memory, torch.compile, reloading, saving, low VRAM, another family.
 
 in_process.py gathers the facts in the host's own Python, once for all tests of this file.
 """
@@ -75,25 +75,13 @@ def test_a_saved_model_is_read_back_by_the_pack_and_by_the_host(all_facts: dict)
         assert found[reader] == {"weights": True, "packed": found["layers"], "latents": True}, reader
 
 
-def test_a_lora_does_what_it_does_in_the_host_s_own_loader_and_comes_off_without_a_trace(all_facts: dict):
-    found = facts_of(all_facts, "lora")
-    assert all(found["weights_equal_stock"])
-    assert found["latents_equal_stock"]
-    assert found["latents_differ"] > 0
-    # The first layer is BF16; the others are packed again by the host, with stochastic rounding.
-    assert found["errors"][0] < 0.005
-    assert max(found["errors"]) < 0.25
-    assert found["restored"]
-
-
-def test_layers_left_offloaded_compute_exactly_and_apply_a_lora_without_packing_it(all_facts: dict):
+def test_layers_left_offloaded_compute_exactly_also_with_a_lora(all_facts: dict):
     found = facts_of(all_facts, "low_vram")
     for name in ("plain", "lora"):
         assert found[name]["low_vram"], "the budget was meant to be too small"
-        assert found[name]["equal_stock"] == found["layers"], name
         assert found[name]["error"] < 0.01, name
-    assert found["plain"]["waiting"] == 0
-    assert found["lora"]["waiting"] > 0
+        assert found[name]["waiting"] == 0, "the host would patch the weight in every step"
+    assert found["plain"]["equal_stock"] == found["layers"]
 
 
 def test_a_flux_whose_first_layers_are_packed_is_detected_by_its_logical_shapes(all_facts: dict):

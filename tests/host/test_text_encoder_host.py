@@ -81,6 +81,13 @@ def test_a_clone_can_load_its_own_weights_and_a_patch_comes_off_without_a_trace(
     assert all(facts_of(all_facts, "clones").values())
 
 
+def test_a_lora_is_computed_beside_the_packed_weights_and_comes_off_without_a_trace(all_facts: dict):
+    found = facts_of(all_facts, "lora")
+    assert found["taken"] and found["branches"] == found["packed"]
+    assert found["missed"] < 0.02, "of what the LoRA changes"
+    assert found["restored"]
+
+
 def test_a_quantised_token_embedding_keeps_its_values_and_becomes_bf16_where_the_host_needs_it(all_facts: dict):
     found = facts_of(all_facts, "embedding")
     assert found["nvfp4"]["equal"] and not found["nvfp4"]["packed"]

@@ -273,6 +273,35 @@ def clones(scene: Scene) -> dict:
     return found
 
 
+def lora(scene: Scene) -> dict:
+    """A LoRA on packed and plain layers of ours, against the host's own text encoder of the decoded weights."""
+    torch, clips = scene.torch, {"ours": scene.ours("comfy")[0], "stock": scene.stock("bf16")}
+    adapter = importlib.import_module("comfy.weight_adapter").LoRAAdapter
+    names = (*list(scene.packed)[:6], "model.layers.0.self_attn.q_proj")
+    patches = {}
+    for name in names:
+        key = f"gemma3_12b.transformer.{name}.weight"
+        rows, cols = clips["ours"].patcher.model.get_submodule(key.removesuffix(".weight")).weight.shape
+        weights = (scene.random(rows, 4), scene.random(4, cols), 8.0, None, None, None)
+        patches[key] = adapter(set(), weights)
+    before, patched, taken = {}, {}, {}
+    for kind, clip in clips.items():
+        before[kind], clone = scene.encode(clip), clip.clone()
+        taken[kind] = sorted(clone.add_patches(patches, 0.7)) == sorted(patches)
+        patched[kind] = scene.encode(clone)
+        if kind == "ours":
+            owns = [module.__dict__ for module in clone.patcher.model.modules()]
+            branches = sum("nvfp4_lora" in own for own in owns)
+    changed = patched["stock"] - before["stock"]
+    return {
+        "taken": all(taken.values()),
+        "branches": branches,
+        "packed": len(names) - 1,
+        "missed": ((patched["ours"] - patched["stock"]).norm() / changed.norm()).item(),
+        "restored": torch.equal(scene.encode(clips["ours"]), before["ours"]),
+    }
+
+
 def embedding(scene: Scene) -> dict:
     """Quantised token embeddings: the conditioning is that of their weights, whether they stay packed or not."""
     torch, reference = scene.torch, pack("kernels.reference")
@@ -321,7 +350,7 @@ def enhancer(scene: Scene) -> dict:
     return {"equal": texts[0] == texts[1], "text": texts[1]}
 
 
-TOPICS = (conditioning, generation, windowed, text_only, clones, embedding, enhancer)
+TOPICS = (conditioning, generation, windowed, text_only, clones, lora, embedding, enhancer)
 
 
 def main(folder: Path, names: list[str]) -> None:
