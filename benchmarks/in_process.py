@@ -1,4 +1,4 @@
-"""ComfyUI in this process for the benchmarks: host/session.py, ended with a message where there is nothing to measure."""
+"""ComfyUI in this process for the benchmarks: host/session.py, left with a message where nothing can be measured."""
 
 from __future__ import annotations
 
