@@ -28,6 +28,7 @@ def run_job(
     ``log`` takes everything else it wrote. What it told: the content of its messages in one dictionary, those of
     "clip" in a list ``clips``. The process is gone when this returns or raises.
     """
+    log.parent.mkdir(exist_ok=True)
     path = folder / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
     told: dict[str, Any] = {"clips": []}

@@ -16,7 +16,7 @@ from ..checkpoint.header import Header, read_header
 from ..checkpoint.signatures import context_width, find_model, transformer_config
 from ..checkpoint.vae_signatures import AUDIO, find_vaes
 from ..host.bench_row import MAKE
-from ..host.session import SIGMAS
+from ..host.session import SIGMAS, whole_schedule
 from ..measure import bench
 from ..measure.clip_quality import clip_quality
 from ..measure.media import write_bytes, write_png
@@ -37,18 +37,19 @@ TURNS_NOTE = (
 
 def run_bench(args: argparse.Namespace, comfyui: Path, console: Console) -> tuple[dict[str, Any], bool]:
     """Checked arguments -> (the result, whether no row failed); writes the files of the result."""
-    settings = _settings(args)
+    begun, settings = time.monotonic(), _settings(args)
     out = _folder(args.out)
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".bench-", dir=args.scratch or out)))
-        (out / LOGS).mkdir()
         try:
             files = _make(args, comfyui, work, out, console) if args.synthetic else _named(args)
             result, jobs = _plan(args, settings, files, comfyui)
             _say_plan(result, console)
-            _measure(args, result, jobs, work, out, console)
+            _measure(args, result, jobs, work, out, begun, console)
         except KeyboardInterrupt:
             kept = f"; the rows measured so far are in {out / JSON}" if (out / JSON).is_file() else ""
+            if not kept:
+                shutil.rmtree(out / LOGS, ignore_errors=True)
             raise KeyboardInterrupt(f"interrupted{kept}; no process is left") from None
     bench.finish(result)
     result["complete"] = True
@@ -73,7 +74,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         raise CommandError(f"--steps is {args.steps}; there are {len(SIGMAS) - 1} distilled sigmas")
     flags = args.flags.split() + ["--cpu"] * (args.cpu and "--cpu" not in args.flags.split())
     return {
-        "size": size, "frames": frames, "steps": args.steps, "sigmas": SIGMAS[: args.steps + 1], "sampler": "euler",
+        "size": size, "frames": frames, "steps": args.steps, "sigmas": whole_schedule(args.steps), "sampler": "euler",
         "cfg": 1.0, "seed": args.seed, "repetitions": args.reps, "warm_clips": args.warm, "flags": flags,
         "dynamic_vram_asked": not args.no_dynamic, "cpu": "--cpu" in flags,
         "conditioning": args.conditioning.name if args.conditioning else "random numbers, 256 tokens",
@@ -157,14 +158,15 @@ def _plan(
         rows.append({
             "key": key, "label": kind.label, "file": files[kind.format].name, "file_format": kind.format,
             "loader": kind.loader, "compute": kind.compute, "file_bytes": headers[kind.format].file_size,
-            "status": bench.WAITING, "reason": "", "notes": [], "runs": [], "quality": None,
+            "status": bench.WAITING, "reason": "", "notes": [], "runs": [], "summary": None, "quality": None,
+            "same_latents_as": None,
         })  # fmt: skip
         jobs[key] = {
             "comfyui": str(comfyui), "path": str(files[kind.format]), "loader": kind.loader, "compute": kind.compute,
             "config": config, "dynamic": not args.no_dynamic, "warm": args.warm,
             "conditioning": str(args.conditioning.resolve()) if args.conditioning else None,
             **{part: str(files[part]) if part in files else None for part in ("video_vae", "audio_vae")},
-            **{name: settings[name] for name in ("size", "frames", "steps", "seed", "flags")},
+            **{name: settings[name] for name in ("size", "frames", "steps", "sigmas", "seed", "flags")},
         }  # fmt: skip
     notes = [bench.RANDOM_NOTE] if args.synthetic else []
     notes += [bench.NO_VAE_NOTE] if "video_vae" not in files else []
@@ -172,7 +174,7 @@ def _plan(
     vaes = {part: files[part].name for part in ("video_vae", "audio_vae") if part in files}
     model = f"{next(iter(families.values())).family}{made}"
     result = {"model": model, "settings": settings | vaes, "facts": {}, "comfyui": None, "reference": None}
-    return result | {"rows": rows, "notes": notes, "complete": False}, jobs
+    return result | {"stock_fp4": None, "rows": rows, "notes": notes, "complete": False}, jobs
 
 
 def _check_conditioning(path: Path, width: int) -> None:
@@ -182,12 +184,13 @@ def _check_conditioning(path: Path, width: int) -> None:
         raise CommandError(f"{path} holds tensors of shapes {shapes[:3]}; expected one of (1, tokens, {width})")
 
 
-def _measure(args, result, jobs: dict[str, dict], work: Path, out: Path, console: Console) -> None:
-    """All repetitions of all rows; the result is written after each."""
+def _measure(args, result, jobs: dict[str, dict], work: Path, out: Path, begun: float, console: Console) -> None:
+    """All repetitions of all rows that the limit allows; the result is written after each."""
     started, done, rows = time.monotonic(), 0, result["rows"]
     with console.progress("Measuring", args.reps * len(rows)) as progress:
         for repetition in range(args.reps):
-            if repetition and args.limit and time.monotonic() - started > args.limit:
+            spent = time.monotonic() - started
+            if repetition and args.limit and started - begun + spent + spent / repetition > args.limit:
                 ended = f"The limit of {args.limit:g} s ended it after {repetition} of {args.reps} repetitions."
                 result["notes"].append(ended)
                 return
@@ -218,6 +221,7 @@ def _run_row(args, result, row: dict[str, Any], job: dict[str, Any], work: Path,
     result["facts"] = result["facts"] or told.get("facts", {})
     result["comfyui"] = result["comfyui"] or told.get("comfyui")
     refused = told.get("refused", {})
+    result["stock_fp4"] = "fp4" not in refused if "refused" in told else result["stock_fp4"]
     for other in result["rows"]:  # a mode that cannot run here needs no process to say so again
         if other["status"] == bench.WAITING and other["compute"] in refused:
             other["status"], other["reason"] = bench.REFUSED, refused[other["compute"]]

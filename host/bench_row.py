@@ -147,11 +147,12 @@ def _conditioning(path: str | None) -> Any:
 
 def _clip(job: Mapping[str, Any], patcher: Any, vaes: Mapping[str, Any], text: Any, name: str) -> tuple:
     """One clip, timed -> (times and peaks, latents, frames or None, (waveform, rate) or None)."""
+    import torch
 
     def on_step(done: int) -> None:
         _tell("stage", text=f"{name}, step {done} of {job['steps']}")
 
-    clip = (job["size"], job["config"], job["frames"], job["seed"], job["steps"])
+    clip = (job["size"], job["config"], job["frames"], job["seed"], job["steps"], job["sigmas"])
     with PeakMemory() as sampling:
         (steps, latents), sampling_s = _timed(lambda: session.sample(patcher, *clip, text, on_step))
     found = {"sampling_s": sampling_s, "steps_s": steps, "decode_s": None, "sound_s": None}
@@ -162,7 +163,10 @@ def _clip(job: Mapping[str, Any], patcher: Any, vaes: Mapping[str, Any], text: A
             if "video" in vaes:
                 pixels, found["decode_s"] = _timed(lambda: vaes["video"].decode(latents[0]))
             if "audio" in vaes:
+                # With cuDNN's default algorithms two decodes of one latent differ by a percent.
+                torch.backends.cudnn.deterministic = True
                 sound, found["sound_s"] = _timed(lambda: session.decode_sound(vaes["audio"], latents[1]))
+                torch.backends.cudnn.deterministic = False
         session.end_of_node()
         peaks.append(decoding)
     for kind in ("gpu", "torch", "host"):

@@ -120,6 +120,12 @@ def latent_shapes(size: str, frames: int) -> tuple[tuple[int, ...], tuple[int, .
     return (1, 128, (frames - 1) // 8 + 1, height // 32, width // 32), (1, 8, round(frames / FRAME_RATE * 25), 16)
 
 
+def whole_schedule(steps: int) -> tuple[float, ...]:
+    """``steps`` of the distilled sigmas, spread over all of them: the last step ends at 0, in a finished clip."""
+    last = len(SIGMAS) - 1
+    return tuple(SIGMAS[round(step * last / steps)] for step in range(steps + 1))
+
+
 def sample(
     patcher: Any,
     size: str,
@@ -127,13 +133,14 @@ def sample(
     frames: int,
     seed: int,
     steps: int = 8,
+    sigmas: Sequence[float] | None = None,
     text: Any = None,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[list[float], list]:
-    """Sample ``steps`` of the distilled sigmas; returns the seconds of each step but the first, and the latents.
+    """Sample the first ``steps`` of the distilled sigmas; -> the seconds of each step but the first, and the latents.
 
-    ``text``: the conditioning, (1, tokens, width), else one of random numbers. ``on_step(done)`` is called outside the
-    times.
+    ``sigmas``: others than those. ``text``: the conditioning, (1, tokens, width), else one of random numbers.
+    ``on_step(done)`` is called outside the times.
     """
     import comfy.nested_tensor
     import comfy.sample
@@ -164,7 +171,7 @@ def sample(
         noise,
         1.0,
         comfy.samplers.sampler_object("euler"),
-        torch.tensor(SIGMAS[: steps + 1]),
+        torch.tensor(SIGMAS[: steps + 1] if sigmas is None else sigmas),
         conditioning,
         conditioning,
         latent,

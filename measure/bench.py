@@ -128,7 +128,7 @@ def cost_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Cells of ``COST`` for every row; a row that did not run says so in its fourth cell."""
     found = []
     for row in result["rows"]:
-        summary, nbytes = row.get("summary"), f"{row['file_bytes'] / 1e9:.2f} GB"
+        summary, nbytes = row["summary"], f"{row['file_bytes'] / 1e9:.2f} GB"
         if row["file_bytes"] < 1e8:
             nbytes = f"{row['file_bytes'] / 1e6:.2f} MB"
         if summary is None:
@@ -147,13 +147,13 @@ def quality_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Cells of ``QUALITY`` for every row that ran."""
     labels, found = {row["key"]: row["label"] for row in result["rows"]}, []
     for row in result["rows"]:
-        if row.get("summary") is None:
+        if row["summary"] is None:
             continue
-        same = labels.get(row.get("same_latents_as"), "-")
+        same = labels.get(row["same_latents_as"], "-")
         if row["key"] == result["reference"]:
             found.append([row["label"], "reference", *["-"] * 5, same])
             continue
-        quality = row.get("quality") or {}
+        quality = row["quality"] or {}
         psnr = "same" if quality.get("identical_frames") else _number(quality.get("psnr_db"), ".2f")
         found.append([
             row["label"], _number(quality.get("video_error"), ".5f"), _number(quality.get("audio_error"), ".5f"),
@@ -168,8 +168,8 @@ def _middle(spread: Mapping[str, float] | None, form: str) -> str:
 
 
 def _with_range(spread: Mapping[str, float] | None) -> str:
-    if spread is None:
-        return "-"
+    if spread is None or spread["lowest"] == spread["highest"]:
+        return _middle(spread, ".4f")
     return f"{spread['median']:.4f} ({spread['lowest']:.4f}-{spread['highest']:.4f})"
 
 
@@ -182,9 +182,11 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     labels = {row["key"]: row["label"] for row in result["rows"]}
     found = [f"{row['label']}: {row['status']}, {row['reason']}" for row in result["rows"] if row["reason"]]
     found += [f"{row['label']}: {note}" for row in result["rows"] for note in row["notes"]]
-    changing = [row["label"] for row in result["rows"] if (row.get("summary") or {}).get("repeats_itself") is False]
+    changing = [row["label"] for row in result["rows"] if (row["summary"] or {}).get("repeats_itself") is False]
     if changing:
         found.append(f"Latents differed between repetitions of {'; '.join(changing)}: its errors include that.")
+    if result.get("stock_fp4") and any(row["key"] == "nvfp4" and row["summary"] for row in result["rows"]):
+        found.append("Stock ComfyUI multiplies NVFP4 in FP4 on this GPU; elsewhere it dequantises the weights to BF16.")
     if result["reference"]:
         found.append(
             f"Errors are relative to {labels[result['reference']]}: norm of the difference over the norm. sharpness: "

@@ -1,4 +1,4 @@
-"""Draws a result of ``bench``: one line a row, and beside it size, step time, memory, latent error and SSIM as bars.
+"""Draws a result of ``bench``: one line a row; size, step and clip time, memory, latent error and SSIM as bars.
 
 Colour is the file's format, full for stock and ours alike; a row that did not run is its reason in grey.
 """
@@ -25,6 +25,7 @@ COLOURS: dict[str, Colour] = {"bf16": (105, 112, 124), "fp8": ORANGE, "nvfp4": (
 @dataclass(frozen=True)
 class _Panel:
     """One column, by row key. ``values``: (bar, text) or None; ``marks``: lowest and highest; ``second``: a bar below.
+    ``top``: the least that a full bar stands for.
 
     ``absent``: the text of rows without a value.
     """
@@ -34,6 +35,7 @@ class _Panel:
     width: int
     values: Mapping[str, tuple[float, str] | None]
     marks: Mapping[str, tuple[float, float]]
+    top: float = 0.0
     second: Mapping[str, float] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
 
@@ -57,7 +59,7 @@ def bench_picture(result: Mapping[str, Any]) -> np.ndarray:
         _draw(canvas, panel, x, rows)
         x += panel.width + _GAP
     for row, y in ((row, _HEAD + _LINE * index) for index, row in enumerate(rows)):
-        if row["reason"]:
+        if row["reason"] and not row["summary"]:
             _reason(canvas, row, panels, y)
     canvas.line([(_MARGIN, bottom), (_WIDTH - _MARGIN, bottom)], GRID, 1)
     for index, text in enumerate(notes):
@@ -87,13 +89,13 @@ def _draw(canvas: _Canvas, panel: _Panel, left: float, rows: Sequence[Mapping[st
     canvas.text(left, _HEAD - 46, panel.title, 20, bold=True, limit=panel.width + _GAP - 10)
     canvas.text(left, _HEAD - 22, panel.unit, 16, FAINT, limit=panel.width + _GAP - 10)
     tops = [value[0] for value in panel.values.values() if value] + [high for _, high in panel.marks.values()]
-    tops += list(panel.second.values())
+    tops += [*panel.second.values(), panel.top]
     longest = max(tops, default=0.0) or 1.0
     room = panel.width - max((_text_width(value[1]) for value in panel.values.values() if value), default=0) - 12
     for index, row in enumerate(rows):
         value, middle = panel.values.get(row["key"]), _HEAD + _LINE * (index + 0.5)
         if value is None:
-            if not row["reason"]:
+            if row["summary"]:
                 canvas.text(left, middle, panel.absent.get(row["key"], "-"), _NUMBER - 1, FAINT, anchor="lm")
             continue
         colour = COLOURS[row["file_format"]]
@@ -124,9 +126,10 @@ def _pale(colour: Colour) -> Colour:
 
 
 def _panels(result: Mapping[str, Any]) -> list[_Panel]:
-    rows = [row for row in result["rows"] if row.get("summary")]
+    rows = [row for row in result["rows"] if row["summary"]]
     size = {row["key"]: (row["file_bytes"], _bytes(row["file_bytes"])) for row in result["rows"]}
     steps = {row["key"]: row["summary"]["step_s"] for row in rows}
+    clips = {row["key"]: row["summary"]["warm_clip_s"] for row in rows}
     memory = "peak_gpu_gb" if any(row["summary"]["peak_gpu_gb"] for row in rows) else "peak_host_gb"
     peaks = {row["key"]: row["summary"][memory] for row in rows}
     quality = {row["key"]: row["quality"] or {} for row in rows}
@@ -135,25 +138,31 @@ def _panels(result: Mapping[str, Any]) -> list[_Panel]:
     audio = {key: error for key, found in quality.items() if (error := found.get("audio_error")) is not None}
     reference = {result["reference"]: "reference"}
     return [
-        _Panel("File", "size", 190, size, {}),
+        _Panel("File", "size", 170, size, {}),
         _Panel(
-            "Denoising step", "seconds, median; mark: repetitions", 330,
+            "Denoising step", "seconds; mark: repetitions", 270,
             {key: (step["median"], _seconds(step["median"])) if step else None for key, step in steps.items()},
             {key: (step["lowest"], step["highest"]) for key, step in steps.items() if step},
         ),
         _Panel(
+            "Whole clip, warm", "seconds", 180,
+            {key: (clip["median"], _seconds(clip["median"])) if clip else None for key, clip in clips.items()},
+            {key: (clip["lowest"], clip["highest"]) for key, clip in clips.items() if clip},
+        ),
+        _Panel(
             "GPU memory, peak" if memory == "peak_gpu_gb" else "Host memory, peak",
-            "GB, sampling and decoding", 240,
+            "GB, sampling and decoding", 180,
             {key: (peak, f"{peak:.1f}") if peak else None for key, peak in peaks.items()}, {},
         ),
         _Panel(
-            "Latent error", "relative; above video, below audio", 300,
+            "Latent error", "relative; dark video, pale audio", 276,
             {key: None if error is None else (error, _errors(quality[key])) for key, error in video.items()},
-            {}, audio, reference,
+            {}, second=audio, absent=reference,
         ),
         _Panel(
-            "SSIM of the frames", "1 = the reference's", 220,
-            {key: None if value is None else (value, _ssim(value)) for key, value in ssim.items()}, {}, {}, reference,
+            "SSIM of the frames", "1 = the reference's", 180,
+            {key: None if value is None else (value, _ssim(value)) for key, value in ssim.items()}, {},
+            top=1.0, absent=reference,
         ),
     ]  # fmt: skip
 
@@ -176,7 +185,7 @@ def _percent(error: float) -> str:
 
 
 def _ssim(value: float) -> str:
-    return "1" if value == 1 else f"{value:.4f}" if value < 0.9999 else f"{value:.6f}"
+    return "1" if value == 1 else f"{value:.4f}" if value < 0.9999 else "> 0.9999"
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
@@ -186,7 +195,7 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     if result["reference"]:
         found.append(f"Errors are relative to {labels[result['reference']]}; steps, sigmas, seed and VAE are the same.")
     equal = [
-        f"{row['label']} = {labels[row['same_latents_as']]}" for row in result["rows"] if row.get("same_latents_as")
+        f"{row['label']} = {labels[row['same_latents_as']]}" for row in result["rows"] if row["same_latents_as"]
     ]
     found += [f"The same latents to the last bit: {'; '.join(equal)}."] if equal else []
     return found + [note for note in result["notes"] if note == RANDOM_NOTE]
