@@ -42,7 +42,7 @@ def run_bench(args: argparse.Namespace, comfyui: Path, console: Console) -> tupl
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".bench-", dir=args.scratch or out)))
         try:
-            files = _make(args, comfyui, work, out, console) if args.synthetic else _named(args)
+            files = _make(args, settings["flags"], work, out, console) if args.synthetic else _named(args)
             result, jobs = _plan(args, settings, files, comfyui)
             _say_plan(result, console)
             _measure(args, result, jobs, work, out, begun, console)
@@ -108,10 +108,9 @@ def _has_vae(header: Header, audio: bool) -> bool:
     return any(vae.kind == AUDIO if audio else vae.final_decoder for vae in find_vaes(header))
 
 
-def _make(args: argparse.Namespace, comfyui: Path, work: Path, out: Path, console: Console) -> dict[str, Path]:
+def _make(args: argparse.Namespace, flags: list[str], work: Path, out: Path, console: Console) -> dict[str, Path]:
     """The files of --synthetic, written by a process of its own, which takes its hold on the GPU with it."""
     formats = {bench.ROWS[key].format for key in _chosen(args.rows, bench.FORMATS)}
-    flags = ["--cpu"] * args.cpu
     job = {"loader": MAKE, "save": str(work), "formats": sorted(formats), "layers": args.layers, "small": args.small}
     with console.progress("Making the files") as progress:
         told, error = bench_child.run_job(

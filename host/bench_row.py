@@ -109,8 +109,7 @@ def _row(job: Mapping[str, Any]) -> None:
         _tell("loaded", **loaded, vae_load_s=time.perf_counter() - start)
         text = _conditioning(job["conditioning"])
         for number in range(1 + job["warm"]):
-            name = f"warm clip {number}" if number else "cold clip"
-            found, latents, pixels, sound = _clip(job, patcher, vaes, text, name)
+            found, latents, pixels, sound = _clip(job, patcher, vaes, text, number)
             found["latents_sha256"] = _digest(latents)
             if number == 0 and job["save"]:
                 found["notes"] = _save(Path(job["save"]), latents, pixels, sound)
@@ -145,21 +144,26 @@ def _conditioning(path: str | None) -> Any:
         return reader.get(next(iter(reader.header.tensors))).float().clone()
 
 
-def _clip(job: Mapping[str, Any], patcher: Any, vaes: Mapping[str, Any], text: Any, name: str) -> tuple:
-    """One clip, timed -> (times and peaks, latents, frames or None, (waveform, rate) or None)."""
+def _clip(job: Mapping[str, Any], patcher: Any, vaes: Mapping[str, Any], text: Any, number: int) -> tuple:
+    """One clip, timed -> (times and peaks, latents, frames or None, (waveform, rate) or None).
+
+    Memory is polled in the cold clip only, whose steps are in no table.
+    """
     import torch
+
+    cold, name = number == 0, f"warm clip {number}" if number else "cold clip"
 
     def on_step(done: int) -> None:
         _tell("stage", text=f"{name}, step {done} of {job['steps']}")
 
     clip = (job["size"], job["config"], job["frames"], job["seed"], job["steps"], job["sigmas"])
-    with PeakMemory() as sampling:
+    with PeakMemory(poll=cold) as sampling:
         (steps, latents), sampling_s = _timed(lambda: session.sample(patcher, *clip, text, on_step))
     found = {"sampling_s": sampling_s, "steps_s": steps, "decode_s": None, "sound_s": None}
     peaks, pixels, sound = [sampling], None, None
     if vaes:
         _tell("stage", text=f"{name}, decoding")
-        with PeakMemory() as decoding:
+        with PeakMemory(poll=cold) as decoding:
             if "video" in vaes:
                 pixels, found["decode_s"] = _timed(lambda: vaes["video"].decode(latents[0]))
             if "audio" in vaes:

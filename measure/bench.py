@@ -37,6 +37,10 @@ ROWS = {
     "ours-fp4": RowKind("NVFP4, ours, fp4", "nvfp4", OURS, "fp4"),
 }
 RANDOM_NOTE = "Random weights: sharpness and SSIM compare formats with each other, they say nothing about pictures."
+MEMORY_NOTE = (
+    "GPU: the driver's count for the whole card, polled during the cold clip. RAM: the row's process at its highest, "
+    "pages of the mapped file included."
+)
 NO_VAE_NOTE = "No VAE was named or found in a file: only latents were compared, and a clip is its sampling alone."
 
 
@@ -192,7 +196,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
             f"Errors are relative to {labels[result['reference']]}: norm of the difference over the norm. sharpness: "
             "variance of the Laplacian over that of the reference."
         )
-    return [*found, *result["notes"]]
+    return [*found, MEMORY_NOTE, *result["notes"]]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
