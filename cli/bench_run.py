@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import tempfile
 import time
 from contextlib import ExitStack
@@ -40,6 +41,7 @@ def run_bench(args: argparse.Namespace, comfyui: Path, console: Console) -> tupl
     begun, settings = time.monotonic(), _settings(args)
     out = _folder(args.out)
     with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _stop))
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".bench-", dir=args.scratch or out)))
         try:
             files = _make(args, settings["flags"], work, out, console) if args.synthetic else _named(args)
@@ -59,6 +61,11 @@ def run_bench(args: argparse.Namespace, comfyui: Path, console: Console) -> tupl
     _say_result(result, out, console)
     states = [row["status"] for row in result["rows"]]
     return result, bench.FAILED not in states and bench.OK in states
+
+
+def _stop(*_: object) -> None:
+    """A request to end is Ctrl-C: the made files are many gigabytes, and must not stay."""
+    raise KeyboardInterrupt
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -219,6 +220,22 @@ def test_an_interrupt_leaves_no_process_and_no_unfinished_file(run, calls, monke
     for line in calls.read_text().splitlines():
         with pytest.raises(ProcessLookupError):
             os.kill(int(line.split()[1]), 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signal")
+def test_a_request_to_end_leaves_no_made_files(run, calls, monkeypatch):
+    monkeypatch.setenv("BENCH_FAKE", json.dumps({"bf16": "hang"}))
+    from nvfp4_video.cli.console import Progress
+
+    def stop(self, done: int, note: str = "") -> None:
+        if "at work" in note:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "update", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    code, out = run()
+    assert (code, list(out.iterdir())) == (130, [])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_row_s_process_ends_with_its_parent():
