@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.components import DIFFUSION_MODEL, find_components
 from ..checkpoint.header import Header, read_header
 from ..checkpoint.signatures import context_width, find_model, transformer_config
 from ..checkpoint.vae_signatures import AUDIO, find_vaes
@@ -20,7 +21,7 @@ from ..host.bench_row import MAKE
 from ..host.session import SIGMAS, whole_schedule
 from ..measure import bench
 from ..measure.clip_quality import clip_quality
-from ..measure.media import write_bytes, write_png
+from ..measure.media import write_bytes
 from . import bench_child
 from .console import CommandError, Console
 
@@ -164,6 +165,7 @@ def _plan(
         rows.append({
             "key": key, "label": kind.label, "file": files[kind.format].name, "file_format": kind.format,
             "loader": kind.loader, "compute": kind.compute, "file_bytes": headers[kind.format].file_size,
+            "model_bytes": find_components(headers[kind.format])[DIFFUSION_MODEL].nbytes(headers[kind.format]),
             "status": bench.WAITING, "reason": "", "notes": [], "runs": [], "summary": None, "quality": None,
             "same_latents_as": None,
         })  # fmt: skip
@@ -258,15 +260,15 @@ def _save(result: dict[str, Any], out: Path) -> None:
 
 
 def _draw(result: dict[str, Any], out: Path) -> None:
-    """The picture; without Pillow or OpenCV a sentence in its place."""
+    """The picture; without Pillow a sentence in its place."""
     try:
-        from ..measure.bench_picture import bench_picture
+        from ..measure.bench_picture import bench_png
 
-        write_png(out / PICTURE, bench_picture(result))
+        write_bytes(out / PICTURE, bench_png(result))
     except ModuleNotFoundError as error:
-        if error.name not in ("PIL", "cv2"):
+        if error.name != "PIL":
             raise
-        result["notes"].append(f"No picture was drawn: {error.name} is not installed.")
+        result["notes"].append("No picture was drawn: Pillow is not installed.")
 
 
 def _say_plan(result: dict[str, Any], console: Console) -> None:

@@ -132,9 +132,7 @@ def cost_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Cells of ``COST`` for every row; a row that did not run says so in its fourth cell."""
     found = []
     for row in result["rows"]:
-        summary, nbytes = row["summary"], f"{row['file_bytes'] / 1e9:.2f} GB"
-        if row["file_bytes"] < 1e8:
-            nbytes = f"{row['file_bytes'] / 1e6:.2f} MB"
+        summary, nbytes = row["summary"], size_text(row["file_bytes"])
         if summary is None:
             found.append([row["label"], nbytes, "-", row["status"], "-", "-", "-", "-"])
             continue
@@ -167,6 +165,11 @@ def quality_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return found
 
 
+def size_text(nbytes: int) -> str:
+    """Bytes of a file for people."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
 def _middle(spread: Mapping[str, float] | None, form: str) -> str:
     return "-" if spread is None else format(spread["median"], form)
 
@@ -186,6 +189,12 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     labels = {row["key"]: row["label"] for row in result["rows"]}
     found = [f"{row['label']}: {row['status']}, {row['reason']}" for row in result["rows"] if row["reason"]]
     found += [f"{row['label']}: {note}" for row in result["rows"] for note in row["notes"]]
+    found += [
+        f"{row['file']} holds more than the model, which is {size_text(row['model_bytes'])} of its "
+        f"{size_text(row['file_bytes'])}."
+        for row in {row["file"]: row for row in result["rows"]}.values()
+        if row["model_bytes"] < 0.9 * row["file_bytes"]
+    ]
     changing = [row["label"] for row in result["rows"] if (row["summary"] or {}).get("repeats_itself") is False]
     if changing:
         found.append(f"Latents differed between repetitions of {'; '.join(changing)}: its errors include that.")

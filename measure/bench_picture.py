@@ -5,6 +5,7 @@ Colour is the file's format, full for stock and ours alike; a row that did not r
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from .bench import RANDOM_NOTE, clip_text, machine_text
+from .bench import RANDOM_NOTE, clip_text, machine_text, remarks, size_text
 from .plots import FAINT, GRID, INK, ORANGE, RED, Colour, _Canvas
 
 _WIDTH, _MARGIN, _HEAD, _LINE = 1800, 40, 206, 74
@@ -38,6 +40,13 @@ class _Panel:
     top: float = 0.0
     second: Mapping[str, float] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+
+
+def bench_png(result: Mapping[str, Any]) -> bytes:
+    """Result -> PNG file, written by Pillow: the picture needs no OpenCV."""
+    buffer = io.BytesIO()
+    Image.fromarray(bench_picture(result)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def bench_picture(result: Mapping[str, Any]) -> np.ndarray:
@@ -127,7 +136,7 @@ def _pale(colour: Colour) -> Colour:
 
 def _panels(result: Mapping[str, Any]) -> list[_Panel]:
     rows = [row for row in result["rows"] if row["summary"]]
-    size = {row["key"]: (row["file_bytes"], _bytes(row["file_bytes"])) for row in result["rows"]}
+    size = {row["key"]: (row["file_bytes"], size_text(row["file_bytes"])) for row in result["rows"]}
     steps = {row["key"]: row["summary"]["step_s"] for row in rows}
     clips = {row["key"]: row["summary"]["warm_clip_s"] for row in rows}
     memory = "peak_gpu_gb" if any(row["summary"]["peak_gpu_gb"] for row in rows) else "peak_host_gb"
@@ -167,10 +176,6 @@ def _panels(result: Mapping[str, Any]) -> list[_Panel]:
     ]  # fmt: skip
 
 
-def _bytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
-
-
 def _seconds(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
 
@@ -198,4 +203,5 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         f"{row['label']} = {labels[row['same_latents_as']]}" for row in result["rows"] if row["same_latents_as"]
     ]
     found += [f"The same latents to the last bit: {'; '.join(equal)}."] if equal else []
+    found += [text for text in remarks(result) if "holds more than the model" in text]
     return found + [note for note in result["notes"] if note == RANDOM_NOTE]

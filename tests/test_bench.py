@@ -18,7 +18,7 @@ from nvfp4_video.checkpoint.header import read_header
 from nvfp4_video.cli import bench_child, main
 from nvfp4_video.host import session
 from nvfp4_video.measure import bench, clip_quality
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = Path(__file__).resolve().parent / "fake_bench_row.py"
@@ -268,6 +268,22 @@ def test_without_a_vae_only_latents_are_compared_and_the_result_says_so(files, c
     words = ["--nvfp4", files["nvfp4"], "--comfyui", comfyui, "--out", tmp_path / "out", "--reps", "1"]
     assert main(["bench", *map(str, words)]) == 0
     assert bench.NO_VAE_NOTE in stored(tmp_path / "out")["notes"]
+
+
+def test_a_full_checkpoint_is_a_model_and_brings_its_vaes(files, comfyui, tmp_path, calls):
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(files["bf16"]).items()}
+    tensors |= {f"vae.{name}": tensor for name, tensor in load_file(files["video_vae"]).items()}
+    headers = [read_header(files[name]).metadata["config"] for name in ("video_vae", "bf16")]
+    config = json.dumps(json.loads(headers[0]) | json.loads(headers[1]))
+    whole = tmp_path / "whole-bf16.safetensors"
+    save_file(tensors | load_file(files["audio_vae"]), whole, {"config": config})
+    words = ["--bf16", whole, "--nvfp4", files["nvfp4"], "--comfyui", comfyui, "--out", tmp_path / "out", "--reps", "1"]
+    assert main(["bench", *map(str, words)]) == 0
+    result = stored(tmp_path / "out")
+    assert result["settings"]["video_vae"] == result["settings"]["audio_vae"] == whole.name
+    bf16, nvfp4 = (by_key(result)[key] for key in ("bf16", "nvfp4"))
+    assert nvfp4["model_bytes"] < bf16["model_bytes"] < 0.5 * bf16["file_bytes"]
+    assert f"{whole.name} holds more than the model" in (tmp_path / "out" / "bench.md").read_text("utf-8")
 
 
 def test_without_opencv_psnr_is_left(tmp_path, monkeypatch):
