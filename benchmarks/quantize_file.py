@@ -35,7 +35,7 @@ MARKER = b'{"format": "float8_e4m3fn"}'
 
 
 def recorded(name: str) -> dict[str, Any]:
-    return json.loads(gzip.decompress((common.ROOT / "tests" / "data" / f"{name}.json.gz").read_bytes()))
+    return json.loads(gzip.decompress((common.ROOT / "checkpoint" / "data" / f"{name}.json.gz").read_bytes()))
 
 
 def shapes(small: bool, model_only: bool) -> dict[str, tuple[int, ...]]:
@@ -82,7 +82,7 @@ def write_source(path: Path, fp8: bool, small: bool, model_only: bool) -> None:
             planned.append(PlannedTensor(f"{layer}.weight_scale", "F32", (), lambda: scale))
             planned.append(PlannedTensor(f"{layer}.comfy_quant", "U8", (len(MARKER),), lambda: memoryview(MARKER)))
     planned.sort(key=lambda tensor: {"F32": 0, "BF16": 1}.get(tensor.dtype, 2))
-    config = gzip.decompress((common.ROOT / "tests" / "data" / "ltx23_config.json.gz").read_bytes()).decode()
+    config = gzip.decompress((common.ROOT / "checkpoint" / "data" / "ltx23_config.json.gz").read_bytes()).decode()
     write_checkpoint(path, planned, {"config": config, "license": "random numbers"})
 
 

@@ -34,7 +34,7 @@ MEMORY = Path("/dev/shm")  # noqa: S108  (a private folder is made in it)
 
 
 def sizes() -> dict[str, list[int]]:
-    keys = json.loads(gzip.decompress((common.ROOT / "tests" / "data" / "ltx_vae_keys.json.gz").read_bytes()))
+    keys = json.loads(gzip.decompress((common.ROOT / "checkpoint" / "data" / "ltx_vae_keys.json.gz").read_bytes()))
     return {f"vae.{name}": shape for name, shape in keys["video_vae"].items()} | keys["audio_vae"]
 
 
@@ -68,7 +68,7 @@ def write_source(path: Path, gigabytes: float, fp8: bool) -> None:
         add(f"{layer}.weight_scale", "F8_E4M3", (4096, 256), 2 * ROW_BYTES // 16)
         add(f"{layer}.weight_scale_2", "F32", (), 4)
         block += 1
-    config = gzip.decompress((common.ROOT / "tests" / "data" / "ltx23_config.json.gz").read_bytes()).decode()
+    config = gzip.decompress((common.ROOT / "checkpoint" / "data" / "ltx23_config.json.gz").read_bytes()).decode()
     planned.sort(key=lambda tensor: tensor.dtype != "F32")
     write_checkpoint(path, planned, {"config": config})
 

@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import functools
 import gc
-import gzip
 import itertools
 import json
 import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
-import zlib
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,31 +52,11 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", flush=True)
 
 
-def recorded_model(layers: int | None, tiny: bool) -> tuple[dict[str, list[int]], dict]:
-    """({tensor name: shape}, transformer config) of LTX-2.3 cut to ``layers`` blocks, or of its scaled-down copy."""
-    path = common.ROOT / ("checkpoint/data/ltx23_small.json.gz" if tiny else "tests/data/ltxav_keys.json.gz")
-    recorded = json.loads(gzip.decompress(path.read_bytes()))
-    keys, config = recorded["keys"], recorded["config"]
-    config["num_layers"] = min(layers or config["num_layers"], config["num_layers"])
-    dropped = tuple(f"transformer_blocks.{block}." for block in range(config["num_layers"], 100))
-    return {key: shape for key, shape in keys.items() if not key.startswith(dropped)}, config
-
-
-def random_weight(key: str, shape: list[int], device: str) -> Any:
-    """BF16 tensor seeded by its name; gains below one keep 48 random blocks from overflowing."""
-    import torch
-
-    if len(shape) == 1 and "norm" in key and key.endswith("weight"):
-        return torch.ones(shape, device=device, dtype=torch.bfloat16)
-    generator = torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
-    gain = 0.5 / shape[-1] ** 0.5 if len(shape) > 1 else 0.01
-    return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * gain
-
-
 def write_nvfp4(path: Path, keys: Mapping[str, list[int]], config: Mapping, device: str) -> list[str]:
     """Write the model in the host's own NVFP4 layout with markers; returns the quantised layers."""
     import torch
     from nvfp4_video.checkpoint import container, synthetic
+    from nvfp4_video.checkpoint.released import random_weight
     from nvfp4_video.kernels import reference
     from nvfp4_video.kernels.format import PackedWeight, packed_shape
     from nvfp4_video.kernels.format import block_scale_shape as scale_shape
@@ -120,6 +97,8 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
         options = Namespace(**vars(options) | {"no_dynamic": True})
         return in_process.compiled(load_row(row.removesuffix("-compiled"), path, keys, config, options))
     if row == "bf16":
+        from nvfp4_video.checkpoint.released import random_weight
+
         device = "cpu" if options.cpu else "cuda"
         state = {key: random_weight(key, shape, device).cpu() for key, shape in keys.items()}
         _empty_cache()
@@ -148,54 +127,13 @@ def _empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
-def memory() -> dict[str, float]:
-    """GB of host memory by kind and of GPU memory in use, as the kernel and the driver count them."""
-    import torch
-
-    found = {}
-    status = Path("/proc/self/status")
-    for line in status.read_text(encoding="ascii").splitlines() if status.is_file() else ():
-        name, _, value = line.partition(":")
-        if name in ("RssAnon", "RssFile", "RssShmem"):
-            found[name] = int(value.split()[0]) * 1024 / 1e9
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        found["gpu"] = (total - free) / 1e9
-    return found
-
-
-class PeakGpuMemory:
-    """The most GPU memory used while the body runs, in GB: ``torch`` its allocator's, ``gpu`` the driver's, polled."""
-
-    def __enter__(self) -> PeakGpuMemory:
-        import torch
-
-        self.torch, self.gpu, self._stop = 0.0, 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            self._thread.start()
-        return self
-
-    def _poll(self) -> None:
-        while not self._stop.wait(0.02):
-            self.gpu = max(self.gpu, memory()["gpu"])
-
-    def __exit__(self, *_: object) -> None:
-        import torch
-
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-            self.torch = torch.cuda.max_memory_allocated() / 1e9
-
-
 def first_sampling(name: str, patcher: Any, config: Mapping, options: Namespace) -> dict[str, Any]:
     """Sample two steps, which brings the weights to the GPU; returns what that cost in memory."""
     import torch
+    from nvfp4_video.host.meter import PeakMemory, memory
 
     before = memory()
-    with PeakGpuMemory() as peak:
+    with PeakMemory() as peak:
         in_process.sample(patcher, options.sizes[0], config, options.frames, seed=0, steps=2)
     after = memory()
     dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
@@ -293,6 +231,9 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
 
 def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Everything between building the weights and the tables; the result so far is saved after each stage."""
+    from nvfp4_video.checkpoint.released import recorded_model
+    from nvfp4_video.host.meter import memory
+
     device = "cpu" if options.cpu else "cuda"
     keys, config = recorded_model(options.layers, options.tiny)
     path = scratch / "ltx23-nvfp4.safetensors"

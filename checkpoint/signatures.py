@@ -7,7 +7,7 @@ this file, which only has to tell models from what people pick by mistake, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .header import CheckpointError, Header
@@ -88,3 +88,10 @@ def transformer_config(header: Header) -> dict | None:
         found = f"its header entry `config` cannot be read ({error})"
         raise CheckpointError(found, where=header.path.name, expected="a JSON object") from error
     return section if isinstance(section, dict) else None
+
+
+def context_width(config: Mapping) -> int:
+    """Transformer config -> width of a text context: LTX-2.3 joins the two contexts, LTX-2.0 projects in the model."""
+    if config.get("caption_proj_before_connector"):
+        return config["cross_attention_dim"] + config["audio_cross_attention_dim"]
+    return 2 * config["caption_channels"]

@@ -183,7 +183,8 @@ def _lightx2v_absmax(w: PackedWeight) -> Tensors:
     }
 
 
-def _fp8(weight: torch.Tensor) -> Tensors:
+def fp8_tensors(weight: torch.Tensor) -> Tensors:
+    """One Linear's weight -> {key suffix: tensor} as published FP8 files have it: E4M3, one scale, a marker."""
     scale = weight.abs().amax().float() / 448
     return {
         "weight": (weight.float() / scale).to(torch.float8_e4m3fn),
@@ -215,7 +216,7 @@ def _tensors_of(layer: str, kind: str, weight: torch.Tensor, packed: PackedWeigh
     if kind == "mixed" and layer.endswith("to_gate_logits"):
         return {"weight": weight}
     if kind == "mixed" and "audio" in layer:
-        return _fp8(weight)
+        return fp8_tensors(weight)
     return _LAYER_TENSORS[kind](packed)
 
 

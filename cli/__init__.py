@@ -32,6 +32,7 @@ COMMANDS = {
     "quantize": ("quantize", "write a BF16 or FP8 checkpoint as NVFP4, in little memory, with a model card"),
     "verify": ("quantize", "compare an NVFP4 file with its source, layer by layer"),
     "plan": ("plan", "tell whether a model fits a GPU, and what NVFP4 changes there: size, speed or both"),
+    "bench": ("bench", "render one clip by every format and compute mode: size, time, memory, quality"),
     "sharpness": ("media", "measure how sharp images, folders or videos are, and name preview decodes"),
     "compare": ("media", "compare two clips of the same seed: picture, sharpness, sound"),
     "doctor": ("doctor", "report what this machine and its ComfyUI can do, and check a prompt"),

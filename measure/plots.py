@@ -255,6 +255,10 @@ class _Canvas:
         radius *= self.scale
         self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
 
+    def bar(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
+        corners = [round(value * self.scale) for value in (left, top, max(right, left), bottom)]
+        self.draw.rectangle(corners, colour)
+
     def paste(self, x: float, y: float, pixels: np.ndarray) -> None:
         self.image.paste(Image.fromarray(pixels), (round(x), round(y)))
 

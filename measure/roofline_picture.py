@@ -117,7 +117,7 @@ def _choices(canvas: _Canvas, plan: Plan) -> None:
         canvas.text(_SIDE, y + 13, f"{one.stored}, {one.mode}", 17, FAINT, anchor="lm")
         wide = 230 * one.seconds / longest
         colour = BLUE if one.stored == "NVFP4" else FAINT
-        _bar(canvas, _SIDE + 120, y, _SIDE + 120 + wide, y + 26, colour)
+        canvas.bar(_SIDE + 120, y, _SIDE + 120 + wide, y + 26, colour)
         mark = _SIDE + 120 + 230 * one.floor / longest
         canvas.line([(mark, y - 2), (mark, y + 28)], INK, 2)
         canvas.text(_SIDE + 130 + wide, y + 13, f"{one.seconds:.2f} s", 17, INK, anchor="lm")
@@ -132,7 +132,7 @@ def _memory(canvas: _Canvas, found: Fit, y: float) -> None:
     parts = (("own weights", BLUE), ("working", ORANGE), ("always free", FAINT), ("other weights", (176, 196, 222)))
     x = _SIDE
     for name, colour in parts:
-        _bar(canvas, x, y, x + 14, y + 14, colour)
+        canvas.bar(x, y, x + 14, y + 14, colour)
         x += canvas.text(x + 20, y + 7, name, 15, FAINT, anchor="lm") + 34
     y += 34
     longest = max(found.memory, *(found.total + one.working + RESERVE for one in found.phases))
@@ -142,18 +142,13 @@ def _memory(canvas: _Canvas, found: Fit, y: float) -> None:
         x = _SIDE + 80
         values = (one.weights, one.working, RESERVE, found.total - one.weights)
         for (_, colour), value in zip(parts, values, strict=True):
-            _bar(canvas, x, y, x + room * value / longest, y + 34, colour)
+            canvas.bar(x, y, x + room * value / longest, y + 34, colour)
             x += room * value / longest
         y += 54
     limit = _SIDE + 80 + room * found.memory / longest
     canvas.line([(limit, y - 172), (limit, y - 8)], RED, 2.5)
     anchor = "rt" if limit > _SIDE + 300 else "lt"
     canvas.text(limit, y, f"{found.memory / 1e9:.1f} GB of memory", 17, RED, anchor=anchor)
-
-
-def _bar(canvas: _Canvas, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
-    corners = [round(value * canvas.scale) for value in (left, top, max(right, left), bottom)]
-    canvas.draw.rectangle(corners, colour)
 
 
 def _intensity(one: Work) -> float:

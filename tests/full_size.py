@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nvfp4_video.checkpoint.header import Header, TensorInfo
 
-DATA = Path(__file__).resolve().parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "checkpoint" / "data"
 ITEM_BYTES = {"BF16": 2, "F8_E4M3": 1, "U8": 1}
 
 

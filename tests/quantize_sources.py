@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from nvfp4_video.checkpoint.container import DTYPES, PlannedTensor, TensorReader, build_header, write_checkpoint
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "checkpoint" / "data"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PREFIX = "model.diffusion_model."
 CONFIG = json.dumps({"transformer": {"_class_name": "AVTransformer3DModel"}, "vae": {}, "audio_vae": {}, "vocoder": {}})

@@ -17,7 +17,7 @@ from nvfp4_video.checkpoint.report import inspect_checkpoint
 from nvfp4_video.checkpoint.report_picture import draw
 from nvfp4_video.kernels.format import block_scale_shape, packed_shape
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "checkpoint" / "data"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

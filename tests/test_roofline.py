@@ -23,7 +23,7 @@ from nvfp4_video.tests import full_size
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 H200 = GPUS["H200"]
-# The prompt of benchmarks/in_process.py has 256 tokens, its clips 121 frames at 25 fps.
+# The prompt of host/session.py has 256 tokens, its clips 121 frames at 25 fps.
 BENCHMARK = {"768x512": Clip(768, 512, 121, 25.0, 256), "1280x704": Clip(1280, 704, 121, 25.0, 256)}
 ROWS = {
     "stock BF16": ("BF16", "BF16"),

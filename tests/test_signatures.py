@@ -12,7 +12,7 @@ from nvfp4_video.checkpoint import synthetic
 from nvfp4_video.checkpoint.container import CheckpointError, Header, TensorInfo, read_header
 from nvfp4_video.checkpoint.signatures import Model, find_model, transformer_config
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "checkpoint" / "data"
 DIT = "model.diffusion_model."
 OTHER_FAMILIES = {
     "LTX-Video": ("adaln_single.emb.timestep_embedder.linear_1.weight", "patchify_proj.weight", "proj_out.weight"),

@@ -18,7 +18,7 @@ from nvfp4_video.checkpoint.split import split
 from nvfp4_video.kernels import reference
 from nvfp4_video.kernels.format import swap_nibbles, unswizzle
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "checkpoint" / "data"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CONFIG = json.dumps({"vae": {"dims": 3}, "audio_vae": {}, "vocoder": {}, "transformer": {}})
 METADATA = {"config": CONFIG, "license": "community", "model_version": "2.3"}

@@ -13,7 +13,7 @@ from nvfp4_video.checkpoint import synthetic
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "checkpoint" / "data"
 PACKED_KINDS = [kind for kind in synthetic.KINDS if not kind.startswith("bf16") and kind != "mixed"]
 HIGH_FIRST = {"comfy_markers", "comfy_header", "comfy_header_unprefixed", "metadata_less"}
 LINEAR = {"modelopt", "modelopt_layerwise", "compressed_tensors"}

@@ -20,7 +20,7 @@ from nvfp4_video.kernels import reference
 from nvfp4_video.nodes.vae import NVFP4VAELoader
 from safetensors.torch import save_file
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "checkpoint" / "data"
 CONFIG = {"vae": {"dims": 3}, "audio_vae": {"model": {}}, "vocoder": {"vocoder": {}, "bwe": {}}}
 METADATA = {"config": json.dumps(CONFIG), "license": "community"}
 KERNEL = "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"

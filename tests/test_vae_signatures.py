@@ -22,7 +22,7 @@ from nvfp4_video.checkpoint.vae_signatures import (
     refusal,
 )
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "checkpoint" / "data"
 CONFIG = json.dumps({"vae": {"dims": 3}, "audio_vae": {"model": {}}, "vocoder": {"vocoder": {}}})
 RESIDUAL = "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"
 LAST_DOWN = "encoder.down_blocks.7.conv.conv.weight"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from ...checkpoint.signatures import context_width
+
 SIGMAS = "1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0"
 MODEL, LORA, STATS = "model", "lora", "stats"
 
@@ -18,13 +20,6 @@ def nvfp4_loader(model_name: str, **inputs: str) -> dict:
 def stock_loader(unet_name: str) -> dict:
     """The host's own UNETLoader, for comparison."""
     return {"class_type": "UNETLoader", "inputs": {"unet_name": unet_name, "weight_dtype": "default"}}
-
-
-def context_dim(config: Mapping) -> int:
-    """Width of a fully processed text context: LTX-2.3 joins the two contexts, LTX-2.0 projects them in the model."""
-    if config.get("caption_proj_before_connector"):
-        return config["cross_attention_dim"] + config["audio_cross_attention_dim"]
-    return 2 * config["caption_channels"]
 
 
 def sampling(
@@ -42,7 +37,7 @@ def sampling(
     model = [LORA if lora_name else MODEL, 0]
     prompt = {
         MODEL: loader,
-        "text": _node("StandInConditioning", seed=seed, tokens=32, dim=context_dim(config)),
+        "text": _node("StandInConditioning", seed=seed, tokens=32, dim=context_width(config)),
         "conditioning": _node("LTXVConditioning", positive=["text", 0], negative=["text", 0], frame_rate=frame_rate),
         "video": _node("EmptyLTXVLatentVideo", width=width, height=height, length=frames, batch_size=1),
         "audio": _node("StandInAudioLatent", frames_number=frames, frame_rate=frame_rate, batch_size=1),

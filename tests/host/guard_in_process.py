@@ -74,7 +74,7 @@ def sample_video(scene, patcher):
     graphs = importlib.import_module("nvfp4_video.tests.host.graphs")
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(1, 128, 2, 2, 2, generator=generator)
-    text = torch.randn(1, 32, graphs.context_dim(scene.config), generator=generator)
+    text = torch.randn(1, 32, graphs.context_width(scene.config), generator=generator)
     conditioning = [[text, {"frame_rate": 25.0}]]
     sigmas = torch.tensor([float(sigma) for sigma in graphs.SIGMAS.split(",")][:3])
     sampler = in_process.comfy("samplers").sampler_object("euler")

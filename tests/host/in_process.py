@@ -61,7 +61,7 @@ class Scene:
         generator = torch.Generator().manual_seed(1)
         shapes = ((1, 128, 2, 2, 2), (1, 8, 9, 16))
         noise = nested([torch.randn(shape, generator=generator) for shape in shapes])
-        text = torch.randn(1, 32, graphs.context_dim(self.config), generator=generator)
+        text = torch.randn(1, 32, graphs.context_width(self.config), generator=generator)
         conditioning = [[text, {"frame_rate": 25.0}]]
         positive = conditioning
         if hooks is not None:

@@ -16,21 +16,19 @@ import math
 import sys
 from pathlib import Path
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = Path(__file__).resolve().parents[2] / "checkpoint" / "data"
 NVFP4, FP8 = "ltx-2.3-22b-distilled_nvfp4.safetensors", "ltx-2.3-22b-distilled-fp8.safetensors"
 UPSCALER = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors"
 MODEL_PREFIX = "model.diffusion_model."
 
 
 def small_config() -> dict:
-    """LTX-2.3's config with narrow VAEs; strides and rates stay, so that lengths and sizes are the true ones."""
-    config = json.loads(gzip.decompress((DATA / "ltx23_config.json.gz").read_bytes()))
-    config["vae"] |= {"encoder_base_channels": 16, "decoder_base_channels": 8}
-    config["audio_vae"]["model"]["params"]["ddconfig"]["ch"] = 16
-    kernels = {"resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3, 5]]}
-    config["vocoder"]["vocoder"] |= {"upsample_initial_channel": 128} | kernels
-    config["vocoder"]["bwe"] |= {"upsample_initial_channel": 64} | kernels
-    return config
+    """LTX-2.3's config with narrow VAEs, as record_keys.py records them."""
+    config, narrow = (
+        json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
+        for name in ("ltx23_config", "ltx23_small_vae")
+    )
+    return config | narrow["config"]
 
 
 class Filler:

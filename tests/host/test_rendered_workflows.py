@@ -97,7 +97,7 @@ def small_clip(name: str, config: dict, info: dict, frames: int = FRAMES) -> dic
         elif entry["class_type"] == "CLIPTextEncode":
             prompt[node] = {
                 "class_type": "StandInConditioning",
-                "inputs": {"seed": int(node), "tokens": 32, "dim": graphs.context_dim(config)},
+                "inputs": {"seed": int(node), "tokens": 32, "dim": graphs.context_width(config)},
             }
         elif entry["class_type"] == "LTXAVTextEncoderLoader":
             del prompt[node]

@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 
 MARK = "facts: "
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = Path(__file__).resolve().parents[2] / "checkpoint" / "data"
 LATENT, SOUND = (1, 128, 2, 4, 4), (1, 8, 4, 16)
 FULL, VIDEO, AUDIO = "full.safetensors", "video.safetensors", "audio.safetensors"
 
