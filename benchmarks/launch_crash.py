@@ -40,7 +40,9 @@ def write_model(path: Path) -> None:
     import step
 
     common.import_pack()
-    keys, config = step.recorded_model(8, tiny=False)
+    from nvfp4_video.checkpoint.released import recorded_model
+
+    keys, config = recorded_model(8)
     step.write_nvfp4(path, keys, config, "cuda")
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import common
 import in_process
-from step import random_weight, recorded_model, relative_error, say, write_nvfp4
+from step import relative_error, say, write_nvfp4
 
 ROWS = {"ours": "ours, bf16", "fp8": "ours, fp8", "stock": "stock NVFP4"}
 REFERENCES = ("unquantised", "decoded")
@@ -58,6 +58,7 @@ def make_lora(layers: list[str], keys: Mapping[str, list[int]], rank: int, devic
 
 def decoded(key: str, shape: list[int], device: str) -> Any:
     """A quantised layer's weight after one trip through NVFP4, in BF16."""
+    from nvfp4_video.checkpoint.released import random_weight
     from nvfp4_video.kernels import reference
 
     record = reference.quantize(random_weight(key, shape, device))
@@ -67,6 +68,7 @@ def decoded(key: str, shape: list[int], device: str) -> Any:
 def load_reference(name: str, keys: Mapping[str, list[int]], config: Mapping, layers: list[str], device: str) -> Any:
     """The host's own patcher of the unquantised or the decoded BF16 weights."""
     import comfy.sd
+    from nvfp4_video.checkpoint.released import random_weight
 
     packed = {f"{layer}.weight" for layer in layers} if name == "decoded" else set()
     make = {True: decoded, False: random_weight}
@@ -101,6 +103,7 @@ def layer_errors(
     """Mean relative errors of one block's quantised Linears by row, number of tokens and reference."""
     import comfy.model_management
     import torch
+    from nvfp4_video.checkpoint.released import random_weight
 
     block = layers[len(layers) // 2].split(".")[1]
     chosen = [layer for layer in layers if layer.split(".")[1] == block]
@@ -190,6 +193,7 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
     """Everything between writing the file and the tables; the result so far is saved after each stage."""
     import comfy.model_management
     import torch
+    from nvfp4_video.checkpoint.released import recorded_model
     from nvfp4_video.host.compute import obstacle
 
     device = "cpu" if options.cpu else "cuda"
