@@ -216,19 +216,19 @@ def _matmul_with_lora(
     backend: str,
     activation: str = "",
 ) -> torch.Tensor:
-    """As ``_matmul`` with the layer's branch: many rows in BF16 mode meet the sum of both, see ``lora.merge_rows``.
+    """As ``_matmul`` with the layer's branch; where the weight is decoded, it is decoded with the LoRA added.
 
     The branch takes the input too, so an activation has been computed before.
     """
     branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") != "bf16" or rows < branch.merge_rows or rows <= gemv.MAX_TOKENS:
+    if own.get("nvfp4_mode") != "bf16" or rows <= gemv.MAX_TOKENS:
         return lora.add(_matmul(own, input, weight, bias, device, backend, activation), input, branch)
-    params, dtype = weight._params, input.dtype
+    params = weight._params
     down, up = lora.tensors(branch, input)
-    merged = backends.dequantize(weight._qdata, params.block_scale, params.scale, params.orig_shape, dtype, backend)
-    merged.addmm_(up, down)
-    return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(dtype))
+    scales = params.block_scale, params.scale
+    merged = backends.dequantize_sum(weight._qdata, *scales, params.orig_shape, up, down, backend)
+    return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:

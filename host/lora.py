@@ -27,14 +27,10 @@ Term = tuple[float, torch.Tensor, torch.Tensor]  # strength * alpha / rank, up (
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """All LoRAs of one layer along the rank: ``down`` (R, K) and ``up`` (N, R), which holds strength * alpha / rank.
-
-    From ``merge_rows`` rows of input on it is cheaper to add up @ down to the decoded weight.
-    """
+    """All LoRAs of one layer along the rank: ``down`` (R, K) and ``up`` (N, R), which holds strength * alpha / rank."""
 
     down: torch.Tensor
     up: torch.Tensor
-    merge_rows: int
     terms: tuple[Term, ...]
 
     @property
@@ -49,18 +45,9 @@ class Branch:
         return same and all(a[0] == b[0] and a[1] is b[1] and a[2] is b[2] for a, b in pairs)
 
 
-def merge_rows(rows: int, cols: int, rank: int) -> int:
-    """(N, K), R -> from how many rows M of x on merging moves fewer bytes than the side branch.
-
-    Side: x read again, 2MK; x A^T written and read, 4MR; the output read and written, 4MN. Merged: the decoded weight
-    read and written, 4NK. Both read A and B. So M >= 4NK / (2K + 4R + 4N).
-    """
-    return -(-2 * rows * cols // (cols + 2 * rank + 2 * rows))
-
-
 def make_branch(module: torch.nn.Module, terms: Sequence[Term], device: torch.device) -> Branch:
     """Linear, LoRAs -> Branch on ``device`` in the layer's compute dtype; products of strengths are rounded once."""
-    weight, rows, cols = module._parameters.get("weight"), module.out_features, module.in_features
+    weight = module._parameters.get("weight")
     params = getattr(weight, "_params", None)
     dtype = getattr(weight, "dtype", None) if params is None else params.orig_dtype
     dtype = dtype if dtype in OUTPUT_DTYPES else torch.bfloat16
@@ -71,8 +58,7 @@ def make_branch(module: torch.nn.Module, terms: Sequence[Term], device: torch.de
         up = torch.cat([high.to(device).float().flatten(1) * scale for scale, high, _ in terms], dim=1)
         if smoothing is not None:  # the layer multiplies its input by it, the LoRA was made for the input itself
             down = down / smoothing.to(device).float()
-        rank = down.shape[0]
-        return Branch(down.to(dtype), up.to(dtype), merge_rows(rows, cols, rank), tuple(terms))
+        return Branch(down.to(dtype), up.to(dtype), tuple(terms))
 
 
 def add(out: torch.Tensor, x: torch.Tensor, branch: Branch) -> torch.Tensor:
@@ -158,5 +144,5 @@ def _not_plain(value: Any, shape: tuple[int, int]) -> str:
 
 
 __all__ = [
-    "OTHER_FORMAT", "Branch", "Term", "add", "beside", "make_branch", "merge_rows", "obstacle", "tensors", "terms_of",
+    "OTHER_FORMAT", "Branch", "Term", "add", "beside", "make_branch", "obstacle", "tensors", "terms_of",
 ]  # fmt: skip

@@ -100,6 +100,35 @@ def linear(
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def dequantize_sum(
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    shape: tuple[int, int],
+    up: torch.Tensor,
+    down: torch.Tensor,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """NVFP4 (N, K) + up (N, R) x down (R, K) -> (N, K) in the factors' dtype, by the chosen backend.
+
+    Inside torch.compile, for FP32, and for BF16 where the GPU's matrix units do not take it, in two passes: the decoded
+    weight is rounded before the product is added.
+    """
+    if not torch.compiler.is_compiling() and _sums_in_triton(up.dtype, packed.device, backend):
+        module = importlib.import_module(".triton_lora", __package__)
+        return module.dequantize_sum(packed, block_scale, global_scale, shape, up, down)
+    return dequantize(packed, block_scale, global_scale, shape, up.dtype, backend).addmm_(up, down)
+
+
+@functools.cache
+def _sums_in_triton(dtype: torch.dtype, device: torch.device, backend: str) -> bool:
+    if pick_backend(device, backend)[0] != "triton":
+        return False
+    if dtype == torch.bfloat16:
+        return torch.version.cuda is None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return dtype == torch.float16
+
+
 def quantize(
     weight: torch.Tensor,
     global_scale: torch.Tensor | None = None,
@@ -164,5 +193,6 @@ def define_linear(name: str, function: Callable[..., torch.Tensor]) -> None:
 
 
 __all__ = [
-    "BACKENDS", "define_linear", "dequantize", "implementation", "linear", "pick_backend", "quantize", "reference",
+    "BACKENDS", "define_linear", "dequantize", "dequantize_sum", "implementation", "linear", "pick_backend", "quantize",
+    "reference",
 ]  # fmt: skip

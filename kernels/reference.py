@@ -305,6 +305,19 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
+def dequantize_sum(
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    shape: tuple[int, int],
+    up: torch.Tensor,
+    down: torch.Tensor,
+) -> torch.Tensor:
+    """NVFP4 (N, K) + up (N, R) x down (R, K) -> (N, K) in the factors' dtype, rounded once."""
+    weight = dequantize(packed, block_scale, global_scale, shape, torch.float32)
+    return torch.addmm(weight, up.float(), down.float()).to(up.dtype)
+
+
 ACTIVATIONS = ("", "gelu_tanh")
 
 

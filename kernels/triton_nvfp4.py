@@ -23,7 +23,7 @@ from .triton_quantize import _e4m3_to_f32, quantize  # noqa: F401  (one of the f
 
 # Tile found by measurement on an H200 (benchmarks/results); the kernel is bound by its stores, hardly by the tile.
 _TILE_WORDS, _STEPS, _WARPS = 256, 2, 8
-_L2_BYTES = 48 << 20
+L2_BYTES = 48 << 20
 Dequantizer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -142,7 +142,7 @@ def dequantizer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     tile_rows, words, full = _tile(rows, words_per_row)
     grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(words_per_row, words * _STEPS), 1, 1)
     # A weight that outgrows the L2 cache is written past it; a smaller one is left there for the matmul that follows.
-    store = ".cs" if rows * cols * dtype.itemsize > _L2_BYTES else ""
+    store = ".cs" if rows * cols * dtype.itemsize > L2_BYTES else ""
     arguments = (rows, cols, words_per_row, scale_shape[1], tile_rows, words, _STEPS, full and cols % 16 == 0, store)
     # Triton converts to bf16 from compute capability 8.0 on; its interpreter truncates instead of rounding.
     converts = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -14,7 +14,7 @@ package = types.ModuleType("nvfp4_video")
 package.__path__ = [str(Path(__file__).resolve().parents[1])]
 sys.modules["nvfp4_video"] = package
 
-from nvfp4_video.kernels import triton_fp8, triton_gemv, triton_nvfp4, triton_quantize  # noqa: E402
+from nvfp4_video.kernels import triton_fp8, triton_gemv, triton_lora, triton_nvfp4, triton_quantize  # noqa: E402
 from triton import compile as triton_compile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -61,6 +61,18 @@ def fp8_sizes(capability: int) -> dict[str, int]:
     return sizes
 
 
+def lora_sizes(capability: int) -> dict[str, int]:
+    """A decoded weight plus a low-rank change."""
+    sizes = {}
+    for dtype in ("*bf16", "*fp16") if capability >= 80 else ("*fp16",):
+        pointers = POINTERS | dict.fromkeys(("up_ptr", "down_ptr", "out_ptr"), dtype)
+        for full in (True, False):
+            constants = {"ROWS": 128, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True, "STORE": ""}
+            size = compiled_bytes(triton_lora._dequantize_sum_kernel, capability, pointers, constants)
+            sizes[f"{capability} sum {dtype} {full}"] = size
+    return sizes
+
+
 def main() -> None:
     sizes = {}
     for capability in map(int, sys.argv[1:]):
@@ -76,6 +88,7 @@ def main() -> None:
                 constants = {"BLOCKS": 64, "SEARCH": search, "WEIGHTED": weighted}
                 size = compiled_bytes(triton_quantize._quantize_kernel, capability, pointers, constants)
                 sizes[f"{capability} quantize {dtype} {name}"] = size
+        sizes |= lora_sizes(capability)
         if capability >= 80:
             sizes |= gemv_sizes(capability)
         if capability >= 89:

@@ -34,10 +34,10 @@ def exact(layer, weight, x, patches=()) -> torch.Tensor:
 def test_a_layer_with_loras_equals_the_sum_of_weights_in_fp32(shape, which, route, monkeypatch):
     layer, weight = build(*shape)
     patches = patches_of(which, *shape)
-    branch = put(layer, patches)
+    put(layer, patches)
     added, add = [], lora.add
     monkeypatch.setattr(lora, "add", lambda *given: added.append(1) or add(*given))
-    tokens = 7 if route == "beside" else max(branch.merge_rows, 17)
+    tokens = 7 if route == "beside" else 17
     x = torch.randn(tokens, shape[1]).bfloat16()
     assert error(layer(x), exact(layer, weight, x, patches)) < TOLERANCE[torch.bfloat16]
     assert added == ([1] if route == "beside" else [])
@@ -74,9 +74,9 @@ def test_in_fp8_mode_the_lora_is_added_to_the_fp8_product(shape, monkeypatch):
     x = torch.randn(linear.FP8_MIN_TOKENS, shape[1]).bfloat16()
     plain = layer(x).float()
     patches = patches_of("three", *shape)
-    branch = put(layer, patches)
+    put(layer, patches)
     added = x.float() @ change(patches).t()
-    assert layer.nvfp4_mode == "fp8" and x.shape[0] >= branch.merge_rows
+    assert layer.nvfp4_mode == "fp8"
     assert error(layer(x), plain + added) < TOLERANCE[torch.bfloat16]
     assert error(plain, exact(layer, weight, x)) > 0.01, "the product itself was meant to be FP8"
 
@@ -120,18 +120,6 @@ def test_the_layer_s_own_tensors_and_the_input_stay_as_they_are():
     layer(x), layer(x[:3])
     assert torch.equal(layer.weight._qdata, packed) and torch.equal(x, given)
     assert layer.state_dict().keys() == {"weight", "weight_scale", "weight_scale_2", "comfy_quant", "bias"}
-
-
-def test_merging_begins_where_it_moves_fewer_bytes():
-    # N = K = 4096, R = 64: 4 * 4096^2 / (2 * 4096 + 4 * 64 + 4 * 4096) = 2702.5
-    assert lora.merge_rows(4096, 4096, 64) == 2703
-    for rows, cols, rank in ((4096, 4096, 64), (16384, 4096, 16), (32, 4096, 128)):
-        tokens = lora.merge_rows(rows, cols, rank)
-
-        def side(tokens: int, rows=rows, cols=cols, rank=rank) -> int:
-            return tokens * (2 * cols + 4 * rank + 4 * rows)
-
-        assert side(tokens - 1) < 4 * rows * cols <= side(tokens)
 
 
 @pytest.mark.parametrize(
