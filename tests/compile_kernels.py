@@ -67,7 +67,7 @@ def lora_sizes(capability: int) -> dict[str, int]:
     for dtype in ("*bf16", "*fp16") if capability >= 80 else ("*fp16",):
         pointers = POINTERS | dict.fromkeys(("up_ptr", "down_ptr", "out_ptr"), dtype)
         for full in (True, False):
-            constants = {"ROWS": 128, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True, "STORE": ""}
+            constants = {"ROWS": 64, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True, "STORE": ""}
             size = compiled_bytes(triton_lora._dequantize_sum_kernel, capability, pointers, constants)
             sizes[f"{capability} sum {dtype} {full}"] = size
     return sizes
