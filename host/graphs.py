@@ -34,6 +34,7 @@ _WITHOUT_EFFECT = {
 _EFFECTIVE = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn", "stg_skip_self_attn")  # ... and these do.
 _FEWEST_STEPS = 4  # with fewer, capturing takes longer than replaying saves
 _MOST_PLANS = 2
+_SPARE_BYTES = 2 << 30  # GPU memory that stays free, besides what the next graph may take
 _EMPTY: dict = {}
 _models: weakref.WeakKeyDictionary[torch.nn.Module, _Graphs] = weakref.WeakKeyDictionary()
 
@@ -118,6 +119,7 @@ class _Plan:
         }
         self.arguments["img"] = self.stream
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple]] = {}
+        self.full = False
         self.pool = torch.cuda.graph_pool_handle()
         self.forget()
 
@@ -153,6 +155,7 @@ class _Graphs:
         self.passes: dict[tuple, int] = {}
         self.refused: set[str] = set()
         self.capture_stream: torch.cuda.Stream | None = None
+        self.most_bytes = 0  # GPU memory that one graph took
         self._last_block: tuple[tuple, torch.cuda.Event] | None = None
 
     def usable(self, options: dict) -> bool:
@@ -192,13 +195,29 @@ class _Graphs:
         if plan is None:
             return original(arguments)
         graph, captured = plan.graphs.get(number, (None, None))
+        free = 0
         if captured != weights:
-            graph = self._capture(plan, number, original, weights)
+            free = self._free_bytes(plan)
+            graph = self._capture(plan, number, original, weights) if free else None
             if graph is None:
                 return original(arguments)
         plan.fill(arguments, tensors)
         graph.replay()
+        if free:
+            self.most_bytes = max(self.most_bytes, free - torch.cuda.mem_get_info(plan.stream[0].device)[0])
         return {"img": plan.stream}
+
+    def _free_bytes(self, plan: _Plan) -> int:
+        """GPU memory before another capture, 0 if too little would be left. Graphs of one stream share theirs, as a
+        rule; the drivers promise it not."""
+        if plan.full:
+            return 0
+        free = torch.cuda.mem_get_info(plan.stream[0].device)[0]
+        if free >= _SPARE_BYTES + 2 * self.most_bytes:
+            return free
+        plan.full = True
+        self._refuse(f"after {len(plan.graphs)} blocks only {free / 1e9:.1f} GB of GPU memory are free")
+        return 0
 
     def end_of_step(self) -> None:
         """The CPU has queued the whole step: has the GPU come to the last block already?"""

@@ -55,7 +55,7 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     steps = [[step for clip in run["clips"][1:] for step in clip["steps_s"]] for run in runs]
     clips = [clip for run in runs for clip in run["clips"]]
     late = [clip for run in runs for clip in run["clips"][1:]]
-    digests = {clip["latents_sha256"] for clip in clips}
+    digests = [{clip["latents_sha256"] for clip in some} for some in ([run["clips"][0] for run in runs], late)]
     return {
         "repetitions": len(runs),
         "load_s": _spread([[run["load_s"]] for run in runs]),
@@ -71,7 +71,8 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "peak_host_gb": _most(run["host_peak_gb"] for run in runs),
         "own_host_gb": max(clip["peak_host_gb"] for clip in clips),
         "latents_sha256": clips[0]["latents_sha256"],
-        "repeats_itself": len(digests) == 1,
+        "repeats_itself": all(len(found) == 1 for found in digests),
+        "cold_differs": digests[0] != digests[1],
     }
 
 
@@ -198,6 +199,12 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     changing = [row["label"] for row in result["rows"] if (row["summary"] or {}).get("repeats_itself") is False]
     if changing:
         found.append(f"Latents differed between repetitions of {'; '.join(changing)}: its errors include that.")
+    cold = [row["label"] for row in result["rows"] if (row["summary"] or {}).get("cold_differs")]
+    if cold:
+        found.append(
+            f"The first clip of a process and the later ones had other latents, in {'; '.join(cold)}. Errors are those "
+            "of first clips."
+        )
     if result.get("stock_fp4") and any(row["key"] == "nvfp4" and row["summary"] for row in result["rows"]):
         found.append("Stock ComfyUI multiplies NVFP4 in FP4 on this GPU; elsewhere it dequantises the weights to BF16.")
     if result["reference"]:

@@ -346,3 +346,18 @@ def test_weights_depend_on_their_names_alone(tmp_path):
 def test_fewer_steps_are_spread_over_the_schedule_and_end_in_a_finished_clip():
     assert session.whole_schedule(8) == session.SIGMAS
     assert session.whole_schedule(2) == (1.0, 0.975, 0.0)
+
+
+def test_a_first_clip_unlike_the_later_ones_is_told_from_latents_that_do_not_repeat():
+    def runs(*digests: str) -> list[dict]:
+        clip = {"sampling_s": 1.0, "steps_s": [0.1], "decode_s": None, "sound_s": None, "peak_gpu_gb": 1.0}
+        clip |= {"peak_torch_gb": 1.0, "sampling_gpu_gb": 1.0, "peak_host_gb": 1.0}
+        clips = [clip | {"latents_sha256": digest} for digest in digests]
+        return [{"load_s": 1.0, "vae_load_s": 0.0, "host_peak_gb": 1.0, "clips": clips}] * 2
+
+    def facts(found: dict) -> tuple[bool, bool]:
+        return found["repeats_itself"], found["cold_differs"]
+
+    assert facts(bench.summarize(runs("a", "a", "a"))) == (True, False)
+    assert facts(bench.summarize(runs("a", "b", "b"))) == (True, True)
+    assert facts(bench.summarize(runs("a", "b", "c"))) == (False, True)

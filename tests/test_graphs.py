@@ -85,7 +85,7 @@ class Gpu:
     """What the fakes were told and saw: whether the GPU waits for the CPU, how many blocks were captured."""
 
     def __init__(self):
-        self.waits, self.captured = True, 0
+        self.waits, self.captured, self.free, self.taken = True, 0, 30 << 30, 0
 
 
 @pytest.fixture
@@ -104,12 +104,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
     def capture(self, plan, number, original, weights):
         found.captured += 1
+        found.free -= found.taken
         plan.graphs[number] = FakeGraph(plan, original), weights
         return plan.graphs[number][0]
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found.free, 80 << 30))
     monkeypatch.setattr(graphs._Graphs, "_capture", capture)
     return found
 
@@ -253,6 +255,16 @@ def test_what_else_changes_blocks_keeps_them_from_being_captured_and_is_named_on
         run(model, inputs(), **{name: value})
     assert gpu.captured == 0
     assert caplog.text.count(f"something else in the workflow changes blocks: {name}") == 1
+
+
+def test_capturing_stops_before_the_gpu_s_memory_runs_out(gpu: Gpu, caplog):
+    caplog.set_level("INFO")
+    model, gpu.free, gpu.taken = Model(blocks=6), 11 << 30, 2 << 30
+    for _ in range(5):
+        given = inputs()
+        assert_same(run(model, given), run(model, given, wrapped=False))
+    assert gpu.captured == 3, "11, 9 and 7 GiB were free, then 5, of which another 2 * 2 must not be missing"
+    assert caplog.text.count("after 3 blocks only 5.4 GB of GPU memory are free") == 1
 
 
 def test_few_steps_are_not_worth_a_capture(gpu: Gpu):
