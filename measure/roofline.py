@@ -16,7 +16,10 @@ CPU needs to launch it, whichever is more.
 * ATTENTION_SHARE: compute capability 9.0 fitted to ONE row of benchmarks/results/step.json (stock BF16 at 14,080
   tokens), between which and 0.35 (arXiv:2407.08608, FlashAttention-2 on an H100) there is little; elsewhere 0.70, from
   arXiv:2307.08691 (A100), which was not measured here.
-* LAUNCH_SECONDS: step.json, `launch_us`, of a Xeon with 16 cores; OTHER_SECONDS_PER_BLOCK: fitted to its 6,144 tokens.
+* LAUNCH_SECONDS, OTHER_SECONDS_PER_BLOCK: CPU time of a Xeon with 16 cores for a Linear of stock ComfyUI (step.json,
+  `launch_us`) and for the rest of a block (fitted to its 6,144 tokens). This pack replays blocks as CUDA graphs where
+  that is too much, GRAPH_SECONDS_PER_BLOCK: 34 Linears at what DynamicVRAM adds to one, 81 - 18 microseconds
+  (`launch_us` of step.json and linear.json).
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ MODES = ("bf16", "fp8", "fp4")
 MATMUL_SHARE = {"bf16": 0.67, "fp8": 0.65, "fp4": 0.67}
 BANDWIDTH_SHARE = 0.89
 ATTENTION_SHARE_HOPPER, ATTENTION_SHARE = 0.29, 0.70
-LAUNCH_SECONDS = {"BF16": 62e-6, "NVFP4": 96e-6, "QuantizedTensor": 191e-6}
+LAUNCH_SECONDS = {"BF16": 62e-6, "QuantizedTensor": 191e-6}
 OTHER_SECONDS_PER_BLOCK = 6.25e-3
+GRAPHS, GRAPH_SECONDS_PER_BLOCK = "graphs", 2.1e-3
 # Gemma 3 12B without its embedding: 48 x (2 x 3840 x 4096 + 2 x 3840 x 2048 + 3 x 3840 x 15360). ComfyUI pads to 1,024.
 TEXT_ENCODER_PARAMETERS, TEXT_TOKENS = 10_758_389_760, 1024
 # Convolutions of LTX-2.3's decoder for one position of the latent, from their shapes; a test recounts them.
@@ -212,8 +216,11 @@ def modes_of(gpu: Gpu) -> dict[str, str]:
     return reasons
 
 
-def step(model: Model, clip: Clip, gpu: Gpu, mode: str = "bf16", launch: str = "NVFP4") -> Step:
-    """One denoising step at cfg 1. ``launch``: key of LAUNCH_SECONDS for quantised Linears. ValueError: cannot run."""
+def step(model: Model, clip: Clip, gpu: Gpu, mode: str = "bf16", launch: str = GRAPHS) -> Step:
+    """One denoising step at cfg 1. ValueError: it cannot run.
+
+    ``launch``: GRAPHS, or for a model without them the key of LAUNCH_SECONDS for its quantised Linears.
+    """
     obstacle = modes_of(gpu)[mode] if gpu.known else f"bandwidth and BF16 rate of {gpu.name} are not known"
     if obstacle:
         raise ValueError(f"no prediction for {mode} compute: {obstacle}")
@@ -226,12 +233,13 @@ def step(model: Model, clip: Clip, gpu: Gpu, mode: str = "bf16", launch: str = "
     shares = dict.fromkeys(("math", "weights", "attention", "between"), 0.0)
     for one in work:
         shares[one.kind] += one.seconds
-    launches = sum(
-        count * LAUNCH_SECONDS[launch if one.stored in QUANTISED else "BF16"]
-        for one, count in model.linears.items()
-        if tokens[one.tokens]
-    )
-    on_gpu, on_cpu = sum(shares.values()), launches + model.blocks * OTHER_SECONDS_PER_BLOCK
+    on_gpu, on_cpu = sum(shares.values()), model.blocks * GRAPH_SECONDS_PER_BLOCK
+    if launch != GRAPHS:
+        on_cpu = model.blocks * OTHER_SECONDS_PER_BLOCK + sum(
+            count * LAUNCH_SECONDS[launch if one.stored in QUANTISED else "BF16"]
+            for one, count in model.linears.items()
+            if tokens[one.tokens]
+        )
     bound = _bound(shares) if on_gpu >= on_cpu else "bound by the CPU's launches"
     floor = sum(one.floor for one in work)
     return Step(mode, max(on_gpu, on_cpu), floor, on_gpu, on_cpu, shares, bound, tuple(work))

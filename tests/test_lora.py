@@ -9,7 +9,8 @@ from nvfp4_video.kernels import fp8
 from nvfp4_video.kernels.format import OUTPUT_DTYPES
 from nvfp4_video.tests.lora_helpers import CPU, SETS, Adapter, adapter, build, change, patches_of
 
-TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 6e-3, torch.float32: 4e-3}  # adapters are BF16 always
+# At most four roundings to BF16, the adapters' always among them, each of half a unit in the last place.
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 6e-3, torch.float32: 4e-3}
 
 
 def put(layer: torch.nn.Module, patches) -> lora.Branch:
