@@ -3,8 +3,8 @@
 * to_q, to_k and to_v of an attention take the same tensor: it is quantised once.
 * GELU before the second Linear of LTX's feed-forward is computed while that Linear quantises its input.
 
-The first changes no bit, the second leaves out the rounding between the two. Classes are set on the model's own modules;
-nothing of the host is patched.
+The first changes no bit, the second leaves out the rounding between the two. Classes are set on the model's own
+modules; nothing of the host is patched.
 """
 
 from __future__ import annotations
