@@ -84,10 +84,10 @@ def weight_only_operations(
                     return out if branch is None else lora.beside(parameters, out, input, branch)
                 device = input.device
                 matmul = _matmul if own.get("nvfp4_lora") is None else _matmul_with_lora
-                fused = own["nvfp4_mode"] == "fp8" and matmul is _matmul and "pre_quant_scale" not in parameters
-                if activation and not fused:
+                smoothed = "pre_quant_scale" in parameters  # ModelOpt's AWQ
+                if activation and (smoothed or matmul is not _matmul or own["nvfp4_mode"] != "fp8"):
                     input, activation = reference.activate(input, activation), ""
-                if "pre_quant_scale" in parameters:  # ModelOpt's AWQ
+                if smoothed:
                     smoothing = parameters["pre_quant_scale"]
                     input = input * comfy.model_management.cast_to_device(smoothing, device, input.dtype)
                 if "_v" not in own and weight._qdata.device == device:

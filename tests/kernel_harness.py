@@ -92,6 +92,22 @@ def guarded_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     return implementation
 
 
+def tensor_core_kernels(module: str) -> object:
+    """The fixture ``guarded_kernels`` for functions whose Triton version is in ``module`` and multiplies BF16."""
+
+    @pytest.fixture(params=implementations())
+    def kernels(request, monkeypatch):
+        found = guarded_kernels(request, monkeypatch)
+        if found.name == "triton":
+            if found.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+                pytest.skip("the tensor cores take no BF16")
+            monkeypatch.setitem(_MODULES, "triton", module)
+            assert found.module
+        return found
+
+    return kernels
+
+
 def fresh_generator(request: pytest.FixtureRequest) -> torch.Generator:
     """A fixture: fresh random numbers; the seed is shown with a failure."""
     seed = int(os.environ.get("NVFP4_TEST_SEED", random.SystemRandom().randrange(2**31)))

@@ -14,18 +14,7 @@ CONFIGS = [(16, 1, 1), (16, 2, 1), (32, 2, 2), (64, 4, 1)]
 # What is left when the exact sum is rounded once: at most half a unit in the last place.
 TOLERANCE = {torch.bfloat16: 2**-8 * 1.01, torch.float16: 2**-11 * 1.01, torch.float32: 1e-6}
 generator = pytest.fixture(harness.fresh_generator)
-
-
-@pytest.fixture(params=harness.implementations())
-def kernels(request, monkeypatch):
-    """Each implementation, over poisoned memory; Triton's is that of triton_gemv.py."""
-    found = harness.guarded_kernels(request, monkeypatch)
-    if found.name == "triton":
-        if found.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-            pytest.skip("the tensor cores take no BF16")
-        monkeypatch.setitem(harness._MODULES, "triton", "triton_gemv")
-        assert found.module
-    return found
+kernels = harness.tensor_core_kernels("triton_gemv")
 
 
 def exact(x: torch.Tensor, record: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -11,18 +11,7 @@ from nvfp4_video.kernels import backends, reference
 SHAPES = [(16, 16), (1, 16), (129, 48), (30, 112), (128, 256), (256, 128)]
 RANKS = [1, 16, 64, 72, 130]
 generator = pytest.fixture(harness.fresh_generator)
-
-
-@pytest.fixture(params=harness.implementations())
-def kernels(request, monkeypatch):
-    """Each implementation, over poisoned memory; Triton's is that of triton_lora.py."""
-    found = harness.guarded_kernels(request, monkeypatch)
-    if found.name == "triton":
-        if found.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-            pytest.skip("the tensor cores take no BF16")
-        monkeypatch.setitem(harness._MODULES, "triton", "triton_lora")
-        assert found.module
-    return found
+kernels = harness.tensor_core_kernels("triton_lora")
 
 
 def random_case(shape, rank, dtype, generator):
