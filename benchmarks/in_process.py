@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import common
@@ -13,7 +15,10 @@ common.import_pack()
 from nvfp4_video.host import session  # noqa: E402  (the pack has to be importable first)
 from nvfp4_video.host.session import FRAME_RATE, SIGMAS, end_of_node, latent_shapes, sample  # noqa: E402
 
-__all__ = ["FRAME_RATE", "SIGMAS", "end_of_node", "latent_shapes", "launch_cost", "sample", "start_host"]
+__all__ = [
+    "FRAME_RATE", "SIGMAS", "add_options", "compiled", "end_of_node", "latent_shapes", "launch_cost", "parse_options",
+    "sample", "start_host", "without_graphs",
+]  # fmt: skip
 
 
 def start_host(folder: str | None, flags: Sequence[str] = (), dynamic: bool = True, allocator: bool = True) -> str:
@@ -29,6 +34,32 @@ def start_host(folder: str | None, flags: Sequence[str] = (), dynamic: bool = Tr
     except session.SessionError:
         common.need_cuda()
         raise
+
+
+def add_options(parser: argparse.ArgumentParser, rows: str) -> None:
+    """The options of a benchmark that samples LTX-2.3 with random weights, but --layers, --scratch and --limit."""
+
+    def listed(text: str) -> list[str]:
+        return text.split(",")
+
+    parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH"), help="checkout; default $COMFYUI_PATH")
+    parser.add_argument("--tiny", action="store_true", help="the scaled-down model of the tests")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU; nothing is saved without --out")
+    parser.add_argument("--sizes", default="768x512,1280x704", type=listed, help="default %(default)s")
+    parser.add_argument("--frames", type=int, default=121, help="8k + 1; default 121")
+    parser.add_argument("--reps", type=int, default=3, help="repetitions; default 3")
+    parser.add_argument("--rows", default=rows, type=listed, help="default %(default)s")
+    parser.add_argument("--backend", default="auto", help="backend of ours; default auto")
+    parser.add_argument("--no-dynamic", action="store_true", help="leave DynamicVRAM off")
+    parser.add_argument("--flags", default="", help="more of ComfyUI's own flags, separated by spaces")
+
+
+def parse_options(parser: argparse.ArgumentParser, rows: Collection[str]) -> argparse.Namespace:
+    """The command line; an error for a row that is none of ``rows``."""
+    options = parser.parse_args()
+    if unknown := set(options.rows) - {*rows}:
+        parser.error(f"unknown rows {', '.join(sorted(unknown))}; expected some of {', '.join(rows)}")
+    return options
 
 
 def launch_cost(patcher: Any, layers: list[str], rounds: int = 5) -> float:

@@ -18,7 +18,6 @@ import functools
 import gc
 import itertools
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -277,29 +276,13 @@ def _save(options: Namespace, result: dict[str, Any]) -> None:
 
 def parse() -> Namespace:
     """The command line."""
-
-    def listed(text: str) -> list[str]:
-        return text.split(",")
-
     parser = common.make_parser(__doc__)
-    parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH"), help="checkout; default $COMFYUI_PATH")
+    in_process.add_options(parser, "bf16,stock,ours")
     parser.add_argument("--layers", type=int, help="transformer blocks; default all (48, with --tiny 6)")
-    parser.add_argument("--tiny", action="store_true", help="the scaled-down model of the tests")
-    parser.add_argument("--cpu", action="store_true", help="run on the CPU; nothing is saved without --out")
-    parser.add_argument("--sizes", default="768x512,1280x704", type=listed, help="default %(default)s")
-    parser.add_argument("--frames", type=int, default=121, help="8k + 1; default 121")
-    parser.add_argument("--reps", type=int, default=3, help="repetitions; default 3")
-    parser.add_argument("--rows", default="bf16,stock,ours", type=listed, help="default %(default)s")
-    parser.add_argument("--backend", default="auto", help="backend of ours; default auto")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="folder with 18 GB free; default %(default)s")
-    parser.add_argument("--no-dynamic", action="store_true", help="leave DynamicVRAM off")
     parser.add_argument("--profile", action="store_true", help="also the GPU kernels of a step, by torch.profiler")
     parser.add_argument("--limit", type=float, default=float("inf"), help="start no repetition after so many seconds")
-    parser.add_argument("--flags", default="", help="more of ComfyUI's own flags, separated by spaces")
-    options = parser.parse_args()
-    if unknown := set(options.rows) - ROWS.keys():
-        parser.error(f"unknown rows {', '.join(sorted(unknown))}; expected some of {', '.join(ROWS)}")
-    return options
+    return in_process.parse_options(parser, ROWS)
 
 
 def main() -> int:
