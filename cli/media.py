@@ -69,7 +69,7 @@ def run_sharpness(args: argparse.Namespace, console: Console) -> tuple[dict[str,
         found = _measure(path, args.max_frames, reference, console)
         measured.append((path, found))
         if picture:
-            from ..measure import plots  # Pillow, which only the pictures need
+            from ..draw import compare as plots  # Pillow, which only the pictures need
 
             media.write_png(picture, plots.sharpness_plot(found))
         records.append({"path": str(path), **found.to_dict(), "png": str(picture) if picture else None})
@@ -141,7 +141,7 @@ def run_compare(args: argparse.Namespace, console: Console) -> tuple[dict[str, A
         found = compare_clips(a, b, *sound, names, args.common_prefix, lambda done, _: progress.update(done))
     record = found.to_dict()
     if args.png:
-        from ..measure import plots
+        from ..draw import compare as plots
 
         media.write_png(args.png, plots.comparison_card(found, a, b))
     if args.out:
