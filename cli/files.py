@@ -97,10 +97,10 @@ def run_inspect(args: argparse.Namespace, console: Console) -> tuple[dict[str, A
         raise CommandError(f"the output {args.png} does not end in .png")
     found = inspect_checkpoint(args.source, args.dialect)
     if args.png:
-        from ..draw.inspect import draw  # Pillow, which only the picture needs
+        from ..draw.inspect import inspection_picture  # Pillow, which only the picture needs
         from ..measure.media import write_png
 
-        write_png(args.png, draw(found))
+        write_png(args.png, inspection_picture(found))
     console.say(str(found))
     if args.png:
         console.say(f"\nPicture: {args.png}")

@@ -163,10 +163,10 @@ def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
             args.file, args.source, dialect=args.dialect, device=_device(args.device), on_step=progress.of
         )
     if args.png:
-        from ..draw.verify import draw  # Pillow, which only the picture needs
+        from ..draw.verify import verification_picture  # Pillow, which only the picture needs
         from ..measure.media import write_png
 
-        write_png(args.png, draw(found))
+        write_png(args.png, verification_picture(found))
     console.say(summary(found))
     _say_worst(found, console, args.worst)
     if args.png:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..measure.bench import RANDOM_NOTE, clip_text, machine_text, remarks, size_text
-from .compare import FAINT, GRID, INK, ORANGE, RED, Colour, _Canvas
+from .canvas import FAINT, GRID, INK, ORANGE, RED, SMOOTH, Canvas, Colour
 
 _WIDTH, _MARGIN, _HEAD, _LINE = 1800, 40, 206, 74
 _LEFT, _GAP, _BAR = 236, 40, 26
@@ -55,7 +55,7 @@ def bench_picture(result: Mapping[str, Any]) -> np.ndarray:
     panels = _panels(result)
     notes = _notes(result)
     bottom = _HEAD + _LINE * len(rows)
-    canvas = _Canvas(_WIDTH, bottom + 26 + 26 * len(notes) + _MARGIN, 2)
+    canvas = Canvas(_WIDTH, bottom + 26 + 26 * len(notes) + _MARGIN, SMOOTH)
     canvas.text(_MARGIN, 26, "Only the model file and how it is computed differ", 32, bold=True)
     canvas.text(_MARGIN, 74, f"{result['model']}: {clip_text(result)}", 21, limit=_WIDTH - 2 * _MARGIN)
     canvas.text(_MARGIN, 106, machine_text(result), 19, FAINT, limit=_WIDTH - 2 * _MARGIN)
@@ -76,15 +76,15 @@ def bench_picture(result: Mapping[str, Any]) -> np.ndarray:
     return canvas.pixels()
 
 
-def _label(canvas: _Canvas, row: Mapping[str, Any], y: float) -> None:
+def _label(canvas: Canvas, row: Mapping[str, Any], y: float) -> None:
     colour = COLOURS[row["file_format"]]
-    canvas.bar(_MARGIN, y + 12, _MARGIN + 8, y + _LINE - 12, colour)
+    canvas.box(_MARGIN, y + 12, _MARGIN + 8, y + _LINE - 12, colour)
     first, _, second = row["label"].partition(", ")
     canvas.text(_MARGIN + 22, y + _LINE / 2 - 12, first, 21, colour, anchor="lm", bold=True)
     canvas.text(_MARGIN + 22, y + _LINE / 2 + 14, second.replace(", ", ", compute "), 18, INK, anchor="lm")
 
 
-def _reason(canvas: _Canvas, row: Mapping[str, Any], panels: Sequence[_Panel], y: float) -> None:
+def _reason(canvas: Canvas, row: Mapping[str, Any], panels: Sequence[_Panel], y: float) -> None:
     """Why a row did not run, where its bars would be; the size of its file stays."""
     left = _MARGIN + _LEFT + panels[0].width + _GAP
     colour = RED if row["status"] == "failed" else FAINT
@@ -94,7 +94,7 @@ def _reason(canvas: _Canvas, row: Mapping[str, Any], panels: Sequence[_Panel], y
         canvas.text(left, middle, text, 17, colour, anchor="lm", limit=_WIDTH - _MARGIN - left)
 
 
-def _draw(canvas: _Canvas, panel: _Panel, left: float, rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw(canvas: Canvas, panel: _Panel, left: float, rows: Sequence[Mapping[str, Any]]) -> None:
     canvas.text(left, _HEAD - 46, panel.title, 20, bold=True, limit=panel.width + _GAP - 10)
     canvas.text(left, _HEAD - 22, panel.unit, 16, FAINT, limit=panel.width + _GAP - 10)
     tops = [value[0] for value in panel.values.values() if value] + [high for _, high in panel.marks.values()]
@@ -111,12 +111,12 @@ def _draw(canvas: _Canvas, panel: _Panel, left: float, rows: Sequence[Mapping[st
         end = left + room * value[0] / longest
         half = _BAR / 2
         if row["key"] in panel.second:
-            canvas.bar(left, middle - half, max(end, left + 2), middle - 1, colour)
-            canvas.bar(left, middle + 1, max(left + room * panel.second[row["key"]] / longest, left + 2), middle + half,
+            canvas.box(left, middle - half, max(end, left + 2), middle - 1, colour)
+            canvas.box(left, middle + 1, max(left + room * panel.second[row["key"]] / longest, left + 2), middle + half,
                        _pale(colour))  # fmt: skip
             end = max(end, left + room * panel.second[row["key"]] / longest)
         else:
-            canvas.bar(left, middle - half, max(end, left + 2), middle + half, colour)
+            canvas.box(left, middle - half, max(end, left + 2), middle + half, colour)
         if row["key"] in panel.marks:
             low, high = (left + room * mark / longest for mark in panel.marks[row["key"]])
             canvas.line([(low, middle), (high, middle)], INK, 2)

@@ -1,7 +1,6 @@
 """Pictures of measurements: curves over the frames, heat map, frame strip, and the card of a comparison.
 
-Drawn with ComfyUI's own Pillow (its built-in scalable font, ASCII text) and OpenCV's colour map, so that no plotting
-library has to be installed beside ComfyUI. Every function returns (H, W, 3) uint8 RGB.
+The colours of the heat map are OpenCV's. Every function returns (H, W, 3) uint8 RGB.
 """
 
 from __future__ import annotations
@@ -11,18 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from ..measure.media import to_frames
 from ..measure.sharpness import REFERENCE_RATIO, Sharpness
+from .canvas import BLUE, FAINT, GRID, INK, ORANGE, RED, SMOOTH, Canvas, Colour, resized
 
 if TYPE_CHECKING:
     from ..measure.compare import Comparison
 
-Colour = tuple[int, int, int]
-INK, FAINT, GRID, PAPER = (32, 36, 44), (105, 112, 124), (226, 229, 234), (255, 255, 255)
-BLUE, ORANGE, RED = (31, 103, 178), (214, 98, 12), (190, 30, 45)
-_OVERSAMPLE = 2
 _PADDING, _MARGIN, _GAP, _WIDTH = 24, 40, 32, 1600
 _TABLE, _ROW, _CURVES = 700, 46, 340
 _CROP_ZOOM = 2
@@ -49,7 +44,7 @@ def curves(
     limits: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """One or two named series over the frame number; ``lines`` are labelled horizontal (label, value, colour)."""
-    canvas = _Canvas(width, height, _OVERSAMPLE)
+    canvas = Canvas(width, height, SMOOTH)
     canvas.text(0, 0, title, 20, bold=True)
     values = [v for s in series.values() for v in s] + [value for _, value, _ in lines]
     low, high = limits or (0.0, max(values) * 1.08 or 1.0)
@@ -112,9 +107,9 @@ def strip(a: np.ndarray, b: np.ndarray, width: int = 1520, columns: int = 5, tal
         spots += [(x, head + tall + gap, b, index) for x, _, _, index in spots]
     else:
         spots += [(2 * label + wide + gap, head, b, indices[0])]
-    canvas = _Canvas(width, max(y for _, y, _, _ in spots) + tall)
+    canvas = Canvas(width, max(y for _, y, _, _ in spots) + tall)
     for x, y, clip, index in spots:
-        canvas.paste(x, y, _fit(clip[index], wide, tall))
+        canvas.paste(x, y, resized(clip[index], wide, tall))
         if y == head:
             canvas.text(x, 16, f"frame {index}", 15, FAINT, anchor="ls")
     for name, colour, (x, y, _, _) in (("A", BLUE, spots[0]), ("B", ORANGE, spots[len(indices)])):
@@ -144,7 +139,7 @@ def comparison_card(comparison: Comparison, a: np.ndarray, b: np.ndarray) -> np.
             )
         )
     head = 124
-    canvas = _Canvas(_WIDTH, head + sum(block.shape[0] + _GAP for block in blocks) + _MARGIN - _GAP)
+    canvas = Canvas(_WIDTH, head + sum(block.shape[0] + _GAP for block in blocks) + _MARGIN - _GAP)
     canvas.text(_MARGIN, 32, comparison.verdict, 30, bold=True)
     canvas.text(_MARGIN, 78, f"A: {comparison.names[0]}", 19, BLUE, limit=_TABLE)
     canvas.text(right, 78, f"B: {comparison.names[1]}", 19, ORANGE, limit=_WIDTH - _MARGIN - right)
@@ -166,7 +161,7 @@ def _table(comparison: Comparison, width: int) -> np.ndarray:
     if any(comparison.left_out):
         size += f"; left out {comparison.left_out[0]} of A, {comparison.left_out[1]} of B"
     rows = [("Clip", size), *comparison.rows()]
-    canvas = _Canvas(width, _ROW * len(rows) + 2)
+    canvas = Canvas(width, _ROW * len(rows) + 2)
     for index, (label, value) in enumerate(rows):
         y = _ROW * index
         canvas.line([(0, y), (width, y)], GRID, 1)
@@ -179,12 +174,12 @@ def _table(comparison: Comparison, width: int) -> np.ndarray:
 
 def _heat_panel(comparison: Comparison, width: int, height: int) -> np.ndarray:
     colours, top = heat_map(comparison.difference)
-    canvas = _Canvas(width, height)
+    canvas = Canvas(width, height)
     canvas.text(0, 0, "Mean difference |A - B| of each pixel", 20, bold=True)
     room = height - 34 - 44
     tall, wide = colours.shape[:2]
     scale = min(width / wide, room / tall)
-    picture = _fit(colours, max(round(wide * scale), 1), max(round(tall * scale), 1))
+    picture = resized(colours, max(round(wide * scale), 1), max(round(tall * scale), 1))
     canvas.paste(0, 34, picture)
     bar, _ = heat_map(np.tile(np.linspace(0, 255, picture.shape[1]), (12, 1)))
     y = 34 + picture.shape[0] + 8
@@ -210,7 +205,7 @@ def _crops(comparison: Comparison, a: np.ndarray, b: np.ndarray, width: int) -> 
     gap = np.abs(left.astype(np.int16) - right)
     gain = max(1, min(64, int(255 // max(float(np.percentile(gap, 99.5)), 1.0))))
     names = (("A", BLUE), ("B", ORANGE), (f"|A - B| x {gain}", INK))
-    canvas = _Canvas(width, box_h * zoom + 32)
+    canvas = Canvas(width, box_h * zoom + 32)
     for column, (picture, (name, colour)) in enumerate(zip((left, right, gap * gain), names, strict=True)):
         at = column * (side[0] + 12)
         used = canvas.text(at, 2, name, 20, colour, bold=True)
@@ -219,58 +214,6 @@ def _crops(comparison: Comparison, a: np.ndarray, b: np.ndarray, width: int) -> 
         pixels = np.clip(picture, 0, 255).astype(np.uint8).repeat(zoom, axis=0).repeat(zoom, axis=1)
         canvas.paste(at, 32, pixels)
     return canvas.pixels()
-
-
-class _Canvas:
-    """A white picture with text, lines and pasted pixels; drawn ``oversample`` times larger and reduced."""
-
-    def __init__(self, width: int, height: int, oversample: int = 1) -> None:
-        self.scale = oversample
-        self.image = Image.new("RGB", (width * oversample, height * oversample), PAPER)
-        self.draw = ImageDraw.Draw(self.image)
-
-    def text(
-        self, x: float, y: float, text: str, size: int, colour: Colour = INK, anchor: str = "la",
-        bold: bool = False, halo: bool = False, limit: float | None = None,
-    ) -> float:  # fmt: skip
-        """Draw ``text``, cut to ``limit``, and return its width. Other than ASCII becomes '?': the font lacks it."""
-        text = text.encode("ascii", "replace").decode()
-        font = ImageFont.load_default(size * self.scale)
-        while limit and len(text) > 4 and font.getlength(text) > limit * self.scale:
-            text = text[:-4] + "..."
-        at = (x * self.scale, y * self.scale)
-        if halo:
-            self.draw.text(at, text, PAPER, font, anchor, stroke_width=3 * self.scale, stroke_fill=PAPER)
-        self.draw.text(at, text, colour, font, anchor)
-        if bold:  # the built-in font has one weight
-            self.draw.text((at[0] + 0.5 * self.scale, at[1]), text, colour, font, anchor)
-        return font.getlength(text) / self.scale
-
-    def line(self, points: Sequence[tuple[float, float]], colour: Colour, width: float) -> None:
-        scaled = [(x * self.scale, y * self.scale) for x, y in points]
-        self.draw.line(scaled, colour, max(round(width * self.scale), 1), joint="curve")
-
-    def dot(self, point: tuple[float, float], radius: float, colour: Colour) -> None:
-        x, y = (c * self.scale for c in point)
-        radius *= self.scale
-        self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
-
-    def bar(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
-        corners = [round(value * self.scale) for value in (left, top, max(right, left), bottom)]
-        self.draw.rectangle(corners, colour)
-
-    def paste(self, x: float, y: float, pixels: np.ndarray) -> None:
-        self.image.paste(Image.fromarray(pixels), (round(x), round(y)))
-
-    def pixels(self) -> np.ndarray:
-        image = self.image
-        if self.scale > 1:
-            image = image.resize((image.width // self.scale, image.height // self.scale), Image.Resampling.LANCZOS)
-        return np.asarray(image)
-
-
-def _fit(frame: np.ndarray, width: int, height: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:

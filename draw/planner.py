@@ -15,12 +15,12 @@ import numpy as np
 from ..measure.fit import RESERVE, Fit
 from ..measure.plan import Plan
 from ..measure.roofline import Work, decode_work
-from .compare import BLUE, FAINT, GRID, INK, ORANGE, PAPER, RED, Colour, _Canvas
+from .canvas import BLUE, FAINT, GRID, INK, ORANGE, PAPER, PURPLE, RED, SMOOTH, TEAL, Canvas, Colour
 
 _WIDTH, _HEIGHT, _MARGIN = 1600, 900, 40
 _LEFT, _RIGHT, _TOP, _BOTTOM = 110, 1040, 150, 800
 _SIDE = 1100
-_COLOURS: dict[str, Colour] = {"math": BLUE, "weights": ORANGE, "attention": (120, 86, 168), "between": (52, 140, 120)}
+_COLOURS: dict[str, Colour] = {"math": BLUE, "weights": ORANGE, "attention": PURPLE, "between": TEAL}
 _NAMES = {"math": "Linears", "weights": "Linears, waiting for weights", "attention": "attention", "between": "other"}
 _NAMED = 6
 _TOO_CLOSE = 16
@@ -28,7 +28,7 @@ _TOO_CLOSE = 16
 
 def roofline_picture(plan: Plan) -> np.ndarray:
     """Plan -> (900, 1600, 3) uint8 RGB; without predictions the memory alone."""
-    canvas = _Canvas(_WIDTH, _HEIGHT, 2)
+    canvas = Canvas(_WIDTH, _HEIGHT, SMOOTH)
     clip = plan.clip
     canvas.text(_MARGIN, 28, f"{plan.file} on {plan.gpu.name}", 30, bold=True, limit=_WIDTH - 2 * _MARGIN)
     facts = [f"{clip.width}x{clip.height}, {clip.frames} frames, {clip.tokens['video']:,} video tokens"]
@@ -43,7 +43,7 @@ def roofline_picture(plan: Plan) -> np.ndarray:
     return canvas.pixels()
 
 
-def _roofline(canvas: _Canvas, plan: Plan) -> None:
+def _roofline(canvas: Canvas, plan: Plan) -> None:
     gpu, work = plan.gpu, [one for one in plan.step.work if one.seconds > 0]
     decode = decode_work(gpu, plan.fit.sizes["text_encoder"])
     roofs = [(name, rate) for name in ("fp4", "fp8", "bf16") if (rate := getattr(gpu, name))]
@@ -76,7 +76,7 @@ def _roofline(canvas: _Canvas, plan: Plan) -> None:
         x += canvas.text(x + 20, 122, _NAMES[kind], 17, FAINT, anchor="lm") + 48
 
 
-def _names(canvas: _Canvas, work: list[Work], total: float, x_of: Callable, y_of: Callable) -> None:
+def _names(canvas: Canvas, work: list[Work], total: float, x_of: Callable, y_of: Callable) -> None:
     """The largest kinds of work by number: on their dots, and in a list below the slope."""
     spots: list[tuple[float, float, str]] = []
     y = _BOTTOM - 34 * len(work) - 60
@@ -95,7 +95,7 @@ def _names(canvas: _Canvas, work: list[Work], total: float, x_of: Callable, y_of
         canvas.text(x, y, text, 16, PAPER, anchor="mm", bold=True)
 
 
-def _axes(canvas: _Canvas, x_range: tuple, y_range: tuple, x_of: Callable, y_of: Callable) -> None:
+def _axes(canvas: Canvas, x_range: tuple, y_range: tuple, x_of: Callable, y_of: Callable) -> None:
     for power in range(round(math.log10(x_range[0])), round(math.log10(x_range[1])) + 1):
         x = x_of(10.0**power)
         canvas.line([(x, _TOP), (x, _BOTTOM)], GRID, 1)
@@ -108,7 +108,7 @@ def _axes(canvas: _Canvas, x_range: tuple, y_range: tuple, x_of: Callable, y_of:
     canvas.text(_LEFT - 10, _TOP - 14, "TFLOP/s", 16, FAINT, anchor="rs")
 
 
-def _choices(canvas: _Canvas, plan: Plan) -> None:
+def _choices(canvas: Canvas, plan: Plan) -> None:
     """A bar for each format and compute mode: seconds of a step, with the floor marked in it."""
     canvas.text(_SIDE, 128, "A step by format and compute", 20, bold=True)
     longest = max(one.seconds for one in plan.choices)
@@ -117,7 +117,7 @@ def _choices(canvas: _Canvas, plan: Plan) -> None:
         canvas.text(_SIDE, y + 13, f"{one.stored}, {one.mode}", 17, FAINT, anchor="lm")
         wide = 230 * one.seconds / longest
         colour = BLUE if one.stored == "NVFP4" else FAINT
-        canvas.bar(_SIDE + 120, y, _SIDE + 120 + wide, y + 26, colour)
+        canvas.box(_SIDE + 120, y, _SIDE + 120 + wide, y + 26, colour)
         mark = _SIDE + 120 + 230 * one.floor / longest
         canvas.line([(mark, y - 2), (mark, y + 28)], INK, 2)
         canvas.text(_SIDE + 130 + wide, y + 13, f"{one.seconds:.2f} s", 17, INK, anchor="lm")
@@ -125,14 +125,14 @@ def _choices(canvas: _Canvas, plan: Plan) -> None:
     canvas.text(_SIDE, y + 4, "black mark: no implementation can be faster", 15, FAINT)
 
 
-def _memory(canvas: _Canvas, found: Fit, y: float) -> None:
+def _memory(canvas: Canvas, found: Fit, y: float) -> None:
     """A bar for each phase: its own weights, working memory, what the host keeps free, the others' weights."""
     canvas.text(_SIDE, y, "GPU memory in each phase, GB", 20, bold=True)
     y += 40
     parts = (("own weights", BLUE), ("working", ORANGE), ("always free", FAINT), ("other weights", (176, 196, 222)))
     x = _SIDE
     for name, colour in parts:
-        canvas.bar(x, y, x + 14, y + 14, colour)
+        canvas.box(x, y, x + 14, y + 14, colour)
         x += canvas.text(x + 20, y + 7, name, 15, FAINT, anchor="lm") + 34
     y += 34
     longest = max(found.memory, *(found.total + one.working + RESERVE for one in found.phases))
@@ -142,7 +142,7 @@ def _memory(canvas: _Canvas, found: Fit, y: float) -> None:
         x = _SIDE + 80
         values = (one.weights, one.working, RESERVE, found.total - one.weights)
         for (_, colour), value in zip(parts, values, strict=True):
-            canvas.bar(x, y, x + room * value / longest, y + 34, colour)
+            canvas.box(x, y, x + room * value / longest, y + 34, colour)
             x += room * value / longest
         y += 54
     limit = _SIDE + 80 + room * found.memory / longest

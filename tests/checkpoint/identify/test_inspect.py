@@ -13,7 +13,7 @@ import torch
 from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
 from nvfp4_video.checkpoint.file.header import DTYPES, ITEM_BYTES, CheckpointError
 from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
-from nvfp4_video.draw.inspect import draw
+from nvfp4_video.draw.inspect import inspection_picture
 from nvfp4_video.kernels.format import block_scale_shape, packed_shape
 from nvfp4_video.samples import synthetic
 
@@ -175,14 +175,14 @@ def test_a_lora_an_empty_file_and_something_unknown_are_called_by_name(tmp_path)
     assert "LoRA" in inspect_checkpoint(lora).kind
     empty = save(tmp_path / "e.safetensors", {})
     assert "no tensors" in inspect_checkpoint(empty).kind
-    assert draw(inspect_checkpoint(empty)).shape[1] == 1600
+    assert inspection_picture(inspect_checkpoint(empty)).shape[1] == 1600
     with pytest.raises(CheckpointError, match="does not exist"):
         inspect_checkpoint(tmp_path / "gone.safetensors")
 
 
 def test_the_picture_gives_each_component_its_share_of_the_bar(published):
     found = inspect_checkpoint(published)
-    picture = draw(found)
+    picture = inspection_picture(found)
     assert picture.dtype == np.uint8
     row = picture[180, 48:-48]  # inside the bar, above the letters
     share = (np.abs(row.astype(int) - (52, 96, 160)).max(-1) < 8).mean()
@@ -193,7 +193,7 @@ def test_the_picture_gives_each_component_its_share_of_the_bar(published):
 
 def test_the_picture_stacks_each_block_by_format(published):
     found = inspect_checkpoint(published)
-    picture = draw(found).astype(int)
+    picture = inspection_picture(found).astype(int)
     green = np.abs(picture - (86, 158, 60)).max(-1) < 8
     blue = np.abs(picture - (52, 96, 160)).max(-1) < 8
     chart = slice(440, 812)

@@ -12,7 +12,7 @@ from nvfp4_video.checkpoint.verify.verify import blocks_and_kinds, summary, veri
 from nvfp4_video.checkpoint.write.plan import AMAX, Settings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.cli import main
-from nvfp4_video.draw.verify import colour_of, draw
+from nvfp4_video.draw.verify import colour_of, verification_picture
 from nvfp4_video.kernels import reference
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.support.quantize_sources import PREFIX, linears, load, metadata, save, tiny, to_fp8
@@ -198,7 +198,7 @@ def test_the_picture_has_a_cell_for_every_layer_and_red_for_what_is_wrong(folder
     bad = verify(changed(folder, tmp_path, spoil), folder / "source.safetensors")
     blocks, kinds = blocks_and_kinds(good.layers)
     assert blocks == [0, 1, 2, 3] and "attn1.to_q" in kinds and set(kinds["ff.net.0.proj"]) == {0, 1, 2, 3}
-    pictures = [draw(found) for found in (good, bad)]
+    pictures = [verification_picture(found) for found in (good, bad)]
     assert all(picture.shape[1:] == (1600, 3) and picture.dtype == "uint8" for picture in pictures)
     red = [int(((p[..., 0] > 180) & (p[..., 1] < 60) & (p[..., 2] < 60)).sum()) for p in pictures]
     assert red[1] > red[0] + 500
