@@ -43,7 +43,7 @@ _OTHER_TRAPS = """\
 @functools.cache
 def tool_version() -> str:
     """Name and version of this pack."""
-    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     text = project.read_text(encoding="utf-8") if project.is_file() else ""
     found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
     return f"NVFP4 Video {found[1]}" if found else "NVFP4 Video"
