@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 from .gpus import Gpu
-from .settings import audio_latents, latent_size
+from .ltx import audio_latents, latent_size
 
 MODES = ("bf16", "fp8", "fp4")
 MATMUL_SHARE = {"bf16": 0.67, "fp8": 0.65, "fp4": 0.67}
