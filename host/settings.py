@@ -11,7 +11,7 @@ from ..checkpoint.file.shards import open_checkpoint
 from ..checkpoint.identify.components import find_components
 from ..measure import ltx, settings
 from ..measure.gpus import pick_gpu
-from ..measure.plan import Plan, make_plan
+from ..measure.plan import RenderPlan, make_plan
 from ..measure.roofline import Clip
 
 
@@ -35,8 +35,8 @@ def distilled(**wishes: object) -> tuple[settings.RenderSettings, torch.Tensor, 
     return found, torch.tensor(found.sigmas), torch.tensor(found.sigmas_stage_2)
 
 
-def plan_file(path: str, clip: Clip, gpu: str, compute: str, text_encoder_gb: float = 0.0) -> Plan:
-    """A checkpoint on disk -> Plan. ``gpu``: "detected" or a name of the table; 0 GB: the usual text encoder."""
+def plan_file(path: str, clip: Clip, gpu: str, compute: str, text_encoder_gb: float = 0.0) -> RenderPlan:
+    """A checkpoint on disk -> RenderPlan. ``gpu``: "detected" or a name of the table; 0 GB: the usual text encoder."""
     header = open_checkpoint(path).header
     components = find_components(header)
     size = text_encoder_gb * 1e9 or None

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from nvfp4_video.checkpoint.write.card import PROVENANCE, model_card, provenance, text_of, tool_version, write_card
-from nvfp4_video.checkpoint.write.plan import AMAX, Settings
+from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.checkpoint.write.recipes import Options
 from nvfp4_video.tests.support.quantize_sources import metadata, save, tiny
@@ -15,7 +15,7 @@ from nvfp4_video.tests.support.quantize_sources import metadata, save, tiny
 
 def make(tmp_path, **settings) -> tuple[dict, str]:
     source = save(tmp_path / "source.safetensors", tiny())
-    record = quantize_checkpoint(source, tmp_path / "t.safetensors", Settings(search=AMAX, **settings))
+    record = quantize_checkpoint(source, tmp_path / "t.safetensors", QuantizeSettings(search=AMAX, **settings))
     return record, (tmp_path / "t.md").read_text(encoding="utf-8")
 
 
