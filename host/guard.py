@@ -36,7 +36,7 @@ _references: dict[tuple[str, str], str] = {}  # rule and kind of error -> refere
 def check(
     prompt: Any, facts: Mapping[str, Any], targets: Collection[str] | None = None, limit: float = math.inf
 ) -> list[Finding]:
-    """API prompt, facts of probe() -> findings on what will run, the worst first. Never raises.
+    """API prompt or its graph, facts of probe() -> findings on what will run, the worst first. Never raises.
 
     ``targets``: the output nodes that will run, where only some do. What is unknown gives no finding. Rules that fail
     are named in one finding, and so are those for which ``limit`` (seconds) leaves no time.
@@ -45,9 +45,9 @@ def check(
     found: list[Finding] = []
     failed: list[str] = []
     late: list[str] = []
-    reference = ""
+    reference, more = "", False
     try:
-        graph = PromptGraph(prompt)
+        graph = prompt if isinstance(prompt, PromptGraph) else PromptGraph(prompt)
         outputs = _outputs(graph, targets)
         view = View(graph if outputs is None else graph.restricted_to(outputs), facts, until)
     except Exception as error:
@@ -55,18 +55,22 @@ def check(
     for rule in RULES:
         try:
             view.keep_time()
-            for finding in rule(view):
+            for count, finding in enumerate(rule(view), 1):
                 found.append(finding)
+                if count == MOST_FINDINGS:
+                    more = True
+                    break
         except OutOfTime:
             late.append(rule.__name__)
         except Exception as error:
             failed.append(rule.__name__)
             reference = reference or _log(error, rule.__name__)
     found.sort(key=lambda finding: _ORDER.index(finding.severity))
-    if more := len(found[MOST_FINDINGS:]):
-        title = f"{more:,} more findings are not listed."
-        why = f"A prompt gets {MOST_FINDINGS} at most, the worst of them."
-        found[MOST_FINDINGS:] = [Finding("more", found[MOST_FINDINGS].severity, title, why, "Mend the others first.")]
+    if len(found) > MOST_FINDINGS or more:
+        why = f"Of one kind, and of all together, {MOST_FINDINGS} are listed."
+        found[MOST_FINDINGS:] = [
+            Finding("more", WARNING, "There is more to say on this prompt.", why, "Mend the others first.")
+        ]
     if failed:
         found.append(_failed(failed, reference))
     if late:
@@ -160,9 +164,8 @@ def check_host(facts: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def policy_in_graph(prompt: Any) -> str | None:
-    """The strictest policy among the prompt's NVFP4LaunchGuard nodes, or None without such a node."""
-    graph = PromptGraph(prompt)
+def policy_in_graph(graph: PromptGraph) -> str | None:
+    """The strictest policy among a prompt's NVFP4LaunchGuard nodes, or None without such a node."""
     found = {graph.value(node.id, "policy") for node in graph.of_kind(GUARD_NODE)}
     if not found:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from ..checkpoint.vae_signatures import PREVIEW, Vae, refusal
@@ -204,14 +205,16 @@ def _foreign_schedule(view: View, node: Node) -> str | None:
     text = view.graph.value(node.id, "sigmas") if node.kind == "ManualSigmas" else None
     if not isinstance(text, str):
         return None
-    values = _numbers(text[:_LONGEST_SCHEDULE])
-    return None if values is None or _known_schedule(values) else f"these are {text[:_LONGEST_SCHEDULE].strip()[:120]}"
+    text = text[:_LONGEST_SCHEDULE]
+    values = _numbers(text)
+    return None if values is None or _known_schedule(values) else f"these are {text.strip()[:120]}"
 
 
 def _numbers(text: str) -> tuple[float, ...] | None:
+    """The first of its numbers, one more than the longest schedule has; None if it is no schedule."""
     if ".." in text:  # no number for ManualSigmas either, and many of them cost the pattern quadratic time
         return None
-    return tuple(float(number) for number in _SIGMA.findall(text))
+    return tuple(float(number[0]) for number in islice(_SIGMA.finditer(text), len(STAGE_1) + 1))
 
 
 def _known_schedule(values: tuple[float, ...]) -> bool:

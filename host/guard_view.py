@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from .files import VAE_FOLDERS
 from .guard_files import FileFacts, file_facts, name_says_distilled
@@ -94,8 +94,7 @@ def ids_of(*nodes: Node | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(node.id for node in nodes if node is not None))
 
 
-@dataclass(frozen=True)
-class Latent:
+class Latent(NamedTuple):
     """``kind``: JOINT, VIDEO, AUDIO or UNKNOWN. ``root``: the node where it begins, the concat node of a joint one."""
 
     kind: str
@@ -103,8 +102,7 @@ class Latent:
     root: Node | None
 
 
-@dataclass(frozen=True)
-class ModelPath:
+class ModelPath(NamedTuple):
     """Where a MODEL comes from: ``loader``, its file, a distilling LoRA on the way, whether a guard cures it."""
 
     loader: Node | None
@@ -112,8 +110,7 @@ class ModelPath:
     cured: bool
 
 
-@dataclass(frozen=True)
-class Sampler:
+class Sampler(NamedTuple):
     """A sampling node. ``guided_by``: the node that takes the MODEL and holds the cfg, itself or its guider."""
 
     node: Node

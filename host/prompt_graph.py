@@ -9,7 +9,6 @@ one, so that all questions together cost a few visits a node, whatever the shape
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ _VALUES = {
     "easy float": "value",
 }
 _SWITCHES = ("ComfySwitchNode", "ComfySoftSwitchNode")
+_LITERALS = (str, int, float, type(None))
 _LONGEST_NAMES = 300  # of id and class together: both go into messages, and no editor makes longer ones
 _LONGEST_NUMBER = 40
 _LEAST, _MOST = 1e-9, 1e12  # no input of a node that the guard knows takes numbers beyond, and products stay finite
@@ -40,8 +40,7 @@ class Link(NamedTuple):
     slot: int
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One node of the prompt; ``inputs`` holds literals and links as they were sent, ``kind`` its class name."""
 
     id: str
@@ -54,9 +53,11 @@ def as_link(value: Any) -> Link | None:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
     node, slot = value
-    if type(slot) is not int or type(node) not in (str, int) or (type(node) is int and abs(node) > _MOST):
-        return None
-    return Link(str(node), slot)
+    if type(node) is str and type(slot) is int:
+        return Link(node, slot)
+    if type(node) is int and type(slot) is int and abs(node) < _MOST:
+        return Link(str(node), slot)
+    return None
 
 
 class PromptGraph:
@@ -83,6 +84,8 @@ class PromptGraph:
 
     def origin(self, link: Link | None) -> Link | None:
         """A link -> the output it stands for, reroutes and decided switches skipped."""
+        if link in self._origins:
+            return self._origins[link]
         path = []
         while link is not None and link not in self._origins:
             self._origins[link] = None  # what a cycle comes back to
@@ -102,9 +105,11 @@ class PromptGraph:
 
     def value(self, node: str, name: str) -> Any:
         """The literal an input has, through reroutes and primitives; None if it is absent or computed."""
-        path, found = [], None
+        path, found = [], self.nodes[node].inputs.get(name) if node in self.nodes else None
+        if isinstance(found, _LITERALS):
+            return found
         while node in self.nodes:
-            key = node, name
+            found, key = None, (node, name)
             if key in self._values:
                 found = self._values[key]
                 break
@@ -161,6 +166,7 @@ class PromptGraph:
         kept = self.upstream(targets)
         part = PromptGraph(None)
         part.nodes = {name: node for name, node in self.nodes.items() if name in kept}
+        part._parents = {name: self._parents[name] for name in part.nodes}  # what a kept node needs is kept too
         return part
 
     def two_values_of(self, marks: Mapping[str, Hashable]) -> dict[str, set[Hashable]]:

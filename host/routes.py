@@ -24,6 +24,7 @@ from . import doctor, guard
 from .guard_limit import within
 from .guard_view import GUARD_NODE
 from .probe import probe
+from .prompt_graph import PromptGraph
 
 logger = logging.getLogger(__name__)
 
@@ -131,14 +132,14 @@ def _handle(data: dict[str, Any]) -> dict[str, Any]:
 
 def _judge(data: dict[str, Any]) -> tuple[str | None, list[guard.Finding]]:
     """Body of POST /prompt -> policy, findings; None for a user who switched the check off."""
-    prompt = data.get("prompt")
-    policy = guard.policy_in_graph(prompt)
+    graph = PromptGraph(data.get("prompt"))
+    policy = guard.policy_in_graph(graph)
     if policy is None:
         settings = _settings()
         if settings.get(ENABLED, True) is False:
             return None, []
         policy = settings.get(POLICY)
-    return policy if policy in guard.POLICIES else guard.WARN, guard.check(prompt, probe(), _targets(data), LIMIT)
+    return policy if policy in guard.POLICIES else guard.WARN, guard.check(graph, probe(), _targets(data), LIMIT)
 
 
 def _refused(data: dict[str, Any], errors: Collection[guard.Finding]) -> dict[str, Any]:
