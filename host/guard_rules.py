@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from ..checkpoint.vae_signatures import PREVIEW, Vae, refusal
+from ..checkpoint.identify.vae_signatures import PREVIEW, Vae, refusal
 from . import guard_view as seen
 from .guard_clip import audio_length, frame_rates, frames, size
 from .guard_view import ERROR, WARNING, Decode, Finding, Sampler, View, ids_of

@@ -19,7 +19,7 @@ from typing import Any
 import folder_paths
 from server import PromptServer
 
-from ..checkpoint.header import CheckpointError, open_regular
+from ..checkpoint.file.header import CheckpointError, open_regular
 from . import doctor, guard
 from .guard_limit import within
 from .guard_view import GUARD_NODE
