@@ -23,6 +23,7 @@ from ..kernels import backends, fp8, gemv, reference
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
 from . import lora, residency
 from .compute import Compute
+from .fusions import shared_rows
 
 LAYOUT = "TensorCoreNVFP4Layout"
 # Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
@@ -190,8 +191,7 @@ def _matmul(
         cols = shape[-1] if shape else 0
         rows = input.numel() // cols if cols else 0
         if many is not None and rows >= FP8_MIN_TOKENS:
-            shared = own.get("_nvfp4_shared")
-            return many(input, packed, params.block_scale, params.scale, bias, activation, shared)
+            return many(input, packed, params.block_scale, params.scale, bias, activation, shared_rows(own))
         if activation:
             input = reference.activate(input, activation)
         if few is not None and 0 < rows <= gemv.MAX_TOKENS:

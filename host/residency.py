@@ -31,6 +31,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 PREFETCH_FLAG = "prefetch_dynamic_vbars"
+_EVERY_MODULE = torch.nn.modules.module
 
 _OPS, _PATCHER = "comfy.ops", "comfy.model_patcher"
 # Word in the host's code -> modules that must use it. Names ending alike are put together there from two parts.
@@ -172,8 +173,14 @@ def _fields(params: type) -> tuple[str, ...]:
 
 
 def taken_over(own: dict) -> bool:
-    """A module's ``__dict__`` -> whether somebody put a function in the place of its ``forward``, or hooked it."""
-    return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+    """A module's ``__dict__`` -> whether somebody put a function in the place of its ``forward``, or hooked it.
+
+    Hooks of torch on every module count too.
+    """
+    return bool(
+        "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
+        or _EVERY_MODULE._global_forward_hooks or _EVERY_MODULE._global_forward_pre_hooks
+    )  # fmt: skip
 
 
 def in_every_step(layer: torch.nn.Module) -> bool:
