@@ -214,7 +214,7 @@ def _numbers(text: str) -> tuple[float, ...] | None:
     """The first of its numbers, one more than the longest schedule has; None if it is no schedule."""
     if ".." in text:  # no number for ManualSigmas either, and many of them cost the pattern quadratic time
         return None
-    return tuple(float(number[0]) for number in islice(_SIGMA.finditer(text), len(STAGE_1) + 1))
+    return tuple(float(number[0]) for number in islice(_SIGMA.finditer(text), len(SIGMAS) + 1))
 
 
 def _known_schedule(values: tuple[float, ...]) -> bool:
