@@ -37,10 +37,10 @@ from ..checkpoint.header import CheckpointError, read_header
 from ..checkpoint.signatures import Model, find_model, transformer_config
 from ..kernels import backends
 from . import residency
+from .block_graphs import use_graphs
 from .compute import AUTO as FASTEST
 from .compute import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers
 from .fusions import fuse
-from .graphs import use_graphs
 from .linear import supports, weight_only_operations, wrap
 from .lora_patcher import use_branches
 
@@ -67,7 +67,7 @@ class LoadReport:
     device: str
     dynamic_vram: bool
     config_from: str | None
-    graphs: str  # CUDA graphs of the blocks: which, or why none
+    graphs: str  # CUDA graphs of the blocks: which, or why none; empty if nobody would expect any
     unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class LoadReport:
             f"compute: {how}",
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
         ]
-        if not self.graphs.startswith("none"):
+        if self.graphs:
             lines.append(f"CUDA graphs: {self.graphs}")
         if self.unknown:
             lines.append(self.unknown)

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from comfy.quant_ops import QuantizedTensor
 
 PREFETCH_FLAG = "prefetch_dynamic_vbars"
 _EVERY_MODULE = torch.nn.modules.module
+_paused = threading.local()
 
 _OPS, _PATCHER = "comfy.ops", "comfy.model_patcher"
 # Word in the host's code -> modules that must use it. Names ending alike are put together there from two parts.
@@ -135,7 +137,10 @@ def addresses(own: dict, device: torch.device, into: list) -> bool:
     """A layer's ``__dict__`` -> whether all its tensors lie on ``device`` for this call; ``into`` receives where.
 
     Of a quantised weight that is its packed data and every scale. A scale of one number in host memory counts by value.
+    A layer into whose parameters something is computed at each call has no such place.
     """
+    if own.get("weight_function") or own.get("bias_function"):
+        return False
     parameters, values = own["_parameters"], list(own["_buffers"].values())
     if "_v" in own:
         if not _held(own):
@@ -218,14 +223,19 @@ def _patches(function: Any, key: str) -> bool:
 def outside_host_graph(synchronize: bool = False) -> Iterator[None]:
     """What is allocated in here is not recorded by the host's compiler, and may outlive a block.
 
-    Nothing that was allocated outside may be freed in here.
+    Nothing that was allocated outside may be freed in here. The host's own pause ends with the innermost one, so only
+    the outermost one of this thread is asked for.
     """
     pause = getattr(_prefetch_module(), "pause_malloc_graph", None)
-    if pause is None:
+    if pause is None or getattr(_paused, "here", False):
         yield
         return
-    with pause(sync=synchronize) if synchronize else pause():
-        yield
+    _paused.here = True
+    try:
+        with pause(sync=True) if synchronize else pause():
+            yield
+    finally:
+        _paused.here = False
 
 
 def has_block_prefetch() -> bool:

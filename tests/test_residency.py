@@ -165,7 +165,11 @@ def test_allocations_are_kept_from_the_host_s_recording_where_it_records(monkeyp
         assert residency.has_block_prefetch() and asked == [], "an older one"
     module.pause_malloc_graph = pause
     with residency.outside_host_graph(), residency.outside_host_graph(synchronize=True):
-        assert asked == [False, True]
+        assert asked == [False], "one inside another would end the outer one too early"
+    with pytest.raises(ValueError), residency.outside_host_graph(synchronize=True):
+        raise ValueError
+    with residency.outside_host_graph():
+        assert asked == [False, True, False]
 
 
 def test_a_module_is_taken_over_by_another_forward_or_a_hook():
