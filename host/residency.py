@@ -180,12 +180,18 @@ def _fields(params: type) -> tuple[str, ...]:
 def taken_over(own: dict) -> bool:
     """A module's ``__dict__`` -> whether somebody put a function in the place of its ``forward``, or hooked it.
 
-    Hooks of torch on every module count too.
+    Its own ``forward``, put back where it was replaced before, does not count; hooks of torch on every module do.
     """
     return bool(
-        "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
+        "forward" in own and not _is_its_own(own["forward"], own)
+        or own["_forward_hooks"] or own["_forward_pre_hooks"]
         or _EVERY_MODULE._global_forward_hooks or _EVERY_MODULE._global_forward_pre_hooks
     )  # fmt: skip
+
+
+def _is_its_own(forward: Any, own: dict) -> bool:
+    module = getattr(forward, "__self__", None)
+    return getattr(module, "__dict__", None) is own and forward.__func__ is type(module).forward
 
 
 def in_every_step(layer: torch.nn.Module) -> bool:

@@ -182,3 +182,10 @@ def test_a_module_is_taken_over_by_another_forward_or_a_hook():
         assert not residency.taken_over(module.__dict__)
         change(module)
         assert residency.taken_over(module.__dict__)
+    module = torch.nn.Linear(2, 2)
+    kept, module.forward = module.forward, lambda x: x
+    assert residency.taken_over(module.__dict__)
+    module.forward = kept
+    assert not residency.taken_over(module.__dict__), "as core's bypass LoRA leaves it behind"
+    module.forward = torch.nn.Linear(2, 2).forward
+    assert residency.taken_over(module.__dict__)
