@@ -304,10 +304,12 @@ def run(options: Namespace, found: dict, scratch: Path) -> dict[str, Any]:
             say(f"{ROWS[row]} is left out: {reason}")
             continue
         patcher = load_row(row, path, keys, config, options)
-        for options.size in options.sizes:
+        for size in options.sizes:
+            options.size = size
             rows = run_cases(row, patcher, loras, config, options)
             result["rows"] += rows
-            digests |= {(row, options.size): one["digest"] for one in rows if one["case"] == "plain"}
+            plain = [one["digest"] for one in rows if one["case"] == "plain"]
+            digests |= {(row, size): plain[-1]} if plain else {}
         write(result, options)
         del patcher
         end_of_models()

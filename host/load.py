@@ -40,6 +40,7 @@ from . import residency
 from .block_graphs import use_graphs
 from .compute import AUTO as FASTEST
 from .compute import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers
+from .device_modes import remember
 from .fusions import fuse
 from .linear import supports, weight_only_operations, wrap
 from .lora_patcher import use_branches
@@ -131,6 +132,12 @@ def load_model(
     patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
     _check_linears(patcher.model.diffusion_model, operations.Linear, present, header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
+
+    def compute_on(other: torch.device) -> Compute:
+        modes = MODES if how.uses("fp4") else tuple(mode for mode in MODES if mode != "fp4")
+        return _plan_compute(pick_mode(compute, other, modes), parse_overrides(layer_compute, other), plan, model)
+
+    remember(patcher.model.diffusion_model, device, operations.Linear, compute_on)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute))
     report = _report(plan, model, how, (backend_name, reason), device, patcher, config_source)
     logger.info("%s", str(report).replace("\n", "; "))
