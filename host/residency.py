@@ -139,29 +139,39 @@ def addresses(own: dict, device: torch.device, into: list) -> bool:
     Of a quantised weight that is its packed data and every scale. A scale of one number in host memory counts by value.
     A layer into whose parameters something is computed at each call has no such place.
     """
+    parameters = own["_parameters"]
+    if not parameters and not own["_buffers"]:
+        return True
     if own.get("weight_function") or own.get("bias_function"):
         return False
-    parameters, values = own["_parameters"], list(own["_buffers"].values())
+    values = [*parameters.values(), *own["_buffers"].values()]
     if "_v" in own:
         if not _held(own):
             return False
-        for name, value in parameters.items():
-            held = own.get(f"_v_{name}") if name in ("weight", "bias") else value
-            if held is None and value is not None:
+        for place, name in enumerate(parameters):
+            if name in ("weight", "bias") and values[place] is not None:
+                values[place] = own.get(f"_v_{name}")
+                if values[place] is None:
+                    return False
+    for value in values:
+        if isinstance(value, QuantizedTensor):
+            if not _quantized(value, device, into):
                 return False
-            values.append(held)
-    else:
-        values += parameters.values()
-    return all(value is None or _address(value, device, into) for value in values)
+        elif value is not None:
+            if value.device != device:
+                return False
+            into += (value.data_ptr(), value.dtype)
+    return True
 
 
-def _address(value: torch.Tensor, device: torch.device, into: list) -> bool:
-    if not isinstance(value, QuantizedTensor):
-        into += (value.data_ptr(), value.dtype)
-        return value.device == device
-    into += (value._qdata.data_ptr(), value._params.orig_dtype)
-    for name in _fields(type(value._params)):
-        part = getattr(value._params, name)
+def _quantized(weight: QuantizedTensor, device: torch.device, into: list) -> bool:
+    """``addresses`` of a quantised weight."""
+    packed, params = weight._qdata, weight._params
+    if packed.device != device:
+        return False
+    into += (packed.data_ptr(), params.orig_dtype)
+    for name in _fields(type(params)):
+        part = getattr(params, name)
         if isinstance(part, torch.Tensor):
             if part.device == device:
                 into.append(part.data_ptr())
@@ -169,7 +179,7 @@ def _address(value: torch.Tensor, device: torch.device, into: list) -> bool:
                 into.append(part.item())
             else:
                 return False
-    return value._qdata.device == device
+    return True
 
 
 @functools.cache

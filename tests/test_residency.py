@@ -139,6 +139,11 @@ def test_a_layer_s_addresses_hold_its_packed_data_both_scales_and_the_bias_and_n
     params = layer.weight._params
     for tensor in (layer.weight._qdata, params.block_scale, params.scale, layer.bias):
         assert tensor.data_ptr() in found
+    for name in ("block_scale", "scale"):  # each alone makes another key
+        moved, kept = [], getattr(params, name)
+        object.__setattr__(params, name, kept.clone())
+        assert residency.addresses(layer.__dict__, CPU, moved) and moved != found
+        object.__setattr__(params, name, kept)
     assert not residency.addresses(layer.__dict__, torch.device("meta"), [])
     layer._v = object()
     assert not residency.addresses(layer.__dict__, CPU, [])
