@@ -62,7 +62,7 @@ def sample(patcher: Any, config: Mapping, options: Namespace, cfg: float = 1.0, 
     import comfy.sample
     import comfy.samplers
     import torch
-    from nvfp4_video.checkpoint.signatures import context_width
+    from nvfp4_video.checkpoint.identify.signatures import context_width
 
     shapes = in_process.latent_shapes(options.size, options.frames)
     generator = torch.Generator().manual_seed(1)
@@ -283,8 +283,8 @@ def write(result: dict, options: Namespace) -> None:
 def run(options: Namespace, found: dict, scratch: Path) -> dict[str, Any]:
     """Everything between writing the file and the table; the result so far is saved after each row."""
     import torch
-    from nvfp4_video.checkpoint.released import recorded_model
     from nvfp4_video.host.compute import obstacle
+    from nvfp4_video.samples.released import recorded_model
 
     device = "cpu" if options.cpu else "cuda"
     keys, config = recorded_model(options.layers, options.tiny)

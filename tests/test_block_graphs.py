@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from nvfp4_video.host import block_graphs
-from nvfp4_video.tests import graph_fakes
-from nvfp4_video.tests.graph_fakes import (
+from nvfp4_video.tests.support import graph_fakes
+from nvfp4_video.tests.support.graph_fakes import (
     CPU,
     STEPS,
     Block,

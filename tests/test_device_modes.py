@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint import synthetic
 from nvfp4_video.host import device_modes
 from nvfp4_video.host.load import load_model
 from nvfp4_video.kernels import fp8
+from nvfp4_video.samples import synthetic
 
 CPU, OLD = torch.device("cpu"), torch.device("cuda", 1)
 

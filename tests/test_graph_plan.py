@@ -12,7 +12,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from nvfp4_video.host import block_graphs, graph_key, graph_plan, residency
 from nvfp4_video.host.load import LoadReport
-from nvfp4_video.tests.graph_fakes import CPU, Block, Compressed, Model, inputs, patcher_of, run
+from nvfp4_video.tests.support.graph_fakes import CPU, Block, Compressed, Model, inputs, patcher_of, run
 
 GPU = torch.device("cuda", 1)
 SWITCHES = {"disable_cuda_graphs": False, "disable_comfy_compiler": False, "assert_graph_breaks": False}
