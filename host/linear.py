@@ -64,7 +64,7 @@ def weight_only_operations(
                 if isinstance(weight, QuantizedTensor):
                     _unwrap(state_dict, prefix, weight, (self.out_features, self.in_features), source)
                 super()._load_from_state_dict(state_dict, prefix, *args)
-                _choose_mode(self, compute.of(prefix[:-1]))
+                choose_mode(self, compute.of(prefix[:-1]))
 
             def forward(self, input, *args, activation="", **kwargs):
                 # Looked up in the instance: a missing attribute of an nn.Module costs microseconds, a thousand times
@@ -108,8 +108,11 @@ def _nowhere(own: dict, device: torch.device) -> None:
     """What stands for ``residency.resident`` where that cannot be told: ``cast_bias_weight`` brings the weight."""
 
 
-def _choose_mode(module, mode: str) -> None:
-    """Note how a freshly loaded Linear computes: ``nvfp4_mode``, None if its weight is not NVFP4."""
+def choose_mode(module, mode: str) -> None:
+    """Note how a Linear computes: ``nvfp4_mode``, None if its weight is not NVFP4.
+
+    FP4 can be had again only by a layer that was loaded for it.
+    """
     own = module.__dict__
     if own.get("quant_format") != "nvfp4":
         own["nvfp4_mode"] = None
@@ -118,6 +121,8 @@ def _choose_mode(module, mode: str) -> None:
         mode = "bf16"
     if mode != "fp4":
         module._full_precision_mm = True
+    elif own.get("nvfp4_mode"):  # it is not being loaded
+        module._full_precision_mm = False
     own["nvfp4_mode"] = mode
 
 
