@@ -78,7 +78,7 @@ def write_files(folder: Path, sizes: Sizes, tokenizer: bytes, pieces: int) -> tu
     Only the ``pieces`` of ``tokenizer`` are ever written: the logits of all others are 0, never the largest.
     """
     import torch
-    from nvfp4_video.checkpoint.container import PlannedTensor, write_checkpoint
+    from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
     from nvfp4_video.kernels.format import block_scale_shape, packed_shape
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
