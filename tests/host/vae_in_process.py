@@ -13,7 +13,6 @@ import gzip
 import importlib
 import json
 import math
-import resource
 import sys
 import time
 import traceback
@@ -323,6 +322,7 @@ def main(folder: Path, names: list[str]) -> None:
         comfy("model_management").unload_all_models()
         gc.collect()
         facts[f"{topic.__name__}_seconds"] = round(time.perf_counter() - started, 1)
+    resource = importlib.import_module("resource")
     facts["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     sys.stdout.write(f"\n{MARK}{json.dumps(facts)}\n")
 
