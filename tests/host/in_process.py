@@ -300,7 +300,7 @@ def flux(scene: Scene) -> dict:
         files["flux_nvfp4"] |= {f"{layer}.{part}": part_value for part, part_value in parts.items()}
         files["flux_nvfp4"][f"{layer}.comfy_quant"] = marker.clone()
         files["flux_decoded"][key] = reference.dequantize(
-            record.packed, record.block_scale, record.global_scale, record.shape
+            record
         )
     for name, tensors in files.items():
         save_file(tensors, scene.path(name))

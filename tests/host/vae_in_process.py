@@ -187,7 +187,7 @@ def _nvfp4(scene: Scene, key: str, tensor) -> tuple[dict, object]:
     layer = key.removesuffix(".weight")
     parts = {"weight": record.packed, "weight_scale": record.block_scale, "weight_scale_2": record.global_scale}
     decoded = reference.dequantize(
-        record.packed, record.block_scale, record.global_scale, tuple(matrix.shape), scene.torch.bfloat16
+        record, scene.torch.bfloat16
     )
     return {f"{layer}.{part}": value for part, value in parts.items()}, decoded.reshape(tensor.shape)
 

@@ -60,7 +60,7 @@ def test_triton_asked_for_where_it_cannot_run_is_an_error_that_says_why_and_what
     with pytest.raises(ValueError, match="triton backend cannot run: .* model is on cpu; choose backend auto or torch"):
         backends.pick_backend(CPU, "triton")
     with pytest.raises(ValueError, match="cannot run"):
-        backends.dequantize(record.packed, record.block_scale, record.global_scale, SHAPE, backend="triton")
+        backends.dequantize(record, backend="triton")
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(fresh):
@@ -120,9 +120,9 @@ def test_importing_the_package_imports_no_triton_and_no_host(tmp_path: Path):
 
 def test_dequantize_gives_what_the_chosen_implementation_gives(record):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        result = backends.dequantize(record.packed, record.block_scale, record.global_scale, SHAPE, dtype)
+        result = backends.dequantize(record, dtype)
         assert result.dtype == dtype
-        expected = reference.dequantize(record.packed, record.block_scale, record.global_scale, SHAPE, dtype)
+        expected = reference.dequantize(record, dtype)
         assert torch.equal(result, expected)
 
 
@@ -138,16 +138,16 @@ def test_quantize_gives_what_the_chosen_implementation_gives():
 def test_linear_is_the_matmul_of_the_decoded_weight_in_the_dtype_of_x(record, dtype, bias):
     x = torch.randn(2, 5, SHAPE[1]).to(dtype)
     b = torch.randn(SHAPE[0]).to(dtype) if bias else None
-    result = backends.linear(x, record.packed, record.block_scale, record.global_scale, SHAPE, b)
-    weight = reference.dequantize(record.packed, record.block_scale, record.global_scale, SHAPE, dtype)
+    result = backends.linear(x, record, b)
+    weight = reference.dequantize(record, dtype)
     assert result.shape == (2, 5, SHAPE[0])
     assert torch.equal(result, torch.nn.functional.linear(x, weight, b))
-    assert torch.equal(result, reference.linear(x, record.packed, record.block_scale, record.global_scale, SHAPE, b))
+    assert torch.equal(result, reference.linear(x, record, b))
 
 
 def test_linear_of_no_rows_has_no_rows(record):
     x = torch.empty(0, SHAPE[1])
-    assert backends.linear(x, record.packed, record.block_scale, record.global_scale, SHAPE).shape == (0, SHAPE[0])
+    assert backends.linear(x, record).shape == (0, SHAPE[0])
 
 
 # The operators
@@ -165,8 +165,8 @@ def test_the_operators_pass_torch_s_own_checks(record):
 
 
 def test_the_operators_give_the_bits_of_the_functions(record):
-    values = OPS.dequantize(record.packed, record.block_scale, record.global_scale, *SHAPE, torch.float32, "torch")
-    expected = reference.dequantize(record.packed, record.block_scale, record.global_scale, SHAPE, torch.float32)
+    values = OPS.dequantize(record, torch.float32, "torch")
+    expected = reference.dequantize(record, torch.float32)
     assert torch.equal(values, expected)
     packed, scale = OPS.quantize(values, record.global_scale, "auto")
     again = reference.quantize(values, record.global_scale)
@@ -189,7 +189,7 @@ def test_meta_tensors_get_the_shape_dtype_and_strides_of_real_ones(shape, dtype)
 
 def test_an_operator_forced_to_a_backend_that_cannot_run_says_why(record):
     with pytest.raises(ValueError, match="the triton backend cannot run"):
-        OPS.dequantize(record.packed, record.block_scale, record.global_scale, *SHAPE, torch.bfloat16, "triton")
+        OPS.dequantize(record, torch.bfloat16, "triton")
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -198,7 +198,7 @@ def test_compiled_without_a_graph_break_linear_gives_the_bits_of_eager(record, d
     bias = torch.randn(SHAPE[0], dtype=torch.bfloat16)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        y = backends.linear(x, record.packed, record.block_scale, record.global_scale, SHAPE, bias)
+        y = backends.linear(x, record, bias)
         return torch.nn.functional.gelu(y)
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -216,7 +216,7 @@ def test_the_compiled_graph_holds_one_dequantize_and_one_matmul(record):
         return graph.forward
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return backends.linear(x, record.packed, record.block_scale, record.global_scale, SHAPE)
+        return backends.linear(x, record)
 
     torch.compile(layer, fullgraph=True, backend=look)(torch.randn(4, SHAPE[1]))
     assert sum("nvfp4_video.dequantize" in target for target in targets) == 1

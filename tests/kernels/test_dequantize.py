@@ -207,7 +207,7 @@ def test_linear_is_a_matmul_with_the_decoded_weight(kernels: Kernels, dtype, gen
     record.block_scale.view(torch.uint8).bitwise_and_(0x77)  # no NaN
     x, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((2, 3, 96), (33,)))
     for b in (bias, None):
-        result = kernels.call("linear", x, *parts(record), record.shape, b).cpu()
+        result = kernels.call("linear", x, record, b).cpu()
         on_device = [None if t is None else t.to(kernels.device) for t in (x, decode(record, dtype), b)]
         assert_same_bits(result, torch.nn.functional.linear(*on_device).cpu())
 

@@ -26,8 +26,8 @@ def random_case(shape, rank, dtype, generator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_sum_is_the_exact_one_rounded_once(shape, rank, dtype, kernels, generator):
     record, up, down = random_case(shape, rank, dtype, generator)
-    found = kernels.call("dequantize_sum", *parts(record), shape, up, down).cpu()
-    right = reference.dequantize(*parts(record), shape, torch.float32).double() + up.double() @ down.double()
+    found = kernels.call("dequantize_sum", record, up, down).cpu()
+    right = reference.dequantize(record, torch.float32).double() + up.double() @ down.double()
     assert (found.dtype, found.shape) == (dtype, shape)
     step = 2**-8 if dtype == torch.bfloat16 else 2**-11
     torch.testing.assert_close(found.double(), right, rtol=step * 1.01, atol=1e-6)
@@ -35,23 +35,23 @@ def test_the_sum_is_the_exact_one_rounded_once(shape, rank, dtype, kernels, gene
 
 def test_factors_of_zeros_leave_the_decoded_weight_bit_for_bit(kernels, generator):
     record, up, down = random_case((144, 80), 8, torch.bfloat16, generator)
-    found = kernels.call("dequantize_sum", *parts(record), record.shape, up * 0, down).cpu()
-    assert torch.equal(found, reference.dequantize(*parts(record), record.shape))
+    found = kernels.call("dequantize_sum", record, up * 0, down).cpu()
+    assert torch.equal(found, reference.dequantize(record))
 
 
 def test_factors_of_another_shape_or_dtype_are_refused(generator):
     triton_lora = pytest.importorskip("nvfp4_video.kernels.triton.dequantize_sum")
     record, up, down = random_case((16, 32), 4, torch.float16, generator)
     with pytest.raises(ValueError, match=r"found up \(16, 4\) torch.float16, down \(4, 16\)"):
-        triton_lora.dequantize_sum(*parts(record), record.shape, up, down[:, :16])
+        triton_lora.dequantize_sum(record, up, down[:, :16])
     with pytest.raises(ValueError, match="down .* torch.float32; expected"):
-        triton_lora.dequantize_sum(*parts(record), record.shape, up, down.float())
+        triton_lora.dequantize_sum(record, up, down.float())
 
 
 def test_without_triton_it_takes_two_passes_and_one_more_rounding(generator):
     record, up, down = random_case((48, 80), 8, torch.bfloat16, generator)
-    found = backends.dequantize_sum(*parts(record), record.shape, up, down)
-    right = reference.dequantize(*parts(record), record.shape).addmm(up, down)
+    found = backends.dequantize_sum(record, up, down)
+    right = reference.dequantize(record).addmm(up, down)
     assert torch.equal(found, right)
-    exact = reference.dequantize_sum(*parts(record), record.shape, up, down).float()
+    exact = reference.dequantize_sum(record, up, down).float()
     assert 0 < (found.float() - exact).norm() < 4e-3 * exact.norm()

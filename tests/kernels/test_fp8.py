@@ -35,7 +35,7 @@ def one_block(codes: list[int], scale: float) -> PackedWeight:
 
 
 def test_all_codes_under_a_power_of_two_scale_are_exact(kernels):
-    weight, scale = (t.cpu() for t in kernels.call("to_fp8", *parts(one_block(list(range(16)), 2.0)), (1, 16)))
+    weight, scale = (t.cpu() for t in kernels.call("to_fp8", one_block(list(range(16)), 2.0)))
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     assert scale[0] == 2.0**-4, "6 * 2 becomes 192"
     assert torch.equal(weight[0].float(), values * 32)
@@ -44,7 +44,7 @@ def test_all_codes_under_a_power_of_two_scale_are_exact(kernels):
 
 
 def test_a_product_of_five_bits_is_rounded_to_the_nearest_even(kernels):
-    weight, scale = (t.cpu() for t in kernels.call("to_fp8", *parts(one_block([3] * 8 + [7] * 8, 1.125)), (1, 16)))
+    weight, scale = (t.cpu() for t in kernels.call("to_fp8", one_block([3] * 8 + [7] * 8, 1.125)))
     # 1.5 * 1.125 = 1.6875 lies halfway between 1.625 and 1.75, whose last bit is even; 6.75 likewise.
     assert (weight[0].float() * scale[0]).unique().tolist() == [1.75, 7.0]
 
@@ -52,8 +52,8 @@ def test_a_product_of_five_bits_is_rounded_to_the_nearest_even(kernels):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_to_fp8_equals_the_reference_bit_for_bit(shape, kernels, generator):
     record = random_record(shape, generator)
-    weight, scale = (t.cpu() for t in kernels.call("to_fp8", *parts(record), shape))
-    right, right_scale = reference.to_fp8(*parts(record), shape)
+    weight, scale = (t.cpu() for t in kernels.call("to_fp8", record))
+    right, right_scale = reference.to_fp8(record)
     harness.assert_same_bits(weight, right)
     harness.assert_same_bits(scale, right_scale)
 
@@ -61,8 +61,8 @@ def test_to_fp8_equals_the_reference_bit_for_bit(shape, kernels, generator):
 def test_the_rescale_adds_no_error_to_the_rounding_of_the_format(generator):
     rows = torch.logspace(-6, 6, 32).unsqueeze(1) * torch.randn(32, 256, generator=generator)
     record = reference.quantize(rows)
-    exact = reference.dequantize(*parts(record), record.shape, torch.float32)
-    weight, scale = reference.to_fp8(*parts(record), record.shape)
+    exact = reference.dequantize(record, torch.float32)
+    weight, scale = reference.to_fp8(record)
     assert weight.float().isfinite().all() and weight.float().abs().max() <= 360
     error = (weight.float() * scale.unsqueeze(1) - exact).abs()
     assert (error <= exact.abs() / 16 + exact.abs().amax(1, keepdim=True) * 2.0**-17).all()
@@ -134,8 +134,8 @@ def test_the_largest_number_of_a_row_becomes_448_and_comes_back(generator):
 def test_linear_fp8_is_the_product_of_the_rounded_operands(lead, dtype, generator):
     record = reference.quantize(torch.randn(40, 80, generator=generator))
     x, bias = torch.randn(*lead, 80, generator=generator).to(dtype), torch.randn(40, generator=generator)
-    found = fp8.linear_fp8(x, *parts(record), record.shape, bias)
-    weight, weight_scale = reference.to_fp8(*parts(record), record.shape)
+    found = fp8.linear_fp8(x, record, bias)
+    weight, weight_scale = reference.to_fp8(record)
     quantized, scale = reference.quantize_rows(x.reshape(-1, 80))
     right = (quantized.double() * scale) @ (weight.double() * weight_scale.unsqueeze(1)).t()
     right = (right[:, :40] + bias).reshape(*lead, 40)
@@ -146,8 +146,8 @@ def test_linear_fp8_is_the_product_of_the_rounded_operands(lead, dtype, generato
 def test_linear_fp8_stays_near_the_weight_only_result(generator):
     record = reference.quantize(torch.randn(64, 512, generator=generator))
     x = torch.randn(33, 512, generator=generator)
-    exact = reference.linear(x, *parts(record), record.shape)
-    error = (fp8.linear_fp8(x, *parts(record), record.shape) - exact).norm() / exact.norm()
+    exact = reference.linear(x, record)
+    error = (fp8.linear_fp8(x, record) - exact).norm() / exact.norm()
     assert 0.005 < error < 0.05, "two roundings to four significand bits"
 
 
@@ -156,11 +156,11 @@ def test_scaled_mm_and_the_reference_agree(generator):
     x, bias = torch.randn(20, 64, generator=generator).bfloat16(), torch.randn(48, generator=generator).bfloat16()
     try:
         found = fp8.scaled_mm(
-            *reference.quantize_rows(x), *reference.to_fp8(*parts(record), record.shape), bias, fast=False
+            *reference.quantize_rows(x), *reference.to_fp8(record), bias, fast=False
         )
     except (RuntimeError, AttributeError) as error:
         pytest.skip(f"this torch cannot multiply FP8 row-wise on a CPU: {error}")
-    right = reference.linear_fp8(x, *parts(record), record.shape, bias)
+    right = reference.linear_fp8(x, record, bias)
     torch.testing.assert_close(found, right, rtol=2**-7, atol=2e-2)
 
 
@@ -195,6 +195,6 @@ def test_the_gpu_s_linear_equals_the_product_of_the_rounded_operands(shape, gene
         pytest.skip(reason)
     record = reference.quantize(torch.randn(shape, generator=generator))
     x, bias = torch.randn(2, 65, shape[1], generator=generator).bfloat16(), torch.randn(shape[0], generator=generator)
-    right = reference.linear_fp8(x.double(), *parts(record), shape, bias)
+    right = reference.linear_fp8(x.double(), record, bias)
     found = fp8.linear_fp8(x.cuda(), *(part.cuda() for part in parts(record)), shape, bias.bfloat16().cuda()).cpu()
     assert (found.double() - right).norm() / right.norm() < 4e-3

@@ -40,7 +40,7 @@ def random_case(shape, rows, dtype, generator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_result_is_the_exact_one_rounded_once(shape, rows, dtype, kernels, generator):
     record, x, bias = random_case(shape, rows, dtype, generator)
-    found = kernels.call("gemv", x, *parts(record), shape, bias).cpu()
+    found = kernels.call("gemv", x, record, bias).cpu()
     assert (found.dtype, found.shape) == (dtype, (rows, shape[0]))
     assert relative(found, exact(x, record, bias)) < TOLERANCE[dtype]
 
@@ -63,10 +63,10 @@ def test_every_division_of_the_work_gives_it_and_the_same_bits_twice(config, sha
 def test_it_is_nearer_to_the_exact_product_than_a_matmul_with_rounded_weights(generator):
     record, x, _ = random_case((256, 512), 8, torch.bfloat16, generator)
     right = exact(x, record, None)
-    weight = reference.dequantize(*parts(record), record.shape)
+    weight = reference.dequantize(record)
     rounded = x.double() @ weight.double().t()
-    assert relative(reference.gemv(x, *parts(record), record.shape), right) < 2.5e-3
-    assert relative(rounded.bfloat16(), right) > relative(reference.gemv(x, *parts(record), record.shape), right)
+    assert relative(reference.gemv(x, record), right) < 2.5e-3
+    assert relative(rounded.bfloat16(), right) > relative(reference.gemv(x, record), right)
 
 
 def test_all_codes_and_scales_count_in_full(kernels):
@@ -77,7 +77,7 @@ def test_all_codes_and_scales_count_in_full(kernels):
         scales = torch.zeros(128, 4)
         scales[:16, 0] = value
         record = PackedWeight(packed, reference.swizzle(scales.to(torch.float8_e4m3fn)), torch.tensor(1.0), (16, 16))
-        found = kernels.call("gemv", torch.eye(16, dtype=torch.bfloat16), *parts(record), (16, 16), None).cpu()
+        found = kernels.call("gemv", torch.eye(16, dtype=torch.bfloat16), record, None).cpu()
         values = torch.tensor(harness.CODES)[codes] * value
         assert torch.equal(found.float(), values.t())
 
@@ -85,7 +85,7 @@ def test_all_codes_and_scales_count_in_full(kernels):
 def test_a_nan_scale_shows_in_its_rows_and_nowhere_else(kernels, generator):
     record, x, _ = random_case((128, 256), 3, torch.bfloat16, generator)
     record.block_scale.view(torch.uint8)[0, 0] = 0x7F  # row 0, block 0
-    found = kernels.call("gemv", x, *parts(record), record.shape, None).cpu()
+    found = kernels.call("gemv", x, record, None).cpu()
     assert found.isnan().sum(0).tolist() == [3] + [0] * 127
 
 
@@ -93,7 +93,7 @@ def test_a_nan_scale_shows_in_its_rows_and_nowhere_else(kernels, generator):
 def test_leading_dimensions_are_kept(lead, kernels, generator):
     record, _, bias = random_case((48, 80), 1, torch.bfloat16, generator)
     x = torch.randn(*lead, 80, generator=generator).bfloat16()
-    found = kernels.call("gemv", x, *parts(record), record.shape, bias).cpu()
+    found = kernels.call("gemv", x, record, bias).cpu()
     assert found.shape == (*lead, 48)
     assert relative(found, exact(x, record, bias)) < TOLERANCE[torch.bfloat16]
 
@@ -102,19 +102,19 @@ def test_more_rows_and_other_dtypes_are_refused_by_the_kernel(generator):
     triton_gemv = pytest.importorskip("nvfp4_video.kernels.triton.gemv")
     record, x, _ = random_case((16, 32), 17, torch.bfloat16, generator)
     with pytest.raises(ValueError, match=r"found x \(17, 32\); expected at most 16 rows of 32"):
-        triton_gemv.gemv(x, *parts(record), record.shape)
+        triton_gemv.gemv(x, record)
     with pytest.raises(ValueError, match="found torch.float32"):
-        triton_gemv.gemv(x[:1].float(), *parts(record), record.shape)
+        triton_gemv.gemv(x[:1].float(), record)
     with pytest.raises(ValueError, match="do not belong to a weight of shape"):
-        triton_gemv.gemv(x[:1, :16], *parts(record), (16, 16))
+        triton_gemv.gemv(x[:1, :16], record)
 
 
 def test_where_the_kernel_cannot_run_the_weight_is_dequantised(generator):
     record, x, bias = random_case((48, 80), 2, torch.bfloat16, generator)
     cpu = torch.device("cpu")
     assert gemv.gemv_function((48, 80), torch.bfloat16, cpu) is None
-    right = reference.linear(x, *parts(record), record.shape, bias)
-    assert torch.equal(gemv.gemv(x, *parts(record), record.shape, bias), right)
+    right = reference.linear(x, record, bias)
+    assert torch.equal(gemv.gemv(x, record, bias), right)
 
 
 def test_programs_multiply_until_the_gpu_is_full():

@@ -35,7 +35,7 @@ def search(kernels: Kernels, weight: torch.Tensor, global_scale=None, column_wei
 
 
 def values(record: PackedWeight) -> torch.Tensor:
-    return reference.dequantize(*parts(record), record.shape, torch.float32)
+    return reference.dequantize(record, torch.float32)
 
 
 def scale_bytes(record: PackedWeight) -> list[int]:
