@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.components import DIFFUSION_MODEL, find_components
-from ..checkpoint.header import Header, read_header
-from ..checkpoint.signatures import context_width, find_model, transformer_config
-from ..checkpoint.vae_signatures import AUDIO, find_vaes
+from ..checkpoint.file.header import Header, read_header
+from ..checkpoint.identify.components import DIFFUSION_MODEL, find_components
+from ..checkpoint.identify.signatures import context_width, find_model, transformer_config
+from ..checkpoint.identify.vae_signatures import AUDIO, find_vaes
 from ..host.bench_row import MAKE
 from ..host.session import SIGMAS, whole_schedule
 from ..measure import bench
@@ -262,7 +262,7 @@ def _save(result: dict[str, Any], out: Path) -> None:
 def _draw(result: dict[str, Any], out: Path) -> None:
     """The picture; without Pillow a sentence in its place."""
     try:
-        from ..measure.bench_picture import bench_png
+        from ..draw.bench import bench_png
 
         write_bytes(out / PICTURE, bench_png(result))
     except ModuleNotFoundError as error:

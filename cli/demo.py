@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import synthetic
-from ..checkpoint.container import CheckpointError, TensorReader, read_header
-from ..checkpoint.dialects import AUTO, FP8_FORMATS, Plan, detect, host_layer
-from ..checkpoint.signatures import find_model
+from ..checkpoint.file.container import TensorReader
+from ..checkpoint.file.header import CheckpointError, read_header
+from ..checkpoint.identify.dialects import AUTO, FP8_FORMATS, Plan, detect, host_layer
+from ..checkpoint.identify.signatures import find_model
 from ..kernels import backends, dispatch
 from ..kernels.format import PackedWeight
+from ..samples import synthetic
 from .console import Cell, CommandError, Console, size
 from .demo_files import make_and_split
 from .demo_host import sample_in_comfyui

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import folder_paths
 
-from ..checkpoint.header import CheckpointError, Header, read_header
-from ..checkpoint.signatures import find_model
-from ..checkpoint.vae_signatures import Vae, count_quantised, find_vaes
+from ..checkpoint.file.header import CheckpointError, Header, read_header
+from ..checkpoint.identify.signatures import find_model
+from ..checkpoint.identify.vae_signatures import Vae, count_quantised, find_vaes
 from .files import SUFFIXES
 
 _MOST_REMEMBERED = 128

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..checkpoint.vae_signatures import AUDIO as AUDIO_VAE
-from ..checkpoint.vae_signatures import LTX, PREVIEW, Vae, refusal
+from ..checkpoint.identify.vae_signatures import AUDIO as AUDIO_VAE
+from ..checkpoint.identify.vae_signatures import LTX, PREVIEW, Vae, refusal
 from . import guard_view as seen
 from .guard_clip import audio_length, frame_rates, frames, size
 from .guard_view import ERROR, WARNING, Decode, Finding, Sampler, View, ids_of

@@ -18,7 +18,7 @@ import comfy.ops
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
-from ..checkpoint.header import CheckpointError
+from ..checkpoint.file.header import CheckpointError
 from ..kernels import dispatch, reference
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
 from . import lora

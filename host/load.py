@@ -21,7 +21,8 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
-from ..checkpoint.dialects import (
+from ..checkpoint.file.header import CheckpointError, read_header
+from ..checkpoint.identify.dialects import (
     AUTO,
     DIALECTS,
     FP8_FORMATS,
@@ -33,8 +34,7 @@ from ..checkpoint.dialects import (
     host_layer,
     input_scale,
 )
-from ..checkpoint.header import CheckpointError, read_header
-from ..checkpoint.signatures import Model, find_model, transformer_config
+from ..checkpoint.identify.signatures import Model, find_model, transformer_config
 from ..kernels import backends
 from .compute import AUTO as FASTEST
 from .compute import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers

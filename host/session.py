@@ -147,7 +147,7 @@ def sample(
     import comfy.samplers
     import torch
 
-    from ..checkpoint.signatures import context_width
+    from ..checkpoint.identify.signatures import context_width
 
     shapes = latent_shapes(size, frames)
     generator = torch.Generator().manual_seed(seed)

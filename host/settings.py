@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import torch
 
-from ..checkpoint.components import find_components
-from ..checkpoint.shards import open_checkpoint
+from ..checkpoint.file.shards import open_checkpoint
+from ..checkpoint.identify.components import find_components
 from ..measure import settings
 from ..measure.gpus import pick_gpu
 from ..measure.plan import Plan, make_plan

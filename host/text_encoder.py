@@ -22,9 +22,9 @@ import folder_paths
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ..checkpoint.dialects import AUTO, MARKER, Plan, detect
-from ..checkpoint.header import CheckpointError, Header, read_header
-from ..checkpoint.text_encoder_signatures import (
+from ..checkpoint.file.header import CheckpointError, Header, read_header
+from ..checkpoint.identify.dialects import AUTO, MARKER, Plan, detect
+from ..checkpoint.identify.text_encoder_signatures import (
     CONNECTORS,
     EMBEDDING,
     PROJECTION,

@@ -6,13 +6,13 @@ import time
 
 from comfy_api.v0_0_2 import io
 
-from ..checkpoint.card import text_of
-from ..checkpoint.components import DIFFUSION_MODEL, REST
-from ..checkpoint.estimate import estimate
-from ..checkpoint.quantize import quantize_checkpoint
-from ..checkpoint.quantize_plan import AMAX, MSE, Settings
-from ..checkpoint.recipes import AUTO, FAMILIES, Options
-from ..checkpoint.report import size_text
+from ..checkpoint.identify.components import DIFFUSION_MODEL, REST
+from ..checkpoint.identify.report import size_text
+from ..checkpoint.write.card import text_of
+from ..checkpoint.write.estimate import estimate
+from ..checkpoint.write.plan import AMAX, MSE, Settings
+from ..checkpoint.write.quantize import quantize_checkpoint
+from ..checkpoint.write.recipes import AUTO, FAMILIES, Options
 from ..host import files
 from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
 from ..host.show import show

@@ -11,14 +11,14 @@ import comfy.utils
 import pytest
 import server
 import torch
-from nvfp4_video.checkpoint import split as split_module
-from nvfp4_video.checkpoint import synthetic
-from nvfp4_video.checkpoint.components import COMPONENTS, REST
-from nvfp4_video.checkpoint.container import TensorReader
-from nvfp4_video.checkpoint.header import CheckpointError
-from nvfp4_video.checkpoint.report import inspect_checkpoint
+from nvfp4_video.checkpoint.file.container import TensorReader
+from nvfp4_video.checkpoint.file.header import CheckpointError
+from nvfp4_video.checkpoint.identify.components import COMPONENTS, REST
+from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
+from nvfp4_video.checkpoint.write import split as split_module
 from nvfp4_video.host.files import OUTPUT_FOLDERS, SAME_FILE, file_names, output_targets
 from nvfp4_video.nodes.checkpoint import NVFP4Inspect, NVFP4Split
+from nvfp4_video.samples import synthetic
 
 WIDGETS = {"file_name": "full.safetensors", "name": "", "dtype": "keep", "overwrite": False}
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from nvfp4_video.checkpoint import synthetic
 from nvfp4_video.host import guard, guard_files
 from nvfp4_video.host.probe import Fact
+from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.guard_prompts import DISTILLED, HEALTHY, VULNERABLE, clip, facts, ids, node, only
 from nvfp4_video.tests.test_prompt_graph import PROMPTS
 from safetensors.torch import load_file, save_file

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint import synthetic
 from nvfp4_video.host import settings as host_settings
 from nvfp4_video.measure.gpus import GPUS
 from nvfp4_video.measure.settings import SIGMAS_STAGE_1, SIGMAS_STAGE_2
 from nvfp4_video.nodes.plan import NVFP4DistilledSettings, NVFP4Planner
-from nvfp4_video.tests import full_size
+from nvfp4_video.samples import synthetic
+from nvfp4_video.tests.support import full_size
 
 NAMES = ["width", "height", "frames", "fps", "frame_rate", "sigmas", "sigmas_stage_2", "cfg", "audio_latents",
          "final_width", "final_height", "text"]  # fmt: skip

@@ -8,13 +8,13 @@ import comfy.model_management as management
 import comfy.utils
 import pytest
 import server
-from nvfp4_video.checkpoint.header import CheckpointError
-from nvfp4_video.checkpoint.recipes import FAMILIES
-from nvfp4_video.checkpoint.report import inspect_checkpoint
-from nvfp4_video.checkpoint.verify import verify
+from nvfp4_video.checkpoint.file.header import CheckpointError
+from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
+from nvfp4_video.checkpoint.verify.verify import verify
+from nvfp4_video.checkpoint.write.recipes import FAMILIES
 from nvfp4_video.nodes import quantize as module
 from nvfp4_video.nodes.quantize import MODEL_ONLY, WHOLE, NVFP4Quantize
-from nvfp4_video.tests.quantize_sources import metadata, save, tiny
+from nvfp4_video.tests.support.quantize_sources import metadata, save, tiny
 
 WIDGETS = {
     "file_name": "full.safetensors",

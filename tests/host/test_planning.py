@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from nvfp4_video.measure import settings
-from nvfp4_video.tests import full_size
 from nvfp4_video.tests.host.harness import ComfyUI, run_in_host
+from nvfp4_video.tests.support import full_size
 
 pytestmark = pytest.mark.host
 PACK = Path(__file__).resolve().parents[2]
