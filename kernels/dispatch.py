@@ -26,7 +26,7 @@ _ops = torch.ops.nvfp4_video
 def prepare(
     operation: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str = "auto"
 ) -> Callable[..., torch.Tensor] | None:
-    """Operation, (N, K), dtype of x, factors or result, device -> function of tensors, for calls that spare every look-up.
+    """Operation, (N, K), dtype of x, factors or result, device -> function of tensors, to be called again and again.
 
     * ``dequantize``      (packed, block_scale, global_scale) -> (N, K)
     * ``dequantize_sum``  (packed, block_scale, global_scale, up (N, R), down (R, K)) -> (N, K)

@@ -14,7 +14,7 @@ package = types.ModuleType("nvfp4_video")
 package.__path__ = [str(Path(__file__).resolve().parents[2])]
 sys.modules["nvfp4_video"] = package
 
-from nvfp4_video.kernels.triton import dequantize, dequantize_sum, gemv, quantize, to_fp8  # noqa: E402
+from nvfp4_video.kernels.triton import dequantize, dequantize_sum, gemv, quantize, quantize_rows, to_fp8  # noqa: E402
 from triton import compile as triton_compile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -56,7 +56,7 @@ def fp8_sizes(capability: int) -> dict[str, int]:
         sizes[f"{capability} to_fp8 {full}"] = size
         pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
         constants = {"COLS": 4096, "SINGLE": full, "ACTIVATION": "gelu_tanh" if full else ""}
-        size = compiled_bytes(to_fp8._quantize_rows_kernel, capability, pointers, constants)
+        size = compiled_bytes(quantize_rows._quantize_rows_kernel, capability, pointers, constants)
         sizes[f"{capability} quantize_rows {full}"] = size
     return sizes
 
