@@ -12,9 +12,9 @@ from nvfp4_video.kernels.format import OUTPUT_DTYPES
 
 generator = pytest.fixture(fresh_generator)
 SEARCHES = [("amax", False), ("mse", False), ("mse", True)]
-SHAPES = [  # of one piece; with padding; of several pieces, the last of which is short; of whole pieces
-    *[((1, 16), torch.bfloat16), ((30, 100), torch.float16), ((129, 1040), torch.float32)],
-    *[((257, 256), torch.bfloat16), ((16, 2048), torch.float16)],
+SHAPES = [  # one piece; several, the last one short, with padding and without; pieces of one row
+    *[((1, 16), torch.bfloat16), ((30, 100), torch.float16), ((257, 256), torch.bfloat16)],
+    *[((129, 1040), torch.float32), ((16, 2048), torch.float16)],
 ]
 _empty = torch.empty
 
