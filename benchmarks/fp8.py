@@ -68,15 +68,10 @@ def measure(shape: tuple[int, int], tokens: int) -> dict[str, Any]:
     from nvfp4_video.kernels.triton.to_fp8 import to_fp8
 
     sets = operands(shape, tokens)
-    quantized = [
-        (*quantize_rows(x), *to_fp8(w), b)
-        for x, w, _, b in sets
-    ]
+    quantized = [(*quantize_rows(x), *to_fp8(w), b) for x, w, _, b in sets]
     calls = {
         "dense": lambda x, w, dense, bias: torch.nn.functional.linear(x, dense, bias),
-        "bf16 mode": lambda x, w, dense, bias: dispatch.linear(
-            x, w, bias
-        ),
+        "bf16 mode": lambda x, w, dense, bias: dispatch.linear(x, w, bias),
         "linear": lambda x, w, dense, bias: dispatch.linear_fp8(x, w, bias),
         "weight": lambda x, w, dense, bias: to_fp8(w),
         "activations": lambda x, w, dense, bias: quantize_rows(x),

@@ -41,9 +41,7 @@ def contenders(backend: str) -> dict[str, Callable]:
                     x, dequantize(w.packed, w.global_scale, w.block_scale)
                 )
         found["QuantizedTensor"] = lambda x, w, dense, quantized: linear(x, quantized)
-    found["ours"] = lambda x, w, dense, quantized: dispatch.linear(
-        x, w, backend=backend
-    )
+    found["ours"] = lambda x, w, dense, quantized: dispatch.linear(x, w, backend=backend)
     return found
 
 

@@ -114,10 +114,7 @@ class Scene:
 
     def decoded(self) -> dict:
         dequantize = pack("kernels.reference").dequantize
-        return {
-            f"{layer}.weight": dequantize(r)
-            for layer, r in self.packed.items()
-        }
+        return {f"{layer}.weight": dequantize(r) for layer, r in self.packed.items()}
 
     def path(self, name: str) -> str:
         return str(self.folder / f"{name}.safetensors")

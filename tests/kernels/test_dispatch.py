@@ -58,9 +58,7 @@ def test_prepared_functions_give_what_the_functions_give(record, dtype):
     x, up, down = (torch.randn(size).to(dtype) for size in ((2, 5, SHAPE[1]), (SHAPE[0], 4), (4, SHAPE[1])))
     bias = torch.randn(SHAPE[0]).to(dtype)
     assert torch.equal(prepared("dequantize")(*record.parts), reference.dequantize(record, dtype))
-    assert torch.equal(
-        prepared("dequantize_sum")(*record.parts, up, down), dispatch.dequantize_sum(record, up, down)
-    )
+    assert torch.equal(prepared("dequantize_sum")(*record.parts, up, down), dispatch.dequantize_sum(record, up, down))
     for activation in reference.ACTIVATIONS:
         found = prepared("linear_fp8")(x, *record.parts, bias, activation)
         assert torch.equal(found, reference.linear_fp8(x, record, bias, activation))

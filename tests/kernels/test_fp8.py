@@ -156,9 +156,7 @@ def test_scaled_mm_and_the_reference_agree(generator):
     record = reference.quantize(torch.randn(48, 64, generator=generator))
     x, bias = torch.randn(20, 64, generator=generator).bfloat16(), torch.randn(48, generator=generator).bfloat16()
     try:
-        found = fp8.scaled_mm(
-            *reference.quantize_rows(x), *reference.to_fp8(record), bias, fast=False
-        )
+        found = fp8.scaled_mm(*reference.quantize_rows(x), *reference.to_fp8(record), bias, fast=False)
     except (RuntimeError, AttributeError) as error:
         pytest.skip(f"this torch cannot multiply FP8 row-wise on a CPU: {error}")
     right = reference.linear_fp8(x, record, bias)
