@@ -40,14 +40,17 @@ def sampled(scene, counts: dict, patcher) -> tuple:
 
 def facts_of(scene) -> dict:
     linear, fp8, compute = load("host.linear"), load("kernels.fp8"), load("host.compute")
+    dispatch = load("kernels.dispatch")
     counts = {"fp8": 0, "host": 0}
     fp8.obstacle = lambda device: ""
     compute._fp4_obstacle = lambda device: ""
     linear.FP8_MIN_TOKENS = 1
-    make = fp8.linear_function
+    prepare = dispatch.prepare
 
-    def counted(*arguments):
-        run = make(*arguments)
+    def counted(operation, *arguments):
+        run = prepare(operation, *arguments)
+        if operation != "linear_fp8":
+            return run
 
         def call(*given):
             counts["fp8"] += 1
@@ -55,7 +58,7 @@ def facts_of(scene) -> dict:
 
         return call
 
-    fp8.linear_function = counted
+    dispatch.prepare = counted
     bf16, _ = sampled(scene, counts, scene.ours("comfy_markers"))
     found = {"modes": {}, "calls": {}, "error": {}, "finite": {}}
     for name, options in {
