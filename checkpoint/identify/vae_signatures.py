@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..file.header import CheckpointError, Header, TensorInfo
-from .signatures import MODEL_PREFIXES
+from ..file.header import CheckpointError, Header, TensorInfo, quote
+from .signatures import MODEL_PREFIXES, longest_prefixes
 
 VIDEO, AUDIO = "video VAE", "audio VAE"
 PREVIEW, TAESD, IMAGE = "preview TAE", "image TAESD", "image VAE"
@@ -31,6 +31,7 @@ _RESIDUAL = "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"
 _LAST_DOWN = "encoder.down_blocks.7.conv.conv.weight"
 _CAUSAL_IN, _IMAGE_IN = "decoder.conv_in.conv.weight", "decoder.conv_in.weight"
 _WAN, _TAE_IN, _TAE_OUT = "decoder.middle.0.residual.0.gamma", "decoder.1.weight", "decoder.22.bias"
+_MOST_NAMED = 8
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
@@ -144,13 +145,18 @@ _ANCHORS = tuple(dict.fromkeys(row.keys[0] for row in _ROWS if row.kind != AUDIO
 
 
 def find_vaes(header: Header, config: str | None = None) -> tuple[Vae, ...]:
-    """Header -> all VAEs in the file. ``config``: the header entry to judge by, where another file provides it."""
+    """Header -> all VAEs in the file, each made of the names under its prefix and under no longer one.
+
+    ``config``: the header entry to judge by, where another file provides it.
+    """
     config = header.metadata.get("config") if config is None else config
     found = []
-    for prefix in _prefixes(header):
-        part = {name[len(prefix) :]: info for name, info in header.tensors.items() if name.startswith(prefix)}
-        if not prefix:
-            part = {name: info for name, info in part.items() if not name.startswith(_ELSEWHERE)}
+    prefixes = _prefixes(header)
+    parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in prefixes}
+    for name, prefix in longest_prefixes(header.tensors, prefixes).items():
+        if prefix or not name.startswith(_ELSEWHERE):
+            parts[prefix][name[len(prefix) :]] = header.tensors[name]
+    for prefix, part in parts.items():
         is_audio = any(name.startswith(AUDIO_STARTS[0]) for name in part)
         sound = {name: info for name, info in part.items() if is_audio and name.startswith(AUDIO_STARTS)}
         sight = {name: info for name, info in part.items() if name not in sound}
@@ -181,7 +187,8 @@ def pick_vae(header: Header, audio: bool = False, prefix: str | None = None, con
         remedy = "choose a full checkpoint or a VAE file"
         raise CheckpointError(f"there is no {wanted} in it", where=where, remedy=remedy)
     if len(vaes) > 1:
-        names = ", ".join(f"{vae.title} under {vae.prefix + '*'!r}" for vae in vaes)
+        names = ", ".join(f"{vae.title} under {quote(vae.prefix + '*')}" for vae in vaes[:_MOST_NAMED])
+        names += ", ..." if len(vaes) > _MOST_NAMED else ""
         remedy = "name the prefix of the one you mean"
         raise CheckpointError(f"{len(vaes)} VAEs are in it: {names}", where=where, expected="one", remedy=remedy)
     return vaes[0]
@@ -218,7 +225,7 @@ def _prefixes(header: Header) -> list[str]:
         if name.startswith("vocoder."):
             continue
         stem = name.removesuffix("_packed")
-        for anchor in _ANCHORS:
+        for anchor in _ANCHORS if stem.endswith(_ANCHORS) else ():
             outer = stem.removesuffix(anchor)
             if len(outer) < len(stem) and (not outer or outer.endswith(".")):
                 found[outer] = None
