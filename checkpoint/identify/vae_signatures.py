@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..file.header import CheckpointError, Header, TensorInfo, quote
@@ -151,6 +151,7 @@ def find_vaes(header: Header, config: str | None = None) -> tuple[Vae, ...]:
     """
     config = header.metadata.get("config") if config is None else config
     found = []
+    sections = _sections(config)
     prefixes = _prefixes(header)
     parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in prefixes}
     for name, prefix in longest_prefixes(header.tensors, prefixes).items():
@@ -160,7 +161,7 @@ def find_vaes(header: Header, config: str | None = None) -> tuple[Vae, ...]:
         is_audio = any(name.startswith(AUDIO_STARTS[0]) for name in part)
         sound = {name: info for name, info in part.items() if is_audio and name.startswith(AUDIO_STARTS)}
         sight = {name: info for name, info in part.items() if name not in sound}
-        found += [_describe(row, names, prefix, config) for names in (sight, sound) if (row := _match(names))]
+        found += [_describe(row, names, prefix, sections) for names in (sight, sound) if (row := _match(names))]
     return tuple(found)
 
 
@@ -249,24 +250,29 @@ def _length(part: Mapping[str, TensorInfo], key: str, dimension: int) -> int | N
 
 def _match(part: Mapping[str, TensorInfo]) -> _Row | None:
     for row in _ROWS:
-        if not all(_has(part, key) for key in row.keys) or any(_has(part, key) for key in row.absent):
+        if not _has(part, row.keys[0]) or not all(_has(part, key) for key in row.keys) or any(_has(part, key) for key in row.absent):
             continue
         if row.size is None or _length(part, *row.size[:2]) == row.size[2]:
             return row
     return None
 
 
-def _describe(row: _Row, part: Mapping[str, TensorInfo], prefix: str, config: str | None) -> Vae:
+def _describe(row: _Row, part: Mapping[str, TensorInfo], prefix: str, sections: set[str] | str) -> Vae:
     channels = _length(part, row.channels, 1) if isinstance(row.channels, str) else row.channels
     quantised = count_quantised(part)
-    problems = tuple(_problems(row, part, prefix, config, quantised))
+    problems = tuple(_problems(row, part, prefix, sections, quantised))
     return Vae(row.kind, row.family, row.version, channels, prefix, quantised, problems)
 
 
-def _problems(row: _Row, part: Mapping[str, TensorInfo], prefix: str, config: str | None, quantised: Mapping[str, int]):
+def _problems(
+    row: _Row, part: Mapping[str, TensorInfo], prefix: str, sections: set[str] | str, quantised: Mapping[str, int]
+) -> Iterator[Problem]:
     if row.needs_config:
-        sections = ("audio_vae", "vocoder") if row.kind == AUDIO else ("vae",)
-        missing = _missing_sections(config, sections)
+        needed = ("audio_vae", "vocoder") if row.kind == AUDIO else ("vae",)
+        missing = sections
+        if isinstance(sections, set):
+            absent = [name for name in needed if name not in sections]
+            missing = f"the header's `config` has no section {' and '.join(absent)}" if absent else ""
         if missing:
             yield Problem("config", f"{missing}; take it from a file of the same model that has one")
     if row.family == LTX and not row.version.startswith("("):
@@ -286,15 +292,15 @@ def _problems(row: _Row, part: Mapping[str, TensorInfo], prefix: str, config: st
         yield Problem("prefix", f"its names begin with `{prefix}`; a VAE file of its own has none")
 
 
-def _missing_sections(config: str | None, sections: tuple[str, ...]) -> str | None:
+def _sections(config: str | None) -> set[str] | str:
+    """The sections that a header's `config` has, or what is wrong with it."""
     if config is None:
         return "the header has no `config`, from which ComfyUI builds this VAE"
     try:
         content = json.loads(config)
     except (ValueError, RecursionError) as error:
         return f"the header's `config` cannot be read ({error})"
-    missing = [name for name in sections if not (isinstance(content, dict) and isinstance(content.get(name), dict))]
-    return f"the header's `config` has no section {' and '.join(missing)}" if missing else None
+    return {name for name, value in content.items() if isinstance(value, dict)} if isinstance(content, dict) else set()
 
 
 def count_quantised(part: Mapping[str, TensorInfo]) -> dict[str, int]:
