@@ -250,7 +250,9 @@ def _length(part: Mapping[str, TensorInfo], key: str, dimension: int) -> int | N
 
 def _match(part: Mapping[str, TensorInfo]) -> _Row | None:
     for row in _ROWS:
-        if not _has(part, row.keys[0]) or not all(_has(part, key) for key in row.keys) or any(_has(part, key) for key in row.absent):
+        if not _has(part, row.keys[0]):  # most rows end here
+            continue
+        if not all(_has(part, key) for key in row.keys) or any(_has(part, key) for key in row.absent):
             continue
         if row.size is None or _length(part, *row.size[:2]) == row.size[2]:
             return row
