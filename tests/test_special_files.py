@@ -1,4 +1,4 @@
-"""A named pipe in the place of a file is refused at once by every reader; a reader that opened it would wait for ever."""
+"""A named pipe in the place of a file is refused at once by every reader; one that opened it would wait for ever."""
 
 from __future__ import annotations
 
