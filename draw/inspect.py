@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from ..checkpoint.identify.components import AUDIO_VAE, DIFFUSION_MODEL, REST, TEXT_PROJECTION, VIDEO_VAE
-from ..checkpoint.identify.report import OUTSIDE, Inspection, Part, size_text
+from ..checkpoint.identify.report import OUTSIDE, ComponentSize, Inspection, size_text
 from .canvas import (
     FAINT,
     GREY,
@@ -69,7 +69,7 @@ def inspection_picture(found: Inspection) -> np.ndarray:
     return page.pixels()
 
 
-def _components(page: Canvas, y: float, parts: tuple[Part, ...]) -> float:
+def _components(page: Canvas, y: float, parts: tuple[ComponentSize, ...]) -> float:
     """One bar, each component in proportion, and a line of numbers for each -> y below."""
     total = sum(part.nbytes for part in parts) or 1
     x = float(MARGIN)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..measure.ltx import AUDIO_LATENTS_PER_SECOND
 from . import guard_view as seen
 from .guard_view import WARNING, Finding, View
 
-AUDIO_LATENTS_A_SECOND = 25  # 16000 Hz / hop 160 / 4
 _MOST_GROUPS, _MOST_NAMED, _MOST_NODES = 8, 8, 64
 
 
@@ -114,8 +114,8 @@ def audio_length(view: View) -> Iterator[Finding]:
         rate = graph.number(audio.id, "frame_rate")
         if not (length and count and rate) or length < 1 or rate <= 0:
             continue
-        wanted = round(snapped(length) / rate * AUDIO_LATENTS_A_SECOND)
-        got = round(count / rate * AUDIO_LATENTS_A_SECOND)
+        wanted = round(snapped(length) / rate * AUDIO_LATENTS_PER_SECOND)
+        got = round(count / rate * AUDIO_LATENTS_PER_SECOND)
         if wanted == got:
             continue
         why = f"{count:g} frames at {rate:g} fps are {got} audio latents; {snapped(length)} of picture need {wanted}."
@@ -124,7 +124,7 @@ def audio_length(view: View) -> Iterator[Finding]:
         yield Finding(
             "audio_length",
             WARNING,
-            f"The sound lasts {got / AUDIO_LATENTS_A_SECOND:.2f} s, the picture {snapped(length) / rate:.2f} s.",
+            f"The sound lasts {got / AUDIO_LATENTS_PER_SECOND:.2f} s, the picture {snapped(length) / rate:.2f} s.",
             why,
             f"Set `frames_number` in LTXV Empty Latent Audio to {snapped(length)}.",
             (audio.id, video.id),

@@ -12,13 +12,13 @@ from itertools import islice
 from typing import Any
 
 from ..checkpoint.identify.vae_signatures import PREVIEW, Vae, refusal
+from ..measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
 from . import guard_view as seen
 from .guard_clip import audio_length, frame_rates, frames, size
 from .guard_view import ERROR, WARNING, Decode, Finding, Sampler, View, ids_of
 from .prompt_graph import Node
 
-STAGE_1 = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
-STAGE_2 = (0.85, 0.725, 0.4219, 0.0)  # LTX-2.3 and 2.5; LTX-2 takes the last four of STAGE_1
+STAGE_2 = SIGMAS_STAGE_2["2.3"]  # and 2.5's
 _SIGMA_TOLERANCE = 1e-3
 _LTX2 = ("LTX-2", "LTX-2.3")
 # Nodes that make a schedule of their own; what other nodes put out is unknown.
@@ -187,8 +187,8 @@ def distilled(view: View) -> Iterator[Finding]:
                 WARNING,
                 "A distilled model is sampled with other sigmas than those it was trained for.",
                 f"{evidence}; {what}.",
-                f"Use ManualSigmas with {_spell(STAGE_1)} (8 steps); for a second stage {_spell(STAGE_2)}, with LTX-2 "
-                f"{_spell(STAGE_1[5:])}.",
+                f"Use ManualSigmas with {sigmas_text(SIGMAS)} (8 steps); for a second stage {sigmas_text(STAGE_2)}, "
+                f"with LTX-2 {sigmas_text(SIGMAS[5:])}.",
                 ids_of(node, sampler.node),
             )
 
@@ -214,21 +214,17 @@ def _numbers(text: str) -> tuple[float, ...] | None:
     """The first of its numbers, one more than the longest schedule has; None if it is no schedule."""
     if ".." in text:  # no number for ManualSigmas either, and many of them cost the pattern quadratic time
         return None
-    return tuple(float(number[0]) for number in islice(_SIGMA.finditer(text), len(STAGE_1) + 1))
+    return tuple(float(number[0]) for number in islice(_SIGMA.finditer(text), len(SIGMAS) + 1))
 
 
 def _known_schedule(values: tuple[float, ...]) -> bool:
     """Whether it is one of the trained schedules or a stretch of one."""
-    for known in (STAGE_1, STAGE_2):
+    for known in (SIGMAS, STAGE_2):
         for start in range(len(known) - len(values) + 1):
             part = known[start : start + len(values)]
             if values and all(abs(a - b) <= _SIGMA_TOLERANCE for a, b in zip(values, part, strict=True)):
                 return True
     return False
-
-
-def _spell(sigmas: tuple[float, ...]) -> str:
-    return ", ".join(f"{sigma:.6f}".rstrip("0") + ("0" if sigma == int(sigma) else "") for sigma in sigmas)
 
 
 RULES = (

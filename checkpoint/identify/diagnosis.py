@@ -1,7 +1,7 @@
 """What keeps stock ComfyUI from loading a checkpoint's quantised layers, found without loading a tensor.
 
 Only `comfy_quant` markers are read beside the header, a few bytes each: files exist whose markers are all NUL.
-``inspect_checkpoint`` reports these findings, ``repair`` removes their causes.
+``inspect_checkpoint`` reports these faults, ``repair`` removes their causes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STOCK_ON_FOREIGN = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Fault:
     """One fault. ``stock``: what ComfyUI's own loaders do because of it; ``curable``: whether ``repair`` removes it."""
 
     code: str
@@ -49,52 +49,52 @@ class Diagnosis:
     checkpoint: Checkpoint
     components: Mapping[str, Component]
     model: Model | None
-    plan: dialects.Plan | None
+    plan: dialects.DialectPlan | None
     open_dialect: str | None
-    findings: tuple[Finding, ...]
+    faults: tuple[Fault, ...]
     unmarked: Mapping[str, dict]
     misnamed: Mapping[str, str]
     prefix: str
     new_prefix: str
 
     def has(self, code: str) -> bool:
-        """Whether ``code`` is among the findings."""
-        return any(finding.code == code for finding in self.findings)
+        """Whether ``code`` is among the faults."""
+        return any(fault.code == code for fault in self.faults)
 
 
 def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
-    """Checkpoint -> Diagnosis. An open dialect is a finding, damage a CheckpointError."""
+    """Checkpoint -> Diagnosis. An open dialect is a fault, damage a CheckpointError."""
     header = checkpoint.header
     model, components, prefix = _model(header)
     vaes = {name for key in (VIDEO_VAE, AUDIO_VAE) if key in components for name in components[key].names}
     rest = {name: info for name, info in header.tensors.items() if name not in vaes}
     body = Header(header.path, rest, header.metadata, header.file_size)
     plan, open_dialect = _plan(body, dialect)
-    findings: list[Finding] = []
+    faults: list[Fault] = []
     unmarked, misnamed = {}, {}
     if plan is None:
         stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
-        findings.append(Finding("open_dialect", open_dialect, stock, curable=False))
+        faults.append(Fault("open_dialect", open_dialect, stock, curable=False))
     else:
         misnamed = _misnamed(header, plan.groups, prefix)
         unmarked = _unmarked(header, plan, misnamed)
-        findings += _layer_findings(checkpoint, plan, unmarked, misnamed)
+        faults += _layer_faults(checkpoint, plan, unmarked, misnamed)
     others = [key for key in components if key != DIFFUSION_MODEL]
     new_prefix = prefix
     if model is not None and (prefix not in _STRIPPED or (others and prefix != FULL_PREFIX)):
         new_prefix = FULL_PREFIX if others else ""
         kind = "full checkpoint" if others else "diffusion model"
         text = f"the diffusion model's names begin with {prefix!r}, those of a {kind} with {new_prefix!r}"
-        findings.append(Finding("prefix", text, "does not recognise the model"))
+        faults.append(Fault("prefix", text, "does not recognise the model"))
     if model is not None and model.needs_config and "config" not in header.metadata:
         text = "the header has no `config`, from which ComfyUI builds this model"
-        findings.append(Finding("config", text, "guesses the model's settings, several of them wrong", curable=False))
+        faults.append(Fault("config", text, "guesses the model's settings, several of them wrong", curable=False))
     return Diagnosis(
-        checkpoint, components, model, plan, open_dialect, tuple(findings), unmarked, misnamed, prefix, new_prefix
+        checkpoint, components, model, plan, open_dialect, tuple(faults), unmarked, misnamed, prefix, new_prefix
     )
 
 
-def _plan(body: Header, dialect: str) -> tuple[dialects.Plan | None, str | None]:
+def _plan(body: Header, dialect: str) -> tuple[dialects.DialectPlan | None, str | None]:
     try:
         return dialects.detect(body, dialect), None
     except CheckpointError as error:
@@ -160,7 +160,7 @@ def _misnamed(header: Header, groups: Mapping[str, dialects.Group], prefix: str)
     return {layer: prefix + layer for layer in named if layer not in groups and prefix and prefix + layer in groups}
 
 
-def _unmarked(header: Header, plan: dialects.Plan, misnamed: Mapping[str, str]) -> dict[str, dict]:
+def _unmarked(header: Header, plan: dialects.DialectPlan, misnamed: Mapping[str, str]) -> dict[str, dict]:
     """Quantised layers that neither a marker nor the header declares -> what to declare."""
     text = header.metadata.get(dialects.HEADER_ENTRY)
     declared = set(json.loads(text)["layers"]) if text is not None else set()
@@ -172,26 +172,26 @@ def _unmarked(header: Header, plan: dialects.Plan, misnamed: Mapping[str, str]) 
     }
 
 
-def _layer_findings(
-    checkpoint: Checkpoint, plan: dialects.Plan, unmarked: Mapping[str, dict], misnamed: Mapping[str, str]
-) -> list[Finding]:
-    findings = []
+def _layer_faults(
+    checkpoint: Checkpoint, plan: dialects.DialectPlan, unmarked: Mapping[str, dict], misnamed: Mapping[str, str]
+) -> list[Fault]:
+    faults = []
     if not plan.native:
         title = dialects.DIALECTS[plan.dialect].title
         text = f"{len(plan.nvfp4):,} layers are in the dialect {plan.dialect} ({title})"
-        findings.append(Finding("foreign", text, _STOCK_ON_FOREIGN[plan.dialect]))
+        faults.append(Fault("foreign", text, _STOCK_ON_FOREIGN[plan.dialect]))
     elif unmarked and not _old_fp8_only(checkpoint.header, unmarked):
         text = f"{len(unmarked):,} quantised layers are declared neither by markers nor by the header"
         stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
-        findings.append(Finding("unmarked", text, stock))
+        faults.append(Fault("unmarked", text, stock))
     if misnamed:
         text = f"the header names {len(misnamed):,} layers without the prefix of their tensors"
         stock = "loads it with UNETLoader; checkpoint loaders do not find the quantised layers"
-        findings.append(Finding("misnamed", text, stock))
+        faults.append(Fault("misnamed", text, stock))
     if plan.native and not _first_marker_is_sound(checkpoint, plan):
         text = "the `comfy_quant` markers are not JSON"
-        findings.append(Finding("markers", text, "stops with a JSONDecodeError"))
-    return findings
+        faults.append(Fault("markers", text, "stops with a JSONDecodeError"))
+    return faults
 
 
 def _old_fp8_only(header: Header, unmarked: Mapping[str, dict]) -> bool:
@@ -210,7 +210,7 @@ def marker_content(raw: bytes) -> dict | None:
     return content if isinstance(content, dict) and isinstance(content.get("format"), str) else None
 
 
-def _first_marker_is_sound(checkpoint: Checkpoint, plan: dialects.Plan) -> bool:
+def _first_marker_is_sound(checkpoint: Checkpoint, plan: dialects.DialectPlan) -> bool:
     """Looks at one marker: a writer that spoils one spoils all, and on a slow disk a thousand reads take long."""
     name = next((f"{layer}.{dialects.MARKER}" for layer in plan.nvfp4 if dialects.MARKER in plan.groups[layer]), None)
     if name is None:

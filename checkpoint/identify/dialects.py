@@ -93,7 +93,7 @@ _SUFFIXES = ("weight", *AUXILIARY)
 
 
 @dataclass(frozen=True)
-class Plan:
+class DialectPlan:
     """What ``detect`` found. ``nvfp4``: layer -> (N, K) as stored, padded or not. ``formats``: layer -> marker."""
 
     header: Header
@@ -109,8 +109,8 @@ class Plan:
         return self.dialect in (None, "comfy")
 
 
-def detect(header: Header, requested: str = AUTO, prefix: str = "") -> Plan:
-    """Header -> Plan for the tensors whose names start with ``prefix``; nothing but the header is read.
+def detect(header: Header, requested: str = AUTO, prefix: str = "") -> DialectPlan:
+    """Header -> DialectPlan for the tensors whose names start with ``prefix``; nothing but the header is read.
 
     ``requested``: "auto" or a name of DIALECTS, which then decides. Raises CheckpointError for a file that is damaged,
     contradicts the dialect asked for, or leaves the dialect open.
@@ -139,7 +139,7 @@ def detect(header: Header, requested: str = AUTO, prefix: str = "") -> Plan:
             raise CheckpointError(found, where=f"{name}, layer {match}", remedy="convert the file again")
         if match is not None:
             formats[match] = formats.get(match, {}) | content
-    return Plan(header, dialect, evidence, nvfp4, groups, formats)
+    return DialectPlan(header, dialect, evidence, nvfp4, groups, formats)
 
 
 def _group(header: Header, prefix: str) -> dict[str, dict[str, TensorInfo]]:
@@ -322,7 +322,7 @@ def _modelopt_layout(header: Header, layouts: Mapping[str, str], evidence: str) 
     )
 
 
-def host_layer(plan: Plan, layer: str, get: Get) -> PackedWeight:
+def host_layer(plan: DialectPlan, layer: str, get: Get) -> PackedWeight:
     """One NVFP4 layer of ``plan`` in the host's layout, on the device where ``get`` puts its tensors.
 
     ``get(suffix)`` returns the layer's tensor of that key suffix. The shape of the record is the stored one. Native
@@ -347,7 +347,7 @@ def host_layer(plan: Plan, layer: str, get: Get) -> PackedWeight:
     return PackedWeight(packed, scale if kind.tiled_scales else swizzle(scale), global_scale, (rows, cols))
 
 
-def input_scale(plan: Plan, layer: str, get: Get) -> torch.Tensor | None:
+def input_scale(plan: DialectPlan, layer: str, get: Get) -> torch.Tensor | None:
     """Static activation scale of a layer, () fp32, multiplying, whatever key and convention it has; None if dynamic."""
     for suffix, convert in _INPUT_SCALES:
         if suffix in plan.groups[layer]:

@@ -165,9 +165,9 @@ class _Layers:
     def __init__(self, ours: _Side, theirs: _Side, reader: Source, original: Source, device: torch.device) -> None:
         self.ours, self.theirs, self.reader, self.original, self.device = ours, theirs, reader, original, device
         self.evidence = ""
-        self._plans: dict[str, dialects.Plan | None] = {}
+        self._plans: dict[str, dialects.DialectPlan | None] = {}
 
-    def plan(self, dialect: str) -> dialects.Plan:
+    def plan(self, dialect: str) -> dialects.DialectPlan:
         """The dialect that is declared or stated, or, where it is open, the one that fits the source."""
         try:
             self._plan = self._detect(dialect)
@@ -247,7 +247,7 @@ class _Layers:
                 return layer_error(FloatRows(self.original, weight, self.device), record, smooth)[0]
         return None
 
-    def _other(self, name: str) -> dialects.Plan | None:
+    def _other(self, name: str) -> dialects.DialectPlan | None:
         if name not in self._plans:
             try:
                 self._plans[name] = self._detect(name)
@@ -255,7 +255,7 @@ class _Layers:
                 self._plans[name] = None
         return self._plans[name]
 
-    def _detect(self, dialect: str) -> dialects.Plan:
+    def _detect(self, dialect: str) -> dialects.DialectPlan:
         header = self.ours.header
         body = {name: info for name, info in header.tensors.items() if name.startswith(self.ours.prefix)}
         plan = dialects.detect(Header(header.path, body, header.metadata, header.file_size), dialect, self.ours.prefix)
@@ -264,7 +264,7 @@ class _Layers:
             raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
         return plan
 
-    def _record(self, plan: dialects.Plan, layer: str) -> tuple[PackedWeight, torch.Tensor | None]:
+    def _record(self, plan: dialects.DialectPlan, layer: str) -> tuple[PackedWeight, torch.Tensor | None]:
         """A layer in the host's layout, and what its input is multiplied by, if anything."""
         record = dialects.host_layer(plan, layer, lambda suffix: self.reader.tensor(f"{layer}.{suffix}"))
         smooth = f"{layer}.pre_quant_scale"
@@ -272,7 +272,7 @@ class _Layers:
         return record, self.reader.tensor(smooth).float().reshape(-1).to(self.device) if present else None
 
 
-def _describes(name: str, plan: dialects.Plan) -> bool:
+def _describes(name: str, plan: dialects.DialectPlan) -> bool:
     """Whether a tensor is part of how an NVFP4 layer is stored."""
     layer, _, suffix = name.rpartition(".")
     return layer in plan.nvfp4 and suffix in (*dialects.STORAGE_KEYS, dialects.MARKER)

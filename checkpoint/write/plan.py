@@ -36,7 +36,7 @@ _RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuantizeSettings:
     """How to quantise. ``recipe``: "auto" or a name of RECIPES. ``only_model``: leave out all but the diffusion model.
 
     ``search``: "mse" or "amax". ``keep_non_finite``: keep layers with NaN or infinity instead of refusing the file.
@@ -54,7 +54,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizePlan:
     """``jobs``: source tensor -> the weight it is, to be quantised. ``copies``: source tensor -> tensor of the target.
 
     ``made``: tensor of the target -> its bytes. ``units``: what is finished together, by source tensor, or by target
@@ -62,7 +62,7 @@ class Plan:
     """
 
     checkpoint: Checkpoint
-    settings: Settings
+    settings: QuantizeSettings
     recipe: Recipe
     family: str | None
     selection: Selection
@@ -82,9 +82,9 @@ class Plan:
 
 
 def plan_quantization(
-    source: str | os.PathLike[str], settings: Settings, non_finite: frozenset[str] = frozenset()
-) -> Plan:
-    """Source (file, index, shard, wildcard) -> Plan. ``non_finite``: layers that are kept for what is in them.
+    source: str | os.PathLike[str], settings: QuantizeSettings, non_finite: frozenset[str] = frozenset()
+) -> QuantizePlan:
+    """Source (file, index, shard, wildcard) -> QuantizePlan. ``non_finite``: layers that are kept for what is in them.
 
     Raises CheckpointError for a file that holds no diffusion model, is quantised to NVFP4 already, or lacks `config`.
     """
@@ -128,7 +128,7 @@ def plan_quantization(
     calibration = _calibration(settings.calibration, {own_layers[job.layer]: job for job in jobs.values()}, component)
     record = _record(checkpoint, settings, recipe, model.family, selection, len(jobs))
     metadata = _metadata(header, own_layers, settings.only_model)
-    return Plan(
+    return QuantizePlan(
         checkpoint, settings, recipe, model.family, selection, jobs, copies, made, units, tuple(tensors),
         calibration, metadata, record,
     )  # fmt: skip
@@ -278,7 +278,8 @@ def _metadata(header: Header, own_layers: Mapping[str, str], only_model: bool) -
 
 
 def _record(
-    checkpoint: Checkpoint, settings: Settings, recipe: Recipe, family: str | None, selection: Selection, layers: int
+    checkpoint: Checkpoint, settings: QuantizeSettings, recipe: Recipe, family: str | None, selection: Selection,
+    layers: int,
 ) -> dict[str, Any]:
     """What card and provenance say of the file, as far as headers tell."""
     header = checkpoint.header

@@ -27,7 +27,7 @@ from ..file.resume import PartFile, discard, left_behind
 from ..file.shards import Checkpoint, Source
 from ..identify import dialects
 from .card import PROVENANCE, provenance, write_card
-from .plan import Plan, Settings, nvfp4_marker, plan_quantization
+from .plan import QuantizePlan, QuantizeSettings, nvfp4_marker, plan_quantization
 from .split import check_targets
 from .weights import FloatRows, FloatWeight, non_finite
 
@@ -37,7 +37,7 @@ OnStep = Callable[[int, int], None]
 def quantize_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    settings: Settings | None = None,
+    settings: QuantizeSettings | None = None,
     *,
     base: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -50,7 +50,7 @@ def quantize_checkpoint(
     total)``, in bytes read and checked, may raise to interrupt; what is finished stays for the next run. Raises
     CheckpointError: for a source that cannot be quantised, that changes meanwhile, or holds NaN or infinity (by name).
     """
-    settings, device = settings or Settings(), torch.device(device)
+    settings, device = settings or QuantizeSettings(), torch.device(device)
     step = on_step or (lambda done, total: None)
     plan = plan_quantization(source, settings)
     guard = SourceGuard(plan.checkpoint)
@@ -93,7 +93,9 @@ def quantize_weight(
     return packed, scale, global_scale.cpu()
 
 
-def _write(plan: Plan, path: Path, guard: SourceGuard, request: str, device: torch.device, step: OnStep) -> dict:
+def _write(
+    plan: QuantizePlan, path: Path, guard: SourceGuard, request: str, device: torch.device, step: OnStep
+) -> dict:
     """Everything up to the finished file under its name -> the record."""
     started = time.monotonic()
     total = sum(file.file_size for file in plan.checkpoint.files) + plan.nbytes
@@ -123,7 +125,7 @@ def _write(plan: Plan, path: Path, guard: SourceGuard, request: str, device: tor
 
 
 def _stream(
-    plan: Plan,
+    plan: QuantizePlan,
     reader: Source,
     part: PartFile,
     guard: SourceGuard,
@@ -204,7 +206,7 @@ class SourceGuard:
         raise CheckpointError("the source changed while it was in use", where=path.name, remedy=remedy)
 
 
-def _without_non_finite(plan: Plan, source, device: torch.device, step: OnStep) -> Plan:
+def _without_non_finite(plan: QuantizePlan, source, device: torch.device, step: OnStep) -> QuantizePlan:
     """The plan with every layer kept that holds NaN or infinity; reads all layers once."""
     with Source(plan.checkpoint) as reader:
         bad = non_finite(reader, plan.jobs, device, lambda: step(0, 1))
@@ -212,7 +214,7 @@ def _without_non_finite(plan: Plan, source, device: torch.device, step: OnStep) 
     return plan_quantization(source, plan.settings, frozenset(own[name] for name in bad)) if bad else plan
 
 
-def _request(plan: Plan, guard: SourceGuard) -> str:
+def _request(plan: QuantizePlan, guard: SourceGuard) -> str:
     """Digest of what decides the target's bytes beside its header: the source's state, the settings, the statistics."""
     statistics = os.stat(plan.settings.calibration) if plan.settings.calibration else None
     given = asdict(replace(plan.settings, calibration=None, config_from=None))
@@ -227,7 +229,7 @@ def _hash_of_header(file: Header):
         return hashlib.sha256(opened.read(start))
 
 
-def _column_weights(plan: Plan, device: torch.device) -> dict[str, torch.Tensor]:
+def _column_weights(plan: QuantizePlan, device: torch.device) -> dict[str, torch.Tensor]:
     """Source tensor -> (K,) fp32 weights of its columns, from the calibration file."""
     if not plan.calibration:
         return {}

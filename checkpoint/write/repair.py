@@ -22,7 +22,7 @@ from ..file.header import ITEM_BYTES, METADATA_KEY, CheckpointError, Header, ope
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL
-from ..identify.diagnosis import Diagnosis, Finding, diagnose, marker_content
+from ..identify.diagnosis import Diagnosis, Fault, diagnose, marker_content
 from .split import check_targets, with_config
 
 BACKUP_ENDING = ".header-backup"
@@ -36,8 +36,8 @@ class Repaired:
 
     path: Path
     method: str
-    cured: tuple[Finding, ...]
-    remaining: tuple[Finding, ...]
+    cured: tuple[Fault, ...]
+    remaining: tuple[Fault, ...]
     converted: int
     backup: Path | None = None
 
@@ -47,8 +47,8 @@ class Repaired:
             lines[0] += f", header rewritten in place, the old one kept in {self.backup.name}"
         elif self.converted:
             lines[0] += f", {self.converted:,} layers converted"
-        lines += [f"  cured: {finding.text}" for finding in self.cured]
-        lines += [f"  remains: {finding.text}; stock ComfyUI {finding.stock}" for finding in self.remaining]
+        lines += [f"  cured: {fault.text}" for fault in self.cured]
+        lines += [f"  remains: {fault.text}; stock ComfyUI {fault.stock}" for fault in self.remaining]
         return "\n".join(lines)
 
 
@@ -82,8 +82,8 @@ def repair(
     if found.plan is None:
         where = header.path.name
         raise CheckpointError(found.open_dialect, where=where, remedy="state the dialect; `auto` cannot decide")
-    cured = tuple(finding for finding in found.findings if finding.curable)
-    remaining = tuple(finding for finding in found.findings if not finding.curable)
+    cured = tuple(fault for fault in found.faults if fault.curable)
+    remaining = tuple(fault for fault in found.faults if not fault.curable)
     path = header.path
     if target is not None:
         path = check_targets(header, {"": target}, [file.path for file in checkpoint.files], base, overwrite)[""]
@@ -236,7 +236,7 @@ def _converted(found: Diagnosis, layer: str, new: str, reader: Source) -> Iterat
         yield PlannedTensor(f"{new}.input_scale", "F32", (), lambda: dialects.input_scale(plan, layer, get))
 
 
-def _global_scale(plan: dialects.Plan, layer: str, get: dialects.Get) -> torch.Tensor:
+def _global_scale(plan: dialects.DialectPlan, layer: str, get: dialects.Get) -> torch.Tensor:
     return dialects.DIALECTS[plan.dialect].global_scale(plan.groups[layer])(get).reshape(())
 
 

@@ -71,7 +71,7 @@ def plan_restoration(header: Header, names: Mapping[str, str], dialect: str = di
     return Restoration(weights, frozenset(leftover))
 
 
-def _detect(header: Header, part: Mapping[str, TensorInfo], dialect: str) -> dialects.Plan:
+def _detect(header: Header, part: Mapping[str, TensorInfo], dialect: str) -> dialects.DialectPlan:
     """Dialect of the VAE's layers; where they do not declare it, that of the whole file, which one writer made."""
     own = Header(header.path, dict(part), header.metadata, header.file_size)
     try:
@@ -118,7 +118,7 @@ def _scaled(header: Header, part: Mapping[str, TensorInfo], layer: str, info: Te
     return Restored(info.shape, kind, produce)
 
 
-def _packed(plan: dialects.Plan, layer: str, own_name: str) -> Restored:
+def _packed(plan: dialects.DialectPlan, layer: str, own_name: str) -> Restored:
     """NVFP4 of a matrix, or of a flattened convolution."""
     rows, cols = plan.nvfp4[layer]
     where = f"{plan.header.path.name}, layer {layer}"

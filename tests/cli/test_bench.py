@@ -15,8 +15,7 @@ import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import read_header
 from nvfp4_video.cli import bench_child, main
-from nvfp4_video.host import session
-from nvfp4_video.measure import bench, clip_quality
+from nvfp4_video.measure import bench, clip_quality, ltx
 from nvfp4_video.samples import released
 from safetensors.torch import load_file, save_file
 
@@ -344,8 +343,8 @@ def test_weights_depend_on_their_names_alone(tmp_path):
 
 
 def test_fewer_steps_are_spread_over_the_schedule_and_end_in_a_finished_clip():
-    assert session.whole_schedule(8) == session.SIGMAS
-    assert session.whole_schedule(2) == (1.0, 0.975, 0.0)
+    assert ltx.whole_schedule(8) == ltx.SIGMAS
+    assert ltx.whole_schedule(2) == (1.0, 0.975, 0.0)
 
 
 def test_a_first_clip_unlike_the_later_ones_is_told_from_latents_that_do_not_repeat():

@@ -55,7 +55,7 @@ def facts_of(scene, host, kind: str) -> dict:
     files = {}
     for name, only in (("whole", False), ("model", True)):
         files[name] = str(scene.folder / f"{kind}_{name}.safetensors")
-        record = quantize.quantize_checkpoint(source, files[name], plan.Settings(only_model=only))
+        record = quantize.quantize_checkpoint(source, files[name], plan.QuantizeSettings(only_model=only))
     decoded = decode(sources.load(Path(files["model"])))
     reference_file = scene.folder / f"{kind}_decoded.safetensors"
     sources.save(reference_file, decoded, {"config": json.dumps({"transformer": scene.config})})
