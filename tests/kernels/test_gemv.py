@@ -111,7 +111,7 @@ def test_more_rows_and_other_dtypes_are_refused_by_the_kernel(generator):
     with pytest.raises(ValueError, match="found torch.float32"):
         triton_gemv.gemv(x[:1].float(), record)
     with pytest.raises(ValueError, match="do not belong to a weight of shape"):
-        triton_gemv.gemv(x[:1, :16], record)
+        triton_gemv.gemv(x[:1, :16], dataclasses.replace(record, shape=(16, 16)))
 
 
 def test_where_the_kernel_cannot_run_the_weight_is_dequantised(generator):
