@@ -14,7 +14,8 @@ from nvfp4_video.checkpoint.verify.verify import verify
 from nvfp4_video.checkpoint.write.recipes import FAMILIES
 from nvfp4_video.nodes import quantize as module
 from nvfp4_video.nodes.quantize import MODEL_ONLY, WHOLE, NVFP4Quantize
-from nvfp4_video.tests.support.quantize_sources import metadata, save, tiny
+from nvfp4_video.tests.support.files import metadata
+from nvfp4_video.tests.support.quantize_sources import save, tiny
 
 WIDGETS = {
     "file_name": "full.safetensors",

@@ -19,7 +19,7 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,6 +56,7 @@ _TORCH_NAMES = {
 }
 # Older torch lacks some of them: a file that uses such a dtype is then refused by name.
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of) for name, of in _TORCH_NAMES.items() if hasattr(torch, of)}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 ITEM_BYTES: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 _AGAIN = "download it again"
@@ -168,6 +169,29 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
     tensors = {name: _tensor_info(name, entry, data_start, where) for name, entry in entries.items()}
     _check_layout(tensors, data_start, size, where)
     return Header(path, tensors, metadata, size)
+
+
+def listed_layers(header: Header) -> dict[str, Any]:
+    """Content of HEADER_ENTRY: layer as named there -> what it says; {} without the entry. Raises CheckpointError."""
+    try:
+        layers = json.loads(header.metadata.get(HEADER_ENTRY, '{"layers": {}}'))["layers"]
+        if not isinstance(layers, dict):
+            raise TypeError(f"layers is {quote(layers)}")
+        return layers
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise unreadable(header, HEADER_ENTRY, error, '{"layers": {...}}') from error
+
+
+def layers_entry(layers: Mapping[str, Any], separators: tuple[str, str] | None = None) -> str:
+    """Layer -> what is to be said of it -> text of HEADER_ENTRY."""
+    return json.dumps({"format_version": "1.0", "layers": layers}, separators=separators)
+
+
+def unreadable(header: Header, key: str, error: Exception, expected: str) -> CheckpointError:
+    """The error for an entry of the metadata that is not what it should be."""
+    return CheckpointError(
+        f"its header entry {key} cannot be read ({error})", where=header.path.name, expected=expected
+    )
 
 
 def quote(value: object) -> str:

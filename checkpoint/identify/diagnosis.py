@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..file.header import CheckpointError, Header
+from ..file.header import CheckpointError, Header, listed_layers
 from ..file.shards import Checkpoint, Source
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
@@ -148,18 +148,13 @@ def _candidates(header: Header) -> list[str]:
 
 def _misnamed(header: Header, groups: Mapping[str, dialects.Group], prefix: str) -> dict[str, str]:
     """Layers that the header names without the model's prefix -> their names."""
-    text = header.metadata.get(dialects.HEADER_ENTRY)
-    if text is None:
-        return {}
-    named = json.loads(text)["layers"]  # detect has read it before
+    named = listed_layers(header)
     return {layer: prefix + layer for layer in named if layer not in groups and prefix and prefix + layer in groups}
 
 
 def _unmarked(header: Header, plan: dialects.DialectPlan, misnamed: Mapping[str, str]) -> dict[str, dict]:
     """Quantised layers that neither a marker nor the header declares -> what to declare."""
-    text = header.metadata.get(dialects.HEADER_ENTRY)
-    declared = set(json.loads(text)["layers"]) if text is not None else set()
-    declared |= set(misnamed.values())
+    declared = {*listed_layers(header), *misnamed.values()}
     return {
         layer: content
         for layer, content in plan.formats.items()

@@ -12,14 +12,13 @@ Sources: ComfyUI ``comfy/ops.py`` (comfy), NVIDIA ModelOpt ``unified_export_hf``
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ...kernels.format import BLOCK, PackedWeight, block_scale_shape, round_up, swap_nibbles, swizzle
-from ..file.header import HEADER_ENTRY, CheckpointError, Header, TensorInfo
+from ..file.header import HEADER_ENTRY, CheckpointError, Header, TensorInfo, listed_layers, unreadable
 from .signatures import transformer_config
 
 AUTO = "auto"
@@ -229,17 +228,13 @@ def _check_scale_layout(name: str, packed: Mapping[str, Group], kind: Dialect, d
 
 def _layer_metadata(header: Header) -> dict[str, dict]:
     """Content of ComfyUI's header entry: layer name as written there -> marker content."""
-    text = header.metadata.get(HEADER_ENTRY)
-    if text is None:
-        return {}
+    layers = listed_layers(header)
     try:
-        layers = json.loads(text)["layers"]
         if not all(isinstance(content["format"], str) for content in layers.values()):
             raise TypeError("a format is no string")
-        return layers
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        found = f"its header entry {HEADER_ENTRY} cannot be read ({error})"
-        raise CheckpointError(found, where=header.path.name, expected='{"layers": {name: {"format": ...}}}') from error
+    except (KeyError, TypeError) as error:
+        raise unreadable(header, HEADER_ENTRY, error, '{"layers": {name: {"format": ...}}}') from error
+    return layers
 
 
 def modelopt_declaration(header: Header) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from pathlib import Path
@@ -10,19 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
 from nvfp4_video.checkpoint.file.header import DTYPES, ITEM_BYTES, CheckpointError
 from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
 from nvfp4_video.draw.inspect import inspection_picture
 from nvfp4_video.kernels.format import block_scale_shape, packed_shape
 from nvfp4_video.samples import synthetic
-
-DATA = Path(__file__).parents[3] / "samples" / "data"
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def recorded(name: str) -> dict:
-    return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
+from nvfp4_video.samples.recorded import recorded
+from nvfp4_video.tests.support.files import save as save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +123,7 @@ def test_an_open_dialect_is_reported_with_the_widget_that_decides(tmp_path, mode
 
 def save(path: Path, shapes: dict[str, tuple], metadata: dict | None = None, dtypes: dict | None = None) -> Path:
     tensors = {n: torch.zeros(s, dtype=DTYPES[(dtypes or {}).get(n, "BF16")]) for n, s in shapes.items()}
-    planned = [PlannedTensor(n, NAMES[t.dtype], tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]
-    write_checkpoint(path, planned, metadata)
-    return path
+    return save_tensors(path, tensors, metadata)
 
 
 VIDEO = {

@@ -15,7 +15,8 @@ from nvfp4_video.cli import main
 from nvfp4_video.draw.verify import colour_of, verification_picture
 from nvfp4_video.kernels import reference
 from nvfp4_video.samples import synthetic
-from nvfp4_video.tests.support.quantize_sources import PREFIX, linears, load, metadata, save, tiny, to_fp8
+from nvfp4_video.tests.support.files import load, metadata
+from nvfp4_video.tests.support.quantize_sources import PREFIX, linears, save, tiny, to_fp8
 
 FAST = QuantizeSettings(search=AMAX)
 LAYER = "transformer_blocks.1.ff.net.0.proj"

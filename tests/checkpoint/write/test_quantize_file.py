@@ -20,13 +20,12 @@ from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.checkpoint.write.recipes import Options
 from nvfp4_video.cli import main
 from nvfp4_video.kernels import reference
+from nvfp4_video.tests.support.files import load, metadata
 from nvfp4_video.tests.support.quantize_sources import (
     CONFIG,
     METADATA,
     PREFIX,
     linears,
-    load,
-    metadata,
     save,
     sparse_ltx23,
     tiny,

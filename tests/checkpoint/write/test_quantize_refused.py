@@ -12,7 +12,8 @@ from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.samples import synthetic
-from nvfp4_video.tests.support.quantize_sources import PREFIX, load, save, tiny
+from nvfp4_video.tests.support.files import load
+from nvfp4_video.tests.support.quantize_sources import PREFIX, save, tiny
 
 FAST = QuantizeSettings(search=AMAX)
 LAYER = PREFIX + "transformer_blocks.1.attn1.to_q"
