@@ -36,6 +36,7 @@ from ..checkpoint.identify.dialects import (
 )
 from ..checkpoint.identify.signatures import Model, find_model, transformer_config
 from ..kernels import backends
+from . import residency
 from .compute import AUTO as FASTEST
 from .compute import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers
 from .fusions import fuse
@@ -67,6 +68,7 @@ class LoadReport:
     dynamic_vram: bool
     config_from: str | None
     graphs: str  # CUDA graphs of the blocks: which, or why none
+    unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count:,} {name}" for name, count in self.layers.items())
@@ -85,6 +87,8 @@ class LoadReport:
         ]
         if not self.graphs.startswith("none"):
             lines.append(f"CUDA graphs: {self.graphs}")
+        if self.unknown:
+            lines.append(self.unknown)
         if self.config_from:
             lines.append(f"config taken from {self.config_from}")
         return "\n".join(lines)
@@ -322,6 +326,7 @@ def _report(plan: DialectPlan, model: Model, compute: Compute, backend, device, 
         dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
         config_from=config_source,
         graphs=use_graphs(patcher),
+        unknown=str(residency.check()),
     )
 
 

@@ -11,7 +11,7 @@ from nvfp4_video.kernels import backends, reference
 SHAPES = [(16, 16), (1, 16), (129, 48), (30, 112), (128, 256), (256, 128)]
 RANKS = [1, 16, 64, 72, 130]
 generator = pytest.fixture(harness.fresh_generator)
-kernels = harness.tensor_core_kernels("triton_lora")
+kernels = harness.tensor_core_kernels("triton.dequantize_sum")
 
 
 def random_case(shape, rank, dtype, generator):
@@ -40,7 +40,7 @@ def test_factors_of_zeros_leave_the_decoded_weight_bit_for_bit(kernels, generato
 
 
 def test_factors_of_another_shape_or_dtype_are_refused(generator):
-    triton_lora = pytest.importorskip("nvfp4_video.kernels.triton_lora")
+    triton_lora = pytest.importorskip("nvfp4_video.kernels.triton.dequantize_sum")
     record, up, down = random_case((16, 32), 4, torch.float16, generator)
     with pytest.raises(ValueError, match=r"found up \(16, 4\) torch.float16, down \(4, 16\)"):
         triton_lora.dequantize_sum(*parts(record), record.shape, up, down[:, :16])

@@ -2,7 +2,7 @@
 
 No FP4 or FP8 instruction is needed, and no BF16 one below compute capability 8.0: E2M1 codes and E4M3 scales are
 decoded by shifting their bits into an FP16 number's. ``decode_words`` is the one decode tile; every kernel that reads
-packed weights goes through it. ``quantize`` is in kernels/triton_quantize.py.
+packed weights goes through it. ``quantize`` is in kernels/triton/quantize.py.
 
 One 32-bit word of ``packed`` holds eight neighbouring columns, half a block, hence one scale: byte k has column 2k in
 its high nibble and 2k + 1 in its low one.
@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .format import OUTPUT_DTYPES, block_scale_shape, check_request, packed_shape
-from .triton_launch import Launcher
-from .triton_quantize import _e4m3_to_f32, quantize  # noqa: F401  (one of the four functions this module offers)
+from ..format import OUTPUT_DTYPES, block_scale_shape, check_request, packed_shape
+from .launch import Launcher
+from .quantize import _e4m3_to_f32, quantize  # noqa: F401  (one of the four functions this module offers)
 
 # Tile found by measurement on an H200 (benchmarks/results); the kernel is bound by its stores, hardly by the tile.
 _TILE_WORDS, _STEPS, _WARPS = 256, 2, 8

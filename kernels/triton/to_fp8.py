@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .format import block_scale_shape, check_request, packed_shape, round_up
-from .reference import ACTIVATIONS, FP8, SMALLEST_AMAX
-from .triton_launch import Launcher
-from .triton_nvfp4 import decode_words
-from .triton_quantize import _to_e4m3_bits
+from ..format import block_scale_shape, check_request, packed_shape, round_up
+from ..reference import ACTIVATIONS, FP8, SMALLEST_AMAX
+from .dequantize import decode_words
+from .launch import Launcher
+from .quantize import _to_e4m3_bits
 
 # A tile for an H200; benchmarks/fp8.py times others. A thread owns two words, a block of 16 columns: one 16-byte store.
 WEIGHT_TILE = {"ROWS": 2, "BLOCKS": 128, "num_warps": 4}
@@ -164,7 +164,7 @@ def _quantize_rows_kernel(
 def converter(shape: tuple[int, int], device: torch.device) -> Converter:
     """(N, K), device -> function (packed, block_scale, global_scale) -> (R16(N), R16(K)) e4m3, (R16(N),) fp32.
 
-    As triton_nvfp4.dequantizer: what depends on the shape is computed here, once.
+    As dequantize.dequantizer: what depends on the shape is computed here, once.
     """
     bytes_shape, scale_shape = packed_shape(shape), block_scale_shape(shape)
     padded_rows, blocks = bytes_shape[0], bytes_shape[1] // 8

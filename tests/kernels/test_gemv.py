@@ -14,7 +14,7 @@ CONFIGS = [(16, 1, 1), (16, 2, 1), (32, 2, 2), (64, 4, 1)]
 # What is left when the exact sum is rounded once: at most half a unit in the last place.
 TOLERANCE = {torch.bfloat16: 2**-8 * 1.01, torch.float16: 2**-11 * 1.01, torch.float32: 1e-6}
 generator = pytest.fixture(harness.fresh_generator)
-kernels = harness.tensor_core_kernels("triton_gemv")
+kernels = harness.tensor_core_kernels("triton.gemv")
 
 
 def exact(x: torch.Tensor, record: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_the_result_is_the_exact_one_rounded_once(shape, rows, dtype, kernels, g
 @pytest.mark.parametrize("shape", [(30, 112), (128, 512)], ids=str)
 @pytest.mark.parametrize("rows", [1, 11])
 def test_every_division_of_the_work_gives_it_and_the_same_bits_twice(config, shape, rows, generator):
-    triton_gemv = pytest.importorskip("nvfp4_video.kernels.triton_gemv")
+    triton_gemv = pytest.importorskip("nvfp4_video.kernels.triton.gemv")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float16):
         record, x, _ = random_case(shape, rows, dtype, generator)
@@ -99,7 +99,7 @@ def test_leading_dimensions_are_kept(lead, kernels, generator):
 
 
 def test_more_rows_and_other_dtypes_are_refused_by_the_kernel(generator):
-    triton_gemv = pytest.importorskip("nvfp4_video.kernels.triton_gemv")
+    triton_gemv = pytest.importorskip("nvfp4_video.kernels.triton.gemv")
     record, x, _ = random_case((16, 32), 17, torch.bfloat16, generator)
     with pytest.raises(ValueError, match=r"found x \(17, 32\); expected at most 16 rows of 32"):
         triton_gemv.gemv(x, *parts(record), record.shape)
@@ -118,7 +118,7 @@ def test_where_the_kernel_cannot_run_the_weight_is_dequantised(generator):
 
 
 def test_programs_multiply_until_the_gpu_is_full():
-    triton_gemv = pytest.importorskip("nvfp4_video.kernels.triton_gemv")
+    triton_gemv = pytest.importorskip("nvfp4_video.kernels.triton.gemv")
     assert triton_gemv.plan((16384, 4096), 792)[2] == 1
     rows, unroll, split = triton_gemv.plan((4096, 4096), 792)
     assert split == 4 and 4096 // 128 % (split * unroll) == 0

@@ -43,7 +43,7 @@ def pretend_gpu(fresh: pytest.MonkeyPatch, capability: tuple[int, int], name: st
 def without_triton(fresh: pytest.MonkeyPatch) -> None:
     for name in ("triton", "triton.language"):
         fresh.setitem(sys.modules, name, None)
-    fresh.delitem(sys.modules, "nvfp4_video.kernels.triton_nvfp4", raising=False)
+    fresh.delitem(sys.modules, "nvfp4_video.kernels.triton.dequantize", raising=False)
 
 
 def test_on_a_cpu_torch_computes_and_the_reason_names_the_device(fresh):
@@ -75,7 +75,7 @@ def test_triton_computes_from_compute_capability_7_5_on(fresh, capability):
     reason = f"Triton runs on NVIDIA X (compute capability {capability[0]}.{capability[1]})"
     assert backends.pick_backend(CUDA) == ("triton", reason)
     assert backends.pick_backend(CUDA, "triton") == ("triton", "asked for")
-    assert backends.implementation(CUDA).__name__.endswith(".triton_nvfp4")
+    assert backends.implementation(CUDA).__name__.endswith(".triton.dequantize")
 
 
 def test_an_older_gpu_falls_back_to_torch_and_says_why(fresh):
@@ -111,9 +111,9 @@ def test_importing_the_package_imports_no_triton_and_no_host(tmp_path: Path):
         "import nvfp4_video.kernels.backends\n"
         "loaded = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "assert not loaded & {'triton', 'comfy', 'comfy_kitchen', 'folder_paths', 'cv2'}, loaded\n"
-        "assert 'nvfp4_video.kernels.triton_nvfp4' not in sys.modules\n"
+        "assert 'nvfp4_video.kernels.triton.dequantize' not in sys.modules\n"
     )
-    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent))
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parents[1]))
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -228,7 +228,7 @@ def test_on_a_gpu_triton_computes_and_gives_the_bits_of_the_reference(record):
     device = torch.device("cuda", torch.cuda.current_device())
     name, reason = backends.pick_backend(device)
     assert name == "triton" and torch.cuda.get_device_name(device) in reason
-    assert backends.implementation(device) is importlib.import_module("nvfp4_video.kernels.triton_nvfp4")
+    assert backends.implementation(device) is importlib.import_module("nvfp4_video.kernels.triton.dequantize")
     moved = [part.to(device) for part in (record.packed, record.block_scale, record.global_scale)]
     results = [backends.dequantize(*moved, SHAPE, backend=backend) for backend in ("triton", "torch")]
     assert torch.equal(*results)

@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .format import block_scale_shape, check_request, packed_shape
-from .triton_launch import Launcher
-from .triton_nvfp4 import L2_BYTES, _round_to_bf16_bits, decode_words
-from .triton_quantize import _scale_offset
+from ..format import block_scale_shape, check_request, packed_shape
+from .dequantize import L2_BYTES, _round_to_bf16_bits, decode_words
+from .launch import Launcher
+from .quantize import _scale_offset
 
 # Fastest of seven tiles on an H200; its fp32 sums fill 64 registers of each thread.
 _ROWS, _WORDS, _WARPS, _MOST_RANK = 64, 16, 4, 64
@@ -86,7 +86,7 @@ def _dequantize_sum_kernel(
 def summer(shape: tuple[int, int], rank: int, dtype: torch.dtype, device: torch.device) -> Summer:
     """(N, K), R, dtype, device -> function (packed, block_scale, global_scale, up (N, R), down (R, K)) -> (N, K).
 
-    As triton_nvfp4.dequantizer: what depends on the shape is computed here, once.
+    As dequantize.dequantizer: what depends on the shape is computed here, once.
     """
     rows, cols = shape
     bytes_shape, scale_shape = packed_shape(shape), block_scale_shape(shape)

@@ -11,10 +11,10 @@ import types
 from pathlib import Path
 
 package = types.ModuleType("nvfp4_video")
-package.__path__ = [str(Path(__file__).resolve().parents[1])]
+package.__path__ = [str(Path(__file__).resolve().parents[2])]
 sys.modules["nvfp4_video"] = package
 
-from nvfp4_video.kernels import triton_fp8, triton_gemv, triton_lora, triton_nvfp4, triton_quantize  # noqa: E402
+from nvfp4_video.kernels.triton import dequantize, dequantize_sum, gemv, quantize, to_fp8  # noqa: E402
 from triton import compile as triton_compile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -41,7 +41,7 @@ def gemv_sizes(capability: int) -> dict[str, int]:
         pointers = POINTERS | sums | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)
         for full, split in ((True, 1), (False, 1), (True, 4)):
             constants = tile | {"FULL": full, "SPLIT": split}
-            size = compiled_bytes(triton_gemv._gemv_kernel, capability, pointers, constants)
+            size = compiled_bytes(gemv._gemv_kernel, capability, pointers, constants)
             sizes[f"{capability} gemv {dtype} {full} {split}"] = size
     return sizes
 
@@ -52,11 +52,11 @@ def fp8_sizes(capability: int) -> dict[str, int]:
     for full in (True, False):
         pointers = POINTERS | {"out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
         constants = {"ROWS": 2, "BLOCKS": 128, "SCALES": 256, "FULL": full}
-        size = compiled_bytes(triton_fp8._to_fp8_kernel, capability, pointers, constants)
+        size = compiled_bytes(to_fp8._to_fp8_kernel, capability, pointers, constants)
         sizes[f"{capability} to_fp8 {full}"] = size
         pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
         constants = {"COLS": 4096, "SINGLE": full, "ACTIVATION": "gelu_tanh" if full else ""}
-        size = compiled_bytes(triton_fp8._quantize_rows_kernel, capability, pointers, constants)
+        size = compiled_bytes(to_fp8._quantize_rows_kernel, capability, pointers, constants)
         sizes[f"{capability} quantize_rows {full}"] = size
     return sizes
 
@@ -68,7 +68,7 @@ def lora_sizes(capability: int) -> dict[str, int]:
         pointers = POINTERS | dict.fromkeys(("up_ptr", "down_ptr", "out_ptr"), dtype)
         for full in (True, False):
             constants = {"ROWS": 64, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True, "STORE": ""}
-            size = compiled_bytes(triton_lora._dequantize_sum_kernel, capability, pointers, constants)
+            size = compiled_bytes(dequantize_sum._dequantize_sum_kernel, capability, pointers, constants)
             sizes[f"{capability} sum {dtype} {full}"] = size
     return sizes
 
@@ -80,13 +80,13 @@ def main() -> None:
             constants = {"ROWS": 2, "WORDS": 128, "STEPS": 2, "FULL": full, "STORE": ".cs"}
             for out in ("*bf16" if capability >= 80 else "*i16", "*fp16", "*fp32"):
                 pointers = POINTERS | {"out_ptr": out}
-                size = compiled_bytes(triton_nvfp4._dequantize_kernel, capability, pointers, constants)
+                size = compiled_bytes(dequantize._dequantize_kernel, capability, pointers, constants)
                 sizes[f"{capability} dequantize {out} {full}"] = size
         for dtype in ("*bf16", "*fp16", "*fp32"):
             pointers = POINTERS | {"weight_ptr": dtype}
             for name, (search, weighted) in SEARCHES.items():
                 constants = {"BLOCKS": 64, "SEARCH": search, "WEIGHTED": weighted}
-                size = compiled_bytes(triton_quantize._quantize_kernel, capability, pointers, constants)
+                size = compiled_bytes(quantize._quantize_kernel, capability, pointers, constants)
                 sizes[f"{capability} quantize {dtype} {name}"] = size
         sizes |= lora_sizes(capability)
         if capability >= 80:

@@ -15,12 +15,12 @@ generator = pytest.fixture(harness.fresh_generator)
 
 @pytest.fixture(params=harness.implementations())
 def kernels(request, monkeypatch):
-    """Each implementation, over poisoned memory; Triton's is that of triton_fp8.py."""
+    """Each implementation, over poisoned memory; Triton's is that of triton/to_fp8.py."""
     found = harness.guarded_kernels(request, monkeypatch)
     if found.name == "triton":
         if found.device == "cuda" and fp8.obstacle(torch.device("cuda", 0)):
             pytest.skip(fp8.obstacle(torch.device("cuda", 0)))
-        monkeypatch.setitem(harness._MODULES, "triton", "triton_fp8")
+        monkeypatch.setitem(harness._MODULES, "triton", "triton.to_fp8")
         assert found.module
     return found
 
@@ -98,7 +98,7 @@ def test_an_activation_that_does_not_exist_is_refused(generator):
     x = torch.randn(2, 16, generator=generator)
     with pytest.raises(ValueError, match="unknown activation 'relu'; expected one of"):
         reference.quantize_rows(x, "relu")
-    triton_fp8 = pytest.importorskip("nvfp4_video.kernels.triton_fp8")
+    triton_fp8 = pytest.importorskip("nvfp4_video.kernels.triton.to_fp8")
     with pytest.raises(ValueError, match="unknown activation 'relu'; expected one of"):
         triton_fp8.quantize_rows(x, "relu")
 

@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .format import block_scale_shape, check_request, packed_shape
-from .triton_launch import Launcher
-from .triton_nvfp4 import _round_to_bf16_bits, decode_words
-from .triton_quantize import _e4m3_to_f32
+from ..format import block_scale_shape, check_request, packed_shape
+from .dequantize import _round_to_bf16_bits, decode_words
+from .launch import Launcher
+from .quantize import _e4m3_to_f32
 
 MAX_TOKENS = 16
 DTYPES = (torch.bfloat16, torch.float16)

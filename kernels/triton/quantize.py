@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .format import PackedWeight, block_scale_shape, packed_shape
-from .reference import check_quantize, checked_global_scale, column_steps, finite_amax
+from ..format import PackedWeight, block_scale_shape, packed_shape
+from ..reference import check_quantize, checked_global_scale, column_steps, finite_amax
 
 _BLOCKS = 64
 

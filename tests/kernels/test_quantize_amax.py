@@ -150,7 +150,7 @@ def test_a_weight_beyond_two_to_the_32_elements_is_addressed_to_its_end():
     needed = 34 * 2**30
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed >> 30} GiB of free GPU memory")
-    triton_nvfp4 = importlib.import_module("nvfp4_video.kernels.triton_nvfp4")
+    triton_nvfp4 = importlib.import_module("nvfp4_video.kernels.triton.dequantize")
     weight = torch.empty((rows, cols), dtype=torch.bfloat16, device="cuda")
     for start in range(0, rows, 32_768):
         weight[start : start + 32_768].normal_()

@@ -228,7 +228,7 @@ def test_parts_that_do_not_belong_to_the_shape_are_refused(kernels: Kernels, sha
 @pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(37, 208), (96, 128)], ids=str)  # of no other test: launches are cached by shape
 def test_before_compute_capability_8_bf16_is_rounded_in_integers_to_the_same_bits(shape, monkeypatch, generator):
-    triton_nvfp4 = importlib.import_module("nvfp4_video.kernels.triton_nvfp4")
+    triton_nvfp4 = importlib.import_module("nvfp4_video.kernels.triton.dequantize")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     record = random_record(shape, generator)
     result = triton_nvfp4.dequantize(*(part.cuda() for part in parts(record)), shape)
@@ -237,7 +237,7 @@ def test_before_compute_capability_8_bf16_is_rounded_in_integers_to_the_same_bit
 
 @pytest.mark.cuda
 def test_parts_that_start_at_any_multiple_of_four_bytes_decode_the_same(generator):
-    triton_nvfp4 = importlib.import_module("nvfp4_video.kernels.triton_nvfp4")
+    triton_nvfp4 = importlib.import_module("nvfp4_video.kernels.triton.dequantize")
     record = random_record((32, 128), generator)
     expected = decode(record, torch.bfloat16)
     for offset in (0, 4, 8, 0, 12):  # aligned first: what was compiled for it must not serve the others
@@ -251,7 +251,7 @@ def test_parts_that_start_at_any_multiple_of_four_bytes_decode_the_same(generato
 
 @pytest.mark.cuda
 def test_a_captured_cuda_graph_decodes_what_lies_there_when_it_is_replayed(generator):
-    triton_nvfp4 = importlib.import_module("nvfp4_video.kernels.triton_nvfp4")
+    triton_nvfp4 = importlib.import_module("nvfp4_video.kernels.triton.dequantize")
     first, second = (random_record((64, 256), generator) for _ in range(2))
     inputs = [part.cuda() for part in parts(first)]
     triton_nvfp4.dequantize(*inputs, first.shape)

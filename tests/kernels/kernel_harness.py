@@ -22,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _GUARD = 1024
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_MODULES = {"reference": "reference", "triton": "triton_nvfp4"}
+_MODULES = {"reference": "reference", "triton": "triton.dequantize"}
 _empty = torch.empty
 
 
@@ -36,7 +36,7 @@ class Kernels:
 
     @property
     def module(self) -> ModuleType:
-        """kernels/reference.py or kernels/triton_nvfp4.py."""
+        """kernels/reference.py or kernels/triton/dequantize.py."""
         if self.name == "triton":
             pytest.importorskip("triton")
         return importlib.import_module(f"nvfp4_video.kernels.{_MODULES[self.name]}")
