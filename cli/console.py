@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
@@ -10,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TextIO
+
+from ..measure.text import size_text
 
 MAX_WIDTH = 100
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
@@ -20,6 +23,7 @@ _LOG_SECONDS = 10.0
 _ESTIMATE_AFTER_SECONDS = 2.0
 
 Cell = str | tuple[str, str]  # text, or (text, style)
+size = functools.partial(size_text, decimals=2)  # columns of sizes line up
 
 
 class CommandError(Exception):
@@ -152,11 +156,3 @@ def _takes_colour(stream: TextIO) -> bool:
     """Whether ``stream`` is a terminal that shows colours and its user wants them (https://no-color.org)."""
     shows = os.environ.get("TERM", "dumb") != "dumb" if os.name == "posix" else "WT_SESSION" in os.environ
     return stream.isatty() and shows and not os.environ.get("NO_COLOR")
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people, in decimal units."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
-    return f"{nbytes} B"

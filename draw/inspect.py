@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..checkpoint.identify.components import AUDIO_VAE, DIFFUSION_MODEL, REST, TEXT_PROJECTION, VIDEO_VAE
-from ..checkpoint.identify.report import OUTSIDE, ComponentSize, Inspection, size_text
+from ..checkpoint.identify.report import OUTSIDE, ComponentSize, Inspection
+from ..measure.text import size_text
 from .canvas import (
     FAINT,
     GREY,

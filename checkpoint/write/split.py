@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ...measure.text import size_text
 from ..file.container import PlannedTensor, write_checkpoint
 from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry, listed_layers, read_header
 from ..file.shards import Source, open_checkpoint
@@ -41,7 +42,7 @@ class SplitFile:
 
     def __str__(self) -> str:
         restored = f", {self.restored} weights restored to BF16" if self.restored else ""
-        size = f"{self.nbytes / 1e9:.2f} GB, {self.tensors:,} tensors{restored}"
+        size = f"{size_text(self.nbytes, 2)}, {self.tensors:,} tensors{restored}"
         return f"{COMPONENTS[self.component]}: {self.path.name} ({size})"
 
 
