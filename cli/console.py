@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from ..measure.text import size_text
@@ -28,6 +29,12 @@ size = functools.partial(size_text, decimals=2)  # columns of sizes line up
 
 class CommandError(Exception):
     """A request that cannot be met, in one line for the user."""
+
+
+def check_ending(out: Path | None, ending: str) -> None:
+    """Refuse to write an output under a name of another kind."""
+    if out and out.suffix.lower() != ending:
+        raise CommandError(f"the output {out} does not end in {ending}")
 
 
 class Console:
