@@ -46,6 +46,21 @@ def need_cuda() -> None:
         raise SystemExit(0)
 
 
+def begin_on_gpu() -> tuple[dict[str, Any], float]:
+    """-> (``facts``, bytes a second of a copy), both printed; leaves where there is no CUDA device."""
+    need_cuda()
+    found = facts()
+    print_facts(found)
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s (bytes read + written)", flush=True)
+    return found, bandwidth
+
+
+def shapes_of(text: str) -> list[tuple[int, ...]]:
+    """"2048x4096,..." -> [(2048, 4096), ...]."""
+    return [tuple(map(int, shape.split("x"))) for shape in text.split(",") if shape]
+
+
 def facts() -> dict[str, Any]:
     """Hardware and versions that a number depends on."""
     import_pack()

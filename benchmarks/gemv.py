@@ -123,13 +123,8 @@ def main() -> int:
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="default %(default)s")
     parser.add_argument("--configs", action="store_true", help="time every configuration with one row")
     options = parser.parse_args()
-    common.need_cuda()
-    common.import_pack()
-    found = common.facts()
-    common.print_facts(found)
-    bandwidth = common.copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s (bytes read + written)", flush=True)
-    shapes = [tuple(map(int, text.split("x"))) for text in options.shapes.split(",")]
+    found, bandwidth = common.begin_on_gpu()
+    shapes = common.shapes_of(options.shapes)
     counts = list(map(int, options.rows.split(",")))
     checks = [check(shape, rows) for shape in (*shapes[:4], *ODD) for rows in (1, 7, 16)]
     if options.configs:

@@ -245,13 +245,9 @@ def parse() -> Namespace:
 def main() -> int:
     """Returns 1 if latents of ours are not finite, or farther from the decoded model with the LoRA than stock's."""
     options = parse()
-    flags = options.flags.split() + ["--cpu"] * options.cpu
-    host = in_process.start_host(options.comfyui, flags, dynamic=not options.no_dynamic)
+    found = in_process.begin(options)
     import torch
 
-    common.import_pack()
-    found = common.facts() | {"comfyui": host}
-    common.print_facts(found)
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         result = run(options, found, Path(scratch))
     common.print_table(result["linears"])

@@ -261,15 +261,10 @@ def parse() -> Namespace:
 
 def main() -> None:
     options = parse()
-    flags = options.flags.split() + ["--cpu"] * options.cpu
-    version = comfyui.start_host(options.comfyui, flags, dynamic=not options.no_dynamic)
+    found = comfyui.begin(options)
     import torch
-
-    common.import_pack()
     from nvfp4_video.tests.host import small_gemma
 
-    found = common.facts() | {"comfyui": version}
-    common.print_facts(found)
     sizes = Sizes(64, 128, 128, 64, 32, 800) if options.cpu else Sizes()
     if options.cpu:
         small_gemma.shrink()

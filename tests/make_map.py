@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import sys
 import textwrap
+from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def folder_of(parts: tuple[str, ...], root: Path) -> str | None:
     return "/".join(folder) or None
 
 
+@cache
 def arrows() -> dict[str, set[str]]:
     """Folder -> the folders that its files import."""
     from nvfp4_video.tests.support.source import ROOT, imported, pack_files

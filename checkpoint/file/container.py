@@ -188,13 +188,16 @@ def build_header(target: Path, tensors: Sequence[PlannedTensor], metadata: Mappi
     entries: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
     end = 0
     for tensor in tensors:
-        plan = f"a tensor was planned as {quote(tensor.name)}, {quote(tensor.dtype)}, {quote(tensor.shape)}"
+        expected = ""
         if not isinstance(tensor.name, str) or tensor.name in entries or tensor.name == METADATA_KEY:
-            raise error(plan, f"names that are strings, each used once, none {METADATA_KEY}")
-        if tensor.dtype not in DTYPES:
-            raise error(plan, f"a dtype among {', '.join(DTYPES)}")
-        if not all(map(is_size, tensor.shape)):
-            raise error(plan, "a shape of non-negative integers")
+            expected = f"names that are strings, each used once, none {METADATA_KEY}"
+        elif tensor.dtype not in DTYPES:
+            expected = f"a dtype among {', '.join(DTYPES)}"
+        elif not all(map(is_size, tensor.shape)):
+            expected = "a shape of non-negative integers"
+        if expected:  # quoted only now: repr of thousands of good ones takes seconds
+            plan = f"a tensor was planned as {quote(tensor.name)}, {quote(tensor.dtype)}, {quote(tensor.shape)}"
+            raise error(plan, expected)
         begin, end = end, end + tensor.nbytes
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     try:

@@ -109,6 +109,21 @@ class Header:
     metadata: dict[str, str]
     file_size: int
 
+    def listed_layers(self) -> dict[str, Any]:
+        """Content of HEADER_ENTRY: layer as named there -> what it says; {} without it. Raises CheckpointError."""
+        try:
+            layers = json.loads(self.metadata.get(HEADER_ENTRY, '{"layers": {}}'))["layers"]
+            if not isinstance(layers, dict):
+                raise TypeError(f"layers is {quote(layers)}")
+            return layers
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self.unreadable(HEADER_ENTRY, error, '{"layers": {...}}') from error
+
+    def unreadable(self, key: str, error: Exception, expected: str) -> CheckpointError:
+        """The error for an entry of the metadata that is not what it should be."""
+        found = f"its header entry {key} cannot be read ({error})"
+        return CheckpointError(found, where=self.path.name, expected=expected)
+
 
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Header of a safetensors file. Raises CheckpointError, and nothing else, if the file is not a sound one."""
@@ -171,27 +186,9 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
     return Header(path, tensors, metadata, size)
 
 
-def listed_layers(header: Header) -> dict[str, Any]:
-    """Content of HEADER_ENTRY: layer as named there -> what it says; {} without the entry. Raises CheckpointError."""
-    try:
-        layers = json.loads(header.metadata.get(HEADER_ENTRY, '{"layers": {}}'))["layers"]
-        if not isinstance(layers, dict):
-            raise TypeError(f"layers is {quote(layers)}")
-        return layers
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise unreadable(header, HEADER_ENTRY, error, '{"layers": {...}}') from error
-
-
 def layers_entry(layers: Mapping[str, Any], separators: tuple[str, str] | None = None) -> str:
     """Layer -> what is to be said of it -> text of HEADER_ENTRY."""
     return json.dumps({"format_version": "1.0", "layers": layers}, separators=separators)
-
-
-def unreadable(header: Header, key: str, error: Exception, expected: str) -> CheckpointError:
-    """The error for an entry of the metadata that is not what it should be."""
-    return CheckpointError(
-        f"its header entry {key} cannot be read ({error})", where=header.path.name, expected=expected
-    )
 
 
 def quote(value: object) -> str:
@@ -285,13 +282,13 @@ def _tensor_info(name: str, entry: object, data_start: int, where: str) -> Tenso
 
 def _check_layout(tensors: dict[str, TensorInfo], data_start: int, size: int, where: str) -> None:
     """The tensors must cover the file from ``data_start`` to its end, as the reference reader demands."""
-    reached, before = data_start, "the header"
+    reached, before = data_start, None
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != reached:
             how = "overlaps" if info.start < reached else f"leaves {info.start - reached:,} unused bytes after"
-            found = f"tensor {quote(name)} {how} {before}"
+            found = f"tensor {quote(name)} {how} {'the header' if before is None else quote(before)}"
             raise CheckpointError(found, where=where, expected="tensors without overlaps or holes", remedy=_REWRITE)
-        reached, before = info.end, quote(name)
+        reached, before = info.end, name
     if reached > size:
         found = f"{reached - size:,} of its {reached:,} bytes are missing"
         raise CheckpointError(found, where=where, remedy=_CUT_SHORT)

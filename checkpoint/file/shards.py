@@ -20,17 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .header import (
-    HEADER_ENTRY,
-    CheckpointError,
-    Header,
-    layers_entry,
-    listed_layers,
-    open_regular,
-    parse_header,
-    quote,
-    read_header,
-)
+from .header import HEADER_ENTRY, CheckpointError, Header, layers_entry, open_regular, parse_header, quote, read_header
 
 _SHARD = re.compile(r"(?P<stem>.+-)\d{5}-of-(?P<count>\d{5})(?P<end>\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
@@ -214,7 +204,7 @@ def _merge_metadata(files: list[Header]) -> dict[str, str]:
         merged = header.metadata | merged
     layers: dict[str, object] = {}
     for header in files:
-        layers |= listed_layers(header)
+        layers |= header.listed_layers()
     if layers:
         merged[HEADER_ENTRY] = layers_entry(layers)
     return merged

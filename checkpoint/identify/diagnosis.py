@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..file.header import CheckpointError, Header, listed_layers
+from ..file.header import CheckpointError, Header
 from ..file.shards import Checkpoint, Source
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
@@ -148,13 +148,13 @@ def _candidates(header: Header) -> list[str]:
 
 def _misnamed(header: Header, groups: Mapping[str, dialects.Group], prefix: str) -> dict[str, str]:
     """Layers that the header names without the model's prefix -> their names."""
-    named = listed_layers(header)
+    named = header.listed_layers()
     return {layer: prefix + layer for layer in named if layer not in groups and prefix and prefix + layer in groups}
 
 
 def _unmarked(header: Header, plan: dialects.DialectPlan, misnamed: Mapping[str, str]) -> dict[str, dict]:
     """Quantised layers that neither a marker nor the header declares -> what to declare."""
-    declared = {*listed_layers(header), *misnamed.values()}
+    declared = {*header.listed_layers(), *misnamed.values()}
     return {
         layer: content
         for layer, content in plan.formats.items()

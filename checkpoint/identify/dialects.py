@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.format import BLOCK, PackedWeight, block_scale_shape, round_up, swap_nibbles, swizzle
-from ..file.header import HEADER_ENTRY, CheckpointError, Header, TensorInfo, listed_layers, unreadable
+from ..file.header import HEADER_ENTRY, CheckpointError, Header, TensorInfo
 from .signatures import transformer_config
 
 AUTO = "auto"
@@ -228,12 +228,12 @@ def _check_scale_layout(name: str, packed: Mapping[str, Group], kind: Dialect, d
 
 def _layer_metadata(header: Header) -> dict[str, dict]:
     """Content of ComfyUI's header entry: layer name as written there -> marker content."""
-    layers = listed_layers(header)
+    layers = header.listed_layers()
     try:
         if not all(isinstance(content["format"], str) for content in layers.values()):
             raise TypeError("a format is no string")
     except (KeyError, TypeError) as error:
-        raise unreadable(header, HEADER_ENTRY, error, '{"layers": {name: {"format": ...}}}') from error
+        raise header.unreadable(HEADER_ENTRY, error, '{"layers": {name: {"format": ...}}}') from error
     return layers
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ..file.header import CheckpointError, Header, unreadable
+from ..file.header import CheckpointError, Header
 
 # Where full checkpoints and re-saved models keep the diffusion model. The host knows the first one only.
 MODEL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -85,7 +85,7 @@ def transformer_config(header: Header) -> dict | None:
     try:
         section = json.loads(text).get("transformer")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise unreadable(header, "`config`", error, "a JSON object") from error
+        raise header.unreadable("`config`", error, "a JSON object") from error
     return section if isinstance(section, dict) else None
 
 

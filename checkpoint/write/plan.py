@@ -18,15 +18,7 @@ from typing import Any, NoReturn
 
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor
-from ..file.header import (
-    HEADER_ENTRY,
-    ITEM_BYTES,
-    CheckpointError,
-    Header,
-    layers_entry,
-    listed_layers,
-    read_header,
-)
+from ..file.header import HEADER_ENTRY, ITEM_BYTES, CheckpointError, Header, layers_entry, read_header
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, VIDEO_VAE, find_components
@@ -208,7 +200,7 @@ def _is_fp8(header: Header, layer: str) -> bool:
 
 def _declared(header: Header, names: Mapping[str, str]) -> dict[str, dict]:
     """Layer as stored -> content of the header entry, whichever of its two names is used there."""
-    listed = listed_layers(header)
+    listed = header.listed_layers()
     both = {(name.rpartition(".")[0], own.rpartition(".")[0]) for name, own in names.items()}
     return {layer: listed[key] for layer, own in both for key in (layer, own) if key in listed}
 
@@ -271,7 +263,7 @@ def _metadata(header: Header, own_layers: Mapping[str, str], only_model: bool) -
     about = ("quantization_config", HEADER_ENTRY)
     metadata = {key: text for key, text in header.metadata.items() if key not in about}
     ours = {*own_layers, *own_layers.values()}
-    others = {} if only_model else {key: said for key, said in listed_layers(header).items() if key not in ours}
+    others = {} if only_model else {key: said for key, said in header.listed_layers().items() if key not in ours}
     return metadata | ({HEADER_ENTRY: layers_entry(others)} if others else {})
 
 

@@ -18,16 +18,7 @@ import torch
 
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor, write_checkpoint
-from ..file.header import (
-    HEADER_ENTRY,
-    ITEM_BYTES,
-    METADATA_KEY,
-    CheckpointError,
-    Header,
-    layers_entry,
-    listed_layers,
-    open_regular,
-)
+from ..file.header import HEADER_ENTRY, ITEM_BYTES, METADATA_KEY, CheckpointError, Header, layers_entry, open_regular
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL
@@ -156,7 +147,7 @@ def _names(found: Diagnosis) -> _Names:
         own = found.components[DIFFUSION_MODEL].names
         tensors |= {name: found.new_prefix + name[len(found.prefix) :] for name in own}
     layers = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in tensors.items()}
-    old = {found.misnamed.get(layer, layer): content for layer, content in listed_layers(header).items()}
+    old = {found.misnamed.get(layer, layer): content for layer, content in header.listed_layers().items()}
     markers = _markers(found)
     dropped = {layer for layer, content in markers.items() if content is None or not plan.native}
     old |= {layer: plan.formats[layer] | (markers[layer] or {}) for layer in dropped}

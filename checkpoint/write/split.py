@@ -18,7 +18,7 @@ import torch
 
 from ...measure.text import size_text
 from ..file.container import PlannedTensor, write_checkpoint
-from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry, listed_layers, read_header
+from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry, read_header
 from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, REST, VIDEO_VAE, Component, find_components
@@ -130,7 +130,7 @@ def metadata_of(header: Header, component: Component) -> dict[str, str]:
         return {key: value for key, value in metadata.items() if key not in _ABOUT_LAYERS}
     own = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in component.names.items()}
     own |= {new: new for new in own.values()} if component.name == DIFFUSION_MODEL else {}
-    layers = {own[layer]: content for layer, content in listed_layers(header).items() if layer in own}
+    layers = {own[layer]: content for layer, content in header.listed_layers().items() if layer in own}
     return metadata | ({HEADER_ENTRY: layers_entry(layers)} if layers else {})
 
 

@@ -38,16 +38,6 @@ GATE = PREFIX + "transformer_blocks.1.attn1.to_gate_logits"
 MARKER = b'{"format": "nvfp4"}'
 
 
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
-    return tiny()
-
-
-@pytest.fixture
-def source(tmp_path, tensors) -> Path:
-    return save(tmp_path / "source.safetensors", tensors)
-
-
 def raw(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 

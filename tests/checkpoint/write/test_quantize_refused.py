@@ -19,16 +19,6 @@ FAST = QuantizeSettings(search=AMAX)
 LAYER = PREFIX + "transformer_blocks.1.attn1.to_q"
 
 
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
-    return tiny()
-
-
-@pytest.fixture
-def source(tmp_path, tensors) -> Path:
-    return save(tmp_path / "source.safetensors", tensors)
-
-
 def test_layers_with_nan_or_infinity_are_all_named_and_kept_only_on_request(tmp_path, tensors):
     bad = dict(tensors)
     for name, value in ((f"{LAYER}.weight", "nan"), (PREFIX + "transformer_blocks.3.ff.net.0.proj.weight", "-inf")):
