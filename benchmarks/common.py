@@ -30,10 +30,13 @@ def import_pack() -> None:
         sys.modules[PACK] = importlib.util.module_from_spec(spec)
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Parser with the options every benchmark has: --out."""
+def make_parser(description: str | None, shapes: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Parser with the options every benchmark has: --out, and with default ``shapes`` --shapes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/<name>.json")
+    if shapes:
+        text = "OUTxIN, separated by commas; default %(default)s"
+        parser.add_argument("--shapes", default=",".join(shapes), help=text)
     return parser
 
 

@@ -80,8 +80,7 @@ def measure(shape: tuple[int, int], calls: dict[str, Callable], bandwidth: float
 
 def main() -> int:
     """Returns 1 if our kernel disagrees with the reference anywhere."""
-    parser = common.make_parser(__doc__)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="OUTxIN, separated by commas; default %(default)s")
+    parser = common.make_parser(__doc__, SHAPES)
     parser.add_argument("--backend", default="triton", choices=("triton", "torch", "auto"), help="default %(default)s")
     options = parser.parse_args()
     found, bandwidth = common.begin_on_gpu()

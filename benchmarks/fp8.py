@@ -121,8 +121,7 @@ def launch_cost(shape: tuple[int, int]) -> dict[str, float]:
 
 def main() -> int:
     """Returns 1 if a conversion differs from the reference or a product is off by more than BF16's rounding."""
-    parser = common.make_parser(__doc__)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="OUTxIN, separated by commas; default %(default)s")
+    parser = common.make_parser(__doc__, SHAPES)
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="default %(default)s")
     parser.add_argument("--tiles", action="store_true", help="also time tiles of the weight's conversion")
     options = parser.parse_args()

@@ -115,8 +115,7 @@ def launch_cost(shape: tuple[int, int] = (2048, 2048)) -> dict[str, float]:
 
 def main() -> int:
     """Returns 1 if a result is further from the exact one than its rounding explains, or not repeatable."""
-    parser = common.make_parser(__doc__)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="OUTxIN, separated by commas; default %(default)s")
+    parser = common.make_parser(__doc__, SHAPES)
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="default %(default)s")
     parser.add_argument("--configs", action="store_true", help="time every configuration with one row")
     options = parser.parse_args()

@@ -18,7 +18,7 @@ from nvfp4_video.measure.ltx import SIGMAS  # noqa: E402
 
 __all__ = [
     "FRAME_RATE", "SIGMAS", "add_options", "begin", "compiled", "end_of_node", "latent_shapes", "launch_cost",
-    "parse_options", "sample", "start_host", "without_graphs",
+    "parse_options", "sample", "save", "start_host", "without_graphs",
 ]  # fmt: skip
 
 
@@ -44,6 +44,12 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
     found = common.facts() | {"comfyui": version}
     common.print_facts(found)
     return found
+
+
+def save(name: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write the result file; of a run on the CPU only where --out asks for it."""
+    if not options.cpu or options.out:
+        common.save(name, options.out, result)
 
 
 def add_options(parser: argparse.ArgumentParser, rows: str) -> None:

@@ -218,17 +218,12 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
     result |= {"DynamicVRAM": dynamic, "latents": latent_errors(patched, expected, config, options)}
     result["linears"] = layer_errors(patched, layers, keys, lora, device)
     result["adapters"] = {name: adapter_bytes(patched[name]) for name in names if name != "stock"}
-    _save(options, result)
+    in_process.save("lora", options, result)
     rows = {ROWS[name] + end: patchers[name] for name in names for end, patchers in (("", plain), (WITH, patched))}
     for size in options.sizes:
         result["sizes"][size] = measure_size(size, rows, config, options)
-        _save(options, result)
+        in_process.save("lora", options, result)
     return result
-
-
-def _save(options: Namespace, result: dict[str, Any]) -> None:
-    if not options.cpu or options.out:
-        common.save("lora", options.out, result)
 
 
 def parse() -> Namespace:

@@ -363,8 +363,7 @@ def main() -> None:
     for row, facts in result.get("agreement", {}).items():
         print(f"{ROWS[row]} against stock: {facts}")
     result |= {"rows": rows, "floor_ms": floor * 1e3, "bytes_a_token": read}
-    if options.out or not options.cpu:
-        common.save("text_encoder", options.out, result)
+    comfyui.save("text_encoder", options, result)
 
 
 if __name__ == "__main__":
