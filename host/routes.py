@@ -1,4 +1,4 @@
-"""Where the guard meets the host's server: one line at start-up, the handler of queued prompts, two read-only routes.
+"""Where the guard meets the host's server: one line at start-up, the handler of queued prompts, three read-only routes.
 
 The handler sees every prompt before the host validates it, whoever queued it. It logs the findings, sends them to the
 client that queued the prompt, and puts them into the prompt's extra_data, so that they stand in the history. Under
@@ -21,10 +21,11 @@ from server import PromptServer
 from . import doctor, guard
 from .guard_view import GUARD_NODE
 from .probe import probe
+from .show import reports
 
 logger = logging.getLogger(__name__)
 
-REPORT_ROUTE, CHECK_ROUTE = "/nvfp4/report", "/nvfp4/check"
+REPORT_ROUTE, CHECK_ROUTE, REPORTS_ROUTE = "/nvfp4/report", "/nvfp4/check", "/nvfp4/reports"
 EVENT = "nvfp4.findings"
 IN_HISTORY = "nvfp4_findings"
 ENABLED, POLICY = "NVFP4.guard.enabled", "NVFP4.guard.policy"
@@ -42,6 +43,7 @@ def start() -> None:
         return
     server.routes.get(REPORT_ROUTE)(get_report)
     server.routes.post(CHECK_ROUTE)(post_check)
+    server.routes.get(REPORTS_ROUTE)(get_reports)
     server.add_on_prompt_handler(on_prompt)
     try:
         findings = guard.check_host(probe())
@@ -79,6 +81,14 @@ async def post_check(request: Any) -> Any:
         return web.json_response({"error": 'expected {"prompt": <a prompt in API form>}'}, status=400)
     findings = await asyncio.to_thread(lambda: guard.check(prompt, probe()))
     return web.json_response({"findings": [finding.as_dict() for finding in findings]})
+
+
+async def get_reports(request: Any) -> Any:
+    """GET ?workflow=<id> -> {"reports": node id -> its last report, from the history}, for nodes of that workflow."""
+    from aiohttp import web
+
+    history = PromptServer.instance.prompt_queue.get_history()
+    return web.json_response({"reports": reports(history, request.query.get("workflow", ""))})
 
 
 def on_prompt(data: Any) -> Any:

@@ -1,11 +1,23 @@
-"""What a node shows besides its outputs: its text and pictures, on the node and in the history."""
+"""What a node shows besides its outputs: its report and pictures, on the node and in the history; and its progress.
+
+The web extension (web/reports.js) draws a report from the ``ui`` of the node's output, and once more from the host's
+history where a workflow is opened anew.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import torch
 from comfy_api.v0_0_2 import io, ui
 from server import PromptServer
+
+# Key in a node's ``ui``: [query of /view], the large picture that belongs to the compact one in "images".
+PICTURE = "nvfp4_picture"
+_SHOWN = ("text", PICTURE)
 
 
 def to_image(picture: np.ndarray) -> torch.Tensor:
@@ -13,13 +25,42 @@ def to_image(picture: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(picture.astype(np.float32) / 255.0).unsqueeze(0)
 
 
-def show(node: type[io.ComfyNode], text: str, image: torch.Tensor | None = None) -> dict:
-    """-> the ``ui`` of a NodeOutput. The front end draws the image from it, and the text only if it is sent as well."""
+def show(
+    node: type[io.ComfyNode], text: str, compact: torch.Tensor | None = None, large: torch.Tensor | None = None
+) -> dict:
+    """-> the ``ui`` of a NodeOutput: a report, a picture legible at the width of a node, and one that a link opens."""
+    shown = dict(ui.PreviewText(text).as_dict())
+    if compact is not None:
+        shown |= ui.PreviewImage(compact, cls=node).as_dict()
+    if large is not None:
+        # As text: what looks like a file, front ends show as one more picture.
+        (saved,) = ui.PreviewImage(large, cls=node).as_dict()["images"]
+        shown[PICTURE] = [urlencode({name: saved[name] for name in ("filename", "subfolder", "type")})]
+    return shown
+
+
+def tell(node: type[io.ComfyNode], text: str) -> None:
+    """Show how far a running node is; the front end takes the text off when the node has its report."""
     server = getattr(PromptServer, "instance", None)
     node_id = getattr(node.hidden, "unique_id", None)
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
-    shown = dict(ui.PreviewText(text).as_dict())
-    if image is not None:
-        shown |= ui.PreviewImage(image, cls=node).as_dict()
-    return shown
+
+
+def reports(history: Mapping[str, Mapping[str, Any]], workflow: str) -> dict[str, dict[str, Any]]:
+    """The host's history, oldest first -> node id -> what that node of ``workflow`` last reported, as in its ``ui``.
+
+    A prompt belongs to the workflow whose id the front end put beside it; scripts that queue without one have no canvas
+    to draw on.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for entry in history.values():
+        _, _, prompt, extra = entry["prompt"][:4]
+        saved = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
+        if not isinstance(saved, dict) or saved.get("id") != workflow:
+            continue
+        for node, output in entry["outputs"].items():
+            ours = str(prompt.get(node, {}).get("class_type")).startswith("NVFP4")
+            if ours and output.get("text"):
+                found[node] = {name: output[name] for name in _SHOWN if name in output}
+    return found

@@ -79,6 +79,11 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def headline(self) -> str:
+        """Whether it fits, in words."""
+        return _VERDICTS[self.fit.verdict]
+
+    @property
     def runs(self) -> bool:
         """Whether the model runs without weights being streamed in every step."""
         return self.fit.verdict in (RESIDENT, SWAPPING)
@@ -166,14 +171,14 @@ def _changes(choices: tuple[Choice, ...]):
 def _lines(plan: Plan):
     clip, gpu, found = plan.clip, plan.gpu, plan.fit
     tokens = clip.tokens
+    yield f"{plan.headline} ({_gb(found.total)} of weights, {_gb(gpu.memory)} of memory)"
+    yield from (f"  {line}" for line in advice(found))
+    yield ""
     yield f"{plan.file} on {gpu.name}, {plan.mode} compute"
     yield (
         f"{clip.width}x{clip.height}, {clip.frames} frames at {clip.fps:g} fps: {tokens['video']:,} video tokens, "
         f"{tokens['audio']:,} audio tokens"
     )
-    yield ""
-    yield f"{_VERDICTS[found.verdict]} ({_gb(found.total)} of weights, {_gb(gpu.memory)} of memory)"
-    yield from (f"  {line}" for line in advice(found))
     yield ""
     rows = [("weights", "size", "")]
     for name, title in _TITLES.items():

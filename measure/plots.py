@@ -222,11 +222,15 @@ def _crops(comparison: Comparison, a: np.ndarray, b: np.ndarray, width: int) -> 
 
 
 class _Canvas:
-    """A white picture with text, lines and pasted pixels; drawn ``oversample`` times larger and reduced."""
+    """A white picture with text, lines and pasted pixels; drawn ``oversample`` times larger and reduced.
 
-    def __init__(self, width: int, height: int, oversample: int = 1) -> None:
-        self.scale = oversample
-        self.image = Image.new("RGB", (width * oversample, height * oversample), PAPER)
+    It has ``density`` pixels a unit of length, for a picture that screens show at ``width`` or larger.
+    """
+
+    def __init__(self, width: int, height: int, oversample: int = 1, density: int = 1) -> None:
+        self.size = (width * density, height * density)
+        self.scale = oversample * density
+        self.image = Image.new("RGB", (width * self.scale, height * self.scale), PAPER)
         self.draw = ImageDraw.Draw(self.image)
 
     def text(
@@ -260,13 +264,11 @@ class _Canvas:
         self.draw.rectangle(corners, colour)
 
     def paste(self, x: float, y: float, pixels: np.ndarray) -> None:
-        self.image.paste(Image.fromarray(pixels), (round(x), round(y)))
+        self.image.paste(Image.fromarray(pixels), (round(x * self.scale), round(y * self.scale)))
 
     def pixels(self) -> np.ndarray:
-        image = self.image
-        if self.scale > 1:
-            image = image.resize((image.width // self.scale, image.height // self.scale), Image.Resampling.LANCZOS)
-        return np.asarray(image)
+        same = self.size == self.image.size
+        return np.asarray(self.image if same else self.image.resize(self.size, Image.Resampling.LANCZOS))
 
 
 def _fit(frame: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -12,13 +12,14 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RINGS = ("kernels", "checkpoint", "measure", "host", "nodes")
+RINGS = ("kernels", "checkpoint", "measure", "draw", "host", "nodes")
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "checkpoint": {"checkpoint", "kernels"},
     "measure": {"measure", "kernels"},
-    "host": {"host", "checkpoint", "measure", "kernels"},
-    "nodes": {"nodes", "host", "checkpoint", "measure", "kernels"},
+    "draw": {"draw", "checkpoint", "measure", "kernels"},
+    "host": {"host", "draw", "checkpoint", "measure", "kernels"},
+    "nodes": {"nodes", "host", "draw", "checkpoint", "measure", "kernels"},
     "__init__": {"nodes", "host"},
     "__main__": {"cli"},
     "cli": {"cli", "host", "checkpoint", "measure", "kernels", "benchmarks", "tests"},
