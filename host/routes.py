@@ -84,11 +84,12 @@ async def post_check(request: Any) -> Any:
 
 
 async def get_reports(request: Any) -> Any:
-    """GET ?workflow=<id> -> {"reports": node id -> its last report, from the history}, for nodes of that workflow."""
+    """GET ?workflow=<id>&node=<id> <class>&node=... -> {"reports": node id -> what it last reported}."""
     from aiohttp import web
 
     history = PromptServer.instance.prompt_queue.get_history()
-    return web.json_response({"reports": reports(history, request.query.get("workflow", ""))})
+    nodes = dict(node.split(" ", 1) for node in request.query.getall("node", []) if " " in node)
+    return web.json_response({"reports": reports(history, request.query.get("workflow", ""), nodes)})
 
 
 def on_prompt(data: Any) -> Any:

@@ -18,6 +18,7 @@ from server import PromptServer
 # Key in a node's ``ui``: [query of /view], the large picture that belongs to the compact one in "images".
 PICTURE = "nvfp4_picture"
 _SHOWN = ("text", PICTURE)
+OURS = "NVFP4"  # what the classes of this pack's nodes begin with
 
 
 def to_image(picture: np.ndarray) -> torch.Tensor:
@@ -47,20 +48,30 @@ def tell(node: type[io.ComfyNode], text: str) -> None:
         server.send_progress_text(text, node_id)
 
 
-def reports(history: Mapping[str, Mapping[str, Any]], workflow: str) -> dict[str, dict[str, Any]]:
+def reports(
+    history: Mapping[str, Mapping[str, Any]], workflow: str, nodes: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
     """The host's history, oldest first -> node id -> what that node of ``workflow`` last reported, as in its ``ui``.
 
-    A prompt belongs to the workflow whose id the front end put beside it; scripts that queue without one have no canvas
-    to draw on.
+    ``nodes``: id -> class of the nodes to report on, all that ``workflow`` has. A prompt belongs to the workflow whose
+    id the front end put beside it. Front ends give none, or zeros, to a workflow made from a script's prompt, and
+    another one when it is opened again: such a prompt belongs to it if it has these nodes of this pack and no others.
     """
     found: dict[str, dict[str, Any]] = {}
     for entry in history.values():
         _, _, prompt, extra = entry["prompt"][:4]
-        saved = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
-        if not isinstance(saved, dict) or saved.get("id") != workflow:
+        saved = (extra.get("extra_pnginfo") or {}).get("workflow")
+        if not isinstance(saved, dict):
             continue
-        for node, output in entry["outputs"].items():
-            ours = str(prompt.get(node, {}).get("class_type")).startswith("NVFP4")
-            if ours and output.get("text"):
-                found[node] = {name: output[name] for name in _SHOWN if name in output}
+        classes = {node: str(content.get("class_type")) for node, content in prompt.items()}
+        ours = {node for node in entry["outputs"] if classes.get(node, "").startswith(OURS)}
+        here = {node for node in ours if nodes.get(node) == classes[node]}
+        named = str(saved.get("id") or "").strip("0-")
+        if (saved["id"] == workflow) if named else (here == ours):
+            outputs = {node: entry["outputs"][node] for node in here}
+            found |= {node: _shown(output) for node, output in outputs.items() if output.get("text")}
     return found
+
+
+def _shown(output: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: output[key] for key in _SHOWN if key in output}

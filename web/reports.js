@@ -22,22 +22,18 @@ const reports = new WeakMap();
 let latestRestore = 0;
 
 const rootGraph = () => app.rootGraph ?? app.graph;
-const reportsOn = (node) => reporting.has(node?.comfyClass ?? node?.type);
+const typeOf = (node) => node.comfyClass ?? node.type;
+const reportsOn = (node) => reporting.has(typeOf(node));
 
-/** Every reporting node of the open workflow with its locator: "7" in the root graph, "<subgraph>:7" below it. */
-function* reportingNodes() {
-  const root = rootGraph();
-  for (const node of root?.nodes ?? []) if (reportsOn(node)) yield [String(node.id), node];
-  for (const [id, subgraph] of root?.subgraphs ?? []) {
-    for (const node of subgraph.nodes) if (reportsOn(node)) yield [`${id}:${node.id}`, node];
+/**
+ * Every reporting node of the open workflow: its execution id ("7", or "3:7" for node 7 in the subgraph of node 3), and
+ * its locator, by which the front end keeps outputs ("7", or "<id of the subgraph>:7").
+ */
+function* reportingNodes(graph = rootGraph(), path = "") {
+  for (const node of graph?.nodes ?? []) {
+    if (node.subgraph) yield* reportingNodes(node.subgraph, `${path}${node.id}:`);
+    else if (reportsOn(node)) yield { node, id: path + node.id, locator: (path && `${graph.id}:`) + node.id };
   }
-}
-
-/** The node of an execution id ("7", or "3:7" for node 7 in the subgraph of node 3); undefined if it is not here. */
-function nodeOf(executionId) {
-  const [first, ...inner] = String(executionId).split(":");
-  const find = (graph, id) => graph?.getNodeById(id) ?? graph?.getNodeById(Number(id));
-  return inner.reduce((node, id) => find(node?.subgraph, id), find(rootGraph(), first));
 }
 
 /** Draw the report in a node's output; what has none leaves the node as it is. */
@@ -86,14 +82,13 @@ function removeWidget(node, name) {
 /** Draw what the host's history has of the open workflow: of each node the last run that reported. */
 async function restore() {
   const mine = ++latestRestore;
-  const workflow = rootGraph()?.id;
-  if (!workflow || reportingNodes().next().done) return;
-  const found = await request(`/nvfp4/reports?workflow=${encodeURIComponent(workflow)}`);
-  if (mine !== latestRestore || rootGraph()?.id !== workflow) return;
-  for (const [id, output] of Object.entries(found?.reports ?? {})) {
-    const node = nodeOf(id);
-    if (reportsOn(node)) draw(node, output);
-  }
+  const nodes = [...reportingNodes()];
+  if (!nodes.length) return;
+  const query = new URLSearchParams({ workflow: rootGraph().id ?? "" });
+  for (const { id, node } of nodes) query.append("node", `${id} ${typeOf(node)}`);
+  const found = await request(`/nvfp4/reports?${query}`);
+  if (mine !== latestRestore) return;
+  for (const { id, node } of nodes) draw(node, found?.reports?.[id]);
 }
 
 app.registerExtension({
@@ -110,14 +105,14 @@ app.registerExtension({
     };
   },
   onNodeOutputsUpdated(outputs) {
-    for (const [locator, node] of reportingNodes()) draw(node, outputs?.[locator]);
+    for (const { node, locator } of reportingNodes()) draw(node, outputs?.[locator]);
   },
   afterConfigureGraph: restore,
   setup() {
     api.addEventListener("progress_text", ({ detail }) => {
-      const node = nodeOf(detail.nodeId);
-      if (!reports.delete(node)) return;
-      removeWidget(node, WIDGET);
+      for (const { id, node } of reportingNodes()) {
+        if (id === String(detail.nodeId) && reports.delete(node)) removeWidget(node, WIDGET);
+      }
     });
     // The end of a job: its outputs are in the history by now, also those of a tab that was not shown meanwhile.
     api.addEventListener("executing", ({ detail }) => detail ?? restore());
