@@ -29,7 +29,7 @@ const STYLE = `
 .nvfp4-report a:empty { display: none; }
 .nvfp4-report :focus-visible { outline: 1px solid var(--p-primary-color, #3b82f6); }
 `;
-const LONG_WORD = 20;
+const LONG_WORD = 36; // of a node 310 pixels wide nearly a line
 const MAX_HEIGHT = 260;
 
 /**
@@ -110,7 +110,8 @@ function whole(word) {
 
 /** A path or a file name: it may wrap after its separators, and a copy of it stays the same. */
 function breakable(word) {
-  return word.split(/(?<=[/\\_.,:-])/).flatMap((part, index) => (index ? [document.createElement("wbr"), part] : [part]));
+  const parts = word.split(/(?<=\w[/\\_.,:-])(?=\w)/);
+  return parts.flatMap((part, index) => (index ? [document.createElement("wbr"), part] : [part]));
 }
 
 function addStyle() {

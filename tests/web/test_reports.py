@@ -33,6 +33,7 @@ WIDTH = 310
 PICTURE = "filename=large.png&subfolder=&type=temp"
 TEXT = ".nvfp4-report"
 
+OPENED = "() => app.extensionManager.workflow.activeWorkflow?.changeTracker && app.rootGraph.nodes.length > 0"
 # What a workflow's file and the prompt made from it hold.
 SAVED = """async () => {
   const { nodes } = app.rootGraph.serialize();
@@ -101,6 +102,9 @@ def visit(browser, tmp_path: Path) -> Iterator[Callable]:
         page = DoctorPage(browser, server.url, tmp_path)
         page.server = server
         opened[-1] = (server, page)
+        # The front end opens a workflow of its own first; one that is loaded before that has no tab of its own.
+        page.page.wait_for_function(OPENED)
+        page.settle()
         page.load(workflow(*types))
         return page
 
