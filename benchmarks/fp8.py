@@ -35,7 +35,8 @@ def operands(shape: tuple[int, int], tokens: int) -> list[tuple]:
 def check(shape: tuple[int, int], tokens: int = 33) -> dict[str, Any]:
     """Conversions: elements that differ from the reference; the Linear: relative errors."""
     import torch
-    from nvfp4_video.kernels import fp8, reference, triton_fp8
+    from nvfp4_video.kernels import fp8, reference
+    from nvfp4_video.kernels.triton import to_fp8 as triton_fp8
 
     x, w, dense, bias = operands(shape, tokens)[0]
     parts = (w.packed, w.block_scale, w.global_scale)
@@ -62,7 +63,8 @@ def check(shape: tuple[int, int], tokens: int = 33) -> dict[str, Any]:
 def measure(shape: tuple[int, int], tokens: int) -> dict[str, Any]:
     """One shape and token count -> milliseconds and ratios to dense BF16."""
     import torch
-    from nvfp4_video.kernels import backends, fp8, triton_fp8
+    from nvfp4_video.kernels import backends, fp8
+    from nvfp4_video.kernels.triton import to_fp8 as triton_fp8
 
     sets = operands(shape, tokens)
     quantized = [
@@ -89,7 +91,7 @@ def measure(shape: tuple[int, int], tokens: int) -> dict[str, Any]:
 
 def tiles(shape: tuple[int, int], bandwidth: float) -> list[dict[str, Any]]:
     """The conversion of one weight by tile, the fastest first: ``x floor`` counts 1.5625 bytes an element."""
-    from nvfp4_video.kernels import triton_fp8
+    from nvfp4_video.kernels.triton import to_fp8 as triton_fp8
 
     sets = [(w.packed, w.block_scale, w.global_scale, w.shape) for _, w, _, _ in operands(shape, 16)]
     floor, kept, rows = shape[0] * shape[1] * 1.5625 / bandwidth, triton_fp8.WEIGHT_TILE, []

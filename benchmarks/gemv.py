@@ -44,7 +44,8 @@ def all_configs(shape: tuple[int, int]) -> list[tuple[int, int, int]]:
 def check(shape: tuple[int, int], rows: int, config: tuple[int, int, int] | None = None) -> dict[str, Any]:
     """Relative error against FP64, in BF16 and FP16; ``unequal``: elements that a second call gives otherwise."""
     import torch
-    from nvfp4_video.kernels import reference, triton_gemv
+    from nvfp4_video.kernels import reference
+    from nvfp4_video.kernels.triton import gemv as triton_gemv
 
     x, w, _, bias = operands(shape, rows, dense=False)[0]
     one = torch.ones((), device="cuda")
@@ -67,7 +68,8 @@ def check(shape: tuple[int, int], rows: int, config: tuple[int, int, int] | None
 def measure(shape: tuple[int, int], rows: int, bandwidth: float, configs: bool) -> tuple[dict[str, Any], list]:
     """One shape and row count -> microseconds and ratios; and, if asked, every configuration's."""
     import torch
-    from nvfp4_video.kernels import backends, triton_gemv
+    from nvfp4_video.kernels import backends
+    from nvfp4_video.kernels.triton import gemv as triton_gemv
 
     sets = operands(shape, rows)
     device, dtype = sets[0][0].device, torch.bfloat16
@@ -95,7 +97,8 @@ def measure(shape: tuple[int, int], rows: int, bandwidth: float, configs: bool) 
 def launch_cost(shape: tuple[int, int] = (2048, 2048)) -> dict[str, float]:
     """Microseconds of CPU time to queue one Linear of one row by each way."""
     import torch
-    from nvfp4_video.kernels import backends, triton_gemv
+    from nvfp4_video.kernels import backends
+    from nvfp4_video.kernels.triton import gemv as triton_gemv
 
     x, w, dense, bias = operands(shape, 1)[0]
     parts = (w.packed, w.block_scale, w.global_scale)

@@ -13,7 +13,8 @@ import common
 
 common.import_pack()
 from nvfp4_video.host import session  # noqa: E402  (the pack has to be importable first)
-from nvfp4_video.host.session import FRAME_RATE, SIGMAS, end_of_node, latent_shapes, sample  # noqa: E402
+from nvfp4_video.host.session import FRAME_RATE, end_of_node, latent_shapes, sample  # noqa: E402
+from nvfp4_video.measure.ltx import SIGMAS  # noqa: E402
 
 __all__ = [
     "FRAME_RATE", "SIGMAS", "add_options", "compiled", "end_of_node", "latent_shapes", "launch_cost", "parse_options",

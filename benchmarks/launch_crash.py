@@ -40,7 +40,7 @@ def write_model(path: Path) -> None:
     import step
 
     common.import_pack()
-    from nvfp4_video.checkpoint.released import recorded_model
+    from nvfp4_video.samples.released import recorded_model
 
     keys, config = recorded_model(8)
     step.write_nvfp4(path, keys, config, "cuda")
@@ -83,8 +83,8 @@ def run_case(name: str, kind: str, path: Path) -> dict[str, Any]:
     common.import_pack()
     import comfy.sd
     import torch
-    from nvfp4_video.checkpoint.header import read_header
-    from nvfp4_video.checkpoint.signatures import transformer_config
+    from nvfp4_video.checkpoint.file.header import read_header
+    from nvfp4_video.checkpoint.identify.signatures import transformer_config
     from nvfp4_video.host import cure, load, probe
 
     facts = probe.probe()

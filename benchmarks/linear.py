@@ -100,8 +100,8 @@ def cpu_part(backend: str) -> list[dict[str, Any]]:
     """Microseconds of CPU time to launch one Linear of the model's third block, by way of loading."""
     import comfy.sd
     import torch
-    from nvfp4_video.checkpoint import synthetic
     from nvfp4_video.host import load
+    from nvfp4_video.samples import synthetic
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaders = {

@@ -57,8 +57,8 @@ def make_lora(layers: list[str], keys: Mapping[str, list[int]], rank: int, devic
 
 def decoded(key: str, shape: list[int], device: str) -> Any:
     """A quantised layer's weight after one trip through NVFP4, in BF16."""
-    from nvfp4_video.checkpoint.released import random_weight
     from nvfp4_video.kernels import reference
+    from nvfp4_video.samples.released import random_weight
 
     record = reference.quantize(random_weight(key, shape, device))
     return reference.dequantize(record.packed, record.block_scale, record.global_scale, record.shape)
@@ -67,7 +67,7 @@ def decoded(key: str, shape: list[int], device: str) -> Any:
 def load_reference(name: str, keys: Mapping[str, list[int]], config: Mapping, layers: list[str], device: str) -> Any:
     """The host's own patcher of the unquantised or the decoded BF16 weights."""
     import comfy.sd
-    from nvfp4_video.checkpoint.released import random_weight
+    from nvfp4_video.samples.released import random_weight
 
     packed = {f"{layer}.weight" for layer in layers} if name == "decoded" else set()
     make = {True: decoded, False: random_weight}
@@ -102,7 +102,7 @@ def layer_errors(
     """Mean relative errors of one block's quantised Linears by row, number of tokens and reference."""
     import comfy.model_management
     import torch
-    from nvfp4_video.checkpoint.released import random_weight
+    from nvfp4_video.samples.released import random_weight
 
     block = layers[len(layers) // 2].split(".")[1]
     chosen = [layer for layer in layers if layer.split(".")[1] == block]
@@ -192,8 +192,8 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
     """Everything between writing the file and the tables; the result so far is saved after each stage."""
     import comfy.model_management
     import torch
-    from nvfp4_video.checkpoint.released import recorded_model
     from nvfp4_video.host.compute import obstacle
+    from nvfp4_video.samples.released import recorded_model
 
     device = "cpu" if options.cpu else "cuda"
     keys, config = recorded_model(options.layers, options.tiny)

@@ -52,7 +52,8 @@ def differing_bytes(record: Any, expected: Any) -> int:
 def on_gpu(shape: tuple[int, int], bandwidth: float) -> dict[str, Any]:
     """One shape -> a table row: GB/s of source by kernel and by call for each mode; bytes unlike the CPU's."""
     import torch
-    from nvfp4_video.kernels import backends, triton_quantize
+    from nvfp4_video.kernels import backends
+    from nvfp4_video.kernels.triton import quantize as triton_quantize
 
     read = shape[0] * shape[1] * 2
     weights = [random_weight(shape, "cuda") for _ in range(common.rotation(read))]

@@ -35,7 +35,7 @@ MARKER = b'{"format": "float8_e4m3fn"}'
 
 
 def recorded(name: str) -> dict[str, Any]:
-    return json.loads(gzip.decompress((common.ROOT / "checkpoint" / "data" / f"{name}.json.gz").read_bytes()))
+    return json.loads(gzip.decompress((common.ROOT / "samples" / "data" / f"{name}.json.gz").read_bytes()))
 
 
 def shapes(small: bool, model_only: bool) -> dict[str, tuple[int, ...]]:
@@ -56,7 +56,7 @@ def write_source(path: Path, fp8: bool, small: bool, model_only: bool) -> None:
     """The checkpoint, each tensor made when its turn comes."""
     import numpy as np
     import torch
-    from nvfp4_video.checkpoint.container import PlannedTensor, write_checkpoint
+    from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
 
     pool = POOL // 64 if small else POOL
     noise = torch.randn(pool, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -82,7 +82,7 @@ def write_source(path: Path, fp8: bool, small: bool, model_only: bool) -> None:
             planned.append(PlannedTensor(f"{layer}.weight_scale", "F32", (), lambda: scale))
             planned.append(PlannedTensor(f"{layer}.comfy_quant", "U8", (len(MARKER),), lambda: memoryview(MARKER)))
     planned.sort(key=lambda tensor: {"F32": 0, "BF16": 1}.get(tensor.dtype, 2))
-    config = gzip.decompress((common.ROOT / "checkpoint" / "data" / "ltx23_config.json.gz").read_bytes()).decode()
+    config = gzip.decompress((common.ROOT / "samples" / "data" / "ltx23_config.json.gz").read_bytes()).decode()
     write_checkpoint(path, planned, {"config": config, "license": "random numbers"})
 
 
@@ -90,15 +90,15 @@ def quantize_once(source: str, target: str, device: str, search: str) -> dict[st
     """Runs in the child: the record, with seconds and peaks of memory."""
     common.import_pack()
     import torch
-    from nvfp4_video.checkpoint.quantize import quantize_checkpoint
-    from nvfp4_video.checkpoint.quantize_plan import Settings
+    from nvfp4_video.checkpoint.write.plan import QuantizeSettings
+    from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 
     cuda = device.startswith("cuda")
     if cuda:
         torch.zeros(1, device=device)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     start = time.perf_counter()
-    record = quantize_checkpoint(source, target, Settings(search=search), device=device)
+    record = quantize_checkpoint(source, target, QuantizeSettings(search=search), device=device)
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
@@ -113,7 +113,7 @@ def quantize_once(source: str, target: str, device: str, search: str) -> dict[st
 def verify_once(source: str, target: str, device: str) -> dict[str, Any]:
     """Runs in the child: every layer against its source."""
     common.import_pack()
-    from nvfp4_video.checkpoint.verify import verify
+    from nvfp4_video.checkpoint.verify.verify import verify
 
     start = time.perf_counter()
     found = verify(target, source, device=device)

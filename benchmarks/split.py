@@ -34,14 +34,14 @@ MEMORY = Path("/dev/shm")  # noqa: S108  (a private folder is made in it)
 
 
 def sizes() -> dict[str, list[int]]:
-    keys = json.loads(gzip.decompress((common.ROOT / "checkpoint" / "data" / "ltx_vae_keys.json.gz").read_bytes()))
+    keys = json.loads(gzip.decompress((common.ROOT / "samples" / "data" / "ltx_vae_keys.json.gz").read_bytes()))
     return {f"vae.{name}": shape for name, shape in keys["video_vae"].items()} | keys["audio_vae"]
 
 
 def write_source(path: Path, gigabytes: float, fp8: bool) -> None:
     """A full checkpoint; with ``fp8`` only its video VAE, large kernels as scaled FP8."""
     import numpy as np
-    from nvfp4_video.checkpoint.container import PlannedTensor, write_checkpoint
+    from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
 
     noise = memoryview(np.random.default_rng(0).integers(0, 256, 512 * MIB, np.uint8))
     one = memoryview(np.ones(1, np.float32).tobytes())
@@ -68,7 +68,7 @@ def write_source(path: Path, gigabytes: float, fp8: bool) -> None:
         add(f"{layer}.weight_scale", "F8_E4M3", (4096, 256), 2 * ROW_BYTES // 16)
         add(f"{layer}.weight_scale_2", "F32", (), 4)
         block += 1
-    config = gzip.decompress((common.ROOT / "checkpoint" / "data" / "ltx23_config.json.gz").read_bytes()).decode()
+    config = gzip.decompress((common.ROOT / "samples" / "data" / "ltx23_config.json.gz").read_bytes()).decode()
     planned.sort(key=lambda tensor: tensor.dtype != "F32")
     write_checkpoint(path, planned, {"config": config})
 
@@ -77,7 +77,7 @@ def split_once(source: Path, folder: Path, parts: list[str]) -> dict[str, float]
     """Runs in the child: seconds of the split, and MiB by which its memory peaked above where it began."""
     common.import_pack()
     import torch
-    from nvfp4_video.checkpoint.split import split
+    from nvfp4_video.checkpoint.write.split import split
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.zeros(1).to(torch.bfloat16)
@@ -114,7 +114,7 @@ def copy_once(source: Path, target: Path) -> float:
 
 def measure(source: Path, folder: Path, parts: list[str], repeats: int) -> dict[str, Any]:
     """Splits and copies in turn -> medians, and the ratio of the speeds."""
-    from nvfp4_video.checkpoint.container import read_header
+    from nvfp4_video.checkpoint.file.header import read_header
 
     splits, copies = [], []
     out = folder / "out"

@@ -54,11 +54,12 @@ def say(text: str) -> None:
 def write_nvfp4(path: Path, keys: Mapping[str, list[int]], config: Mapping, device: str) -> list[str]:
     """Write the model in the host's own NVFP4 layout with markers; returns the quantised layers."""
     import torch
-    from nvfp4_video.checkpoint import container, synthetic
-    from nvfp4_video.checkpoint.released import random_weight
+    from nvfp4_video.checkpoint.file import container
     from nvfp4_video.kernels import reference
     from nvfp4_video.kernels.format import PackedWeight, packed_shape
     from nvfp4_video.kernels.format import block_scale_shape as scale_shape
+    from nvfp4_video.samples import synthetic
+    from nvfp4_video.samples.released import random_weight
 
     layers = synthetic.quantised_layers({key: torch.empty(shape, device="meta") for key, shape in keys.items()}, config)
 
@@ -96,7 +97,7 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
         options = Namespace(**vars(options) | {"no_dynamic": True})
         return in_process.compiled(load_row(row.removesuffix("-compiled"), path, keys, config, options))
     if row == "bf16":
-        from nvfp4_video.checkpoint.released import random_weight
+        from nvfp4_video.samples.released import random_weight
 
         device = "cpu" if options.cpu else "cuda"
         state = {key: random_weight(key, shape, device).cpu() for key, shape in keys.items()}
@@ -230,8 +231,8 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
 
 def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Everything between building the weights and the tables; the result so far is saved after each stage."""
-    from nvfp4_video.checkpoint.released import recorded_model
     from nvfp4_video.host.meter import memory
+    from nvfp4_video.samples.released import recorded_model
 
     device = "cpu" if options.cpu else "cuda"
     keys, config = recorded_model(options.layers, options.tiny)

@@ -71,7 +71,7 @@ class Sizes:
 def write_files(folder: Path, sizes: Sizes, tokenizer: bytes) -> tuple[Path, Path, int]:
     """Write text encoder and projection -> (their paths, bytes of weights that a token reads)."""
     import torch
-    from nvfp4_video.checkpoint.container import PlannedTensor, write_checkpoint
+    from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
     from nvfp4_video.kernels.format import block_scale_shape, packed_shape
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,1 +1,1 @@
-"""Checkpoint files on disk: headers, dialects, signatures. No ComfyUI."""
+"""Checkpoint files: their bytes, what they are, new ones from old ones, whether they are right. No ComfyUI."""

@@ -92,7 +92,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _expected() -> tuple[type[Exception], ...]:
     """Errors that are the user's to solve: one line, no traceback. Only modules already in use can have raised them."""
-    names = {"checkpoint.header": "CheckpointError", "measure.media": "MediaError", "tests.host.harness": "HostError"}
+    names = {
+        "checkpoint.file.header": "CheckpointError",
+        "measure.media": "MediaError",
+        "tests.host.harness": "HostError",
+    }
     loaded = {sys.modules.get(f"{__package__.rpartition('.')[0]}.{module}"): name for module, name in names.items()}
     found = [getattr(module, name) for module, name in loaded.items() if module is not None]
     return (CommandError, OSError, ModuleNotFoundError, *found)

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import synthetic
-from ..checkpoint.container import CheckpointError, TensorReader, read_header
-from ..checkpoint.dialects import AUTO, FP8_FORMATS, Plan, detect, host_layer
-from ..checkpoint.signatures import find_model
+from ..checkpoint.file.container import TensorReader
+from ..checkpoint.file.header import CheckpointError, read_header
+from ..checkpoint.identify.dialects import AUTO, FP8_FORMATS, DialectPlan, detect, host_layer
+from ..checkpoint.identify.signatures import find_model
 from ..kernels import backends
 from ..kernels.format import PackedWeight
+from ..samples import synthetic
 from .console import Cell, CommandError, Console, size
 from .demo_files import make_and_split
 from .demo_host import sample_in_comfyui
@@ -45,7 +46,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Model:
+class DemoModel:
     """The model of the demo: original BF16 tensors, config, its packed layers, and their decoding."""
 
     state: Tensors
@@ -59,7 +60,7 @@ class Reading:
     """One file read back. ``weights``: NVFP4 layer -> BF16 weight; ``rest_equal``: its BF16 tensors are right."""
 
     kind: str
-    plan: Plan
+    plan: DialectPlan
     weights: Tensors
     packed_bytes: int
     rest_equal: bool
@@ -121,15 +122,15 @@ def _folder(keep: Path | None, stack: ExitStack) -> Path:
     return keep.resolve()
 
 
-def build_model() -> Model:
+def build_model() -> DemoModel:
     """The same model at every run."""
     state, config = synthetic.small_ltx23()
     packed = synthetic.quantize_layers(state, config)
     decoded = synthetic.decoded_state(state, packed)
-    return Model(state, config, packed, {layer: decoded[f"{layer}.weight"] for layer in packed})
+    return DemoModel(state, config, packed, {layer: decoded[f"{layer}.weight"] for layer in packed})
 
 
-def _describe_model(model: Model, console: Console) -> dict[str, Any]:
+def _describe_model(model: DemoModel, console: Console) -> dict[str, Any]:
     numbers = sum(tensor.numel() for tensor in model.state.values())
     blocks = model.config["num_layers"]
     console.say("One model in every dialect", "bold")
@@ -142,7 +143,7 @@ def _describe_model(model: Model, console: Console) -> dict[str, Any]:
     return {"family": "LTX-2.3", "tensors": len(model.state), "parameters": numbers, "nvfp4_layers": len(model.packed)}
 
 
-def read_file(path: Path, model: Model, kind: str, dialect: str = AUTO) -> Reading:
+def read_file(path: Path, model: DemoModel, kind: str, dialect: str = AUTO) -> Reading:
     """Header -> dialect -> every NVFP4 layer in the host's layout -> BF16, timed; then compare the BF16 tensors."""
     start = time.perf_counter()
     header = read_header(path)
@@ -161,7 +162,7 @@ def read_file(path: Path, model: Model, kind: str, dialect: str = AUTO) -> Readi
     return Reading(kind, plan, weights, sum(quantised), rest_equal, seconds)
 
 
-def _decode(plan: Plan, layer: str, reader: TensorReader, shape: tuple[int, int]) -> torch.Tensor:
+def _decode(plan: DialectPlan, layer: str, reader: TensorReader, shape: tuple[int, int]) -> torch.Tensor:
     record = host_layer(plan, layer, lambda suffix: reader.get(f"{layer}.{suffix}"))
     return backends.dequantize(record.packed, record.block_scale, record.global_scale, shape, torch.bfloat16)
 
@@ -173,7 +174,7 @@ def relative_error(weights: Tensors, state: Tensors) -> float:
     return math.sqrt(difference / sum(float(original.square().sum()) for _, original in pairs))
 
 
-def show_files(folder: Path, model: Model, console: Console) -> list[dict[str, Any]]:
+def show_files(folder: Path, model: DemoModel, console: Console) -> list[dict[str, Any]]:
     """Write and read every kind of file; the table of what was found."""
     kinds = (ORIGINAL, *PACKED_KINDS)
     records = []
@@ -202,7 +203,7 @@ def show_files(folder: Path, model: Model, console: Console) -> list[dict[str, A
     return records
 
 
-def _file_record(path: Path, reading: Reading, model: Model) -> dict[str, Any]:
+def _file_record(path: Path, reading: Reading, model: DemoModel) -> dict[str, Any]:
     plan, layers = reading.plan, reading.weights
     identical = reading.rest_equal and _as_expected(layers, model)
     original_bytes = sum(model.state[f"{layer}.weight"].nbytes for layer in layers)
@@ -222,7 +223,7 @@ def _file_record(path: Path, reading: Reading, model: Model) -> dict[str, Any]:
     }
 
 
-def _as_expected(weights: Tensors, model: Model) -> bool:
+def _as_expected(weights: Tensors, model: DemoModel) -> bool:
     return all(torch.equal(weight, model.decoded[layer]) for layer, weight in weights.items())
 
 
@@ -241,7 +242,7 @@ def _file_row(record: dict[str, Any]) -> list[Cell]:
     ]
 
 
-def show_misreadings(folder: Path, model: Model, console: Console) -> list[dict[str, Any]]:
+def show_misreadings(folder: Path, model: DemoModel, console: Console) -> list[dict[str, Any]]:
     """What one layer becomes when a file is read in another dialect than its own: no error, other numbers."""
     console.title("Why the dialect is never guessed")
     console.say(f"One layer ({AMBIGUOUS_LAYER}) read as what it is and as what it is not:", indent=2)
@@ -258,7 +259,7 @@ def show_misreadings(folder: Path, model: Model, console: Console) -> list[dict[
     return records
 
 
-def show_refusals(folder: Path, model: Model, console: Console) -> list[dict[str, Any]]:
+def show_refusals(folder: Path, model: DemoModel, console: Console) -> list[dict[str, Any]]:
     """Files that must be refused: one that does not declare its dialect, one that is cut short."""
     undeclared, cut = (folder / f"{name}.safetensors" for name in (UNDECLARED, CUT))
     synthetic.write(undeclared, "metadata_less", model.state, {}, model.packed)  # without config: nobody's header

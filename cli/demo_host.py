@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import synthetic
+from ..samples import synthetic
 from .console import Cell, Console
 
 HARNESS = Path(__file__).resolve().parent.parent / "tests" / "host"

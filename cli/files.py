@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.components import COMPONENTS, find_components
-from ..checkpoint.diagnosis import Finding
-from ..checkpoint.dialects import AUTO, DIALECTS
-from ..checkpoint.repair import BACKUP_ENDING, Repaired, restore_header
-from ..checkpoint.repair import repair as repair_checkpoint
-from ..checkpoint.report import inspect_checkpoint
-from ..checkpoint.shards import open_checkpoint
-from ..checkpoint.split import BF16, KEEP
-from ..checkpoint.split import split as split_checkpoint
+from ..checkpoint.file.shards import open_checkpoint
+from ..checkpoint.identify.components import COMPONENTS, find_components
+from ..checkpoint.identify.diagnosis import Fault
+from ..checkpoint.identify.dialects import AUTO, DIALECTS
+from ..checkpoint.identify.report import inspect_checkpoint
+from ..checkpoint.write.repair import BACKUP_ENDING, Repaired, restore_header
+from ..checkpoint.write.repair import repair as repair_checkpoint
+from ..checkpoint.write.split import BF16, KEEP
+from ..checkpoint.write.split import split as split_checkpoint
 from .console import CommandError, Console, size
 
 _SOURCE = "a .safetensors file, its .index.json, one of its shards, or a quoted wildcard"
@@ -97,10 +97,10 @@ def run_inspect(args: argparse.Namespace, console: Console) -> tuple[dict[str, A
         raise CommandError(f"the output {args.png} does not end in .png")
     found = inspect_checkpoint(args.source, args.dialect)
     if args.png:
-        from ..checkpoint.report_picture import draw  # Pillow, which only the picture needs
+        from ..draw.inspect import inspection_picture  # Pillow, which only the picture needs
         from ..measure.media import write_png
 
-        write_png(args.png, draw(found))
+        write_png(args.png, inspection_picture(found))
     console.say(str(found))
     if args.png:
         console.say(f"\nPicture: {args.png}")
@@ -146,7 +146,7 @@ def run_repair(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
 
 
 def _repair_record(done: Repaired) -> dict[str, Any]:
-    def finding(found: Finding) -> dict[str, str]:
+    def finding(found: Fault) -> dict[str, str]:
         return {"code": found.code, "text": found.text, "stock": found.stock}
 
     return {

@@ -69,9 +69,9 @@ def run_sharpness(args: argparse.Namespace, console: Console) -> tuple[dict[str,
         found = _measure(path, args.max_frames, reference, console)
         measured.append((path, found))
         if picture:
-            from ..measure import plots  # Pillow, which only the pictures need
+            from ..draw.compare import sharpness_plot  # Pillow, which only the pictures need
 
-            media.write_png(picture, plots.sharpness_plot(found))
+            media.write_png(picture, sharpness_plot(found))
         records.append({"path": str(path), **found.to_dict(), "png": str(picture) if picture else None})
         values = [f"{value:.1f}" for value in (found.median, found.min, found.max)]
         verdict = (found.verdict, {"sharp": "green", "undecided": ""}.get(found.verdict, "red"))
@@ -141,9 +141,9 @@ def run_compare(args: argparse.Namespace, console: Console) -> tuple[dict[str, A
         found = compare_clips(a, b, *sound, names, args.common_prefix, lambda done, _: progress.update(done))
     record = found.to_dict()
     if args.png:
-        from ..measure import plots
+        from ..draw.compare import comparison_card
 
-        media.write_png(args.png, plots.comparison_card(found, a, b))
+        media.write_png(args.png, comparison_card(found, a, b))
     if args.out:
         media.write_bytes(args.out, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
     return record | {"png": str(args.png) if args.png else None}, _show_comparison(found, args, console)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.components import find_components
-from ..checkpoint.shards import open_checkpoint
+from ..checkpoint.file.shards import open_checkpoint
+from ..checkpoint.identify.components import find_components
 from ..measure.gpus import DETECTED, GPUS, pick_gpu
 from ..measure.plan import make_plan
 from ..measure.roofline import MODES, Clip
@@ -51,8 +51,8 @@ def run_plan(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any]
     except ValueError as error:
         raise CommandError(str(error)) from error
     if args.picture:
+        from ..draw.planner import roofline_picture  # Pillow, which only the picture needs
         from ..measure.media import write_png
-        from ..measure.roofline_picture import roofline_picture  # Pillow, which only the picture needs
 
         write_png(args.picture, roofline_picture(found))
     console.say(str(found))

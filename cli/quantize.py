@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.components import DIFFUSION_MODEL
-from ..checkpoint.dialects import AUTO, DIALECTS
-from ..checkpoint.estimate import estimate
-from ..checkpoint.quantize import quantize_checkpoint
-from ..checkpoint.quantize_plan import AMAX, MSE, Settings
-from ..checkpoint.recipes import FAMILIES, Options
-from ..checkpoint.resume import PART
-from ..checkpoint.verify import Verification, summary
-from ..checkpoint.verify import verify as verify_files
+from ..checkpoint.file.resume import PART
+from ..checkpoint.identify.components import DIFFUSION_MODEL
+from ..checkpoint.identify.dialects import AUTO, DIALECTS
+from ..checkpoint.verify.verify import Verification, summary
+from ..checkpoint.verify.verify import verify as verify_files
+from ..checkpoint.write.estimate import estimate
+from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
+from ..checkpoint.write.quantize import quantize_checkpoint
+from ..checkpoint.write.recipes import FAMILIES, Options
 from .console import CommandError, Console, size
 
 _SOURCE = "a .safetensors file, its .index.json, one of its shards, or a quoted wildcard"
@@ -92,7 +92,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
     """-> (the record of the file or the estimate, whether it can be written)."""
     if args.keep_first_last is not None and args.keep_first_last < 0:
         raise CommandError("--keep-first-last takes a number of blocks, 0 or more")
-    settings = Settings(
+    settings = QuantizeSettings(
         recipe=args.recipe,
         options=Options(
             args.protect_audio, args.protect_cross_attention, args.keep_first_last, tuple(args.keep),
@@ -163,10 +163,10 @@ def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
             args.file, args.source, dialect=args.dialect, device=_device(args.device), on_step=progress.of
         )
     if args.png:
-        from ..checkpoint.verify_picture import draw  # Pillow, which only the picture needs
+        from ..draw.verify import verification_picture  # Pillow, which only the picture needs
         from ..measure.media import write_png
 
-        write_png(args.png, draw(found))
+        write_png(args.png, verification_picture(found))
     console.say(summary(found))
     _say_worst(found, console, args.worst)
     if args.png:

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
 
-from ..checkpoint.report import OUTSIDE, Inspection, size_text
-from ..checkpoint.report_picture import _COMPONENT_COLOURS, _FORMAT_COLOURS, _OTHER_FORMAT
+from ..checkpoint.identify.report import OUTSIDE, Inspection, size_text
 from ..measure.compare import Comparison
 from ..measure.fit import RESERVE, Fit
 from ..measure.media import to_frames
-from ..measure.plan import Plan
-from ..measure.plots import BLUE, FAINT, GRID, INK, ORANGE, RED, Colour, _Canvas, _ticks
+from ..measure.plan import RenderPlan
 from ..measure.sharpness import REFERENCE_RATIO, Sharpness
+from .canvas import BLUE, FAINT, GRID, INK, ORANGE, RED, Canvas, Colour, resized
+from .compare import ticks
+from .inspect import COMPONENT_COLOURS, FORMAT_COLOURS, OTHER_FORMAT
 
 WIDTH, DENSITY = 310, 2
 _MARGIN = 10
@@ -36,11 +36,11 @@ def compact_inspection(found: Inspection) -> np.ndarray:
     total = sum(part.nbytes for part in found.parts) or 1
     x, y = float(_MARGIN), _MARGIN
     for part in found.parts:
-        canvas.bar(x, y, x + _INNER * part.nbytes / total, y + 20, _COMPONENT_COLOURS[part.name])
+        canvas.box(x, y, x + _INNER * part.nbytes / total, y + 20, COMPONENT_COLOURS[part.name])
         x += _INNER * part.nbytes / total
     y += 28
     for part in sorted(found.parts, key=lambda part: -part.nbytes):
-        _key(canvas, _MARGIN, y, part.title, _COMPONENT_COLOURS[part.name])
+        _key(canvas, _MARGIN, y, part.title, COMPONENT_COLOURS[part.name])
         canvas.text(WIDTH - _MARGIN, y, size_text(part.nbytes), _TEXT, anchor="ra", bold=True)
         y += _LINE
     if blocks:
@@ -48,7 +48,7 @@ def compact_inspection(found: Inspection) -> np.ndarray:
     return canvas.pixels()
 
 
-def _blocks(canvas: _Canvas, y: float, blocks: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
+def _blocks(canvas: Canvas, y: float, blocks: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
     """A legend and one column a block, stacked by format, 90 high in all."""
     sums: dict[str, int] = {}
     for sizes in blocks.values():
@@ -57,7 +57,7 @@ def _blocks(canvas: _Canvas, y: float, blocks: Mapping[str, Mapping[str, tuple[i
     names = sorted(sums, key=lambda name: -sums[name])
     x = _MARGIN + canvas.text(_MARGIN, y, "blocks", _TEXT, bold=True) + 12
     for name in names[:_MOST_FORMATS]:
-        x += _key(canvas, x, y, name, _FORMAT_COLOURS.get(name, _OTHER_FORMAT)) + 12
+        x += _key(canvas, x, y, name, FORMAT_COLOURS.get(name, OTHER_FORMAT)) + 12
     base, tall = y + 76, 56
     top = max(sum(nbytes for _, nbytes in sizes.values()) for sizes in blocks.values()) or 1
     pitch = _INNER / max(len(blocks), 12)
@@ -67,14 +67,14 @@ def _blocks(canvas: _Canvas, y: float, blocks: Mapping[str, Mapping[str, tuple[i
         for name in names:
             high = tall * sizes.get(name, (0, 0))[1] / top
             if high:
-                colour = _FORMAT_COLOURS.get(name, _OTHER_FORMAT)
-                canvas.bar(left + 0.1 * pitch, level - high, left + 0.9 * pitch, level, colour)
+                colour = FORMAT_COLOURS.get(name, OTHER_FORMAT)
+                canvas.box(left + 0.1 * pitch, level - high, left + 0.9 * pitch, level, colour)
             level -= high
         if index % every == 0:
             canvas.text(left + pitch / 2, base + 3, label, _SMALL, FAINT, anchor="mt")
 
 
-def compact_plan(plan: Plan) -> np.ndarray:
+def compact_plan(plan: RenderPlan) -> np.ndarray:
     """Memory in each phase against that of the GPU, and a step by format and compute."""
     choices = plan.choices if plan.step else ()
     canvas = _page(_MARGIN + 34 + 18 * len(plan.fit.phases) + (24 + 16 * len(choices) if choices else 0) + _MARGIN)
@@ -86,13 +86,13 @@ def compact_plan(plan: Plan) -> np.ndarray:
         for one in choices:
             canvas.text(_MARGIN, y, f"{one.stored}, {one.mode}", _TEXT, FAINT)
             wide = 136 * one.seconds / longest
-            canvas.bar(102, y + 2, 102 + wide, y + 13, BLUE if one.stored == "NVFP4" else FAINT)
+            canvas.box(102, y + 2, 102 + wide, y + 13, BLUE if one.stored == "NVFP4" else FAINT)
             canvas.text(108 + wide, y, f"{one.seconds:.2f} s", _TEXT)
             y += 16
     return canvas.pixels()
 
 
-def _memory(canvas: _Canvas, found: Fit, y: float) -> float:
+def _memory(canvas: Canvas, found: Fit, y: float) -> float:
     """A bar a phase: weights, working memory, what stays free; a line where the memory ends -> y below."""
     x = _MARGIN + canvas.text(_MARGIN, y, "memory", _TEXT, bold=True) + 12
     parts = (("weights", BLUE), ("working", ORANGE), ("always free", FAINT))
@@ -107,7 +107,7 @@ def _memory(canvas: _Canvas, found: Fit, y: float) -> float:
         canvas.text(_MARGIN, y, one.name, _TEXT, FAINT)
         x = float(left)
         for (_, colour), value in zip(parts, (one.weights, one.working, RESERVE), strict=True):
-            canvas.bar(x, y + 1, x + room * value / longest, y + 14, colour)
+            canvas.box(x, y + 1, x + room * value / longest, y + 14, colour)
             x += room * value / longest
         canvas.text(max(x, limit) + 6, y, f"{one.needs / 1e9:.1f} GB", _TEXT, INK if one.alone else RED)
         y += 18
@@ -127,7 +127,7 @@ def compact_sharpness(found: Sharpness) -> np.ndarray:
     canvas.text(WIDTH - _MARGIN, _MARGIN + 1, f"median {median}", _TEXT, FAINT, anchor="ra")
     left, right, top, bottom = 52, WIDTH - _MARGIN, 40, 182
     high = max(*found.values, *(value for _, value, _ in lines)) * 1.08 or 1.0
-    for tick in _ticks(0, high):
+    for tick in ticks(0, high):
         y = bottom - (bottom - top) * tick / high
         canvas.line([(left, y), (right, y)], GRID, 1)
         canvas.text(left - 6, y, f"{tick:g}", _SMALL, FAINT, anchor="rm")
@@ -168,13 +168,13 @@ def compact_comparison(found: Comparison, a: np.ndarray, b: np.ndarray) -> np.nd
     return canvas.pixels()
 
 
-def _page(height: float) -> _Canvas:
-    return _Canvas(WIDTH, round(height), density=DENSITY)
+def _page(height: float) -> Canvas:
+    return Canvas(WIDTH, round(height), density=DENSITY)
 
 
-def _key(canvas: _Canvas, x: float, y: float, name: str, colour: Colour) -> float:
+def _key(canvas: Canvas, x: float, y: float, name: str, colour: Colour) -> float:
     """One entry of a legend -> its width."""
-    canvas.bar(x, y + 3, x + 9, y + 12, colour)
+    canvas.box(x, y + 3, x + 9, y + 12, colour)
     return canvas.text(x + 14, y, name, _TEXT, FAINT, limit=200) + 14
 
 
@@ -182,4 +182,4 @@ def _reduced(frame: np.ndarray, wide: float, tall: float) -> np.ndarray:
     """(H, W, 3) -> as large as it fits, in pixels."""
     scale = DENSITY * min(wide / frame.shape[1], tall / frame.shape[0])
     size = max(round(frame.shape[1] * scale), 1), max(round(frame.shape[0] * scale), 1)
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+    return resized(frame, *size)

@@ -66,7 +66,7 @@ def _make(job: Mapping[str, Any]) -> None:
     """Write the files of ``--synthetic``; no ComfyUI."""
     import torch
 
-    from ..checkpoint import released
+    from ..samples import released
 
     device = "cuda" if torch.cuda.is_available() and "--cpu" not in job["flags"] else "cpu"
     last = 0.0
@@ -138,7 +138,7 @@ def _conditioning(path: str | None) -> Any:
     """A safetensors file with one tensor (1, tokens, width) -> that tensor; None without a file."""
     if path is None:
         return None
-    from ..checkpoint.container import TensorReader
+    from ..checkpoint.file.container import TensorReader
 
     with TensorReader(path) as reader:
         return reader.get(next(iter(reader.header.tensors))).float().clone()

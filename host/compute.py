@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import comfy.model_management
 import torch
 
-from ..checkpoint.header import Header
-from ..checkpoint.recipes import Options, find_recipe, select
+from ..checkpoint.file.header import Header
+from ..checkpoint.write.recipes import Options, find_recipe, select
 from ..kernels import fp8
 
 MODES = ("bf16", "fp8", "fp4")

@@ -97,6 +97,10 @@ def _compute_verdict(layers: list, facts: Mapping[str, Fact]) -> tuple[str, str]
     if reason := _slow_lora(layers):
         return "slow", reason
     if len(own) == len(layers):
+        from . import residency  # needs ComfyUI, which a report of a machine without it does not
+
+        if unknown := str(residency.check()):
+            return "slow", unknown
         backend = facts["own_backend"]
         verdict = {"triton": "fast", "torch": "slow"}.get(backend.value, "unknown")
         return verdict, f"weights are dequantised by this pack's kernels: {backend.text}{_lora_of_own(layers)}"
@@ -113,8 +117,9 @@ def _compute_verdict(layers: list, facts: Mapping[str, Fact]) -> tuple[str, str]
 
 def _slow_lora(layers: list) -> str:
     """What a LoRA costs where the host computes with the weight, or an empty string."""
-    every = sum(bool(layer.__dict__.get("weight_function")) for layer in layers)
-    brought = sum(layer.__dict__.get("weight_lowvram_function") is not None for layer in layers)
+    from . import residency
+
+    every, brought = (sum(map(found, layers)) for found in (residency.in_every_step, residency.while_brought))
     if every:
         text = f"a LoRA is computed into the weight in every step in {every:,} of {len(layers):,} layers"
     elif brought:

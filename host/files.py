@@ -11,8 +11,8 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..checkpoint.components import AUDIO_VAE, DIFFUSION_MODEL, REST, TEXT_PROJECTION, VIDEO_VAE
-from ..checkpoint.header import CheckpointError
+from ..checkpoint.file.header import CheckpointError
+from ..checkpoint.identify.components import AUDIO_VAE, DIFFUSION_MODEL, REST, TEXT_PROJECTION, VIDEO_VAE
 
 SUFFIXES = (".safetensors", ".sft")
 SAME_FILE = "(the file itself)"

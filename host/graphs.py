@@ -23,10 +23,11 @@ import torch
 from comfy import patcher_extension
 from comfy.quant_ops import QuantizedTensor
 
+from .residency import PREFETCH_FLAG as _FLAG
+
 logger = logging.getLogger(__name__)
 
 KEY = "nvfp4_video.graphs"
-_FLAG = "prefetch_dynamic_vbars"  # tells the host's options from any other dict, as in host/cure.py
 # What may stand in the options: these have no say in what a block computes ...
 _WITHOUT_EFFECT = {
     "callbacks", "cond_or_uncond", "patches_replace", "sample_sigmas", "sigmas", "uuids", "wrappers", _FLAG,

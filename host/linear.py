@@ -18,11 +18,12 @@ import comfy.ops
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
-from ..checkpoint.header import CheckpointError
+from ..checkpoint.file.header import CheckpointError
 from ..kernels import backends, fp8, gemv, reference
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
-from . import lora
+from . import lora, residency
 from .compute import Compute
+from .fusions import shared_rows
 
 LAYOUT = "TensorCoreNVFP4Layout"
 # Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
@@ -52,6 +53,9 @@ def weight_only_operations(
     # A disabled format is one the host computes from full-precision weights instead of quantising the activations.
     disabled = {*host._disabled} if compute.uses("fp4") else {*host._disabled, "nvfp4"}
     base = comfy.ops.mixed_precision_ops(host._quant_config, compute_dtype, disabled=disabled)
+    books = residency.check()
+    patched = residency.patched if books.patches else _always
+    resident = residency.resident if books.places else _nowhere
 
     class WeightOnlyOperations(base):
         class Linear(base.Linear):
@@ -71,10 +75,7 @@ def weight_only_operations(
                 if not (
                     own.get("nvfp4_mode") in _OWN_MODES
                     and isinstance(weight, QuantizedTensor)
-                    and not self.weight_function
-                    and not self.bias_function
-                    and own.get("weight_lowvram_function") is None
-                    and own.get("bias_lowvram_function") is None
+                    and not patched(self)
                     and type(input) is torch.Tensor
                     and input.dtype in OUTPUT_DTYPES
                     and not (input.requires_grad and torch.is_grad_enabled())
@@ -90,14 +91,21 @@ def weight_only_operations(
                 if smoothed:
                     smoothing = parameters["pre_quant_scale"]
                     input = input * comfy.model_management.cast_to_device(smoothing, device, input.dtype)
-                if "_v" not in own and weight._qdata.device == device:
-                    return matmul(own, input, weight, parameters["bias"], device, backend, activation)
-                resident = _prefetched(own, device)
-                if resident is not None:
-                    return matmul(own, input, resident, own.get("_v_bias"), device, backend, activation)
-                return _streamed(self, input, weight, backend, matmul, activation)
+                found = resident(own, device)
+                if found is None:
+                    return _streamed(self, input, weight, backend, matmul, activation)
+                return matmul(own, input, *found, device, backend, activation)
 
     return WeightOnlyOperations
+
+
+def _always(module: torch.nn.Module) -> bool:
+    """What stands for ``residency.patched`` where the host's patches cannot be seen: its forward knows them."""
+    return True
+
+
+def _nowhere(own: dict, device: torch.device) -> None:
+    """What stands for ``residency.resident`` where that cannot be told: ``cast_bias_weight`` brings the weight."""
 
 
 def _choose_mode(module, mode: str) -> None:
@@ -159,19 +167,6 @@ def _streamed(
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
 
-def _prefetched(own: dict, device: torch.device) -> QuantizedTensor | None:
-    """The weight that DynamicVRAM's block prefetch has already found resident and pinned, or None.
-
-    It is what ``cast_bias_weight`` would return, at a tenth of its cost; the prefetch queue unpins it after the
-    block. Read as data that may be absent: on a host that keeps its books otherwise, ``cast_bias_weight`` answers.
-    """
-    prefetch = own.get("_prefetch")
-    if type(prefetch) is not dict or prefetch.get("resident") is not True:
-        return None
-    weight = own.get("_v_weight")
-    return weight if isinstance(weight, QuantizedTensor) and weight._qdata.device == device else None
-
-
 def _matmul(
     own: dict,
     input: torch.Tensor,
@@ -188,15 +183,15 @@ def _matmul(
         return _compiled_matmul(own, reference.activate(input, activation), packed, params, bias, backend)
     functions = own.get("_nvfp4_functions")
     if functions is None or functions[0] is not dtype or functions[1] != device or functions[2] != backend:
-        functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
+        with residency.outside_host_graph():  # some keep tensors of their own
+            functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
     _, _, _, few, many, dequantize = functions
     if few is not None or many is not None:
         shape = input.shape
         cols = shape[-1] if shape else 0
         rows = input.numel() // cols if cols else 0
         if many is not None and rows >= FP8_MIN_TOKENS:
-            shared = own.get("_nvfp4_shared")
-            return many(input, packed, params.block_scale, params.scale, bias, activation, shared)
+            return many(input, packed, params.block_scale, params.scale, bias, activation, shared_rows(own))
         if activation:
             input = reference.activate(input, activation)
         if few is not None and 0 < rows <= gemv.MAX_TOKENS:

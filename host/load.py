@@ -21,21 +21,22 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
-from ..checkpoint.dialects import (
+from ..checkpoint.file.header import CheckpointError, read_header
+from ..checkpoint.identify.dialects import (
     AUTO,
     DIALECTS,
     FP8_FORMATS,
     MARKER,
     STATED,
     STORAGE_KEYS,
-    Plan,
+    DialectPlan,
     detect,
     host_layer,
     input_scale,
 )
-from ..checkpoint.header import CheckpointError, read_header
-from ..checkpoint.signatures import Model, find_model, transformer_config
+from ..checkpoint.identify.signatures import Model, find_model, transformer_config
 from ..kernels import backends
+from . import residency
 from .compute import AUTO as FASTEST
 from .compute import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers
 from .fusions import fuse
@@ -67,6 +68,7 @@ class LoadReport:
     dynamic_vram: bool
     config_from: str | None
     graphs: str  # CUDA graphs of the blocks: which, or why none
+    unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count:,} {name}" for name, count in self.layers.items())
@@ -85,6 +87,8 @@ class LoadReport:
         ]
         if not self.graphs.startswith("none"):
             lines.append(f"CUDA graphs: {self.graphs}")
+        if self.unknown:
+            lines.append(self.unknown)
         if self.config_from:
             lines.append(f"config taken from {self.config_from}")
         return "\n".join(lines)
@@ -138,7 +142,7 @@ def _reload(path, compute, dialect, backend, config_from, layer_compute="", disa
     return load_model(path, compute, dialect, backend, config_from, disable_dynamic, layer_compute)[0]
 
 
-def _plan_compute(picked: tuple[str, str], overrides: dict[str, str], plan: Plan, model: Model) -> Compute:
+def _plan_compute(picked: tuple[str, str], overrides: dict[str, str], plan: DialectPlan, model: Model) -> Compute:
     """Modes by layer, named as the model will name them."""
     start = len(model.prefix)
     matrices = [
@@ -171,7 +175,7 @@ def _complete_config(metadata: dict, header, model: Model, config_from: str | No
     return None
 
 
-def rewrite(plan: Plan, state_dict: dict) -> dict:
+def rewrite(plan: DialectPlan, state_dict: dict) -> dict:
     """State dict as stored -> in the host's layout with markers, layer by layer and in place.
 
     NVFP4 weights become the host's QuantizedTensor; a converted layer's original is dropped before the next is read.
@@ -232,7 +236,7 @@ def _marker(content: dict) -> torch.Tensor:
     return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
 
 
-def _check_markers(plan: Plan, state_dict: dict) -> None:
+def _check_markers(plan: DialectPlan, state_dict: dict) -> None:
     """Refuse markers that say nothing or contradict their tensors, unless the user stated the dialect.
 
     They are then written anew.
@@ -299,7 +303,7 @@ def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool
     return patcher
 
 
-def _report(plan: Plan, model: Model, compute: Compute, backend, device, patcher, config_source) -> LoadReport:
+def _report(plan: DialectPlan, model: Model, compute: Compute, backend, device, patcher, config_source) -> LoadReport:
     tensors = {key: info for key, info in plan.header.tensors.items() if key.startswith(model.prefix)}
     layers = Counter(content["format"] for content in plan.formats.values())
     plain = {layer for layer, group in plan.groups.items() if "weight" in group and layer not in plan.formats}
@@ -322,6 +326,7 @@ def _report(plan: Plan, model: Model, compute: Compute, backend, device, patcher
         dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
         config_from=config_source,
         graphs=use_graphs(patcher),
+        unknown=str(residency.check()),
     )
 
 

@@ -22,9 +22,9 @@ import folder_paths
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ..checkpoint.dialects import AUTO, MARKER, Plan, detect
-from ..checkpoint.header import CheckpointError, Header, read_header
-from ..checkpoint.text_encoder_signatures import (
+from ..checkpoint.file.header import CheckpointError, Header, read_header
+from ..checkpoint.identify.dialects import AUTO, MARKER, DialectPlan, detect
+from ..checkpoint.identify.text_encoder_signatures import (
     CONNECTORS,
     EMBEDDING,
     PROJECTION,
@@ -145,7 +145,7 @@ def _reload(path, projection, dialect, backend, device, graphs, disable_dynamic:
     return load_text_encoder(path, projection, dialect, backend, device, graphs, disable_dynamic)[0].patcher
 
 
-def _read(path: str, plan: Plan, wanted) -> dict[str, torch.Tensor]:
+def _read(path: str, plan: DialectPlan, wanted) -> dict[str, torch.Tensor]:
     """The wanted tensors of a file in the host's layout; native ones stay mapped."""
     state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     if not plan.formats:  # the host's older FP8 files have a marker of their own
@@ -227,7 +227,7 @@ def _check(model: torch.nn.Module, encoder: TextEncoder, linear: type, name: str
             raise CheckpointError(found, where=f"{name}, layer {layer}", expected=f"shape {shape}", remedy=remedy)
 
 
-def _layers(plan: Plan) -> dict[str, int]:
+def _layers(plan: DialectPlan) -> dict[str, int]:
     layers = Counter(content["format"] for content in plan.formats.values())
     plain = [group["weight"] for layer, group in plan.groups.items() if "weight" in group and layer not in plan.formats]
     layers.update(info.dtype for info in plain if len(info.shape) == 2)

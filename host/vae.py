@@ -18,13 +18,13 @@ import comfy.model_management
 import comfy.sd
 import torch
 
-from ..checkpoint.components import AUDIO_VAE, VIDEO_VAE, Component, find_components
-from ..checkpoint.dialects import AUTO
-from ..checkpoint.header import CheckpointError, Header
-from ..checkpoint.restore import plan_restoration
-from ..checkpoint.shards import Checkpoint, Source, open_checkpoint
-from ..checkpoint.split import metadata_of, with_config
-from ..checkpoint.vae_signatures import AUDIO, Vae, find_vaes, pick_vae, refusal
+from ..checkpoint.file.header import CheckpointError, Header
+from ..checkpoint.file.shards import Checkpoint, Source, open_checkpoint
+from ..checkpoint.identify.components import AUDIO_VAE, VIDEO_VAE, Component, find_components
+from ..checkpoint.identify.dialects import AUTO
+from ..checkpoint.identify.vae_signatures import AUDIO, Vae, find_vaes, pick_vae, refusal
+from ..checkpoint.write.restore import plan_restoration
+from ..checkpoint.write.split import metadata_of, with_config
 
 logger = logging.getLogger(__name__)
 

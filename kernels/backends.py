@@ -18,7 +18,7 @@ from .format import PackedWeight, block_scale_shape, packed_shape
 
 BACKENDS = ("triton", "torch")
 _MIN_CAPABILITY = (7, 5)
-_MODULES = {"torch": "reference", "triton": "triton_nvfp4"}
+_MODULES = {"torch": "reference", "triton": "triton.dequantize"}
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def _triton_obstacle(device: torch.device) -> str:
     if torch.version.cuda and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return f"Triton needs compute capability 7.5, this is {_describe(device)}"
     try:
-        importlib.import_module(".triton_nvfp4", __package__)
+        importlib.import_module(".triton.dequantize", __package__)
     except ImportError as error:
         return f"Triton is not installed ({error}); install triton, on Windows triton-windows"
     return ""
@@ -59,7 +59,7 @@ def _describe(device: torch.device) -> str:
 
 @functools.cache
 def implementation(device: torch.device, requested: str = "auto"):
-    """The module (reference or triton_nvfp4) that ``pick_backend`` chose."""
+    """The module (reference or triton.dequantize) that ``pick_backend`` chose."""
     return importlib.import_module(f".{_MODULES[pick_backend(device, requested)[0]]}", __package__)
 
 
@@ -115,7 +115,7 @@ def dequantize_sum(
     weight is rounded before the product is added.
     """
     if not torch.compiler.is_compiling() and _sums_in_triton(up.dtype, packed.device, backend):
-        module = importlib.import_module(".triton_lora", __package__)
+        module = importlib.import_module(".triton.dequantize_sum", __package__)
         return module.dequantize_sum(packed, block_scale, global_scale, shape, up, down)
     return dequantize(packed, block_scale, global_scale, shape, up.dtype, backend).addmm_(up, down)
 

@@ -116,7 +116,7 @@ def linear_function(
         return lambda x, packed, block_scale, global_scale, bias=None, activation="", shared=None: reference.linear_fp8(
             x, packed, block_scale, global_scale, shape, bias, activation
         )
-    triton_fp8 = importlib.import_module(".triton_fp8", __package__)
+    triton_fp8 = importlib.import_module(".triton.to_fp8", __package__)
     convert = triton_fp8.converter(shape, device)
     quantizers = {kind: triton_fp8.row_quantizer(cols, dtype, device, kind) for kind in reference.ACTIVATIONS}
     flat = {kind: lambda x, run=run: run(x if x.ndim == 2 else x.reshape(-1, cols)) for kind, run in quantizers.items()}

@@ -36,7 +36,7 @@ def gemv_function(
         return None
     if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return None
-    fused = importlib.import_module(".triton_gemv", __package__).gemv_function
+    fused = importlib.import_module(".triton.gemv", __package__).gemv_function
     return fused(shape, dtype, device) if _sound(fused, dtype, device) else None
 
 

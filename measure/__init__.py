@@ -1,1 +1,1 @@
-"""Measurements of pictures and sound: pure functions, no ComfyUI. OpenCV, Pillow and PyAV are imported where used."""
+"""Numbers of clips, machines and plans: pure functions, no ComfyUI. OpenCV and PyAV are imported where used."""

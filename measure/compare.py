@@ -10,7 +10,7 @@ Definitions, A being the one to trust and B the one under test:
 
 Why no scikit-image and no matplotlib here: the pack lives in other people's environments, where each further package
 can move a pinned NumPy. OpenCV does the filtering and the heat map, NumPy the spectra, and ComfyUI's own Pillow
-draws (plots.py). scikit-image is a test dependency only.
+draws (draw/compare.py). scikit-image is a test dependency only.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..checkpoint.components import COMPONENTS, VIDEO_VAE
-from ..checkpoint.dialects import AUTO, DIALECTS
-from ..checkpoint.report import inspect_checkpoint
-from ..checkpoint.report_picture import draw
-from ..checkpoint.split import BF16, KEEP, split
+from ..checkpoint.identify.components import COMPONENTS, VIDEO_VAE
+from ..checkpoint.identify.dialects import AUTO, DIALECTS
+from ..checkpoint.identify.report import inspect_checkpoint
+from ..checkpoint.write.split import BF16, KEEP, split
 from ..draw.compact import compact_inspection
+from ..draw.inspect import inspection_picture
 from ..host import files
 from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
 from ..host.show import show, to_image
@@ -47,7 +47,7 @@ class NVFP4Inspect(io.ComfyNode):
     @classmethod
     def execute(cls, file_name, dialect=AUTO) -> io.NodeOutput:
         found = inspect_checkpoint(file_path(file_name, ALL_FOLDERS), dialect)
-        picture = to_image(draw(found))
+        picture = to_image(inspection_picture(found))
         shown = show(cls, str(found), to_image(compact_inspection(found)), picture)
         return io.NodeOutput(str(found), picture, ui=shown)
 

@@ -7,10 +7,10 @@ import json
 from comfy_api.v0_0_2 import io
 
 from ..draw.compact import compact_comparison, compact_sharpness
+from ..draw.compare import comparison_card, sharpness_plot
 from ..host.files import progress
 from ..host.show import show, to_image
 from ..measure.compare import compare_clips
-from ..measure.plots import comparison_card, sharpness_plot
 from ..measure.sharpness import measure_sharpness
 
 

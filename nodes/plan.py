@@ -5,13 +5,14 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..draw.compact import compact_plan
+from ..draw.planner import roofline_picture
 from ..host.files import file_names, file_path, fingerprint
 from ..host.settings import distilled, plan_file
 from ..host.show import show, to_image
 from ..measure.gpus import DETECTED, GPUS
+from ..measure.ltx import VERSIONS
 from ..measure.roofline import MODES, Clip
-from ..measure.roofline_picture import roofline_picture
-from ..measure.settings import STAGES, VERSIONS
+from ..measure.settings import STAGES
 
 FOLDERS = ("diffusion_models", "checkpoints")
 _SIZE = {"min": 64, "max": 8192, "step": 1}

@@ -6,13 +6,13 @@ import time
 
 from comfy_api.v0_0_2 import io
 
-from ..checkpoint.card import text_of
-from ..checkpoint.components import DIFFUSION_MODEL, REST
-from ..checkpoint.estimate import estimate
-from ..checkpoint.quantize import quantize_checkpoint
-from ..checkpoint.quantize_plan import AMAX, MSE, Settings
-from ..checkpoint.recipes import AUTO, FAMILIES, Options
-from ..checkpoint.report import size_text
+from ..checkpoint.identify.components import DIFFUSION_MODEL, REST
+from ..checkpoint.identify.report import size_text
+from ..checkpoint.write.card import text_of
+from ..checkpoint.write.estimate import estimate
+from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
+from ..checkpoint.write.quantize import quantize_checkpoint
+from ..checkpoint.write.recipes import AUTO, FAMILIES, Options
 from ..host import files
 from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
 from ..host.show import show, tell
@@ -83,7 +83,7 @@ class NVFP4Quantize(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         edges = None if keep_first_last < 0 else keep_first_last
         options = Options(protect_audio, protect_cross_attention, edges, tuple(keep.split()))
-        settings = Settings(
+        settings = QuantizeSettings(
             recipe, options, contents == MODEL_ONLY, SEARCHES[quality], keep_non_finite,
             config_from=files.optional_path(config_from, ALL_FOLDERS),
         )  # fmt: skip

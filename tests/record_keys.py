@@ -2,8 +2,8 @@
 
 usage: COMFYUI_PATH=<checkout> python tests/record_keys.py
 
-Writes into ``checkpoint/data``: ``ltx23_small.json.gz`` and ``ltx20_small.json.gz`` (scaled-down models that
-``checkpoint/synthetic.py`` fills with seeded weights), ``ltxav_keys.json.gz`` (LTX-2.3 as released) and
+Writes into ``samples/data``: ``ltx23_small.json.gz`` and ``ltx20_small.json.gz`` (scaled-down models that
+``samples/synthetic.py`` fills with seeded weights), ``ltxav_keys.json.gz`` (LTX-2.3 as released) and
 ``ltx23_small_vae.json.gz`` (its VAEs with fewer channels, ``keys`` by VAE). Each file is ``{"config": {...}, "keys":
 {name: shape}}``. gzip's time stamp is 0: the same host gives the same bytes.
 LTX-2.0 is recorded because hosts without gated attention (0.15 and older) cannot build LTX-2.3; 0.15 itself builds
@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "checkpoint" / "data"
+DATA = ROOT / "samples" / "data"
 CONFIG = DATA / "ltx23_config.json.gz"
 
 # 4 video heads of 32 and 4 audio heads of 16: no tensor of the audio branch can pass for one of the video branch, and

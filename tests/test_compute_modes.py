@@ -7,12 +7,12 @@ from pathlib import Path
 import comfy.model_management
 import pytest
 import torch
-from nvfp4_video.checkpoint import synthetic
-from nvfp4_video.checkpoint.header import read_header
+from nvfp4_video.checkpoint.file.header import read_header
 from nvfp4_video.host import compute, linear
 from nvfp4_video.host.compute import Compute
 from nvfp4_video.host.load import load_model
 from nvfp4_video.kernels import fp8, reference
+from nvfp4_video.samples import synthetic
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NVFP4 = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)

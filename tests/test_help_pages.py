@@ -77,11 +77,12 @@ def test_files_and_names_in_contributing_md_exist():
     quoted = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     paths = {word for word in quoted if re.fullmatch(r"[\w.*-]+(/[\w.*-]+)+", word)}
     names = {word for word in quoted if re.fullmatch(r"_\w+|[A-Z][A-Z_]+", word)}
-    files = [*ROOT.glob("[!.]*/*.py"), ROOT / "Makefile", *ROOT.glob(".github/workflows/*.yml")]
+    files = [*ROOT.glob("[!.]*/**/*.py"), ROOT / "Makefile", *ROOT.glob(".github/workflows/*.yml")]
     source = "\n".join(path.read_text(encoding="utf-8") for path in files)
     assert sorted(path for path in paths if not any(ROOT.glob(path))) == []
     assert sorted(name for name in names if not mentions(source, name)) == []
-    assert {"checkpoint/dialects.py", "checkpoint/recipes.py", "checkpoint/vae_signatures.py"} <= paths
+    read = {"checkpoint/identify/dialects.py", "checkpoint/write/recipes.py", "checkpoint/identify/vae_signatures.py"}
+    assert read <= paths
     assert {"DIALECTS", "RECIPES", "_ROWS"} <= names
 
 

@@ -11,9 +11,9 @@ import comfy.utils
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-from nvfp4_video.checkpoint import synthetic
-from nvfp4_video.checkpoint.header import CheckpointError
+from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.host.load import COMPUTE_MODES, load_model
+from nvfp4_video.samples import synthetic
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint import synthetic
-from nvfp4_video.checkpoint.dialects import DIALECTS
-from nvfp4_video.checkpoint.header import CheckpointError
+from nvfp4_video.checkpoint.file.header import CheckpointError
+from nvfp4_video.checkpoint.identify.dialects import DIALECTS
 from nvfp4_video.nodes.model import SAME_FILE, NVFP4ModelLoader
+from nvfp4_video.samples import synthetic
 from safetensors.torch import load_file, save_file
 
 LAYER = "transformer_blocks.2.attn1.to_q"

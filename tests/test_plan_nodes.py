@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint import synthetic
 from nvfp4_video.host import settings as host_settings
 from nvfp4_video.measure.gpus import GPUS
-from nvfp4_video.measure.settings import SIGMAS_STAGE_1, SIGMAS_STAGE_2
+from nvfp4_video.measure.ltx import SIGMAS, SIGMAS_STAGE_2
 from nvfp4_video.nodes.plan import NVFP4DistilledSettings, NVFP4Planner
-from nvfp4_video.tests import full_size
+from nvfp4_video.samples import synthetic
+from nvfp4_video.tests.support import full_size
 
 NAMES = ["width", "height", "frames", "fps", "frame_rate", "sigmas", "sigmas_stage_2", "cfg", "audio_latents",
          "final_width", "final_height", "text"]  # fmt: skip
@@ -52,7 +52,7 @@ def test_the_defaults_are_the_article_s_clip(stub_comfy):
     assert [found[name] for name in ("width", "height", "frames", "fps", "frame_rate", "cfg", "audio_latents")] == [
         768, 512, 121, 24.0, 24, 1.0, 126
     ]  # fmt: skip
-    assert torch.equal(found["sigmas"], torch.tensor(SIGMAS_STAGE_1))
+    assert torch.equal(found["sigmas"], torch.tensor(SIGMAS))
     assert found["sigmas"].dtype == torch.float32
     assert torch.equal(found["sigmas_stage_2"], torch.tensor(SIGMAS_STAGE_2["2.3"]))
     assert found["ui"]["text"] == (found["text"],)
@@ -85,13 +85,12 @@ def test_the_host_s_own_count_of_audio_latents_is_used_where_it_has_one(stub_com
 def test_the_planner_shows_its_text_and_picture(model):
     result = plan(model)
     text, picture = result.args
-    assert text.startswith(
-        "ltx.safetensors on RTX 5090, bf16 compute\n768x512, 121 frames at 24 fps: 6,144 video tokens"
-    )
-    assert "fits all at once" in text and "fp4 compute: size and speed" in text
+    assert text.startswith("fits all at once (")
+    assert "\nltx.safetensors on RTX 5090, bf16 compute\n768x512, 121 frames at 24 fps: 6,144 video tokens" in text
+    assert "fp4 compute: size and speed" in text
     assert picture.shape == (1, 900, 1600, 3) and picture.dtype == torch.float32
     assert 0.0 <= float(picture.min()) < float(picture.max()) <= 1.0
-    assert result.ui["text"] == (text,) and result.ui["images"] == [{"size": (900, 1600, 3)}]
+    assert result.ui["text"] == (text,) and result.ui["images"][0]["size"][1] == 620
 
 
 def test_the_picture_is_another_for_another_gpu_or_compute(model):

@@ -12,19 +12,22 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RINGS = ("kernels", "checkpoint", "measure", "draw", "host", "nodes")
+RINGS = ("kernels", "checkpoint", "measure", "draw", "samples", "host", "nodes")
 MAY_IMPORT = {
     "kernels": {"kernels"},
-    "checkpoint": {"checkpoint", "kernels"},
     "measure": {"measure", "kernels"},
+    "checkpoint": {"checkpoint", "measure", "kernels"},
     "draw": {"draw", "checkpoint", "measure", "kernels"},
-    "host": {"host", "draw", "checkpoint", "measure", "kernels"},
+    "samples": {"samples", "checkpoint", "measure", "kernels"},
+    "host": {"host", "draw", "samples", "checkpoint", "measure", "kernels"},
     "nodes": {"nodes", "host", "draw", "checkpoint", "measure", "kernels"},
     "__init__": {"nodes", "host"},
     "__main__": {"cli"},
-    "cli": {"cli", "host", "checkpoint", "measure", "kernels", "benchmarks", "tests"},
-    "benchmarks": {"benchmarks", "host", "checkpoint", "measure", "kernels"},
+    "cli": {"cli", "host", "draw", "samples", "checkpoint", "measure", "kernels", "benchmarks", "tests"},
+    "benchmarks": {"benchmarks", "host", "draw", "samples", "checkpoint", "measure", "kernels"},
 }
+# Ring -> its wings, each of which may import those before it.
+WINGS = {"checkpoint": ("file", "identify", "write", "verify")}
 HOST_MODULES = {
     "comfy",
     "comfy_api",
@@ -64,19 +67,26 @@ def tree(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=str(path))
 
 
-def imports(path: Path) -> list[tuple[int, str, bool]]:
-    """(line, first name below the repository root or of the absolute module, whether relative) of every import."""
+def imported(path: Path) -> list[tuple[int, tuple[str, ...], bool]]:
+    """(line, parts of the module's name, below the repository root where relative, whether relative) of every import.
+
+    Where a name is imported from a package, it counts as a part: it may be a module.
+    """
     found = []
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name.split(".")[0], False) for alias in node.names]
+            found += [(node.lineno, tuple(alias.name.split(".")), False) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.append((node.lineno, node.module.split(".")[0], False))
+            found.append((node.lineno, tuple(node.module.split(".")), False))
         elif isinstance(node, ast.ImportFrom):
-            base = path.parts[: len(path.parts) - node.level]
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found += [(node.lineno, (*base, *name.split("."))[0], True) for name in names]
+            base = (*path.parts[: len(path.parts) - node.level], *(node.module or "").split("."))
+            found += [(node.lineno, (*filter(None, base), alias.name), True) for alias in node.names]
     return found
+
+
+def imports(path: Path) -> list[tuple[int, str, bool]]:
+    """(line, first name below the repository root or of the absolute module, whether relative) of every import."""
+    return [(line, parts[0], relative) for line, parts, relative in imported(path)]
 
 
 def test_imports_inside_the_pack_go_only_rightwards():
@@ -87,6 +97,24 @@ def test_imports_inside_the_pack_go_only_rightwards():
         if relative and name not in MAY_IMPORT.get(ring_of(path), set())
     ]
     assert wrong == []
+
+
+def test_imports_between_the_wings_of_a_ring_go_only_one_way():
+    wrong = [
+        f"{path}:{line} imports {'.'.join(parts)}"
+        for path in pack_files()
+        if (wings := WINGS.get(ring_of(path))) and path.name != "__init__.py"
+        for line, parts, relative in imported(path)
+        if relative and parts[0] == ring_of(path)
+        if wings.index(parts[1]) > wings.index(path.parts[1])
+    ]
+    assert wrong == []
+
+
+def test_every_file_of_a_ring_with_wings_is_in_one_and_every_wing_has_files():
+    for ring, wings in WINGS.items():
+        found = {path.parts[1] for path in pack_files() if ring_of(path) == ring}
+        assert found == {*wings, "__init__.py"}
 
 
 def test_imports_inside_the_pack_are_relative():
@@ -185,7 +213,7 @@ def test_the_inner_rings_import_without_triton_opencv_or_comfyui():
     modules = [
         ".".join(("nvfp4_video", *path.with_suffix("").parts)).removesuffix(".__init__")
         for path in pack_files()
-        if ring_of(path) in {"kernels", "checkpoint", "measure"} and not path.name.startswith("triton_")
+        if ring_of(path) in {"kernels", "checkpoint", "measure", "samples"} and "triton" not in path.parts
     ]
     assert modules
     unwanted = sorted(HOST_MODULES | {"triton", "cv2", "matplotlib", "av"})

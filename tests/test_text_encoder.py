@@ -1,4 +1,4 @@
-"""checkpoint/text_encoder_signatures.py, host/text_encoder.py and their node on the stubbed host."""
+"""checkpoint/identify/text_encoder_signatures.py, host/text_encoder.py and their node on the stubbed host."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import comfy.sd
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
-from nvfp4_video.checkpoint.dialects import AUTO, DIALECTS
-from nvfp4_video.checkpoint.header import CheckpointError, read_header
-from nvfp4_video.checkpoint.text_encoder_signatures import find_projection, find_text_encoder
+from nvfp4_video.checkpoint.file.header import CheckpointError, read_header
+from nvfp4_video.checkpoint.identify.dialects import AUTO, DIALECTS
+from nvfp4_video.checkpoint.identify.text_encoder_signatures import find_projection, find_text_encoder
 from nvfp4_video.host import text_decode
 from nvfp4_video.host.files import SAME_FILE
 from nvfp4_video.host.text_encoder import load_text_encoder

@@ -13,14 +13,14 @@ import comfy.model_management as management
 import comfy.model_patcher
 import pytest
 import torch
-from nvfp4_video.checkpoint.header import CheckpointError
+from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.host.files import SAME_FILE
 from nvfp4_video.host.vae import ResidentVAE, load_vae
 from nvfp4_video.kernels import reference
 from nvfp4_video.nodes.vae import NVFP4VAELoader
 from safetensors.torch import save_file
 
-DATA = Path(__file__).parents[1] / "checkpoint" / "data"
+DATA = Path(__file__).parents[1] / "samples" / "data"
 CONFIG = {"vae": {"dims": 3}, "audio_vae": {"model": {}}, "vocoder": {"vocoder": {}, "bwe": {}}}
 METADATA = {"config": json.dumps(CONFIG), "license": "community"}
 KERNEL = "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from ...checkpoint.signatures import context_width
+from ...checkpoint.identify.signatures import context_width
 
 SIGMAS = "1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0"
 MODEL, LORA, STATS = "model", "lora", "stats"

@@ -23,7 +23,7 @@ class Scene:
     """The small model's files in ``folder``, and the modules the topics share."""
 
     def __init__(self, folder: Path):
-        synthetic = importlib.import_module("nvfp4_video.checkpoint.synthetic")
+        synthetic = importlib.import_module("nvfp4_video.samples.synthetic")
         self.folder = folder
         self.ltx = importlib.import_module("nvfp4_video.tests.host.harness").small_model(Path.cwd())
         if self.ltx is None:

@@ -323,7 +323,7 @@ def main(folder: Path, names: list[str]) -> None:
     scene = in_process.Scene(folder)
     facts["ltx"] = scene.ltx
     if scene.ltx is not None:
-        load("nvfp4_video.checkpoint.synthetic").write(
+        load("nvfp4_video.samples.synthetic").write(
             scene.path("bf16"), "bf16", scene.state, scene.config, scene.packed
         )
         loras = Loras(scene)

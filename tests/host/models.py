@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from nvfp4_video.checkpoint import synthetic
+from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.host.harness import ComfyUI, small_model
 
 

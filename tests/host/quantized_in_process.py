@@ -24,8 +24,8 @@ def pack(name: str):
 
 def write_source(path: Path, kind: str, state: dict, config: dict) -> None:
     """A full checkpoint whose Linears outside and inside the blocks are FP8 but in ``bf16``."""
-    torch, synthetic = importlib.import_module("torch"), pack("checkpoint.synthetic")
-    sources = pack("tests.quantize_sources")
+    torch, synthetic = importlib.import_module("torch"), pack("samples.synthetic")
+    sources = pack("tests.support.quantize_sources")
     tensors = {}
     for name, tensor in state.items():
         layer, full = name.removesuffix(".weight"), synthetic.DIT_PREFIX + name
@@ -48,14 +48,14 @@ def write_source(path: Path, kind: str, state: dict, config: dict) -> None:
 def facts_of(scene, host, kind: str) -> dict:
     """Latents of every loader on every file, against the host's on the decoded weights."""
     torch = importlib.import_module("torch")
-    quantize, plan = pack("checkpoint.quantize"), pack("checkpoint.quantize_plan")
-    sources, load = pack("tests.quantize_sources"), pack("host.load")
+    quantize, plan = pack("checkpoint.write.quantize"), pack("checkpoint.write.plan")
+    sources, load = pack("tests.support.quantize_sources"), pack("host.load")
     source = scene.folder / f"{kind}.safetensors"
     write_source(source, kind, scene.state, scene.config)
     files = {}
     for name, only in (("whole", False), ("model", True)):
         files[name] = str(scene.folder / f"{kind}_{name}.safetensors")
-        record = quantize.quantize_checkpoint(source, files[name], plan.Settings(only_model=only))
+        record = quantize.quantize_checkpoint(source, files[name], plan.QuantizeSettings(only_model=only))
     decoded = decode(sources.load(Path(files["model"])))
     reference_file = scene.folder / f"{kind}_decoded.safetensors"
     sources.save(reference_file, decoded, {"config": json.dumps({"transformer": scene.config})})
@@ -111,7 +111,7 @@ def main(folder: Path) -> None:
     sys.path.insert(1, str(Path(__file__).resolve().parent))
     in_process = importlib.import_module("in_process")
     facts: dict[str, object] = {"version": in_process.bring_up_host()}
-    harness, synthetic = pack("tests.host.harness"), pack("checkpoint.synthetic")
+    harness, synthetic = pack("tests.host.harness"), pack("samples.synthetic")
     facts["ltx"] = harness.small_model(Path.cwd())
     if facts["ltx"] is not None:
         scene = in_process.Scene.__new__(in_process.Scene)

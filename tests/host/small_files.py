@@ -3,7 +3,7 @@
 usage: <the host's python> small_files.py <models folder>, in the folder of a ComfyUI checkout
 
 The VAEs and the latent upscaler are the host's classes with LTX-2.3's config and fewer channels, filled with seeded
-random numbers; the diffusion model is that of checkpoint/synthetic.py. One file has it in NVFP4, one in FP8, both are
+random numbers; the diffusion model is that of samples/synthetic.py. One file has it in NVFP4, one in FP8, both are
 full checkpoints with both VAEs.
 """
 
@@ -16,7 +16,7 @@ import math
 import sys
 from pathlib import Path
 
-DATA = Path(__file__).resolve().parents[2] / "checkpoint" / "data"
+DATA = Path(__file__).resolve().parents[2] / "samples" / "data"
 NVFP4, FP8 = "ltx-2.3-22b-distilled_nvfp4.safetensors", "ltx-2.3-22b-distilled-fp8.safetensors"
 UPSCALER = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors"
 MODEL_PREFIX = "model.diffusion_model."
@@ -80,7 +80,7 @@ def fp8_layer(layer: str, weight, torch) -> dict:
 
 def models(folder: Path) -> tuple[dict, dict, dict]:
     """-> the diffusion model's tensors in NVFP4 and in FP8, and its config."""
-    synthetic = importlib.import_module("nvfp4_video.checkpoint.synthetic")
+    synthetic = importlib.import_module("nvfp4_video.samples.synthetic")
     torch = importlib.import_module("torch")
     state, config = synthetic.small_ltx23()
     path = folder / "model.safetensors"

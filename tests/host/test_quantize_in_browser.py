@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint.verify import verify
+from nvfp4_video.checkpoint.verify.verify import verify
 from nvfp4_video.tests.host.harness import ComfyUI
-from nvfp4_video.tests.quantize_sources import PREFIX, save, tiny
+from nvfp4_video.tests.support.quantize_sources import PREFIX, save, tiny
 from nvfp4_video.tests.web.doctor_page import DoctorPage, chromium
 
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint.verify import verify
+from nvfp4_video.checkpoint.verify.verify import verify
 from nvfp4_video.tests.host import quantized_in_process
 from nvfp4_video.tests.host.harness import ComfyUI, run_in_host
 from nvfp4_video.tests.host.quantized_in_process import KINDS
-from nvfp4_video.tests.quantize_sources import PREFIX, save, tiny
+from nvfp4_video.tests.support.quantize_sources import PREFIX, save, tiny
 
 LOADERS = ("unet_model", "unet_whole", "checkpoint_whole", "ours_model", "ours_whole")
 

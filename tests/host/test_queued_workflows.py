@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from nvfp4_video.checkpoint import synthetic
+from nvfp4_video.samples import synthetic
 from nvfp4_video.tests import workflow_format as form
 from nvfp4_video.tests.host.harness import PACK, PACK_FOLDER, ComfyUI
 from nvfp4_video.tests.make_workflows import bare_inputs

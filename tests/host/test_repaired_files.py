@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from nvfp4_video.checkpoint import synthetic
-from nvfp4_video.checkpoint.repair import repair
+from nvfp4_video.checkpoint.write.repair import repair
+from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.host import graphs
 from nvfp4_video.tests.host.harness import ComfyUI, HostError, run_in_host
 from nvfp4_video.tests.host.models import small_model_of

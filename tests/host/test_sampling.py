@@ -7,7 +7,7 @@ order of multiplications changes a weight, and the latents must agree bit for bi
 from __future__ import annotations
 
 import pytest
-from nvfp4_video.checkpoint import synthetic
+from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.host import graphs
 from nvfp4_video.tests.host.harness import ComfyUI, HostError
 from nvfp4_video.tests.host.models import small_model_of

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nvfp4_video.checkpoint import synthetic
-from nvfp4_video.checkpoint.container import TensorReader
+from nvfp4_video.checkpoint.file.container import TensorReader
+from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.host import vae_in_process
 from nvfp4_video.tests.host.harness import ComfyUI, HostError, run_in_host
 

@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 
 MARK = "facts: "
-DATA = Path(__file__).resolve().parents[2] / "checkpoint" / "data"
+DATA = Path(__file__).resolve().parents[2] / "samples" / "data"
 LATENT, SOUND = (1, 128, 2, 4, 4), (1, 8, 4, 16)
 FULL, VIDEO, AUDIO = "full.safetensors", "video.safetensors", "audio.safetensors"
 
@@ -56,7 +56,7 @@ class Scene:
         return (torch.randn(shape, generator=self.generator) * gain).to(torch.bfloat16)
 
     def small_dit(self) -> dict:
-        synthetic = pack("checkpoint.synthetic")
+        synthetic = pack("samples.synthetic")
         state, config = synthetic.small_ltx23()
         path = self.folder / "dit.safetensors"
         synthetic.write(path, "comfy_markers", state, config, synthetic.quantize_layers(state, config))
@@ -104,7 +104,7 @@ def comfy(name: str):
 
 def video(scene: Scene) -> dict:
     """Split and embedded against the host's loader on the split file; what quantised files decode to."""
-    parts = pack("checkpoint.split").split(
+    parts = pack("checkpoint.write.split").split(
         scene.path(FULL), {"video_vae": VIDEO, "audio_vae": AUDIO}, base=scene.folder
     )
     try:

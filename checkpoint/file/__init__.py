@@ -1,0 +1,1 @@
+"""Bytes: headers, tensors, shards, files that survive a kill. Knows no dialect and no model."""

@@ -1,0 +1,276 @@
+"""The header of a safetensors file: the records that describe it, and a reader that trusts nothing in it.
+
+Layout of a file (https://github.com/huggingface/safetensors#format):
+
+* 8 bytes: length n of the header, unsigned, little-endian, at most 100,000,000.
+* n bytes: UTF-8 JSON ``{"<name>": {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}, ...}``, optionally
+  with ``"__metadata__": {"<key>": "<string>"}``; trailing spaces may pad it.
+* the rest: the tensors, row-major and little-endian, in any order, covering every byte exactly once. Offsets count
+  from byte 8 + n of the file.
+
+container.py maps and writes the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import reprlib
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+MAX_HEADER_BYTES = 100_000_000
+METADATA_KEY = "__metadata__"
+# The entry of the metadata that speaks of layers by name, ``{"layers": {...}}``: each shard has its own part of it.
+HEADER_ENTRY = "_quantization_metadata"
+
+_INT64_MAX = 2**63 - 1
+_MAX_DIMENSIONS = 64  # torch's own operators stop there
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+# Older torch lacks some of them: a file that uses such a dtype is then refused by name.
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of) for name, of in _TORCH_NAMES.items() if hasattr(torch, of)}
+ITEM_BYTES: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+_AGAIN = "download it again"
+_CUT_SHORT = "the file is cut short: download it again"
+_REWRITE = "the file is damaged or its writer is faulty: download or convert it again"
+
+_short = reprlib.Repr()
+_short.maxstring, _short.maxlist, _short.maxdict, _short.maxlevel, _short.maxlong = 200, 8, 4, 2, 40
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used, in one line: ``where: found; expected ...; remedy``."""
+
+    def __init__(self, found: str, *, where: str | os.PathLike[str] = "", expected: str = "", remedy: str = "") -> None:
+        message = "; ".join(part for part in (found, expected and f"expected {expected}", remedy) if part)
+        super().__init__(f"{os.fspath(where)}: {message}" if where else message)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: safetensors dtype name, shape, and absolute byte offsets [start, end) in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch dtype of the stored elements."""
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: the tensors cover the data without overlap; ``tensors`` keeps the header's order."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    file_size: int
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Header of a safetensors file. Raises CheckpointError, and nothing else, if the file is not a sound one."""
+    path = Path(path)
+    with open_regular(path) as file:
+        return parse_header(file, path)
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading; OSError, here or in the body, becomes CheckpointError."""
+    if "\0" in str(path):
+        raise CheckpointError("a file name cannot hold a NUL character", where=repr(str(path)))
+    try:
+        mode = os.stat(path).st_mode  # before open(), which would wait for ever on a named pipe
+        if not stat.S_ISREG(mode):
+            found = "this is a folder" if stat.S_ISDIR(mode) else "this is not a regular file"
+            raise CheckpointError(found, where=path, expected="a .safetensors file", remedy="choose the file itself")
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        remedy = "check the name, or refresh the list of models"
+        raise CheckpointError("the file does not exist", where=path, remedy=remedy) from error
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read ({error})", where=path, remedy="check rights and disk") from error
+
+
+def parse_header(file: BinaryIO, path: Path) -> Header:
+    """Read and check the header of a file opened at its start; ``path`` names it in errors."""
+    where = path.name
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(512)
+    length = int.from_bytes(head[:8], "little")
+    if not head:
+        raise CheckpointError("the file is empty", where=where, expected="a safetensors file", remedy=_AGAIN)
+    if len(head) < 8 or length > MAX_HEADER_BYTES:
+        raise _not_safetensors(head, where)
+    if length == 0:
+        found = "its first 8 bytes, the length of the header, are zero"
+        raise CheckpointError(found, where=where, remedy="the download never finished: download it again")
+    if length > size - 8:
+        found = f"its header should be {length:,} bytes long, but {length - (size - 8):,} of them are missing"
+        raise CheckpointError(found, where=where, remedy=_CUT_SHORT)
+    file.seek(8)
+    entries = _load_json(file.read(length), where)
+    metadata = entries.pop(METADATA_KEY, None)
+    if metadata is None:  # the reference reader, too, takes null for none
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        found = f"its {METADATA_KEY} is {_short.repr(metadata)}"
+        raise CheckpointError(found, where=where, expected="a map from strings to strings", remedy=_REWRITE)
+    try:
+        "\n".join((*entries, *metadata, *metadata.values())).encode()
+    except UnicodeEncodeError as error:
+        found = f"a name or metadata in its header is not valid Unicode ({error.reason})"
+        raise CheckpointError(found, where=where, remedy=_REWRITE) from error
+    data_start = 8 + length
+    tensors = {name: _tensor_info(name, entry, data_start, where) for name, entry in entries.items()}
+    _check_layout(tensors, data_start, size, where)
+    return Header(path, tensors, metadata, size)
+
+
+def quote(value: object) -> str:
+    """repr() of untrusted content, cut to a readable length and depth."""
+    return _short.repr(value)
+
+
+def is_size(value: object) -> bool:
+    """Whether ``value`` is an int, no bool, that torch can hold as a size or offset."""
+    return type(value) is int and 0 <= value <= _INT64_MAX
+
+
+def _not_safetensors(head: bytes, where: str) -> CheckpointError:
+    """Say what a file is whose first 8 bytes cannot be a header length; ``head`` is its beginning."""
+    start = head.lstrip()[:64].lower()
+    readable = head.isascii() and all(char.isprintable() or char.isspace() for char in head.decode("ascii"))
+    expected = "a safetensors file"
+    if start.startswith(b"version https://git-lfs"):
+        found, remedy = "this is a git-LFS pointer, not the model", "run `git lfs pull`, or download the file itself"
+    elif start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        found, remedy = "this is a web page, not the model", "download the file itself, logged in where that is needed"
+    elif readable:
+        found = f"this is a text that begins {head.decode('ascii')[:60]!r}"
+        remedy = "if a site sent it instead of the model, log in there, accept its terms and download again"
+    elif head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        found, remedy = "this is a pickle (.ckpt, .pt), which can run code", "convert it to safetensors first"
+    elif head.startswith(b"GGUF"):
+        found, remedy = "this is a GGUF file", "choose the safetensors version of the model"
+    elif len(head) < 8:
+        found, remedy = f"the file is only {len(head)} bytes long", _AGAIN
+    else:
+        found = f"its header claims a length of {int.from_bytes(head[:8], 'little'):,} bytes"
+        expected = f"at most {MAX_HEADER_BYTES:,}"
+        remedy = "this is not a safetensors file, or a damaged one: download it again"
+    return CheckpointError(found, where=where, expected=expected, remedy=remedy)
+
+
+def _load_json(raw: bytes, where: str) -> dict[str, Any]:
+    """Bytes of the header -> its JSON object, each key unique."""
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise CheckpointError("its header is nested too deeply", where=where, remedy=_REWRITE) from error
+    except ValueError as error:
+        raise CheckpointError(f"its header is not valid JSON ({error})", where=where, remedy=_REWRITE) from error
+    if not isinstance(header, dict):
+        found = f"its header is {quote(header)}"
+        raise CheckpointError(found, where=where, expected="a JSON object", remedy=_REWRITE)
+    return header
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = sorted(key for key, _ in pairs)
+        twice = next(key for key, following in zip(keys, keys[1:], strict=False) if key == following)
+        raise ValueError(f"the key {quote(twice)} occurs twice")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not part of JSON")
+
+
+def _tensor_info(name: str, entry: object, data_start: int, where: str) -> TensorInfo:
+    """Check one entry by itself: types, ranges, and that its bytes are dtype times shape."""
+
+    def error(found: str, expected: str, remedy: str = _REWRITE) -> CheckpointError:
+        return CheckpointError(f"tensor {quote(name)} {found}", where=where, expected=expected, remedy=remedy)
+
+    if not isinstance(entry, dict):
+        raise error(f"is {quote(entry)}", "an object with dtype, shape and data_offsets")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    item_bytes = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if item_bytes is None:
+        remedy = "take a version of the model that uses these, or a newer torch"
+        raise error(f"has the unknown dtype {quote(dtype)}", f"one of {', '.join(DTYPES)}", remedy)
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(is_size, shape)):
+        raise error(f"has the shape {quote(shape)}", f"a list of at most {_MAX_DIMENSIONS} non-negative integers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
+        raise error(f"has the data_offsets {quote(offsets)}", "two non-negative integers")
+    begin, end = offsets
+    # Zeros count as ones, because the strides of an empty tensor overflow in torch as those of a full one would.
+    if math.prod(size or 1 for size in shape) * item_bytes > _INT64_MAX:
+        raise error(f"has the shape {quote(shape)}", "a size below 2**63 bytes")
+    nbytes = math.prod(shape) * item_bytes
+    if end - begin != nbytes:
+        raise error(f"spans bytes {begin} to {end}", f"a span of {nbytes:,} bytes for {dtype} of shape {quote(shape)}")
+    return TensorInfo(dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _check_layout(tensors: dict[str, TensorInfo], data_start: int, size: int, where: str) -> None:
+    """The tensors must cover the file from ``data_start`` to its end, as the reference reader demands."""
+    reached, before = data_start, "the header"
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != reached:
+            how = "overlaps" if info.start < reached else f"leaves {info.start - reached:,} unused bytes after"
+            found = f"tensor {quote(name)} {how} {before}"
+            raise CheckpointError(found, where=where, expected="tensors without overlaps or holes", remedy=_REWRITE)
+        reached, before = info.end, quote(name)
+    if reached > size:
+        found = f"{reached - size:,} of its {reached:,} bytes are missing"
+        raise CheckpointError(found, where=where, remedy=_CUT_SHORT)
+    if reached < size:
+        found = f"{size - reached:,} bytes follow its last tensor"
+        raise CheckpointError(found, where=where, expected="the file to end there", remedy=_REWRITE)

@@ -1,0 +1,215 @@
+"""A checkpoint that may be spread over several files: its merged header, and a reader that keeps one tensor in memory.
+
+A checkpoint is named by its file, by its ``*.safetensors.index.json``, by any one of its shards
+``*-00001-of-00003.safetensors``, or by a wildcard such as ``model-*.safetensors``. Files that an index names must lie
+beside it.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import mmap
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .header import HEADER_ENTRY, CheckpointError, Header, open_regular, parse_header, quote, read_header
+
+_SHARD = re.compile(r"(?P<stem>.+-)\d{5}-of-(?P<count>\d{5})(?P<end>\.safetensors)")
+_INDEX_ENDING = ".safetensors.index.json"
+_MAX_INDEX_BYTES = 64 * 2**20
+# MADV_POPULATE_READ, which Python does not name: fill the page table in one call instead of fault by fault.
+_POPULATE_READ = 22
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``header``: all tensors and metadata together; ``homes``: tensor name -> header of the file that holds it."""
+
+    header: Header
+    homes: Mapping[str, Header]
+    files: tuple[Header, ...]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the tensors lie in more than one file."""
+        return len(self.files) > 1
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """File, index, shard or wildcard -> Checkpoint; reads headers only. Raises CheckpointError."""
+    path = Path(path)
+    paths, promised = _files(path)
+    files = [read_header(file) for file in paths]
+    absent = promised.difference(*(header.tensors for header in files))
+    if absent:
+        found = f"{len(absent)} tensors that the index promises are in none of its files, {quote(min(absent))} for one"
+        raise CheckpointError(found, where=path.name, remedy="index and files do not match: download them again")
+    if len(files) == 1:
+        return Checkpoint(files[0], dict.fromkeys(files[0].tensors, files[0]), tuple(files))
+    homes: dict[str, Header] = {}
+    for header in files:
+        for name in header.tensors:
+            if name in homes:
+                found = f"tensor {quote(name)} is both in {homes[name].path.name} and in {header.path.name}"
+                remedy = "these files are not parts of one checkpoint: name the right ones"
+                raise CheckpointError(found, where=path.name, expected="each tensor in one file", remedy=remedy)
+            homes[name] = header
+    tensors = {name: header.tensors[name] for name, header in homes.items()}
+    merged = Header(path, tensors, _merge_metadata(files), sum(header.file_size for header in files))
+    return Checkpoint(merged, homes, tuple(files))
+
+
+class Source:
+    """Reads tensors of a Checkpoint; the memory of this process never holds more than one of them.
+
+    A context manager. Files are mapped, since that is what makes copying as fast as the system's own copy; pages that
+    were read are given back, so that they do not add up. A file whose header is no longer that of the Checkpoint is
+    refused.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._mappings: dict[Path, mmap.mmap] = {}
+        self._shown: tuple[mmap.mmap, int, int] | None = None
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._give_back()
+        # Views may still be alive in a traceback; the mappings go with the last of them.
+        self._mappings.clear()
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Where a tensor lies, for sorting: reading in this order is sequential."""
+        return str(self.checkpoint.homes[name].path), self.checkpoint.header.tensors[name].start
+
+    def view(self, name: str) -> memoryview:
+        """Bytes of a tensor, read-only. The next call gives its pages back to the system; ``tensor`` leaves them."""
+        self._give_back()
+        self._shown = self._populated(name)
+        mapping, start, end = self._shown
+        return memoryview(mapping)[start:end]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor on the CPU in its stored dtype and shape, with memory of its own."""
+        info = self.checkpoint.header.tensors[name]
+        flat = torch.empty(info.nbytes, dtype=torch.uint8)
+        if info.nbytes:
+            mapping, start, end = self._populated(name)
+            memoryview(flat.numpy())[:] = memoryview(mapping)[start:end]
+            _release(mapping, start, end)
+        return flat.view(info.torch_dtype).view(info.shape)
+
+    def _populated(self, name: str) -> tuple[mmap.mmap, int, int]:
+        """The mapping and the bytes in it where a tensor lies, read in one go where the system can."""
+        home, info = self.checkpoint.homes[name], self.checkpoint.header.tensors[name]
+        mapping = self._mapping(home)
+        if sys.platform == "linux" and info.nbytes:
+            start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+            try:
+                mapping.madvise(_POPULATE_READ, start, info.end - start)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # an older kernel does not know it and reads page by page
+                    found = f"its tensor {quote(name)} cannot be read ({error})"
+                    raise CheckpointError(found, where=home.path.name, remedy="check the disk") from error
+        return mapping, info.start, info.end
+
+    def _give_back(self) -> None:
+        if self._shown is not None:
+            _release(*self._shown)
+            self._shown = None
+
+    def _mapping(self, home: Header) -> mmap.mmap:
+        if home.path not in self._mappings:
+            with open_regular(home.path) as file:
+                if parse_header(file, home.path) != home:
+                    found = "the file changed while it was in use"
+                    raise CheckpointError(found, where=home.path.name, remedy="try again")
+                self._mappings[home.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._mappings[home.path]
+
+
+def _release(mapping: mmap.mmap, start: int, end: int) -> None:
+    """Give the pages of a part of a mapping back to the system; whoever reads them again gets them again."""
+    if sys.platform == "linux" and end > start:
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def _files(path: Path) -> tuple[list[Path], set[str]]:
+    """-> the files, and the tensors that an index says they hold."""
+    if path.name.endswith(_INDEX_ENDING):
+        return _indexed(path)
+    if path.exists():
+        shard = _SHARD.fullmatch(path.name)
+        return (_siblings(path, shard) if shard else [path]), set()
+    if glob.has_magic(path.name):
+        matching = sorted(entry for entry in path.parent.glob(path.name) if entry.is_file())
+        found = [entry for entry in matching if entry.suffix != ".json"]
+        if not found:
+            remedy = "check the name; a wildcard may stand in the file's name only"
+            raise CheckpointError("no file matches this name", where=path, remedy=remedy)
+        return found, set()
+    return [path], set()
+
+
+def _siblings(path: Path, shard: re.Match) -> list[Path]:
+    count = int(shard["count"])
+    names = [f"{shard['stem']}{number:05}-of-{shard['count']}{shard['end']}" for number in range(1, count + 1)]
+    missing = [name for name in names if not path.with_name(name).is_file()]
+    if missing:
+        found = f"of its {count} parts {len(missing)} are missing, {missing[0]} for one"
+        raise CheckpointError(found, where=path.name, expected="all parts in one folder", remedy="download the others")
+    return [path.with_name(name) for name in names]
+
+
+def _indexed(path: Path) -> tuple[list[Path], set[str]]:
+    def error(found: str, remedy: str = "download it again") -> CheckpointError:
+        return CheckpointError(found, where=path.name, expected='{"weight_map": {tensor: file}}', remedy=remedy)
+
+    with open_regular(path) as file:
+        text = file.read(_MAX_INDEX_BYTES + 1)
+    if len(text) > _MAX_INDEX_BYTES:
+        raise error(f"the index is larger than {_MAX_INDEX_BYTES:,} bytes")
+    try:
+        weight_map = json.loads(text)["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
+        raise error(f"the index cannot be read ({problem})") from problem
+    if not names:
+        raise error("the index names no file")
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
+            raise error(f"the index names the file {quote(name)}", "files must lie beside the index: do not use it")
+    missing = [name for name in names if not path.with_name(name).is_file()]
+    if missing:
+        found = f"of its {len(names)} files {len(missing)} are missing, {missing[0]} for one"
+        raise error(found, "download the others")
+    return [path.with_name(name) for name in names], set(weight_map)
+
+
+def _merge_metadata(files: list[Header]) -> dict[str, str]:
+    """The first file to have an entry decides, but layers that are named in several are put together."""
+    merged: dict[str, str] = {}
+    for header in files:
+        merged = header.metadata | merged
+    layers: dict[str, object] = {}
+    for header in files:
+        if HEADER_ENTRY in header.metadata:
+            try:
+                layers |= json.loads(header.metadata[HEADER_ENTRY])["layers"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                found = f"its header entry {HEADER_ENTRY} cannot be read ({error})"
+                raise CheckpointError(found, where=header.path.name, expected='{"layers": {...}}') from error
+    if layers:
+        merged[HEADER_ENTRY] = json.dumps({"format_version": "1.0", "layers": layers})
+    return merged

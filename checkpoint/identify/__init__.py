@@ -1,0 +1,1 @@
+"""What a file is, from its header: model, components, dialect, VAE, text encoder, faults."""

@@ -1,0 +1,214 @@
+"""What keeps stock ComfyUI from loading a checkpoint's quantised layers, found without loading a tensor.
+
+Only `comfy_quant` markers are read beside the header, a few bytes each: files exist whose markers are all NUL.
+``inspect_checkpoint`` reports these faults, ``repair`` removes their causes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..file.header import CheckpointError, Header
+from ..file.shards import Checkpoint, Source
+from . import dialects
+from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
+from .signatures import Model, find_model
+
+FULL_PREFIX = "model.diffusion_model."
+# What ComfyUI's loaders for diffusion models strip: comfy/model_detection.py, unet_prefix_from_state_dict.
+_STRIPPED = ("", FULL_PREFIX, "model.model.", "net.", "model.")
+_STOCK_ON_FOREIGN = {
+    "modelopt": "does not recognise the layers; with markers added it loads and the result is noise, without an error",
+    "modelopt_swizzled": "loads it where the header lists the layers, and the result is noise, without an error",
+    "compressed_tensors": "stops with a KeyError",
+    "lightx2v": "does not recognise the layers",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault. ``stock``: what ComfyUI's own loaders do because of it; ``curable``: whether ``repair`` removes it."""
+
+    code: str
+    text: str
+    stock: str
+    curable: bool = True
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """``plan``: the dialect of the layers outside the VAEs, None where it is open (then ``open_dialect`` says why).
+
+    ``unmarked``: quantised layer -> the marker it lacks. ``misnamed``: layer as the header names it -> its name.
+    ``prefix``: of the diffusion model as stored; ``new_prefix``: the one ComfyUI needs.
+    """
+
+    checkpoint: Checkpoint
+    components: Mapping[str, Component]
+    model: Model | None
+    plan: dialects.DialectPlan | None
+    open_dialect: str | None
+    faults: tuple[Fault, ...]
+    unmarked: Mapping[str, dict]
+    misnamed: Mapping[str, str]
+    prefix: str
+    new_prefix: str
+
+    def has(self, code: str) -> bool:
+        """Whether ``code`` is among the faults."""
+        return any(fault.code == code for fault in self.faults)
+
+
+def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
+    """Checkpoint -> Diagnosis. An open dialect is a fault, damage a CheckpointError."""
+    header = checkpoint.header
+    model, components, prefix = _model(header)
+    vaes = {name for key in (VIDEO_VAE, AUDIO_VAE) if key in components for name in components[key].names}
+    rest = {name: info for name, info in header.tensors.items() if name not in vaes}
+    body = Header(header.path, rest, header.metadata, header.file_size)
+    plan, open_dialect = _plan(body, dialect)
+    faults: list[Fault] = []
+    unmarked, misnamed = {}, {}
+    if plan is None:
+        stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
+        faults.append(Fault("open_dialect", open_dialect, stock, curable=False))
+    else:
+        misnamed = _misnamed(header, plan.groups, prefix)
+        unmarked = _unmarked(header, plan, misnamed)
+        faults += _layer_faults(checkpoint, plan, unmarked, misnamed)
+    others = [key for key in components if key != DIFFUSION_MODEL]
+    new_prefix = prefix
+    if model is not None and (prefix not in _STRIPPED or (others and prefix != FULL_PREFIX)):
+        new_prefix = FULL_PREFIX if others else ""
+        kind = "full checkpoint" if others else "diffusion model"
+        text = f"the diffusion model's names begin with {prefix!r}, those of a {kind} with {new_prefix!r}"
+        faults.append(Fault("prefix", text, "does not recognise the model"))
+    if model is not None and model.needs_config and "config" not in header.metadata:
+        text = "the header has no `config`, from which ComfyUI builds this model"
+        faults.append(Fault("config", text, "guesses the model's settings, several of them wrong", curable=False))
+    return Diagnosis(
+        checkpoint, components, model, plan, open_dialect, tuple(faults), unmarked, misnamed, prefix, new_prefix
+    )
+
+
+def _plan(body: Header, dialect: str) -> tuple[dialects.DialectPlan | None, str | None]:
+    try:
+        return dialects.detect(body, dialect), None
+    except CheckpointError as error:
+        if dialect != dialects.AUTO or not _is_open(body):
+            raise
+        return None, str(error).removeprefix(f"{body.path.name}: ")
+
+
+def _is_open(body: Header) -> bool:
+    """Whether detection failed for want of a declaration: the file is sound once a dialect is stated."""
+    for name in dialects.DIALECTS:
+        try:
+            dialects.detect(body, name)
+        except CheckpointError:
+            continue
+        return True
+    return False
+
+
+def _model(header: Header) -> tuple[Model | None, Mapping[str, Component], str]:
+    """Model, components and the model's prefix, also where that prefix is one that nobody expects."""
+    model = model_of(header)
+    if model is not None and model.family is not None:
+        return model, find_components(header), model.prefix
+    for prefix in _candidates(header):
+        names = {name[len(prefix) :]: info for name, info in header.tensors.items() if name.startswith(prefix)}
+        try:
+            inner = find_model(Header(header.path, names, header.metadata, header.file_size))
+        except CheckpointError:
+            continue
+        if inner.family is not None and not inner.prefix:
+            components = dict(find_components(header))
+            own = {name: name[len(prefix) :] for name in header.tensors if name.startswith(prefix)}
+            for key, component in list(components.items()):
+                left = {name: new for name, new in component.names.items() if name not in own}
+                components[key] = Component(key, component.prefix, left)
+            components[DIFFUSION_MODEL] = Component(DIFFUSION_MODEL, prefix, own)
+            return Model(inner.family, prefix), {k: c for k, c in components.items() if c.names}, prefix
+    return model, find_components(header), model.prefix if model else ""
+
+
+def _candidates(header: Header) -> list[str]:
+    """Beginnings of up to three parts that many names share, short ones first."""
+    counts: dict[str, int] = {}
+    for name in header.tensors:
+        parts = name.split(".")
+        for depth in range(1, min(4, len(parts))):
+            prefix = ".".join(parts[:depth]) + "."
+            counts[prefix] = counts.get(prefix, 0) + 1
+    return sorted((prefix for prefix, count in counts.items() if count > 5), key=lambda p: (p.count("."), p))
+
+
+def _misnamed(header: Header, groups: Mapping[str, dialects.Group], prefix: str) -> dict[str, str]:
+    """Layers that the header names without the model's prefix -> their names."""
+    text = header.metadata.get(dialects.HEADER_ENTRY)
+    if text is None:
+        return {}
+    named = json.loads(text)["layers"]  # detect has read it before
+    return {layer: prefix + layer for layer in named if layer not in groups and prefix and prefix + layer in groups}
+
+
+def _unmarked(header: Header, plan: dialects.DialectPlan, misnamed: Mapping[str, str]) -> dict[str, dict]:
+    """Quantised layers that neither a marker nor the header declares -> what to declare."""
+    text = header.metadata.get(dialects.HEADER_ENTRY)
+    declared = set(json.loads(text)["layers"]) if text is not None else set()
+    declared |= set(misnamed.values())
+    return {
+        layer: content
+        for layer, content in plan.formats.items()
+        if layer in plan.groups and dialects.MARKER not in plan.groups[layer] and layer not in declared
+    }
+
+
+def _layer_faults(
+    checkpoint: Checkpoint, plan: dialects.DialectPlan, unmarked: Mapping[str, dict], misnamed: Mapping[str, str]
+) -> list[Fault]:
+    faults = []
+    if not plan.native:
+        title = dialects.DIALECTS[plan.dialect].title
+        text = f"{len(plan.nvfp4):,} layers are in the dialect {plan.dialect} ({title})"
+        faults.append(Fault("foreign", text, _STOCK_ON_FOREIGN[plan.dialect]))
+    elif unmarked and not _old_fp8_only(checkpoint.header, unmarked):
+        text = f"{len(unmarked):,} quantised layers are declared neither by markers nor by the header"
+        stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
+        faults.append(Fault("unmarked", text, stock))
+    if misnamed:
+        text = f"the header names {len(misnamed):,} layers without the prefix of their tensors"
+        stock = "loads it with UNETLoader; checkpoint loaders do not find the quantised layers"
+        faults.append(Fault("misnamed", text, stock))
+    if plan.native and not _first_marker_is_sound(checkpoint, plan):
+        text = "the `comfy_quant` markers are not JSON"
+        faults.append(Fault("markers", text, "stops with a JSONDecodeError"))
+    return faults
+
+
+def _old_fp8_only(header: Header, unmarked: Mapping[str, dict]) -> bool:
+    """Whether the layers without a mark are those of the older FP8 files, which ComfyUI converts itself."""
+    return "scaled_fp8" in {name.rpartition(".")[2] for name in header.tensors} and not any(
+        content.get("format") == "nvfp4" for content in unmarked.values()
+    )
+
+
+def marker_content(raw: bytes) -> dict | None:
+    """Bytes of a `comfy_quant` marker -> its JSON object, or None if it is none with a format."""
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("format"), str) else None
+
+
+def _first_marker_is_sound(checkpoint: Checkpoint, plan: dialects.DialectPlan) -> bool:
+    """Looks at one marker: a writer that spoils one spoils all, and on a slow disk a thousand reads take long."""
+    name = next((f"{layer}.{dialects.MARKER}" for layer in plan.nvfp4 if dialects.MARKER in plan.groups[layer]), None)
+    if name is None:
+        return True
+    with Source(checkpoint) as source:
+        return marker_content(bytes(source.view(name))) is not None

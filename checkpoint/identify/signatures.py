@@ -1,0 +1,97 @@
+"""What a checkpoint is, from the names and shapes in its header: its kind, its model family, the prefix of its model.
+
+Names are tested from the specific to the general. An unknown family is no error: the host may know more families than
+this file, which only has to tell models from what people pick by mistake, and to know what the tuned families need.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from ..file.header import CheckpointError, Header
+
+# Where full checkpoints and re-saved models keep the diffusion model. The host knows the first one only.
+MODEL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+# Family -> names that all must be present, without prefix and up to the last component that quantisation may change.
+_FAMILIES = {
+    "LTX-2.3": ("adaln_single.linear", "audio_adaln_single.linear", "transformer_blocks.0.attn1.to_gate_logits"),
+    "LTX-2": ("adaln_single.linear", "audio_adaln_single.linear"),
+    "LTX-Video": ("adaln_single.emb.timestep_embedder.linear_1", "patchify_proj"),
+    "FLUX": ("double_blocks.0.img_attn.qkv", "img_in"),
+    "Wan": ("blocks.0.cross_attn.k", "head.head"),
+    "Qwen-Image": ("transformer_blocks.0.img_mod.1", "txt_norm"),
+    "Z-Image": ("noise_refiner.0.attention.qkv", "cap_embedder.1"),
+    "HunyuanVideo": ("txt_in.individual_token_refiner.blocks.0.self_attn.qkv",),
+}
+_NEEDS_CONFIG = ("LTX-2.3", "LTX-2")
+_VAE_STARTS = {"decoder", "encoder", "per_channel_statistics", "quant_conv", "post_quant_conv"}
+_LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".lora_A", ".lokr_w1")
+_LORA = ("this is a LoRA", "put it into models/loras and use LoraLoaderModelOnly after the model loader")
+_TEXT_ENCODER_STARTS = ("model.layers.", "model.language_model.", "language_model.", "text_model.", "encoder.block.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A diffusion model in a file. ``family``: a name of this module's table, or None where only the host may know."""
+
+    family: str | None
+    prefix: str
+
+    @property
+    def needs_config(self) -> bool:
+        """Whether the host misbuilds it without the header entry `config`."""
+        return self.family in _NEEDS_CONFIG
+
+
+def find_model(header: Header) -> Model:
+    """Header -> the diffusion model it holds. CheckpointError for a LoRA, a VAE, a text encoder or an empty file."""
+    names = header.tensors.keys()
+    prefix = next((p for p in MODEL_PREFIXES if any(name.startswith(p) for name in names)), "")
+    modules = {name[len(prefix) :].rpartition(".")[0] for name in names if name.startswith(prefix)}
+    family = next((family for family, wanted in _FAMILIES.items() if modules.issuperset(wanted)), None)
+    if family is None:
+        mistake = _mistaken_for_a_model(names)
+        # Beside a prefixed model a full checkpoint may hold anything; a LoRA has the same prefix and nothing else.
+        if mistake is not None and (not prefix or mistake is _LORA):
+            found, remedy = mistake
+            raise CheckpointError(found, where=header.path.name, expected="a diffusion model", remedy=remedy)
+    return Model(family, prefix)
+
+
+def _mistaken_for_a_model(names: Collection[str]) -> tuple[str, str] | None:
+    """-> (what was found, which node takes it), or None if the names do not say."""
+    if not names:
+        return "the file holds no tensors", "download it again"
+    if any(name.endswith(_LORA_ENDINGS) for name in names):
+        return _LORA
+    starts = {name.split(".")[0] for name in names}
+    if starts & {"vocoder", "audio_vae"}:
+        return "this is an audio VAE", "put it into models/vae and use the loader for audio VAEs"
+    if "decoder" in starts and starts <= _VAE_STARTS:
+        return "this is a VAE", "put it into models/vae and use a VAE loader"
+    if any(name.startswith(_TEXT_ENCODER_STARTS) for name in names) or "shared" in starts:
+        return "this is a text encoder", "put it into models/text_encoders and use a text encoder loader"
+    return None
+
+
+def transformer_config(header: Header) -> dict | None:
+    """The `transformer` section of the header entry `config`, or None. CheckpointError if the entry is no such JSON."""
+    text = header.metadata.get("config")
+    if text is None:
+        return None
+    try:
+        section = json.loads(text).get("transformer")
+    except (ValueError, AttributeError, RecursionError) as error:
+        found = f"its header entry `config` cannot be read ({error})"
+        raise CheckpointError(found, where=header.path.name, expected="a JSON object") from error
+    return section if isinstance(section, dict) else None
+
+
+def context_width(config: Mapping) -> int:
+    """Transformer config -> width of a text context: LTX-2.3 joins the two contexts, LTX-2.0 projects in the model."""
+    if config.get("caption_proj_before_connector"):
+        return config["cross_attention_dim"] + config["audio_cross_attention_dim"]
+    return 2 * config["caption_channels"]

@@ -1,0 +1,1 @@
+"""Whether a quantised file is right, against its source."""

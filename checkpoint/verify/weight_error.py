@@ -1,0 +1,81 @@
+"""How far an NVFP4 layer is from its original, beside how far plain block maxima would be; streamed in pieces."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from ...kernels import backends
+from ...kernels.format import BLOCK, E2M1_MAX, E4M3_MAX, PackedWeight, block_scale_shape, round_up, unswizzle
+from ..file.header import CheckpointError
+from ..write.weights import TILE, FloatRows
+
+MARGIN = 1.25  # times the error of plain block maxima
+FLOOR = 0.02  # allowed to any layer, also to one that block maxima represent exactly
+
+
+def layer_error(
+    rows: FloatRows, record: PackedWeight, smooth: torch.Tensor | None
+) -> tuple[float, float, float, float, int]:
+    """Original, layer -> error, allowed error, shares of saturated and of lost blocks, number of bad values."""
+    device = rows.device
+    off = plain = size = torch.zeros((), dtype=torch.float64, device=device)
+    saturated = lost = bad = torch.zeros((), dtype=torch.int64, device=device)
+    amax = rows.amax()
+    if not torch.isfinite(amax):
+        raise CheckpointError(
+            "its source has NaN or infinity there", where=rows.weight.layer, remedy="nothing to compare"
+        )
+    top = amax if amax > 0 else torch.ones_like(amax)
+    for start, values in rows:
+        height, width = values.shape
+        packed = record.packed[start : start + round_up(height, 16)].to(device)
+        scale = record.block_scale[start : start + round_up(height, TILE)].to(device)
+        global_scale = record.global_scale.to(device)
+        decoded = _decoded(PackedWeight(packed, scale, global_scale, (height, width)))
+        again = _decoded(backends.quantize(values, top / (E2M1_MAX * E4M3_MAX)))
+        bad = bad + (~torch.isfinite(decoded)).sum()
+        if smooth is not None:
+            decoded = decoded * smooth
+        size, off, plain = size + energy(values), off + energy(decoded - values), plain + energy(again - values)
+        blocks = torch.nn.functional.pad(values, (0, -width % BLOCK)).unflatten(1, (-1, BLOCK)).abs().amax(-1)
+        zero = torch.nn.functional.pad(decoded, (0, -width % BLOCK)).unflatten(1, (-1, BLOCK)).abs().amax(-1) == 0
+        saturated = saturated + (blocks > 1.01 * E2M1_MAX * E4M3_MAX * global_scale).sum()
+        lost = lost + (zero & (blocks > 0)).sum()
+    count = max(rows.shape[0] * -(-rows.shape[1] // BLOCK), 1)
+    error = ratio(off, size)
+    allowed = max(MARGIN * ratio(plain, size), FLOOR)
+    return error, allowed, saturated.item() / count, lost.item() / count, bad.item()
+
+
+def _decoded(weight: PackedWeight) -> torch.Tensor:
+    """PackedWeight -> (N, K) fp32, the numbers of ``backends.dequantize``; on a CPU byte by byte from a table."""
+    packed, scale, global_scale = weight.packed, weight.block_scale, weight.global_scale
+    if packed.device.type != "cpu":
+        return backends.dequantize(packed, scale, global_scale, weight.shape, torch.float32)
+    blocks = packed.shape[1] * 2 // BLOCK
+    factor = unswizzle(scale.view(torch.float8_e4m3fn), packed.shape[0], blocks).float() * global_scale.float()
+    values = torch.index_select(_values_of_bytes(), 0, packed.reshape(-1).int()).view(packed.shape[0], blocks, BLOCK)
+    return values.mul_(factor.unsqueeze(-1)).flatten(1)[: weight.shape[0], : weight.shape[1]]
+
+
+@functools.cache
+def _values_of_bytes() -> torch.Tensor:
+    """(256, 2) fp32: the two numbers of every byte, as ``backends.dequantize`` reads them."""
+    packed = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    ones = torch.ones(block_scale_shape((16, 32))).to(torch.float8_e4m3fn)
+    return backends.dequantize(packed, ones, torch.ones(()), (16, 32), torch.float32).reshape(256, 2)
+
+
+def energy(values: torch.Tensor) -> torch.Tensor:
+    return values.square().sum(dtype=torch.float64)
+
+
+def ratio(off: torch.Tensor, size: torch.Tensor) -> float:
+    """Square root of a ratio of energies; infinite where nothing became something, or NaN came in."""
+    if size.item() == 0:
+        return 0.0 if off.item() == 0 else math.inf
+    found = math.sqrt(off.item() / size.item()) if math.isfinite(off.item()) else math.inf
+    return found

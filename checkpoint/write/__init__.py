@@ -1,0 +1,1 @@
+"""New files from old ones: split, repaired, restored, quantised."""

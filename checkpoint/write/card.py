@@ -1,0 +1,154 @@
+"""The model card beside a written file, and the provenance in its header.
+
+The card leads with what makes people think a good file is a bad one: a preview decoder taken for the VAE, settings of
+the undistilled model, sizes that the host snaps in silence. The record it is made of is what ``quantize`` returns.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...measure.ltx import CFG, SIGMAS, sigmas_text
+from ..file.container import sync_folder
+from ..file.header import Header
+from ..identify.report import size_text
+
+PROVENANCE = "nvfp4_video"
+CARD_ENDING = ".md"
+_LICENCE_KEYS = ("license", "licence", "license_name", "modelspec.license", "ss_license")
+_UNKNOWN_SHA = "0" * 64
+
+_LTX_TRAPS = f"""\
+- **Decode with the full VAE.** `taeltx2_3` and other preview decoders load without an error and are about five times
+  softer (variance of the Laplacian about 45 against 205). {{vae}}
+- **A distilled model takes {len(SIGMAS) - 1} steps at cfg {CFG}**, sigmas `{sigmas_text(SIGMAS)}`. \
+With cfg 3, 20 steps or `LTXVScheduler(8)` it
+  looks burnt or blurred. (An undistilled one takes the settings of its original.)
+- **Frames: 8k + 1** (97, 121, ...). **Width and height: multiples of 32.** ComfyUI rounds others down in silence.
+- **One frame rate**, the same in LTXVConditioning, LTXVEmptyLatentAudio and CreateVideo.
+- **Memory, not speed.** Without FP4 tensor cores these weights are dequantised layer by layer: the file is smaller in
+  memory, a step is not faster than in BF16."""
+_OTHER_TRAPS = """\
+- **Decode with the model's own full VAE**, not with a preview decoder (TAESD, taew and kin). {vae}
+- **Use the steps, cfg and sampler of the original model**: quantising changes none of them.
+- **Memory, not speed.** Without FP4 tensor cores these weights are dequantised layer by layer: the file is smaller in
+  memory, a step is not faster than in BF16."""
+
+
+@functools.cache
+def tool_version() -> str:
+    """Name and version of this pack."""
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    text = project.read_text(encoding="utf-8") if project.is_file() else ""
+    found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
+    return f"NVFP4 Video {found[1]}" if found else "NVFP4 Video"
+
+
+def licence_of(header: Header) -> str | None:
+    """What the header says of the licence, or None."""
+    return next((header.metadata[key] for key in _LICENCE_KEYS if header.metadata.get(key)), None)
+
+
+def provenance(record: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> str:
+    """Record, {source file: sha256} -> the text of the header entry.
+
+    Its length does not depend on the hashes: they are known only when the last byte of the source has been read, and
+    the header's length is needed before the first is written.
+    """
+    hashes = sources or {}
+    files = [{"file": name, "sha256": hashes.get(name, _UNKNOWN_SHA)} for name in record["source_files"]]
+    kept = ("tool", "recipe", "options", "search", "layers", "calibration", "licence")
+    return json.dumps({"source": files} | {key: record[key] for key in kept}, separators=(",", ":"))
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """Record of a written file -> Markdown."""
+    if record["has_vae"]:
+        vae = "It is in this file: *NVFP4 VAE Loader* takes it from here."
+    else:
+        vae = "It is not in this file: take it from the original checkpoint."
+    ltx = record["family"] and record["family"].startswith("LTX")
+    traps = (_LTX_TRAPS if ltx else _OTHER_TRAPS).format(vae=vae)
+    sources = record["sources"]
+    kept = [f"| {reason} | {count:,} |" for reason, count in record["kept"].items()]
+    options = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in record["options"].items())
+    shrunk = 1 - record["nbytes"] / record["source_bytes"]
+    search = {
+        "mse": "block scales chosen for the least squared error among candidates, same format as plain NVFP4",
+        "amax": "plain block maxima, as comfy-kitchen's quantiser",
+    }[record["search"]]
+    weighted = ", weighted by calibration statistics" if record["calibration"] else ""
+    licence = record["licence"] or "the original's; its header names none, see where the original was published"
+    return "\n".join(
+        [
+            f"# {record['file']}",
+            "",
+            f"{record['family'] or 'A diffusion model'} with {record['layers']:,} layers in NVFP4, for ComfyUI.",
+            "",
+            "## Before you judge it",
+            "",
+            traps,
+            "",
+            "## The file",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| size | {size_text(record['nbytes'])}, {100 * shrunk:.1f} % less than the source "
+            f"({size_text(record['source_bytes'])}) |",
+            f"| sha256 | `{record['sha256']}` |",
+            *(f"| made from | {name}, sha256 `{sha}` |" for name, sha in sources.items()),
+            f"| made by | {record['tool']}, recipe {record['recipe']} ({record['why']}) |",
+            *([f"| options | {options} |"] if options else []),
+            f"| scales | {search}{weighted} |",
+            f"| licence | {licence} |",
+            f"| contents | {record['contents']} |",
+            "",
+            "Load it with ComfyUI's own loaders (NVFP4 needs ComfyUI 0.8 or later) or with *NVFP4 Model Loader*.",
+            "",
+            f"## Layers: {record['layers']:,} in NVFP4, {sum(record['kept'].values()):,} kept as they were",
+            "",
+            "| kept because | layers |",
+            "|---|---|",
+            *(kept or ["| - | 0 |"]),
+            "",
+            *(["Profile after: " + ", ".join(record["profile"]) + ".", ""] if record["profile"] else []),
+            *(f"Warning: {text}.\n" for text in record["warnings"]),
+            "Check it against its source: `python <pack folder> verify FILE SOURCE`.",
+            "",
+        ]
+    )
+
+
+def text_of(record: Mapping[str, Any]) -> str:
+    """Record of a written file, or of an estimate, -> lines for people."""
+    shrunk = 1 - record["nbytes"] / record["source_bytes"]
+    less = f"{100 * abs(shrunk):.1f} % {'less' if shrunk >= 0 else 'more'} than the source"
+    lines = [f"{record['file']}: {size_text(record['nbytes'])}, {less} ({size_text(record['source_bytes'])})"]
+    if "sha256" in record:
+        lines += [f"sha256: {record['sha256']}", f"time: {record['seconds']:.0f} s, card: {Path(record['card']).name}"]
+    else:
+        free = size_text(record["free_bytes"]) + ("" if record["fits"] else ", NOT ENOUGH")
+        lines += [f"time: about {record['seconds'] / 60:.1f} min", f"free on disk: {free}"]
+    lines += [f"layers: {record['layers']:,} in NVFP4, recipe {record['recipe']}: {record['why']}"]
+    lines += [f"kept: {count:,} {reason}" for reason, count in record["kept"].items()]
+    lines += [f"warning: {text}" for text in record["warnings"]]
+    return "\n".join(lines)
+
+
+def write_card(target: Path, record: Mapping[str, Any]) -> Path:
+    """Write the card of ``target`` beside it, complete or not at all."""
+    path = target.with_suffix(CARD_ENDING)
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(model_card(record))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    return path

@@ -1,0 +1,306 @@
+"""What a quantised file will hold, tensor by tensor, worked out from headers before a weight is read.
+
+The target has ComfyUI's own dialect with a `comfy_quant` marker in every quantised layer and no header entry: markers
+travel with their layer's name, so UNETLoader, the checkpoint loaders and this pack find them whatever the prefix is.
+FP8 layers that stay keep their bytes; what only the header or the old `scaled_fp8` key said of them becomes a marker
+too. Everything outside the diffusion model is copied byte for byte, or left out on request.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ...kernels.format import block_scale_shape, packed_shape
+from ..file.container import PlannedTensor
+from ..file.header import ITEM_BYTES, CheckpointError, Header, read_header
+from ..file.shards import Checkpoint, Source, open_checkpoint
+from ..identify import dialects
+from ..identify.components import DIFFUSION_MODEL, VIDEO_VAE, find_components
+from ..identify.signatures import find_model
+from .card import licence_of, tool_version
+from .recipes import AUTO, Options, Recipe, Selection, find_recipe, select
+from .split import with_config
+from .weights import FP8_SCALES, FloatWeight, float_weight, scale_of
+
+MSE, AMAX = "mse", "amax"
+NON_FINITE = "NaN or infinity in it, kept on request"
+_MARKER = b'{"format": "nvfp4"}'
+_REPLACED = ("weight", *FP8_SCALES, "input_scale", "scale_input", dialects.MARKER)
+_RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """How to quantise. ``recipe``: "auto" or a name of RECIPES. ``only_model``: leave out all but the diffusion model.
+
+    ``search``: "mse" or "amax". ``keep_non_finite``: keep layers with NaN or infinity instead of refusing the file.
+    ``calibration``: a safetensors file with the mean squares of each layer's inputs, (K,) under the layer's name.
+    ``config_from``: as in ``split``.
+    """
+
+    recipe: str = AUTO
+    options: Options = field(default_factory=Options)
+    only_model: bool = False
+    search: str = MSE
+    keep_non_finite: bool = False
+    calibration: str | os.PathLike[str] | None = None
+    config_from: str | os.PathLike[str] | None = None
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """``jobs``: source tensor -> the weight it is, to be quantised. ``copies``: source tensor -> tensor of the target.
+
+    ``made``: tensor of the target -> its bytes. ``units``: what is finished together, by source tensor, or by target
+    tensor for ``made``. ``tensors``: the file, wide elements first, so that all are aligned.
+    """
+
+    checkpoint: Checkpoint
+    settings: QuantizeSettings
+    recipe: Recipe
+    family: str | None
+    selection: Selection
+    jobs: Mapping[str, FloatWeight]
+    copies: Mapping[str, str]
+    made: Mapping[str, bytes]
+    units: Mapping[str, tuple[PlannedTensor, ...]]
+    tensors: tuple[PlannedTensor, ...]
+    calibration: Mapping[str, str]
+    metadata: Mapping[str, str]
+    record: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the target's tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def plan_quantization(
+    source: str | os.PathLike[str], settings: QuantizeSettings, non_finite: frozenset[str] = frozenset()
+) -> QuantizePlan:
+    """Source (file, index, shard, wildcard) -> QuantizePlan. ``non_finite``: layers that are kept for what is in them.
+
+    Raises CheckpointError for a file that holds no diffusion model, is quantised to NVFP4 already, or lacks `config`.
+    """
+    found = open_checkpoint(source)
+    checkpoint = Checkpoint(with_config(found.header, settings.config_from), found.homes, found.files)
+    header = checkpoint.header
+    if settings.search not in (MSE, AMAX):
+        raise CheckpointError(f"unknown search {settings.search!r}", expected=f"{MSE} or {AMAX}")
+    if settings.calibration is not None and settings.search == AMAX:
+        raise CheckpointError("block maxima take no calibration statistics", remedy="leave out one of the two")
+    model = find_model(header)
+    component = find_components(header).get(DIFFUSION_MODEL)
+    if component is None:
+        raise CheckpointError("there is no diffusion model in it", where=header.path.name, remedy="choose another file")
+    if model.needs_config and "config" not in header.metadata:
+        found = f"its header has no `config`, without which ComfyUI misbuilds {model.family}"
+        remedy = "name a file of the same model version that has it (config_from)"
+        raise CheckpointError(found, where=header.path.name, remedy=remedy)
+    _refuse_packed(header, component.names)
+    recipe = find_recipe(header, settings.recipe)
+    weights, shapes, own_layers = _weights(header, component.names)
+    selection = select(recipe, shapes, settings.options)
+    kept = dict(selection.kept) | {layer: NON_FINITE for layer in selection.quantized if layer in non_finite}
+    kept |= {layer: found for layer in selection.quantized if isinstance(found := weights[layer], str)}
+    jobs = {weights[layer].name: weights[layer] for layer in selection.quantized if layer not in kept}
+    if not jobs:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(kept.values()).most_common(3))
+        raise CheckpointError(
+            f"nothing in it would be quantised ({reasons or 'no matrices'})", where=header.path.name,
+            expected=f"layers for the recipe {recipe.name}", remedy="choose another recipe or `quantize` patterns",
+        )  # fmt: skip
+    selection = Selection(tuple(layer for layer in selection.quantized if layer not in kept), kept, selection.warnings)
+    copies, made = _others(checkpoint, component.names, {job.layer for job in jobs.values()})
+    names = dict(component.names) if settings.only_model else {name: name for name in header.tensors}
+    copies = {name: _rename(names[name], new) for name, new in copies.items() if name in names}
+    made = {_rename(names[f"{layer}.weight"], dialects.MARKER): content for layer, content in made.items()}
+    units = {name: (_planned(new, *_like(header, name)),) for name, new in copies.items()}
+    units |= {name: _layer_tensors(names[name].rpartition(".")[0], job.info.shape) for name, job in jobs.items()}
+    units |= {name: (_planned(name, "U8", (len(content),)),) for name, content in made.items()}
+    tensors = sorted((tensor for unit in units.values() for tensor in unit), key=lambda t: -ITEM_BYTES[t.dtype])
+    calibration = _calibration(settings.calibration, {own_layers[job.layer]: job for job in jobs.values()}, component)
+    record = _record(checkpoint, settings, recipe, model.family, selection, len(jobs))
+    metadata = _metadata(header, own_layers, settings.only_model)
+    return QuantizePlan(
+        checkpoint, settings, recipe, model.family, selection, jobs, copies, made, units, tuple(tensors),
+        calibration, metadata, record,
+    )  # fmt: skip
+
+
+def nvfp4_marker() -> bytes:
+    """Content of a layer's `comfy_quant` tensor."""
+    return _MARKER
+
+
+def _refuse_packed(header: Header, names: Mapping[str, str]) -> None:
+    """CheckpointError for a diffusion model that has NVFP4 layers."""
+    for name in names:
+        layer, _, suffix = name.rpartition(".")
+        bytes_of = suffix == "weight_packed" or suffix == "weight" and header.tensors[name].dtype == "U8"
+        if bytes_of and f"{layer}.weight_scale" in header.tensors:
+            found = f"it is quantised to four bits already, layer {layer} for one"
+            remedy = "take the BF16 or FP8 version; `repair` brings other NVFP4 dialects to ComfyUI's"
+            raise CheckpointError(found, where=header.path.name, expected="BF16, FP16, FP32 or FP8", remedy=remedy)
+
+
+def _weights(
+    header: Header, names: Mapping[str, str]
+) -> tuple[dict[str, FloatWeight | str], dict[str, tuple[int, ...]], dict[str, str]]:
+    """-> layer without prefix: its weight, or why it cannot be read; its shape; and layer -> layer without prefix."""
+    weights, shapes, own_layers = {}, {}, {}
+    for name, own in names.items():
+        layer, _, suffix = own.rpartition(".")
+        if suffix == "weight" and len(header.tensors[name].shape) > 1:
+            weights[layer] = float_weight(header, name)
+            shapes[layer] = header.tensors[name].shape
+        own_layers[name.rpartition(".")[0]] = layer
+    return weights, shapes, own_layers
+
+
+def _others(
+    checkpoint: Checkpoint, names: Mapping[str, str], quantized: set[str]
+) -> tuple[dict[str, str], dict[str, bytes]]:
+    """-> tensors to copy: new key suffix, "" for the old one; layers that need a marker: its content."""
+    header = checkpoint.header
+    old_style = next((name for name, own in names.items() if own == "scaled_fp8"), None)
+    copies = {}
+    for name in header.tensors:
+        layer, _, suffix = name.rpartition(".")
+        if name not in names or not (name == old_style or layer in quantized):
+            copies[name] = _RENAMED.get(suffix, "") if name in names and _is_fp8(header, layer) else ""
+            # ComfyUI, too, takes an input scale of one in the old files for none.
+            if suffix == "scale_input" and copies[name] and _is_one(checkpoint, name):
+                del copies[name]
+        elif name != old_style and suffix not in _REPLACED:
+            copies[name] = ""
+    full = old_style is not None and header.tensors[old_style].numel == 2
+    declared, made = _declared(header, names), {}
+    for layer in {name.rpartition(".")[0] for name in names} - quantized:
+        content = declared.get(layer)
+        scale = scale_of(header.tensors, layer)
+        if content is None and scale and header.tensors[scale].numel == 1 and _is_fp8(header, layer):
+            content = {"format": dialects.FP8_FORMATS[header.tensors[f"{layer}.weight"].dtype]}
+            content |= {"full_precision_matrix_mult": True} if full else {}
+        if content is not None and f"{layer}.weight" in names and f"{layer}.{dialects.MARKER}" not in header.tensors:
+            made[layer] = json.dumps(content).encode()
+    return copies, made
+
+
+def _is_fp8(header: Header, layer: str) -> bool:
+    weight = header.tensors.get(f"{layer}.weight")
+    return weight is not None and weight.dtype in dialects.FP8_FORMATS
+
+
+def _declared(header: Header, names: Mapping[str, str]) -> dict[str, dict]:
+    """Layer as stored -> content of the header entry, whichever of its two names is used there."""
+    text = header.metadata.get(dialects.HEADER_ENTRY)
+    if text is None:
+        return {}
+    try:
+        listed = dict(json.loads(text)["layers"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        found = f"its header entry {dialects.HEADER_ENTRY} cannot be read ({error})"
+        raise CheckpointError(found, where=header.path.name, expected='{"layers": {...}}') from error
+    both = {(name.rpartition(".")[0], own.rpartition(".")[0]) for name, own in names.items()}
+    return {layer: listed[key] for layer, own in both for key in (layer, own) if key in listed}
+
+
+def _is_one(checkpoint: Checkpoint, name: str) -> bool:
+    with Source(checkpoint) as reader:
+        value = reader.tensor(name).float()
+    return value.numel() == 1 and value.item() == 1.0
+
+
+def _rename(name: str, suffix: str) -> str:
+    return f"{name.rpartition('.')[0]}.{suffix}" if suffix else name
+
+
+def _like(header: Header, name: str) -> tuple[str, tuple[int, ...]]:
+    return header.tensors[name].dtype, header.tensors[name].shape
+
+
+def _layer_tensors(layer: str, shape: tuple[int, ...]) -> tuple[PlannedTensor, ...]:
+    """The four tensors of an NVFP4 layer, in the order in which they are made."""
+    return (
+        _planned(f"{layer}.weight", "U8", packed_shape(shape)),
+        _planned(f"{layer}.weight_scale", "F8_E4M3", block_scale_shape(shape)),
+        _planned(f"{layer}.weight_scale_2", "F32", ()),
+        _planned(f"{layer}.{dialects.MARKER}", "U8", (len(_MARKER),)),
+    )
+
+
+def _planned(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
+    return PlannedTensor(name, dtype, shape, _unplanned)
+
+
+def _unplanned() -> NoReturn:
+    raise AssertionError("the quantiser makes tensors by unit, not one by one")
+
+
+def _calibration(path, jobs: Mapping[str, FloatWeight], component) -> dict[str, str]:
+    """Source tensor -> tensor of the calibration file: one number a column, the mean square of that input."""
+    if path is None:
+        return {}
+    header = read_header(path)
+    found = {}
+    for layer, job in jobs.items():
+        name = next((key for key in (layer, component.prefix + layer) if key in header.tensors), None)
+        if name is None:
+            continue
+        if header.tensors[name].shape != job.info.shape[1:]:
+            text = f"tensor {name} has shape {header.tensors[name].shape}"
+            remedy = "these statistics belong to another model"
+            raise CheckpointError(text, where=header.path.name, expected=f"{job.info.shape[1:]}", remedy=remedy)
+        found[job.name] = name
+    if not found:
+        remedy = "name a safetensors file with one vector a layer, named as the layer"
+        raise CheckpointError("it has statistics of none of the layers", where=header.path.name, remedy=remedy)
+    return found
+
+
+def _metadata(header: Header, own_layers: Mapping[str, str], only_model: bool) -> dict[str, str]:
+    """All of the source's entries but those that describe how the diffusion model's layers are stored."""
+    metadata = {key: text for key, text in header.metadata.items() if key != "quantization_config"}
+    text = metadata.pop(dialects.HEADER_ENTRY, None)
+    if text is not None and not only_model:
+        ours = {*own_layers, *own_layers.values()}
+        others = {layer: content for layer, content in json.loads(text)["layers"].items() if layer not in ours}
+        if others:
+            metadata[dialects.HEADER_ENTRY] = json.dumps({"format_version": "1.0", "layers": others})
+    return metadata
+
+
+def _record(
+    checkpoint: Checkpoint, settings: QuantizeSettings, recipe: Recipe, family: str | None, selection: Selection,
+    layers: int,
+) -> dict[str, Any]:
+    """What card and provenance say of the file, as far as headers tell."""
+    header = checkpoint.header
+    components = find_components(header)
+    contents = ["diffusion model"] if settings.only_model else [part.title for part in components.values()]
+    given = {key: value for key, value in asdict(settings.options).items() if value not in (None, False, ())}
+    return {
+        "tool": tool_version(),
+        "family": family,
+        "recipe": recipe.name,
+        "why": recipe.why,
+        "profile": list(recipe.sources),
+        "options": {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()},
+        "search": settings.search,
+        "calibration": Path(settings.calibration).name if settings.calibration else None,
+        "layers": layers,
+        "kept": dict(Counter(selection.kept.values()).most_common()),
+        "licence": licence_of(header),
+        "contents": ", ".join(contents),
+        "has_vae": not settings.only_model and VIDEO_VAE in components,
+        "source_files": [file.path.name for file in checkpoint.files],
+        "source_bytes": header.file_size,
+        "warnings": list(selection.warnings),
+    }

@@ -1,0 +1,262 @@
+"""Quantises a checkpoint to NVFP4: streams it tensor by tensor into a file that a kill cannot tear (resume.py).
+
+The source is read once, front to back, and hashed on the way by a thread of its own; each tensor is copied, or brought
+to FP32 (weights.py), quantised in pieces of 128k rows, and written to its place. So memory holds one tensor and a
+piece's temporaries, whatever the size of the file. What becomes of which layer is planned in plan.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...kernels import backends
+from ...kernels.format import block_scale_shape, packed_shape
+from ..file.container import produce_bytes
+from ..file.header import CheckpointError, Header, read_header
+from ..file.resume import PartFile, discard, left_behind
+from ..file.shards import Checkpoint, Source
+from ..identify import dialects
+from .card import PROVENANCE, provenance, write_card
+from .plan import QuantizePlan, QuantizeSettings, nvfp4_marker, plan_quantization
+from .split import check_targets
+from .weights import FloatRows, FloatWeight, non_finite
+
+OnStep = Callable[[int, int], None]
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    settings: QuantizeSettings | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    device: str | torch.device = "cpu",
+    on_step: OnStep | None = None,
+) -> dict[str, Any]:
+    """Write ``source`` (file, index, shard, wildcard), quantised, to ``target``, and its card beside it -> the record.
+
+    An unfinished run of the same request is gone on with. ``base``, ``overwrite``: as in ``split``. ``on_step(done,
+    total)``, in bytes read and checked, may raise to interrupt; what is finished stays for the next run. Raises
+    CheckpointError: for a source that cannot be quantised, that changes meanwhile, or holds NaN or infinity (by name).
+    """
+    settings, device = settings or QuantizeSettings(), torch.device(device)
+    step = on_step or (lambda done, total: None)
+    plan = plan_quantization(source, settings)
+    guard = SourceGuard(plan.checkpoint)
+    if settings.keep_non_finite:
+        plan = _without_non_finite(plan, source, device, step)
+    request = _request(plan, guard)
+    sources = [file.path for file in plan.checkpoint.files]
+    path = check_targets(plan.checkpoint.header, {"": target}, sources, base, True)[""]
+    left = left_behind(path)
+    if left is not None and left.get("request") == request and left["nbytes"] == path.stat().st_size:
+        return _finish(path, left)
+    check_targets(plan.checkpoint.header, {"": target}, sources, base, overwrite)
+    _check_sidecar(path)
+    if base is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        record = _write(plan, path, guard, request, device, step)
+    except _NonFinite:
+        discard(path)  # of no use to a run that keeps these layers
+        raise
+    return _finish(path, record)
+
+
+def quantize_weight(
+    rows: FloatRows, search: str, column_weight: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """FP32 rows -> packed, block_scale and global_scale of the host's layout, on the CPU; None if one is not finite."""
+    amax = rows.amax()
+    if not torch.isfinite(amax):
+        return None
+    global_scale = backends.reference.default_global_scale(amax, search)
+    if global_scale == 0:  # of zeros, or of numbers too small for FP32's scales: readers would divide by it
+        global_scale = torch.ones_like(amax)
+    packed = torch.empty(packed_shape(rows.shape), dtype=torch.uint8)
+    scale = torch.empty(block_scale_shape(rows.shape), dtype=torch.float8_e4m3fn)
+    for start, values in rows:
+        record = backends.quantize(values, global_scale, search=search, column_weight=column_weight)
+        packed[start : start + record.packed.shape[0]] = record.packed.cpu()
+        scale[start : start + record.block_scale.shape[0]] = record.block_scale.cpu()
+    return packed, scale, global_scale.cpu()
+
+
+def _write(
+    plan: QuantizePlan, path: Path, guard: SourceGuard, request: str, device: torch.device, step: OnStep
+) -> dict:
+    """Everything up to the finished file under its name -> the record."""
+    started = time.monotonic()
+    total = sum(file.file_size for file in plan.checkpoint.files) + plan.nbytes
+    metadata = dict(plan.metadata) | {PROVENANCE: provenance(plan.record)}
+    with (
+        Source(plan.checkpoint) as reader,
+        PartFile(path, plan.tensors, plan.units, metadata, request, lambda _: step(0, total)) as part,
+    ):
+        resumed = len(part.finished)
+        hashes, done = _stream(plan, reader, part, guard, device, lambda done: step(done, total))
+        for name, content in plan.made.items():
+            if name not in part.finished:
+                part.write(name, [memoryview(content)])
+        guard.check()
+
+        def checked(count: int) -> None:
+            nonlocal done
+            done += count
+            step(min(done, total), total)
+
+        part.on_bytes = checked
+        metadata[PROVENANCE] = provenance(plan.record, hashes)
+        known = {"file": path.name, "sources": hashes, "request": request, "resumed": resumed, "nbytes": part.nbytes}
+        return part.publish(
+            metadata, lambda sha: dict(plan.record) | known | {"sha256": sha, "seconds": time.monotonic() - started}
+        )
+
+
+def _stream(
+    plan: QuantizePlan,
+    reader: Source,
+    part: PartFile,
+    guard: SourceGuard,
+    device: torch.device,
+    on_bytes: Callable[[int], None],
+) -> tuple[dict[str, str], int]:
+    """Read every tensor once, in the order of the files, and write what it becomes -> {file: sha256}, bytes read."""
+    header = plan.checkpoint.header
+    hashers = {file.path: _hash_of_header(file) for file in plan.checkpoint.files}
+    done = sum(file.file_size for file in plan.checkpoint.files) - sum(i.nbytes for i in header.tensors.values())
+    columns = _column_weights(plan, device)
+    with ThreadPoolExecutor(1) as pool:
+        for name in sorted(header.tensors, key=reader.place):
+            on_bytes(done)
+            guard.check()
+            view = reader.view(name)
+            hashed = pool.submit(hashers[plan.checkpoint.homes[name].path].update, view)
+            if name in plan.units and name not in part.finished:
+                job = plan.jobs.get(name)
+                data = [view] if job is None else _quantised(plan, reader, job, view, device, columns, on_bytes, done)
+                guard.check()
+                part.write(name, data)
+            hashed.result()
+            done += header.tensors[name].nbytes
+    return {path.name: hasher.hexdigest() for path, hasher in hashers.items()}, done
+
+
+def _quantised(plan, reader, job: FloatWeight, view, device, columns: Mapping[str, torch.Tensor], on_bytes, done):
+    """The bytes of a layer's four tensors. CheckpointError naming this layer and all others that are not finite."""
+    made = quantize_weight(FloatRows(reader, job, device, view), plan.settings.search, columns.get(job.name))
+    if made is None:
+        names = list(plan.jobs)
+        rest = {key: plan.jobs[key] for key in names if key != job.name}
+        bad = [job.layer] + [rest[key].layer for key in non_finite(reader, rest, device, lambda: on_bytes(done))]
+        listed = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+        raise _NonFinite(
+            f"NaN or infinity in {len(bad)} layers: {listed}", where=plan.checkpoint.header.path.name,
+            expected="finite weights", remedy="take a sound file, or have these layers kept as they are "
+            "(--keep-non-finite, keep_non_finite)",
+        )  # fmt: skip
+    marker = torch.tensor(list(nvfp4_marker()), dtype=torch.uint8)
+    tensors = zip(plan.units[job.name], (*made, marker), strict=True)
+    return [produce_bytes(replace(planned, produce=lambda t=made: t), Path(planned.name)) for planned, made in tensors]
+
+
+class _NonFinite(CheckpointError):
+    """Weights that no format can hold."""
+
+
+class SourceGuard:
+    """Notices that a source file was replaced or written to: size, time of change, identity on its disk."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._known = {file.path: self._state(file.path) for file in checkpoint.files}
+        for file in checkpoint.files:
+            if self._known[file.path][0] != file.file_size:
+                self._fail(file.path)
+
+    def check(self) -> None:
+        """Raises CheckpointError if a file is not what it was."""
+        for path, state in self._known.items():
+            if self._state(path) != state:
+                self._fail(path)
+
+    def describe(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of change of each file."""
+        return [(path.name, state[0], state[1]) for path, state in self._known.items()]
+
+    def _state(self, path: Path) -> tuple[int, ...]:
+        try:
+            found = os.stat(path)
+        except OSError:
+            self._fail(path)
+        return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+
+    def _fail(self, path: Path) -> None:
+        remedy = "run it again once nothing writes to that file; what was made of the old one is thrown away"
+        raise CheckpointError("the source changed while it was in use", where=path.name, remedy=remedy)
+
+
+def _without_non_finite(plan: QuantizePlan, source, device: torch.device, step: OnStep) -> QuantizePlan:
+    """The plan with every layer kept that holds NaN or infinity; reads all layers once."""
+    with Source(plan.checkpoint) as reader:
+        bad = non_finite(reader, plan.jobs, device, lambda: step(0, 1))
+    own = dict(zip(plan.jobs, plan.selection.quantized, strict=True))
+    return plan_quantization(source, plan.settings, frozenset(own[name] for name in bad)) if bad else plan
+
+
+def _request(plan: QuantizePlan, guard: SourceGuard) -> str:
+    """Digest of what decides the target's bytes beside its header: the source's state, the settings, the statistics."""
+    statistics = os.stat(plan.settings.calibration) if plan.settings.calibration else None
+    given = asdict(replace(plan.settings, calibration=None, config_from=None))
+    state = [guard.describe(), given, statistics and (statistics.st_size, statistics.st_mtime_ns)]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def _hash_of_header(file: Header):
+    """A sha256 that has seen a file up to its first tensor."""
+    start = min((info.start for info in file.tensors.values()), default=file.file_size)
+    with open(file.path, "rb") as opened:
+        return hashlib.sha256(opened.read(start))
+
+
+def _column_weights(plan: QuantizePlan, device: torch.device) -> dict[str, torch.Tensor]:
+    """Source tensor -> (K,) fp32 weights of its columns, from the calibration file."""
+    if not plan.calibration:
+        return {}
+    header = read_header(plan.settings.calibration)
+    found = {}
+    with Source(Checkpoint(header, dict.fromkeys(header.tensors, header), (header,))) as reader:
+        for name, statistics in plan.calibration.items():
+            values = reader.tensor(statistics).float()
+            if not torch.isfinite(values).all() or (values < 0).any():
+                where, expected = f"{header.path.name}, {statistics}", "mean squares: finite, not negative"
+                raise CheckpointError("it holds other numbers", where=where, expected=expected)
+            found[name] = values.to(device)
+    return found
+
+
+def _check_sidecar(path: Path) -> None:
+    """A ModelOpt file beside the target would declare it to be ModelOpt's."""
+    evidence = dialects.modelopt_declaration(Header(path, {}, {}, 0))
+    if evidence is not None:
+        found = f"{evidence} declares every checkpoint of that folder to be in ModelOpt's layout"
+        raise CheckpointError(
+            found, where=path.name, remedy="choose a target in another folder, or move that file away"
+        )
+
+
+def _finish(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write the card, remove what the work needed -> the record with both paths."""
+    card = write_card(path, record)
+    discard(path)
+    return record | {"path": str(path), "card": str(card)}

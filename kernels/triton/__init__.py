@@ -1,0 +1,1 @@
+"""NVFP4 kernels in Triton: a file holds the kernel of one function of kernels/reference.py, whose name it bears."""

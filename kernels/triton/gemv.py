@@ -1,0 +1,342 @@
+"""Fused dequantise and multiply for at most 16 rows of activations, in Triton: the packed weight is read once.
+
+A program multiplies ROWS rows of the weight by all of x, 128 columns a step, on the tensor cores. Both operands are
+permuted along K, alike, so that what a thread loads is what its tensor core takes: no shared memory, one warp a
+program. A thread loads 16 bytes of a weight's row, 32 columns, and the two block scales they need. The rows of a
+program are 32 apart in fours, as the scales lie in their tiles (kernels/format.py), so that all bytes of a fetched
+sector are used.
+
+A code times a block scale is exact in BF16 and FP16; sums are FP32; the global scale and the bias come last, and the
+result is rounded once. Where the rows are too few to fill the GPU, K is divided among programs; the last of them to
+finish adds all sums in a fixed order: two calls give the same bits. It is found by a counter per group of rows, which
+it sets back to zero. The counters belong to a shape: two streams must not multiply by weights of one shape at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from ..format import block_scale_shape, check_request, packed_shape
+from .dequantize import _round_to_bf16_bits, decode_words
+from .launch import Launcher
+from .quantize import _e4m3_to_f32
+
+MAX_TOKENS = 16
+DTYPES = (torch.bfloat16, torch.float16)
+# What the sum is multiplied by besides the global scale: the operands carry 2**-8 (BF16) or 2**-7 (FP16) of their own.
+_UNDO = {torch.bfloat16: 256.0, torch.float16: 128.0}
+_STEP_WORDS = 16
+_WARPS_PER_MULTIPROCESSOR = 15
+_MOST_SLICES = 8
+Gemv = Callable[..., torch.Tensor]
+
+# One word -> eight numbers, two an instruction, in the order of decode_words: the bits of a code, moved to where BF16
+# has its lowest two exponent bits and highest mantissa bit, are its value times 2**-126 (FP16: 2**-14, see
+# decode_words); times the scale, 2**118 (2**7) too large. Subnormal operands count in full.
+_MOVE = """
+{{
+.reg .b32 a, b, s;
+mov.b32 s, {{$9, $9}};
+shl.b32 a, $8, {odd_low};
+and.b32 a, a, {mask};
+shl.b32 b, $8, 12;
+lop3.b32 a, b, 0x80008000, a, 0xEA;
+{multiply}
+mov.b32 {{$1, $5}}, a;
+shl.b32 a, $8, {even_low};
+and.b32 a, a, {mask};
+shl.b32 b, $8, 8;
+lop3.b32 a, b, 0x80008000, a, 0xEA;
+{multiply}
+mov.b32 {{$0, $4}}, a;
+{odd_high} a, $8, {odd_high_by};
+and.b32 a, a, {mask};
+shl.b32 b, $8, 4;
+lop3.b32 a, b, 0x80008000, a, 0xEA;
+{multiply}
+mov.b32 {{$3, $7}}, a;
+shr.u32 a, $8, {even_high};
+and.b32 a, a, {mask};
+lop3.b32 a, $8, 0x80008000, a, 0xEA;
+{multiply}
+mov.b32 {{$2, $6}}, a;
+}}
+"""
+_BF16 = tl.constexpr(
+    _MOVE.format(
+        odd_low=6,
+        even_low=2,
+        odd_high="shr.u32",
+        odd_high_by=2,
+        even_high=6,
+        mask="0x01C001C0",
+        multiply="{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 a, a, s, z; }",
+    )
+)
+_FP16 = tl.constexpr(
+    _MOVE.format(
+        odd_low=9,
+        even_low=5,
+        odd_high="shl.b32",
+        odd_high_by=1,
+        even_high=3,
+        mask="0x0E000E00",
+        multiply="mul.f16x2 a, a, s;",
+    )
+)
+
+
+@triton.jit
+def _decode(word, scale_byte, PACKED: tl.constexpr, dtype: tl.constexpr):
+    """int32 words [...] + their scales' E4M3 bytes -> [..., 2, 2, 2] of ``dtype``, times 2**-8 (BF16) or 2**-7 (FP16).
+
+    PACKED: two numbers an instruction. Triton's interpreter has neither assembly nor BF16 products and gets the same
+    values in FP32: nothing is rounded in either.
+    """
+    if PACKED:
+        if dtype == tl.bfloat16:
+            scale = (_e4m3_to_f32(scale_byte) * 8.507059173023462e37).to(tl.bfloat16)  # 2**126
+            asm: tl.constexpr = _BF16
+        else:
+            scale = (_e4m3_to_f32(scale_byte) * 32768.0).to(tl.float16)
+            asm: tl.constexpr = _FP16
+        word, scale = tl.broadcast(word, scale)
+        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+            asm,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
+            [word, scale],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+        odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+        return tl.join(even, odd).to(dtype, bitcast=True)
+    else:
+        factor: tl.constexpr = 0.00390625 if dtype == tl.bfloat16 else 0.0078125
+        return decode_words(word, scale_byte, factor)
+
+
+@triton.jit
+def _multiply(acc, x, token_inside, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
+    """acc (R, T) += word (R, 4) x x (T, 32), ``scale`` (R, 4) being the words' E4M3 bytes; column: (32,) of x."""
+    inside = token_inside if FULL else token_inside & (column < cols)[None, :]
+    values = tl.load(x + column[None, :], mask=inside, other=0.0)
+    weight = _decode(word, scale, PACKED, values.dtype)
+    values = values.to(weight.dtype)
+    # K's bits, from (thread, 4, 2, 1) to (2, thread, 1, 4): the two columns decoded together share a register.
+    weight = tl.permute(tl.reshape(weight, (acc.shape[0], 4, 2, 2, 2)), (0, 3, 1, 4, 2))
+    values = tl.permute(tl.reshape(values, (acc.shape[1], 4, 2, 2, 2)), (3, 1, 4, 2, 0))
+    return tl.dot(tl.reshape(weight, (acc.shape[0], 32)), tl.reshape(values, (32, acc.shape[1])), acc)
+
+
+@triton.jit
+def _step(acc, x, token_inside, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
+    """acc (R, T) += word (R, 16) x x, 128 columns; ``scale`` (4, R) int16 holds the two scales of four words."""
+    pair = tl.trans(scale).to(tl.int32)
+    low, high = pair & 0xFF, (pair >> 8) & 0xFF
+    even, odd = tl.split(tl.reshape(word, (acc.shape[0], 4, 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    acc = _multiply(acc, x, token_inside, column, cols, w0, low, FULL, PACKED)
+    acc = _multiply(acc, x, token_inside, column + 8, cols, w1, low, FULL, PACKED)
+    acc = _multiply(acc, x, token_inside, column + 16, cols, w2, high, FULL, PACKED)
+    return _multiply(acc, x, token_inside, column + 24, cols, w3, high, FULL, PACKED)
+
+
+@triton.jit(do_not_specialize=["tokens", "steps"])
+def _gemv_kernel(
+    x_ptr,
+    packed_ptr,
+    scale_ptr,
+    global_ptr,
+    bias_ptr,
+    out_ptr,
+    sum_ptr,
+    counter_ptr,
+    tokens,
+    rows,
+    cols,
+    packed_rows,
+    words_per_row,
+    scale_cols,
+    steps,
+    UNDO: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FULL: tl.constexpr,
+    PACKED: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Program (p, s): ROWS rows of the weight, ``steps`` steps of K from step s * steps on.
+
+    ``sum_ptr``: (SPLIT, tokens, rows) fp32 for the slices' sums, ``counter_ptr``: int32 zeros, one a program p. An
+    int16 output receives BF16 bits. FULL: rows and words divide evenly by what the programs take.
+    """
+    group = tl.program_id(0) * ROWS // 128
+    first_row = tl.program_id(0) * ROWS % 128 // 4
+    first_step = tl.program_id(1) * steps
+    # Scalar 64-bit bases and 32-bit offsets inside the tile: no vector arithmetic on 64-bit addresses.
+    words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + group.to(tl.int64) * (128 * words_per_row)
+    scales = scale_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + group.to(tl.int64) * (scale_cols * 64)
+    number = tl.arange(0, ROWS)
+    row = number % 4 * 32 + first_row + number // 4
+    four = tl.arange(0, 4)
+    word_col = tl.arange(0, 16)
+    word_offset = (row * words_per_row)[:, None] + word_col[None, :]
+    # Loaded as (4, R), and with & so that the compiler sees no neighbours: the layout that it gives is the one needed.
+    scale_offset = (four // 2 * 256 + (four & 1))[:, None] + (first_row * 8 + number // 4 * 8 + number % 4 * 2)[None, :]
+    row_inside = group * 128 + row < packed_rows
+    token = tl.arange(0, TOKENS)
+    token_inside = (token < tokens)[:, None]
+    x = x_ptr + (token * cols)[:, None]
+    column = tl.arange(0, 32) // 8 * 32 + tl.arange(0, 32) % 8
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    for first in range(first_step, first_step + steps, UNROLL):
+        if FULL:
+            here, s_here, x_here = words + first * 16, scales + first * 512, column + first * 128
+            w0, s0 = tl.load(here + word_offset), tl.load(s_here + scale_offset)
+            if UNROLL > 1:
+                w1, s1 = tl.load(here + 16 + word_offset), tl.load(s_here + 512 + scale_offset)
+            if UNROLL > 2:
+                w2, s2 = tl.load(here + 32 + word_offset), tl.load(s_here + 1024 + scale_offset)
+                w3, s3 = tl.load(here + 48 + word_offset), tl.load(s_here + 1536 + scale_offset)
+            acc = _step(acc, x, token_inside, x_here, cols, w0, s0, FULL, PACKED)
+            if UNROLL > 1:
+                acc = _step(acc, x, token_inside, x_here + 128, cols, w1, s1, FULL, PACKED)
+            if UNROLL > 2:
+                acc = _step(acc, x, token_inside, x_here + 256, cols, w2, s2, FULL, PACKED)
+                acc = _step(acc, x, token_inside, x_here + 384, cols, w3, s3, FULL, PACKED)
+        else:
+            inside = row_inside[:, None] & (first * 16 + word_col < words_per_row)[None, :]
+            word = tl.load(words + first * 16 + word_offset, mask=inside, other=0)
+            inside = (first * 16 + four * 4 < words_per_row)[:, None] & row_inside[None, :]
+            scale = tl.load(scales + first * 512 + scale_offset, mask=inside, other=0)
+            acc = _step(acc, x, token_inside, column + first * 128, cols, word, scale, FULL, PACKED)
+    number = group * 128 + row
+    inside = (number < rows)[:, None] & (token < tokens)[None, :]
+    target = token[None, :] * rows + number[:, None]
+    if SPLIT == 1:
+        _finish(acc, out_ptr + target, number, inside, rows, global_ptr, bias_ptr, UNDO, BIAS)
+    else:
+        size = tokens.to(tl.int64) * rows
+        tl.store(sum_ptr + tl.program_id(1) * size + target, acc, mask=inside)
+        tl.debug_barrier()  # all of the program's stores come before its first thread's counting
+        finished = tl.atomic_add(counter_ptr + tl.program_id(0), 1, sem="acq_rel")
+        if finished == SPLIT - 1:
+            acc = tl.zeros((ROWS, TOKENS), tl.float32)
+            for part in tl.static_range(SPLIT):
+                acc += tl.load(sum_ptr + part * size + target, mask=inside, other=0.0, cache_modifier=".cg")
+            _finish(acc, out_ptr + target, number, inside, rows, global_ptr, bias_ptr, UNDO, BIAS)
+            tl.store(counter_ptr + tl.program_id(0), 0)
+
+
+@triton.jit
+def _finish(acc, target, number, inside, rows, global_ptr, bias_ptr, UNDO: tl.constexpr, BIAS: tl.constexpr):
+    """Sums (R, T) of weight rows ``number`` -> the result at the pointers ``target``."""
+    acc = acc * (tl.load(global_ptr) * UNDO)
+    if BIAS:
+        acc += tl.load(bias_ptr + number, mask=number < rows, other=0.0).to(tl.float32)[:, None]
+    if target.dtype.element_ty == tl.int16:
+        acc = _round_to_bf16_bits(acc)
+    tl.store(target, acc.to(target.dtype.element_ty), mask=inside)
+
+
+def plan(shape: tuple[int, int], programs: int) -> tuple[int, int, int]:
+    """(N, K), programs that fill the GPU -> (ROWS, UNROLL, SPLIT)."""
+    rows, steps = -(-shape[0] // 128) * 8, -(-packed_shape(shape)[1] // (4 * _STEP_WORDS))
+    split = 1
+    while rows * split < programs and split < _MOST_SLICES and steps % (4 * split) == 0 and steps // (2 * split) >= 4:
+        split *= 2
+    return 16, 2, split
+
+
+@functools.cache
+def gemv_function(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    config: tuple[int, int, int] | None = None,
+) -> Gemv:
+    """(N, K), dtype and device of x -> function (x (M, K), packed, block_scale, global_scale, bias or None) -> (M, N).
+
+    For M up to 16. ``config``: (ROWS, UNROLL, SPLIT) instead of ``plan``'s choice. Raises ValueError for a dtype that
+    the tensor cores do not take.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"the small-input kernel computes in {DTYPES}; found {dtype}")
+    on_gpu = device.type == "cuda"
+    programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
+    tile_rows, unroll, split = config or plan(shape, programs * _WARPS_PER_MULTIPROCESSOR)
+    rows, cols = shape
+    bytes_shape, scale_shape = packed_shape(shape), block_scale_shape(shape)
+    words = bytes_shape[1] // 4
+    steps = triton.cdiv(triton.cdiv(words, _STEP_WORDS), split)
+    full = bytes_shape[0] % 128 == 0 and words == steps * split * _STEP_WORDS and cols % 16 == 0
+    unroll = unroll if full and steps % unroll == 0 else 1
+    grid = (triton.cdiv(rows, 128) * (128 // tile_rows), split)
+    counters = torch.zeros(grid[0] if split > 1 else 1, dtype=torch.int32, device=device)
+    launchers: dict[tuple[int, bool], Launcher] = {}
+
+    def launcher(tokens: int, bias: bool) -> Launcher:
+        sizes = (tokens, rows, cols, bytes_shape[0], words, scale_shape[1], steps, _UNDO[dtype])
+        tile = (8 if tokens <= 8 else 16, tile_rows, unroll, split, full, on_gpu, bias)
+        return Launcher(_gemv_kernel, grid, sizes + tile, device, (2,), num_warps=1, num_stages=1)
+
+    def run(
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        block_scale: torch.Tensor,
+        global_scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if packed.shape != bytes_shape or block_scale.shape != scale_shape:
+            check_request(packed, block_scale, shape, dtype)  # raises
+        tokens = x.shape[0]
+        if tokens > MAX_TOKENS or x.shape[1] != cols:
+            raise ValueError(f"found x {tuple(x.shape)}; expected at most {MAX_TOKENS} rows of {cols}")
+        if not (x.is_contiguous() and packed.is_contiguous() and block_scale.is_contiguous()):
+            x, packed, block_scale = x.contiguous(), packed.contiguous(), block_scale.contiguous()
+        if global_scale.dtype != torch.float32 or global_scale.device != device:
+            global_scale = global_scale.to(device, torch.float32)
+        if packed.data_ptr() % 4:  # bytes are read as 32-bit words, scales in pairs
+            packed = packed.clone()
+        if block_scale.data_ptr() % 2:
+            block_scale = block_scale.clone()
+        out = torch.empty((tokens, rows), dtype=dtype, device=device)
+        if out.numel() == 0:
+            return out
+        key = (tokens, bias is not None)
+        found = launchers.get(key)
+        if found is None:
+            found = launchers[key] = launcher(*key)
+        bias = global_scale if bias is None else bias
+        target = out if on_gpu or dtype != torch.bfloat16 else out.view(torch.int16)  # the interpreter truncates
+        sums = counters
+        if split > 1:
+            sums = torch.empty((split, tokens, rows), dtype=torch.float32, device=device)
+        found(x, packed, block_scale, global_scale, bias, target, sums, counters)
+        return out
+
+    return run
+
+
+def gemv(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(..., K) bf16 or fp16 x NVFP4 (N, K) -> (..., N) in x's dtype, for at most 16 rows of x."""
+    run = gemv_function(tuple(shape), x.dtype, x.device)
+    out = run(x.reshape(-1, x.shape[-1]), packed, block_scale, global_scale, bias)
+    return out.reshape(*x.shape[:-1], shape[0])

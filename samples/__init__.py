@@ -1,0 +1,1 @@
+"""Checkpoints with true names and random weights: what demo, bench and tests make files from."""

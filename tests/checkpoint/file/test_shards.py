@@ -1,0 +1,94 @@
+"""Checkpoints in several files: what an index, a wildcard or a shard's name opens, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
+from nvfp4_video.checkpoint.file.header import DTYPES, CheckpointError
+from nvfp4_video.checkpoint.file.shards import Source, open_checkpoint
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
+    planned = [PlannedTensor(n, NAMES[t.dtype], tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]
+    write_checkpoint(path, planned, metadata)
+    return path
+
+
+def test_parts_are_read_as_one_checkpoint_and_their_declared_layers_put_together(tmp_path):
+    layers = [json.dumps({"layers": {name: {"format": "nvfp4"}}}) for name in "ab"]
+    values = {"a": torch.arange(5, dtype=torch.int32), "b": torch.randn(3, 2), "c": torch.empty(0, 4)}
+    save(tmp_path / "m-1.safetensors", {"a": values["a"]}, {"config": "{}", "_quantization_metadata": layers[0]})
+    save(tmp_path / "m-2.safetensors", {"b": values["b"], "c": values["c"]}, {"_quantization_metadata": layers[1]})
+    checkpoint = open_checkpoint(tmp_path / "m-*.safetensors")
+    assert checkpoint.sharded
+    assert checkpoint.header.metadata["config"] == "{}"
+    assert json.loads(checkpoint.header.metadata["_quantization_metadata"])["layers"].keys() == {"a", "b"}
+    with Source(checkpoint) as source:
+        for name, value in values.items():
+            assert torch.equal(source.tensor(name), value)
+            assert bytes(source.view(name)) == value.numpy().tobytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_that_were_read_are_given_back(tmp_path):
+    count, size = 8, 4 * 2**20
+    path = save(tmp_path / "big.safetensors", {str(i): torch.ones(size, dtype=torch.uint8) for i in range(count)})
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
+
+    with Source(open_checkpoint(path)) as source:
+        before = resident()
+        held = []
+        for index in range(count):
+            assert sum(source.view(str(index))[:: 2**18]) == 16
+            held.append(resident() - before)
+    assert max(held) < 2 * size
+
+
+INDEXES = [
+    ({"weight_map": {"a": "../other.safetensors"}}, "names the file '../other.safetensors'"),
+    ({"weight_map": {"a": "/other.safetensors"}}, "names the file '/other.safetensors'"),
+    ({"weight_map": {"a": 3}}, "names the file 3"),
+    ({"weight_map": {"a": "gone.safetensors"}}, "1 are missing, gone.safetensors"),
+    ({"weight_map": {"a": "part.safetensors", "b": "part.safetensors"}}, "promises are in none of its files, 'b'"),
+    ({"weight_map": {}}, "names no file"),
+    ({"weights": {}}, "cannot be read"),
+    ([], "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("index", "words"), INDEXES)
+def test_an_index_that_lies_is_refused(tmp_path, index, words):
+    save(tmp_path / "part.safetensors", {"a": torch.ones(2)})
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(path)
+
+
+def test_shards_that_miss_or_repeat_a_part_are_refused(tmp_path):
+    save(tmp_path / "m-00001-of-00003.safetensors", {"a": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="2 are missing, m-00002-of-00003"):
+        open_checkpoint(tmp_path / "m-00001-of-00003.safetensors")
+    save(tmp_path / "m-copy.safetensors", {"a": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="both in"):
+        open_checkpoint(tmp_path / "m-*.safetensors")
+    with pytest.raises(CheckpointError, match="no file matches"):
+        open_checkpoint(tmp_path / "n-*.safetensors")
+
+
+def test_a_source_that_is_replaced_meanwhile_is_refused(tmp_path):
+    path = save(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+    checkpoint = open_checkpoint(path)
+    save(path, {"a": torch.ones(4)})
+    with Source(checkpoint) as source, pytest.raises(CheckpointError, match="changed while"):
+        source.view("a")
