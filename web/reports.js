@@ -12,7 +12,7 @@ import { request, texts } from "./host.js";
 import { createReport } from "./report.js";
 
 const WIDGET = "nvfp4_report";
-// The front end's own widget for progress texts, which versions before 1.5x leave on the node.
+// The front end's own widget for progress texts, which older versions leave on the node when a job ends.
 const PROGRESS_WIDGET = "$$node-text-preview";
 // This pack's nodes as /object_info names their origin: the folder under which this very file is served.
 const ORIGIN = `custom_nodes.${decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2))}`;
