@@ -167,14 +167,14 @@ def _changes(choices: tuple[Choice, ...]):
 def _lines(plan: RenderPlan):
     clip, gpu, found = plan.clip, plan.gpu, plan.fit
     tokens = clip.tokens
+    yield f"{_VERDICTS[found.verdict]} ({gb(found.total)} of weights, {gb(gpu.memory)} of memory)"
+    yield from (f"  {line}" for line in advice(found))
+    yield ""
     yield f"{plan.file} on {gpu.name}, {plan.mode} compute"
     yield (
         f"{clip.width}x{clip.height}, {clip.frames} frames at {clip.fps:g} fps: {tokens['video']:,} video tokens, "
         f"{tokens['audio']:,} audio tokens"
     )
-    yield ""
-    yield f"{_VERDICTS[found.verdict]} ({gb(found.total)} of weights, {gb(gpu.memory)} of memory)"
-    yield from (f"  {line}" for line in advice(found))
     yield ""
     rows = [("weights", "size", "")]
     for name, title in _TITLES.items():

@@ -107,11 +107,11 @@ def test_how_far_and_how_fast_is_written_on_the_node(full, output, monkeypatch):
 
     clock = iter(range(0, 10_000, 2))
     monkeypatch.setattr(module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: next(clock))}))
-    Running.execute(**WIDGETS)
+    result = Running.execute(**WIDGETS)
     sent = [text for text, node in server.PromptServer.instance.sent if node == "7"]
     assert len(sent) > 10
-    assert "/s, " in sent[0] and sent[0].endswith(" s left")
-    assert "sha256" in sent[-1]
+    assert all("/s, " in text and text.endswith(" s left") for text in sent), "the report comes with the output"
+    assert "sha256" in result.ui["text"][0]
 
 
 def test_an_existing_file_stays_unless_overwriting_is_allowed(full, output):
