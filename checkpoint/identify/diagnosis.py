@@ -14,11 +14,12 @@ from ..file.header import CheckpointError, Header
 from ..file.shards import Checkpoint, Source
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
-from .signatures import Model, find_model
+from .signatures import MODEL_PREFIXES, Model, families_under
 
 FULL_PREFIX = "model.diffusion_model."
 # What ComfyUI's loaders for diffusion models strip: comfy/model_detection.py, unet_prefix_from_state_dict.
 _STRIPPED = ("", FULL_PREFIX, "model.model.", "net.", "model.")
+_MOST_PARTS, _FEWEST_NAMES = 3, 6  # of a prefix that nobody expects
 _STOCK_ON_FOREIGN = {
     "modelopt": "does not recognise the layers; with markers added it loads and the result is noise, without an error",
     "modelopt_swizzled": "loads it where the header lists the layers, and the result is noise, without an error",
@@ -118,32 +119,36 @@ def _model(header: Header) -> tuple[Model | None, Mapping[str, Component], str]:
     model = model_of(header)
     if model is not None and model.family is not None:
         return model, find_components(header), model.prefix
-    for prefix in _candidates(header):
-        names = {name[len(prefix) :]: info for name, info in header.tensors.items() if name.startswith(prefix)}
-        try:
-            inner = find_model(Header(header.path, names, header.metadata, header.file_size))
-        except CheckpointError:
-            continue
-        if inner.family is not None and not inner.prefix:
-            components = dict(find_components(header))
-            own = {name: name[len(prefix) :] for name in header.tensors if name.startswith(prefix)}
-            for key, component in list(components.items()):
-                left = {name: new for name, new in component.names.items() if name not in own}
-                components[key] = Component(key, component.prefix, left)
-            components[DIFFUSION_MODEL] = Component(DIFFUSION_MODEL, prefix, own)
-            return Model(inner.family, prefix), {k: c for k, c in components.items() if c.names}, prefix
+    prefix, family = _unexpected(header)
+    if family is not None:
+        components = dict(find_components(header))
+        own = {name: name[len(prefix) :] for name in header.tensors if name.startswith(prefix)}
+        for key, component in list(components.items()):
+            left = {name: new for name, new in component.names.items() if name not in own}
+            components[key] = Component(key, component.prefix, left)
+        components[DIFFUSION_MODEL] = Component(DIFFUSION_MODEL, prefix, own)
+        return Model(family, prefix), {k: c for k, c in components.items() if c.names}, prefix
     return model, find_components(header), model.prefix if model else ""
 
 
-def _candidates(header: Header) -> list[str]:
-    """Beginnings of up to three parts that many names share, short ones first."""
-    counts: dict[str, int] = {}
+def _unexpected(header: Header) -> tuple[str, str | None]:
+    """The shortest beginning of up to three parts that many names share and below which a known family lies."""
+    families = families_under(header.tensors)
+    counts = dict.fromkeys(families, 0)
     for name in header.tensors:
-        parts = name.split(".")
-        for depth in range(1, min(4, len(parts))):
-            prefix = ".".join(parts[:depth]) + "."
-            counts[prefix] = counts.get(prefix, 0) + 1
-    return sorted((prefix for prefix, count in counts.items() if count > 5), key=lambda p: (p.count("."), p))
+        end = 0
+        for _ in range(_MOST_PARTS):
+            end = name.find(".", end) + 1
+            if not end:
+                break
+            prefix = name[:end]
+            if prefix in counts:
+                counts[prefix] += 1
+                if name.startswith(MODEL_PREFIXES, end):  # then the model's prefix is a longer one
+                    counts[prefix] = -len(header.tensors)
+    found = [prefix for prefix, count in counts.items() if count >= _FEWEST_NAMES]
+    prefix = min(found, key=lambda prefix: (prefix.count("."), prefix), default="")
+    return prefix, families.get(prefix) if found else None
 
 
 def _misnamed(header: Header, groups: Mapping[str, dialects.Group], prefix: str) -> dict[str, str]:

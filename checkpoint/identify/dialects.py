@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.format import BLOCK, PackedWeight, block_scale_shape, round_up, swap_nibbles, swizzle
-from ..file.header import HEADER_ENTRY, CheckpointError, Header, TensorInfo
+from ..file.header import HEADER_ENTRY, CheckpointError, Header, TensorInfo, open_regular
 from .signatures import transformer_config
 
 AUTO = "auto"
 FP8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 MARKER = "comfy_quant"
+_MOST_SIDECAR = 1 << 24
 SIDECAR = "hf_quant_config.json beside the file"
 STATED = "stated by the user"
 
@@ -248,9 +249,10 @@ def modelopt_declaration(header: Header) -> str | None:
     if entry is not None and "modelopt" in entry.lower():
         return "header entry quantization_config"
     sidecar = header.path.with_name("hf_quant_config.json")
-    if sidecar.is_file() and sidecar.stat().st_size < 1 << 24:
-        text = sidecar.read_text(encoding="utf-8", errors="replace")
-        if "modelopt" in text.lower():
+    if sidecar.is_file():
+        with open_regular(sidecar) as file:
+            text = file.read(_MOST_SIDECAR)
+        if b"modelopt" in text.lower():
             return SIDECAR
     return None
 

@@ -185,9 +185,7 @@ def _nvfp4(scene: Scene, key: str, tensor) -> tuple[dict, object]:
     record = reference.quantize(matrix, reference.amax_global_scale(matrix))
     layer = key.removesuffix(".weight")
     parts = {"weight": record.packed, "weight_scale": record.block_scale, "weight_scale_2": record.global_scale}
-    decoded = reference.dequantize(
-        record.packed, record.block_scale, record.global_scale, tuple(matrix.shape), scene.torch.bfloat16
-    )
+    decoded = reference.dequantize(record, scene.torch.bfloat16)
     return {f"{layer}.{part}": value for part, value in parts.items()}, decoded.reshape(tensor.shape)
 
 

@@ -152,7 +152,7 @@ def nvfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def decoded(weight: torch.Tensor) -> torch.Tensor:
     packed = reference.quantize(weight.flatten(1))
-    flat = reference.dequantize(packed.packed, packed.block_scale, packed.global_scale, weight.flatten(1).shape)
+    flat = reference.dequantize(packed)
     return flat.reshape(weight.shape)
 
 
