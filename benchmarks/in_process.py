@@ -98,9 +98,9 @@ def launch_cost(patcher: Any, layers: list[str], rounds: int = 5) -> float:
 def without_graphs(patcher: Any) -> None:
     """Take the pack's CUDA graphs off a loaded model."""
     from comfy.patcher_extension import WrappersMP
-    from nvfp4_video.host import graphs
+    from nvfp4_video.host import block_graphs
 
-    patcher.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, graphs.KEY)
+    patcher.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, block_graphs.KEY)
 
 
 def compiled(patcher: Any) -> Any:

@@ -22,7 +22,7 @@ from ..checkpoint.file.container import TensorReader
 from ..checkpoint.file.header import CheckpointError, read_header
 from ..checkpoint.identify.dialects import AUTO, FP8_FORMATS, DialectPlan, detect, host_layer
 from ..checkpoint.identify.signatures import find_model
-from ..kernels import backends
+from ..kernels import backends, dispatch
 from ..kernels.format import PackedWeight
 from ..samples import synthetic
 from .console import Cell, CommandError, Console, size
@@ -164,7 +164,7 @@ def read_file(path: Path, model: DemoModel, kind: str, dialect: str = AUTO) -> R
 
 def _decode(plan: DialectPlan, layer: str, reader: TensorReader, shape: tuple[int, int]) -> torch.Tensor:
     record = host_layer(plan, layer, lambda suffix: reader.get(f"{layer}.{suffix}"))
-    return backends.dequantize(record.packed, record.block_scale, record.global_scale, shape, torch.bfloat16)
+    return dispatch.dequantize(replace(record, shape=shape), torch.bfloat16)
 
 
 def relative_error(weights: Tensors, state: Tensors) -> float:
@@ -296,7 +296,7 @@ def show_gpu(console: Console) -> dict[str, Any]:
     name, reason = backends.pick_backend(device)
     console.say(f"auto picks {name}: {reason}.", indent=2)
     weight = torch.randn(GPU_SHAPE, generator=torch.Generator(device).manual_seed(0), device=device)
-    record = backends.quantize(weight.to(torch.bfloat16), backend="torch")
+    record = dispatch.quantize(weight.to(torch.bfloat16), backend="torch")
     results = {backend: _time_on_gpu(record, backend) for backend in dict.fromkeys((name, "torch"))}
     expected = results["torch"][0]
     identical = all(torch.equal(result, expected) for result, _ in results.values())
@@ -309,12 +309,11 @@ def show_gpu(console: Console) -> dict[str, Any]:
 
 def _time_on_gpu(record: PackedWeight, backend: str, repeats: int = 20) -> tuple[torch.Tensor, float]:
     """-> (BF16 weight, seconds a call, the first one not counted)."""
-    arguments = (record.packed, record.block_scale, record.global_scale, record.shape, torch.bfloat16, backend)
-    weight = backends.dequantize(*arguments)
+    weight = dispatch.dequantize(record, torch.bfloat16, backend)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
-        backends.dequantize(*arguments)
+        dispatch.dequantize(record, torch.bfloat16, backend)
     end.record()
     end.synchronize()
     return weight, start.elapsed_time(end) / 1000 / repeats

@@ -19,7 +19,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
 from ..checkpoint.file.header import CheckpointError
-from ..kernels import backends, fp8, gemv, reference
+from ..kernels import dispatch, reference
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
 from . import lora, residency
 from .compute import Compute
@@ -64,7 +64,7 @@ def weight_only_operations(
                 if isinstance(weight, QuantizedTensor):
                     _unwrap(state_dict, prefix, weight, (self.out_features, self.in_features), source)
                 super()._load_from_state_dict(state_dict, prefix, *args)
-                _choose_mode(self, compute.of(prefix[:-1]))
+                choose_mode(self, compute.of(prefix[:-1]))
 
             def forward(self, input, *args, activation="", **kwargs):
                 # Looked up in the instance: a missing attribute of an nn.Module costs microseconds, a thousand times
@@ -108,8 +108,11 @@ def _nowhere(own: dict, device: torch.device) -> None:
     """What stands for ``residency.resident`` where that cannot be told: ``cast_bias_weight`` brings the weight."""
 
 
-def _choose_mode(module, mode: str) -> None:
-    """Note how a freshly loaded Linear computes: ``nvfp4_mode``, None if its weight is not NVFP4."""
+def choose_mode(module, mode: str) -> None:
+    """Note how a Linear computes: ``nvfp4_mode``, None if its weight is not NVFP4.
+
+    FP4 can be had again only by a layer that was loaded for it.
+    """
     own = module.__dict__
     if own.get("quant_format") != "nvfp4":
         own["nvfp4_mode"] = None
@@ -118,6 +121,8 @@ def _choose_mode(module, mode: str) -> None:
         mode = "bf16"
     if mode != "fp4":
         module._full_precision_mm = True
+    elif own.get("nvfp4_mode"):  # it is not being loaded
+        module._full_precision_mm = False
     own["nvfp4_mode"] = mode
 
 
@@ -194,7 +199,7 @@ def _matmul(
             return many(input, packed, params.block_scale, params.scale, bias, activation, shared_rows(own))
         if activation:
             input = reference.activate(input, activation)
-        if few is not None and 0 < rows <= gemv.MAX_TOKENS:
+        if few is not None and 0 < rows <= reference.MAX_TOKENS:
             if len(shape) == 2:
                 return few(input, packed, params.block_scale, params.scale, bias)
             out = few(input.reshape(rows, cols), packed, params.block_scale, params.scale, bias)
@@ -217,29 +222,30 @@ def _matmul_with_lora(
     """
     branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") != "bf16" or rows <= gemv.MAX_TOKENS:
+    if own.get("nvfp4_mode") != "bf16" or rows <= reference.MAX_TOKENS:
         return lora.add(_matmul(own, input, weight, bias, device, backend, activation), input, branch)
     params = weight._params
     down, up = lora.tensors(branch, input)
-    scales = params.block_scale, params.scale
-    merged = backends.dequantize_sum(weight._qdata, *scales, params.orig_shape, up, down, backend)
+    record = PackedWeight(weight._qdata, params.block_scale, params.scale, params.orig_shape)
+    merged = dispatch.dequantize_sum(record, up, down, backend)
     return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:
     """What this layer calls for inputs of ``dtype`` on ``device``, which led the tuple: few rows, many, any number."""
-    few = gemv.gemv_function(shape, dtype, device, backend)
-    many = fp8.linear_function(shape, dtype, device, backend) if own.get("nvfp4_mode") == "fp8" else None
-    return dtype, device, backend, few, many, backends.dequantizer(shape, dtype, device, backend)
+    few = dispatch.prepare("gemv", shape, dtype, device, backend)
+    many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if own.get("nvfp4_mode") == "fp8" else None
+    return dtype, device, backend, few, many, dispatch.prepare("dequantize", shape, dtype, device, backend)
 
 
 def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> torch.Tensor:
     """As ``_matmul`` with operators that torch.compile takes whole; the number of rows is a guard of the graph."""
-    arguments = (input, packed, params.block_scale, params.scale, params.orig_shape, bias, backend)
+    weight = packed, params.block_scale, params.scale, *params.orig_shape
     cols = input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
     if own.get("nvfp4_mode") == "fp8" and rows >= FP8_MIN_TOKENS:
-        return fp8.linear_fp8(*arguments)
-    if 0 < rows <= gemv.MAX_TOKENS:
-        return gemv.gemv(*arguments)
-    return backends.linear(*arguments)
+        return torch.ops.nvfp4_video.linear_fp8(input, *weight, bias, backend)
+    if 0 < rows <= reference.MAX_TOKENS:
+        return torch.ops.nvfp4_video.gemv(input, *weight, bias, backend)
+    decoded = torch.ops.nvfp4_video.dequantize(*weight, input.dtype, backend)
+    return torch.nn.functional.linear(input, decoded, bias)

@@ -37,10 +37,11 @@ from ..checkpoint.identify.dialects import (
 from ..checkpoint.identify.signatures import Model, find_model, transformer_config
 from ..kernels import backends
 from . import residency
+from .block_graphs import use_graphs
 from .compute import AUTO as FASTEST
 from .compute import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers
+from .device_modes import remember
 from .fusions import fuse
-from .graphs import use_graphs
 from .linear import supports, weight_only_operations, wrap
 from .lora_patcher import use_branches
 
@@ -67,7 +68,7 @@ class LoadReport:
     device: str
     dynamic_vram: bool
     config_from: str | None
-    graphs: str  # CUDA graphs of the blocks: which, or why none
+    graphs: str  # CUDA graphs of the blocks: which, or why none; empty if nobody would expect any
     unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
 
     def __str__(self) -> str:
@@ -85,7 +86,7 @@ class LoadReport:
             f"compute: {how}",
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
         ]
-        if not self.graphs.startswith("none"):
+        if self.graphs:
             lines.append(f"CUDA graphs: {self.graphs}")
         if self.unknown:
             lines.append(self.unknown)
@@ -131,6 +132,12 @@ def load_model(
     patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
     _check_linears(patcher.model.diffusion_model, operations.Linear, present, header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
+
+    def compute_on(other: torch.device) -> Compute:
+        modes = MODES if how.uses("fp4") else tuple(mode for mode in MODES if mode != "fp4")
+        return _plan_compute(pick_mode(compute, other, modes), parse_overrides(layer_compute, other), plan, model)
+
+    remember(patcher.model.diffusion_model, device, operations.Linear, compute_on)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute))
     report = _report(plan, model, how, (backend_name, reason), device, patcher, config_source)
     logger.info("%s", str(report).replace("\n", "; "))

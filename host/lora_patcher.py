@@ -26,6 +26,7 @@ import comfy.model_patcher
 import torch
 
 from . import residency
+from .device_modes import settle
 from .lora import OTHER_FORMAT, Branch, Term, make_branch, obstacle, terms_of
 
 logger = logging.getLogger(__name__)
@@ -136,8 +137,10 @@ def _patcher_class(base: type) -> type:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
 
         def load(self, device_to=None, *args, **kwargs):
+            device = self.load_device if device_to is None else device_to
+            settle(getattr(self.model, "diffusion_model", None), device)
             super().load(device_to, *args, **kwargs)
-            self._settle(self.load_device if device_to is None else device_to)
+            self._settle(device)
 
         def partially_unload(self, *args, **kwargs):
             freed = super().partially_unload(*args, **kwargs)

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from comfy.quant_ops import QuantizedTensor
 
 PREFETCH_FLAG = "prefetch_dynamic_vbars"
 _EVERY_MODULE = torch.nn.modules.module
+_paused = threading.local()
 
 _OPS, _PATCHER = "comfy.ops", "comfy.model_patcher"
 # Word in the host's code -> modules that must use it. Names ending alike are put together there from two parts.
@@ -135,28 +137,41 @@ def addresses(own: dict, device: torch.device, into: list) -> bool:
     """A layer's ``__dict__`` -> whether all its tensors lie on ``device`` for this call; ``into`` receives where.
 
     Of a quantised weight that is its packed data and every scale. A scale of one number in host memory counts by value.
+    A layer into whose parameters something is computed at each call has no such place.
     """
-    parameters, values = own["_parameters"], list(own["_buffers"].values())
+    parameters = own["_parameters"]
+    if not parameters and not own["_buffers"]:
+        return True
+    if own.get("weight_function") or own.get("bias_function"):
+        return False
+    values = [*parameters.values(), *own["_buffers"].values()]
     if "_v" in own:
         if not _held(own):
             return False
-        for name, value in parameters.items():
-            held = own.get(f"_v_{name}") if name in ("weight", "bias") else value
-            if held is None and value is not None:
+        for place, name in enumerate(parameters):
+            if name in ("weight", "bias") and values[place] is not None:
+                values[place] = own.get(f"_v_{name}")
+                if values[place] is None:
+                    return False
+    for value in values:
+        if isinstance(value, QuantizedTensor):
+            if not _quantized(value, device, into):
                 return False
-            values.append(held)
-    else:
-        values += parameters.values()
-    return all(value is None or _address(value, device, into) for value in values)
+        elif value is not None:
+            if value.device != device:
+                return False
+            into += (value.data_ptr(), value.dtype)
+    return True
 
 
-def _address(value: torch.Tensor, device: torch.device, into: list) -> bool:
-    if not isinstance(value, QuantizedTensor):
-        into += (value.data_ptr(), value.dtype)
-        return value.device == device
-    into += (value._qdata.data_ptr(), value._params.orig_dtype)
-    for name in _fields(type(value._params)):
-        part = getattr(value._params, name)
+def _quantized(weight: QuantizedTensor, device: torch.device, into: list) -> bool:
+    """``addresses`` of a quantised weight."""
+    packed, params = weight._qdata, weight._params
+    if packed.device != device:
+        return False
+    into += (packed.data_ptr(), params.orig_dtype)
+    for name in _fields(type(params)):
+        part = getattr(params, name)
         if isinstance(part, torch.Tensor):
             if part.device == device:
                 into.append(part.data_ptr())
@@ -164,7 +179,7 @@ def _address(value: torch.Tensor, device: torch.device, into: list) -> bool:
                 into.append(part.item())
             else:
                 return False
-    return value._qdata.device == device
+    return True
 
 
 @functools.cache
@@ -175,12 +190,18 @@ def _fields(params: type) -> tuple[str, ...]:
 def taken_over(own: dict) -> bool:
     """A module's ``__dict__`` -> whether somebody put a function in the place of its ``forward``, or hooked it.
 
-    Hooks of torch on every module count too.
+    Its own ``forward``, put back where it was replaced before, does not count; hooks of torch on every module do.
     """
     return bool(
-        "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
+        "forward" in own and not _is_its_own(own["forward"], own)
+        or own["_forward_hooks"] or own["_forward_pre_hooks"]
         or _EVERY_MODULE._global_forward_hooks or _EVERY_MODULE._global_forward_pre_hooks
     )  # fmt: skip
+
+
+def _is_its_own(forward: Any, own: dict) -> bool:
+    module = getattr(forward, "__self__", None)
+    return getattr(module, "__dict__", None) is own and forward.__func__ is type(module).forward
 
 
 def in_every_step(layer: torch.nn.Module) -> bool:
@@ -218,14 +239,19 @@ def _patches(function: Any, key: str) -> bool:
 def outside_host_graph(synchronize: bool = False) -> Iterator[None]:
     """What is allocated in here is not recorded by the host's compiler, and may outlive a block.
 
-    Nothing that was allocated outside may be freed in here.
+    Nothing that was allocated outside may be freed in here. The host's own pause ends with the innermost one, so only
+    the outermost one of this thread is asked for.
     """
     pause = getattr(_prefetch_module(), "pause_malloc_graph", None)
-    if pause is None:
+    if pause is None or getattr(_paused, "here", False):
         yield
         return
-    with pause(sync=synchronize) if synchronize else pause():
-        yield
+    _paused.here = True
+    try:
+        with pause(sync=True) if synchronize else pause():
+            yield
+    finally:
+        _paused.here = False
 
 
 def has_block_prefetch() -> bool:

@@ -70,10 +70,12 @@ def _enable_dynamic_vram() -> None:
     import comfy.memory_management
     import comfy.model_patcher
     import comfy_aimdo.control
+    import torch
 
+    devices = range(torch.cuda.device_count())
     ready = _first_accepted(
-        lambda: comfy_aimdo.control.init_devices([(0, 0)]),
-        lambda: comfy_aimdo.control.init_devices([0]),  # comfy-aimdo up to 0.4.9
+        lambda: comfy_aimdo.control.init_devices([(index, 0) for index in devices]),
+        lambda: comfy_aimdo.control.init_devices(list(devices)),  # comfy-aimdo up to 0.4.9
     )
     if not ready:
         logger.warning("DynamicVRAM could not be initialised; the session runs without it")

@@ -23,7 +23,6 @@ from types import ModuleType
 from typing import Any
 
 import comfy.model_management
-import comfy.ops
 import torch
 
 logger = logging.getLogger(__name__)
@@ -188,6 +187,8 @@ def _small_models() -> list[tuple[Any, bool]]:
     """The host's model and ours, with the same weights and buffers as generation would use them."""
     llama = importlib.import_module("comfy.text_encoders.llama")
     _, attention, decode = _classes()
+    # torch's own layers: under DynamicVRAM the host's have no weights before a file is loaded into them.
+    plain = types.SimpleNamespace(Linear=torch.nn.Linear, Embedding=torch.nn.Embedding)
     generator, models = torch.Generator(), []
     for kind in (llama.Llama2_, decode):
         config = llama.Gemma3_12B_Config(
@@ -196,7 +197,7 @@ def _small_models() -> list[tuple[Any, bool]]:
         )  # fmt: skip
         config.head_dim, config.sliding_attention = 16, [3, False]
         with torch.inference_mode(False), torch.no_grad():
-            model = kind(config, device="cpu", dtype=torch.float32, ops=comfy.ops.disable_weight_init)
+            model = kind(config, device="cpu", dtype=torch.float32, ops=plain)
             generator.manual_seed(0)
             for parameter in model.parameters():
                 parameter.normal_(std=0.3, generator=generator)

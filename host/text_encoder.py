@@ -32,8 +32,8 @@ from ..checkpoint.identify.text_encoder_signatures import (
     find_projection,
     find_text_encoder,
 )
-from ..kernels import backends
-from ..kernels.format import OUTPUT_DTYPES
+from ..kernels import backends, dispatch
+from ..kernels.format import OUTPUT_DTYPES, PackedWeight
 from .linear import weight_only_operations
 from .load import rewrite
 from .lora_patcher import use_branches
@@ -169,7 +169,8 @@ def _restore_embedding(tensors: dict, operations: type, backend: str, device: to
     if isinstance(weight, QuantizedTensor):
         params, found = weight._params, "NVFP4"
         parts = (weight._qdata, params.block_scale, params.scale)
-        restored = backends.dequantize(*(part.to(device) for part in parts), params.orig_shape, torch.bfloat16, backend)
+        record = PackedWeight(*(part.to(device) for part in parts), params.orig_shape)
+        restored = dispatch.dequantize(record, torch.bfloat16, backend)
     elif scale is not None and not _reads_embeddings(operations):
         restored, found = (weight.float() * scale.float()).bfloat16(), "FP8"
     else:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from nvfp4_video.host import fusions, linear
 from nvfp4_video.host.compute import Compute
-from nvfp4_video.kernels import fp8, reference
+from nvfp4_video.kernels import dispatch, fp8, reference
 from nvfp4_video.tests.lora_helpers import CPU, NVFP4
 
 WIDTH, INNER, TOKENS = 32, 64, 300
@@ -170,13 +170,15 @@ def test_a_layer_that_somebody_put_in_is_used_as_it_is(change, x):
 
 def counted(monkeypatch) -> list:
     """Whether each FP8 product was given a shared quantisation."""
-    shares, make = [], fp8.linear_function
+    shares, make = [], dispatch.prepare
 
-    def linear_function(*arguments):
-        call = make(*arguments)
+    def prepare(operation, *arguments):
+        call = make(operation, *arguments)
+        if operation != "linear_fp8":
+            return call
         return lambda *given: shares.append(given[-1] is not None) or call(*given)
 
-    monkeypatch.setattr(fp8, "linear_function", linear_function)
+    monkeypatch.setattr(dispatch, "prepare", prepare)
     return shares
 
 

@@ -139,6 +139,11 @@ def test_a_layer_s_addresses_hold_its_packed_data_both_scales_and_the_bias_and_n
     params = layer.weight._params
     for tensor in (layer.weight._qdata, params.block_scale, params.scale, layer.bias):
         assert tensor.data_ptr() in found
+    for name in ("block_scale", "scale"):  # each alone makes another key
+        moved, kept = [], getattr(params, name)
+        object.__setattr__(params, name, kept.clone())
+        assert residency.addresses(layer.__dict__, CPU, moved) and moved != found
+        object.__setattr__(params, name, kept)
     assert not residency.addresses(layer.__dict__, torch.device("meta"), [])
     layer._v = object()
     assert not residency.addresses(layer.__dict__, CPU, [])
@@ -165,7 +170,11 @@ def test_allocations_are_kept_from_the_host_s_recording_where_it_records(monkeyp
         assert residency.has_block_prefetch() and asked == [], "an older one"
     module.pause_malloc_graph = pause
     with residency.outside_host_graph(), residency.outside_host_graph(synchronize=True):
-        assert asked == [False, True]
+        assert asked == [False], "one inside another would end the outer one too early"
+    with pytest.raises(ValueError), residency.outside_host_graph(synchronize=True):
+        raise ValueError
+    with residency.outside_host_graph():
+        assert asked == [False, True, False]
 
 
 def test_a_module_is_taken_over_by_another_forward_or_a_hook():
@@ -178,3 +187,10 @@ def test_a_module_is_taken_over_by_another_forward_or_a_hook():
         assert not residency.taken_over(module.__dict__)
         change(module)
         assert residency.taken_over(module.__dict__)
+    module = torch.nn.Linear(2, 2)
+    kept, module.forward = module.forward, lambda x: x
+    assert residency.taken_over(module.__dict__)
+    module.forward = kept
+    assert not residency.taken_over(module.__dict__), "as core's bypass LoRA leaves it behind"
+    module.forward = torch.nn.Linear(2, 2).forward
+    assert residency.taken_over(module.__dict__)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...kernels import backends
+from ...kernels import dispatch
 from ..file.container import build_header
 from ..file.header import CheckpointError, Header
 from .card import PROVENANCE, provenance
@@ -72,7 +72,7 @@ def _quantise_rate(search: str, device: torch.device) -> float:
     weight = torch.randn(_SAMPLE, device=device)
     for _ in range(2):
         started = time.perf_counter()
-        backends.quantize(weight, search=search).packed.cpu()
+        dispatch.quantize(weight, search=search).packed.cpu()
         seconds = time.perf_counter() - started
     return weight.numel() / max(seconds, 1e-6)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ...kernels import backends
+from ...kernels import dispatch, reference
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import produce_bytes
 from ..file.header import CheckpointError, Header, read_header
@@ -81,13 +81,13 @@ def quantize_weight(
     amax = rows.amax()
     if not torch.isfinite(amax):
         return None
-    global_scale = backends.reference.default_global_scale(amax, search)
+    global_scale = reference.default_global_scale(amax, search)
     if global_scale == 0:  # of zeros, or of numbers too small for FP32's scales: readers would divide by it
         global_scale = torch.ones_like(amax)
     packed = torch.empty(packed_shape(rows.shape), dtype=torch.uint8)
     scale = torch.empty(block_scale_shape(rows.shape), dtype=torch.float8_e4m3fn)
     for start, values in rows:
-        record = backends.quantize(values, global_scale, search=search, column_weight=column_weight)
+        record = dispatch.quantize(values, global_scale, search=search, column_weight=column_weight)
         packed[start : start + record.packed.shape[0]] = record.packed.cpu()
         scale[start : start + record.block_scale.shape[0]] = record.block_scale.cpu()
     return packed, scale, global_scale.cpu()

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.backends import dequantize
+from ...kernels.dispatch import dequantize
 from ...kernels.format import BLOCK, PackedWeight, round_up, swizzle, unswizzle
 from ..file.header import CheckpointError, Header, TensorInfo
 from ..identify import dialects
@@ -168,7 +168,7 @@ def _dequantize(record: PackedWeight) -> torch.Tensor:
     """The whole stored matrix in BF16; on the CPU tile by tile, because plain torch needs 30 bytes for an element."""
     rows, cols = record.packed.shape[0], 2 * record.packed.shape[1]
     if record.packed.device.type != "cpu":
-        return dequantize(record.packed, record.block_scale, record.global_scale, (rows, cols), torch.bfloat16)
+        return dequantize(replace(record, shape=(rows, cols)))
     weight = torch.empty(rows, cols, dtype=torch.bfloat16)
     for top in range(0, rows, 128):  # the block scales of 128 rows are contiguous
         height = min(128, rows - top)
@@ -177,8 +177,8 @@ def _dequantize(record: PackedWeight) -> torch.Tensor:
             right = min(left + _TILE, cols)
             packed = record.packed[top : top + height, left // 2 : right // 2]
             part = swizzle(scale[:, left // BLOCK : right // BLOCK])
-            shape = (height, right - left)
-            weight[top : top + height, left:right] = dequantize(packed, part, record.global_scale, shape)
+            tile = PackedWeight(packed, part, record.global_scale, (height, right - left))
+            weight[top : top + height, left:right] = dequantize(tile)
     return weight
 
 

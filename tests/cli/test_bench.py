@@ -310,6 +310,7 @@ def test_latents_with_nan_have_no_error_number_but_a_note(tmp_path):
 def test_the_three_files_hold_one_model_and_quantise_the_same_layers(files):
     from nvfp4_video.checkpoint.file.container import TensorReader
     from nvfp4_video.checkpoint.identify.dialects import detect
+    from nvfp4_video.kernels.format import PackedWeight
     from nvfp4_video.kernels.reference import dequantize
 
     layers = {*detect(read_header(files["nvfp4"])).nvfp4}
@@ -321,7 +322,7 @@ def test_the_three_files_hold_one_model_and_quantise_the_same_layers(files):
             original = bf16.get(f"{layer}.weight").float()
             eight = fp8.get(f"{layer}.weight").float() * fp8.get(f"{layer}.weight_scale")
             parts = [four.get(f"{layer}.{part}") for part in ("weight", "weight_scale", "weight_scale_2")]
-            decoded = dequantize(*parts, tuple(original.shape), torch.float32)
+            decoded = dequantize(PackedWeight(*parts, tuple(original.shape)), torch.float32)
             errors = [float((found - original).norm() / original.norm()) for found in (eight, decoded)]
             assert errors[0] < 0.03 < errors[1] < 0.1
 

@@ -114,10 +114,7 @@ class Scene:
 
     def decoded(self) -> dict:
         dequantize = pack("kernels.reference").dequantize
-        return {
-            f"{layer}.weight": dequantize(r.packed, r.block_scale, r.global_scale, r.shape)
-            for layer, r in self.packed.items()
-        }
+        return {f"{layer}.weight": dequantize(r) for layer, r in self.packed.items()}
 
     def path(self, name: str) -> str:
         return str(self.folder / f"{name}.safetensors")
@@ -336,7 +333,7 @@ def embedding(scene: Scene) -> dict:
     fp8 = (scene.plain[EMBEDDING].float() / scale).to(torch.float8_e4m3fn)
     stored = {"nvfp4": parts, "fp8": {"weight": fp8, "weight_scale": scale}}
     decoded = {
-        "nvfp4": reference.dequantize(record.packed, record.block_scale, record.global_scale, record.shape),
+        "nvfp4": reference.dequantize(record),
         "fp8": (fp8.float() * scale).bfloat16(),
     }
     found = {}

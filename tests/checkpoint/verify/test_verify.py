@@ -61,9 +61,7 @@ def test_errors_are_those_of_the_layers_and_everything_else_is_found_identical(f
     for check in found.layers:
         original = tensors[f"{PREFIX}{check.layer}.weight"].float()
         packed = reference.quantize(original)
-        decoded = reference.dequantize(
-            packed.packed, packed.block_scale, packed.global_scale, original.shape, torch.float32
-        )
+        decoded = reference.dequantize(packed, torch.float32)
         error = float((decoded - original).norm() / original.norm())
         assert math.isclose(check.error, error, rel_tol=1e-4)
         assert math.isclose(check.allowed, 1.25 * error, rel_tol=1e-4)

@@ -20,6 +20,7 @@ from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.checkpoint.write.recipes import Options
 from nvfp4_video.cli import main
 from nvfp4_video.kernels import reference
+from nvfp4_video.kernels.format import PackedWeight
 from nvfp4_video.tests.support.quantize_sources import (
     CONFIG,
     METADATA,
@@ -55,7 +56,7 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 def decoded(found: dict, layer: str, shape) -> torch.Tensor:
     parts = (found[f"{layer}.{key}"] for key in ("weight", "weight_scale", "weight_scale_2"))
-    return reference.dequantize(*parts, tuple(shape), torch.float32)
+    return reference.dequantize(PackedWeight(*parts, tuple(shape)), torch.float32)
 
 
 def check_layer(found: dict, layer: str, original: torch.Tensor, search: str = AMAX) -> None:

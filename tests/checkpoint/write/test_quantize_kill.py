@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -244,6 +244,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished_for_the_next_run(source, wa
 
 
 def test_a_file_that_may_not_grow_further_leaves_nothing_half_named(source, wanted, tmp_path):
+    resource = importlib.import_module("resource")  # which Windows has not
     target = tmp_path / "t.safetensors"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(wanted) // 2, hard))
