@@ -4,8 +4,8 @@ usage: python benchmarks/scaling.py [--most N] [--repeats N] [--out FILE]
 
 Prompts and headers come from samples/shapes.py, in sizes that double. A figure is the least CPU time of the repeats, so
 that other work on the machine counts little. ``growth``: time per item at the largest size by that at a quarter of it,
-1 where a reader is linear and 4 where it is quadratic; small sizes have a share that is the same for all. The guard runs
-without a host, over tests/stub_comfy, and asks for files that are not there.
+1 where a reader is linear and 4 where it is quadratic; small sizes have a share that is the same for all. The guard
+runs without a host, over tests/stub_comfy, and asks for files that are not there.
 """
 
 from __future__ import annotations
