@@ -216,12 +216,15 @@ def run_cases(row: str, patcher: Any, loras: list, config: Mapping, options: Nam
         say(f"{ROWS[row]}: {told(found[-1])}")
         return found
     ways = {"off": without_graphs(patcher), "on": capturing(patcher, options)}
-    sample(ways["off"], config, options)
+    ways = {way: ways[way] for way in options.graphs}
+    sample(next(iter(ways.values())), config, options)
     for case in options.cases:
         for rep in range(options.reps if case == "plain" else 1):
             both = {way: of_case(case, ways[way], loras, config, options) for way in list(ways)[:: (1, -1)[rep % 2]]}
-            both["on"] = compared(both["on"], both["off"])
-            del both["off"]["latents"]
+            if "on" in both and "off" in both:
+                both["on"] = compared(both["on"], both["off"])
+            for one in both.values():
+                one.pop("latents", None)
             found += [{**labels, "case": case, "graphs": way, **one} for way, one in both.items()]
         say(f"{ROWS[row]}, {case}: {told(found[-1])}")
     return found
@@ -328,6 +331,7 @@ def parse() -> Namespace:
     in_process.add_options(parser, "bf16,stock,ours,fp8")
     parser.set_defaults(sizes=["768x512"], reps=1)
     parser.add_argument("--cases", default=",".join(CASES), help="default %(default)s")
+    parser.add_argument("--graphs", default="off,on", help="without and with; default %(default)s")
     parser.add_argument("--layers", type=int, default=8, help="transformer blocks; default %(default)s")
     parser.add_argument("--rank", type=int, default=16, help="of the first LoRA, the second has twice that")
     parser.add_argument("--compiler", choices=("on", "off"), default="on", help="of the host; default %(default)s")
@@ -335,7 +339,8 @@ def parse() -> Namespace:
     parser.add_argument("--two-gpus", action="store_true", help="only the comparison of two GPUs with one")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="folder with 18 GB free; default %(default)s")
     options = in_process.parse_options(parser, ("bf16", "stock", *OURS))
-    options.cases, options.size = options.cases.split(","), options.sizes[0]
+    options.cases, options.graphs = options.cases.split(","), options.graphs.split(",")
+    options.size = options.sizes[0]
     if unknown := {*options.cases} - {*CASES}:
         parser.error(f"unknown cases {', '.join(sorted(unknown))}; expected some of {', '.join(CASES)}")
     return options

@@ -12,7 +12,6 @@ Sources: ComfyUI ``comfy/ops.py`` (comfy), NVIDIA ModelOpt ``unified_export_hf``
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -230,17 +229,13 @@ def _check_scale_layout(name: str, packed: Mapping[str, Group], kind: Dialect, d
 
 def _layer_metadata(header: Header) -> dict[str, dict]:
     """Content of ComfyUI's header entry: layer name as written there -> marker content."""
-    text = header.metadata.get(HEADER_ENTRY)
-    if text is None:
-        return {}
+    layers = header.listed_layers()
     try:
-        layers = json.loads(text)["layers"]
         if not all(isinstance(content["format"], str) for content in layers.values()):
             raise TypeError("a format is no string")
-        return layers
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        found = f"its header entry {HEADER_ENTRY} cannot be read ({error})"
-        raise CheckpointError(found, where=header.path.name, expected='{"layers": {name: {"format": ...}}}') from error
+    except (KeyError, TypeError) as error:
+        raise header.unreadable(HEADER_ENTRY, error, '{"layers": {name: {"format": ...}}}') from error
+    return layers
 
 
 def modelopt_declaration(header: Header) -> str | None:

@@ -18,7 +18,7 @@ import torch
 
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor, write_checkpoint
-from ..file.header import ITEM_BYTES, METADATA_KEY, CheckpointError, Header, open_regular
+from ..file.header import HEADER_ENTRY, ITEM_BYTES, METADATA_KEY, CheckpointError, Header, layers_entry, open_regular
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL
@@ -147,9 +147,7 @@ def _names(found: Diagnosis) -> _Names:
         own = found.components[DIFFUSION_MODEL].names
         tensors |= {name: found.new_prefix + name[len(found.prefix) :] for name in own}
     layers = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in tensors.items()}
-    text = header.metadata.get(dialects.HEADER_ENTRY)
-    named = json.loads(text)["layers"] if text is not None else {}
-    old = {found.misnamed.get(layer, layer): content for layer, content in named.items()}
+    old = {found.misnamed.get(layer, layer): content for layer, content in header.listed_layers().items()}
     markers = _markers(found)
     dropped = {layer for layer, content in markers.items() if content is None or not plan.native}
     old |= {layer: plan.formats[layer] | (markers[layer] or {}) for layer in dropped}
@@ -180,8 +178,7 @@ def _markers(found: Diagnosis) -> dict[str, dict | None]:
 def _metadata(found: Diagnosis, names: _Names) -> dict[str, str]:
     metadata = dict(found.checkpoint.header.metadata)
     if names.declared:
-        content = {"format_version": "1.0", "layers": names.declared}
-        metadata[dialects.HEADER_ENTRY] = json.dumps(content, separators=(",", ":"))
+        metadata[HEADER_ENTRY] = layers_entry(names.declared, (",", ":"))
     if found.plan.dialect is not None:
         metadata.pop("quantization_config", None)
     return metadata
