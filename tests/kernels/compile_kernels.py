@@ -23,7 +23,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 POINTERS = {"packed_ptr": "*u8", "scale_ptr": "*u8", "global_ptr": "*fp32", "column_ptr": "*i32"}
 # The dtype of the weight matters to a load only, hence each with one of the searches, whose code is long.
-SEARCHES = {"weighted *bf16": (True, True), "search *fp16": (True, False), "amax *fp32": (False, False)}
+SEARCHES = {"amax *bf16": (False, False), "search *fp16": (True, False), "weighted *fp32": (True, True)}
 Variant = tuple[str, object, dict[str, str], dict[str, object]]  # name, kernel, types of its tensors, constants
 
 
