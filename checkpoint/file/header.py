@@ -19,8 +19,8 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +30,9 @@ MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
 # The entry of the metadata that speaks of layers by name, ``{"layers": {...}}``: each shard has its own part of it.
 HEADER_ENTRY = "_quantization_metadata"
+# The tensor of a layer that holds the same declaration as JSON. Its few bytes are read with the header.
+MARKER = "comfy_quant"
+_MAX_MARKER_BYTES = 1 << 16
 
 _INT64_MAX = 2**63 - 1
 _MAX_DIMENSIONS = 64  # torch's own operators stop there
@@ -101,12 +104,20 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors cover the data without overlap; ``tensors`` keeps the header's order."""
+    """A checked header: the tensors cover the data without overlap; ``tensors`` keeps the header's order.
+
+    ``markers``: name of a `comfy_quant` tensor -> its bytes.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     file_size: int
+    markers: Mapping[str, bytes] = field(default_factory=dict)
+
+    def of(self, tensors: Iterable[str]) -> Header:
+        """The header of a part of the file."""
+        return replace(self, tensors={name: self.tensors[name] for name in tensors})
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -167,7 +178,17 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
     data_start = 8 + length
     tensors = {name: _tensor_info(name, entry, data_start, where) for name, entry in entries.items()}
     _check_layout(tensors, data_start, size, where)
-    return Header(path, tensors, metadata, size)
+    return Header(path, tensors, metadata, size, _read_markers(file, tensors))
+
+
+def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str, bytes]:
+    """Contents of the `comfy_quant` tensors, in the order in which they lie in the file."""
+    markers = {}
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+        if name.rpartition(".")[2] == MARKER and info.nbytes <= _MAX_MARKER_BYTES:
+            file.seek(info.start)
+            markers[name] = file.read(info.nbytes)
+    return markers
 
 
 def quote(value: object) -> str:

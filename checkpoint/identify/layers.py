@@ -1,0 +1,384 @@
+"""How each layer of a file is stored: the one function that reads it, and the one that accounts for the whole file.
+
+``FORMATS``       kind of layer -> Format: what it is called, its dtypes, its keys, and which tools take it.
+``group_tensors`` Header -> {layer: {key suffix: TensorInfo}}; every tensor beside or below a weight is in its group.
+``read_layer``    (layer, group, what is declared of it, its dialect) -> Layer; CheckpointError names file and layer.
+``account``       the whole file: each tensor was read, is copied as it is, or is named in a CheckpointError.
+``Layer``         the frozen record: kind, logical shape, the suffixes that were read, the marker the host needs.
+
+``detect`` (dialects.py) calls all of them, and every tool calls ``detect``; values are checked in values.py. A weight
+in codes never passes without its scale: what a tool cannot read it refuses by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...kernels.format import round_up
+from ..file.header import MARKER, CheckpointError, Header, TensorInfo, quote
+from .declarations import Declared
+
+Group = Mapping[str, TensorInfo]  # key suffix of one layer -> header entry
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+FP8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+FP8_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
+FP8_BLOCK = 128
+OLD_FP8 = "scaled_fp8"  # the key by which ComfyUI's older FP8 files declare their layers
+LOW_RANK = ("svdquant_lora_a", "svdquant_lora_b")
+SMOOTHING = "pre_quant_scale"
+_WEIGHTS = ("weight", "weight_packed", "qweight")
+_INPUT_SCALES = ("input_scale", "scale_input", "input_global_scale", "input_absmax")
+# Scales of an attention's cache, which vLLM keeps beside the projections: they say nothing of the weight.
+_CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_output_scale")
+_HARMLESS = ("bias", *_CACHE_SCALES)
+# What quantisers call the tensors without which a weight means something else.
+_SUSPICIOUS = re.compile(
+    r"scale|absmax|amax$|zeros?$|zero_point|quant|svd|lora_|packed|codebook|quant_map|g_idx|qweight|_blocks$", re.I
+)
+_BYTES = ("U8", "I8", "U16", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")
+_TEXTS = re.compile(r"(^|[._])(spiece_model|tekken_model|tokenizer\w*)$")  # files within files
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store a weight. ``host``: ComfyUI's `format` for it, "" if by dtype, None if it has none.
+
+    ``keys``: suffixes that must be there beside the weight; ``optional``: those that may. ``loads``, ``quantises``:
+    whether the loader, the quantiser can take it; ``repairs``: whether ``repair`` can declare it for ComfyUI.
+    """
+
+    title: str
+    weight: tuple[str, ...]
+    host: str | None
+    keys: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    loads: bool = True
+    quantises: bool = False
+    repairs: bool = True
+
+
+_FP8, _SCALE = tuple(FP8_FORMATS), ("weight_scale",)
+FORMATS = {
+    "float": Format("floating point", FLOATS, None, quantises=True),
+    "nvfp4": Format("NVFP4", ("U8",), "nvfp4"),
+    "fp8": Format("FP8, scaled", _FP8, "", optional=_INPUT_SCALES[:2], quantises=True),
+    "fp8_rows": Format("FP8, a scale a row", _FP8, "", optional=_INPUT_SCALES[:2], quantises=True),
+    "fp8_blocks": Format("FP8, scaled in blocks", _FP8, None, (), _INPUT_SCALES[:2], quantises=True, repairs=False),
+    "fp8_cast": Format("FP8", _FP8, None, quantises=True),
+    "int8": Format("INT8, scaled", ("I8",), "int8_tensorwise", _SCALE),
+    "mxfp8": Format("MXFP8", ("F8_E4M3",), "mxfp8", _SCALE, ("input_scale",)),
+    "convrot_w4a4": Format("INT4, ConvRot", ("I8",), "convrot_w4a4", _SCALE),
+    "asym_w4a8_int8": Format(
+        "INT4, asymmetric", ("I8",), "asym_w4a8_int8", ("weight_s_rel", "weight_s_channel"), ("weight_codebook",)
+    ),
+    "awq_w4a16": Format("INT4, AWQ", ("I8",), "awq_w4a16", ("weight_scale", "weight_zeros")),
+    "bitsandbytes": Format("bitsandbytes 4-bit", ("U8",), None, loads=False, repairs=False),
+    "mxfp4": Format("MXFP4", ("U8", "F4"), None, loads=False, repairs=False),
+    "bytes": Format("bytes without scales, as of GGUF", ("U8",), None, loads=False, repairs=False),
+    "int": Format("integers", (), None, loads=False, repairs=False),
+    "other": Format("of a dtype no tool here reads", (), None, loads=False, repairs=False),
+}
+_NOTHING = Declared()
+_NVFP4_SCALES = {"weight_scale", "weight_scale_2", "weight_global_scale", "alpha"}
+_OF_INT8 = [kind for kind, form in FORMATS.items() if form.weight == ("I8",)]
+# Suffixes that make no sense without a weight beside them.
+_ORPHANS = {
+    *("weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale", "scale_weight", "scale_input"),
+    *("input_scale", "input_global_scale", "weight_zero_point", SMOOTHING, MARKER, *LOW_RANK, "qzeros", "g_idx"),
+}
+_BESIDE = ("_scales", "_blocks", ".absmax", "_absmax", "_quantizer._amax", "weight_scale", "qzeros", "_scale_inv")
+_AGAIN = "the file is damaged or its writer is not known: download or convert it again"
+_BANK = ("weight_scale", "weight_scale_2", "input_scale")
+_BY_HOST = {form.host: kind for kind, form in FORMATS.items() if form.host} | dict.fromkeys(FP8_FORMATS.values(), "fp8")
+HOST_FORMATS = tuple(_BY_HOST)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How one weight is stored. ``shape``: of the matrix, for NVFP4 with its padding; ``weight``: suffix of its codes.
+
+    ``scale``: suffix of what multiplies FP8 or INT8 codes; ``block``: (rows, columns) that share one of its numbers.
+    ``marker``: what ComfyUI has to be told, None for what needs no marker. ``read``: suffixes that were understood and
+    say how it is stored; ``ignored``: those that say nothing of the weight. ``fault``: of its marker, "" if none.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weight: str
+    scale: str | None
+    block: tuple[int, int] | None
+    marker: Mapping[str, object] | None
+    read: tuple[str, ...]
+    ignored: tuple[str, ...]
+    fault: str
+
+    @property
+    def title(self) -> str:
+        """The format in words."""
+        return FORMATS[self.kind].title
+
+    @property
+    def coded(self) -> bool:
+        """Whether its numbers are other than its tensor's own."""
+        return self.kind not in ("float", "fp8_cast")
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether a low-rank product is to be added to it."""
+        return LOW_RANK[0] in self.read
+
+
+def group_tensors(header: Header, prefix: str = "") -> dict[str, dict[str, TensorInfo]]:
+    """Tensors whose names start with ``prefix``, by the layer they describe: {layer: {key suffix: TensorInfo}}.
+
+    A layer is a name with a weight. What quantisers keep below it counts as its own: `proj.weight.absmax`,
+    `proj.weight_quantizer._scale`, `proj.lora_A.weight` are of `proj`.
+    """
+    names = [name for name in header.tensors if name.startswith(prefix)]
+    owners = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in _WEIGHTS}
+    groups: dict[str, dict[str, TensorInfo]] = {}
+    for name in names:
+        layer, _, last = name.rpartition(".")
+        if layer not in owners or _SUSPICIOUS.search(layer.rpartition(".")[2]):
+            above = layer.rpartition(".")[0]
+            while above and above not in owners:
+                above = above.rpartition(".")[0]
+            if above and _SUSPICIOUS.search(name[len(above) + 1 :]):
+                layer = above
+        if layer in owners or last in _ORPHANS:
+            groups.setdefault(layer, {})[name[len(layer) + 1 :] if layer else name] = header.tensors[name]
+    return groups
+
+
+def kind_of(members: Group) -> str:
+    """Key of FORMATS, from the tensors alone: what a weight is where nothing is declared."""
+    name = weight_suffix(members)
+    info = members[name]
+    if any(".quant_state" in suffix or suffix.endswith("weight.absmax") for suffix in members):
+        return "bitsandbytes"
+    if info.dtype in FLOATS:
+        return "float"
+    if info.dtype in FP8_FORMATS:
+        return _kind_of_fp8(members, info)
+    if info.dtype == "F4":
+        return "mxfp4"
+    if info.dtype == "U8" and len(info.shape) > 1:
+        scale = members.get("weight_scale")
+        cols = 2 * info.shape[-1]
+        if scale is not None and (scale.dtype == "F8_E8M0" or scale.shape == (*info.shape[:-1], cols // 32)):
+            return "mxfp4"
+        return "nvfp4" if len(members.keys() & _NVFP4_SCALES) else "bytes"
+    if info.dtype == "I8":
+        return "int8" if "weight_scale" in members else "int"
+    return "int" if info.dtype[:1] in "IUB" else "other"
+
+
+def _kind_of_fp8(members: Group, info: TensorInfo) -> str:
+    scale = members.get(scale_suffix(members) or "")
+    if scale is None:
+        return "fp8_cast"
+    if scale.dtype in ("U8", "F8_E8M0"):
+        return "mxfp8"
+    if scale.numel == 1:
+        return "fp8"
+    rows = info.shape[0] if info.shape else 1
+    if scale.shape in ((rows,), (rows, *[1] * (len(info.shape) - 1))):
+        return "fp8_rows"
+    return "fp8_blocks"
+
+
+def weight_suffix(members: Group) -> str | None:
+    """The key suffix of the layer's numbers."""
+    return next((suffix for suffix in reversed(_WEIGHTS) if suffix in members), None)
+
+
+def scale_suffix(members: Group) -> str | None:
+    """The key suffix of what multiplies FP8 or INT8 codes."""
+    return next((suffix for suffix in FP8_SCALES if suffix in members), None)
+
+
+def read_layer(
+    where: str,
+    name: str,
+    members: Group,
+    declared: Declared = _NOTHING,
+    packed: tuple[tuple[int, int], tuple[str, ...]] | None = None,
+    *,
+    stated: bool = False,
+    weight_only: bool = False,
+    block_size: tuple[int, int] | None = None,
+) -> Layer:
+    """File, layer, its tensors, what is declared of them -> Layer, or CheckpointError naming both.
+
+    ``packed``: shape and suffixes of an NVFP4 layer, as its dialect reads them. ``stated``: the user vouches for the
+    layout, so a marker that contradicts NVFP4 tensors is a fault and no error. ``weight_only``: the file asks for
+    full-precision multiplications. ``block_size``: that of block-scaled FP8, where the file declares it.
+    """
+
+    def error(found: str, expected: str = "", remedy: str = _AGAIN) -> CheckpointError:
+        return CheckpointError(found, where=f"{where}, layer {name}", expected=expected, remedy=remedy)
+
+    weight = weight_suffix(members)
+    if weight is None:
+        raise error(f"it has {_list(members)}, but no `weight`", "the weight that they describe")
+    info = members[weight]
+    kind, said, fault = _settle(members, info, declared, stated, error)
+    form, shape = FORMATS[kind], info.shape
+    scale = block = None
+    read = {weight, MARKER, *form.keys, *form.optional}
+    if kind == "nvfp4":
+        if packed is None and (said is None or len(shape) != 3):
+            raise error(f"its packed weight has shape {shape}", "a matrix, or a declared bank of them")
+        shape, suffixes = packed or (shape, _BANK)
+        read |= {*suffixes, SMOOTHING, *LOW_RANK}
+    elif form.weight and set(form.weight) <= {*FP8_FORMATS, "I8"}:
+        scale = scale_suffix(members)
+        read |= {scale} if scale else set()
+        block = _check_scale(kind, shape, scale, members, block_size, error)
+    _check_shapes(members, read, shape, error)
+    missing = [key for key in form.keys if key not in members]
+    if missing:
+        raise error(f"it is declared {said} and lacks {_list(missing)}", _list(form.keys))
+    unread = _unread(members, read, form)
+    if unread:
+        found = f"{_list(unread)} beside its weight ({form.title}) {'is' if len(unread) == 1 else 'are'} not understood"
+        remedy = "it may change what the weight means: take another version of the file"
+        raise error(found, f"{_list(read & members.keys())} alone", remedy)
+    marker = None
+    if form.host is not None:
+        marker = {"format": form.host or FP8_FORMATS[info.dtype]} | dict(declared.content if said is not None else {})
+        # A scale a row: tensor cores take one scale, or rows on both sides.
+        if kind == "fp8_rows" or (weight_only and kind == "fp8"):
+            marker["full_precision_matrix_mult"] = True
+    present = tuple(suffix for suffix in members if suffix in read)
+    ignored = tuple(suffix for suffix in members if suffix in _CACHE_SCALES)
+    return Layer(name, kind, tuple(shape), weight, scale, block, marker, present, ignored, fault)
+
+
+def _settle(members: Group, info: TensorInfo, declared: Declared, stated: bool, error) -> tuple[str, str | None, str]:
+    """Tensors and declaration together -> kind, the format that is declared if it holds, what is wrong with it."""
+    kind, fault = kind_of(members), declared.fault
+    said = None if declared.content is None else str(declared.content["format"])
+    vouched = stated and kind == "nvfp4"
+    if said is not None and said not in _BY_HOST:
+        if not vouched:
+            near = next((known for known in _BY_HOST if known.lower() == said.lower()), ", ".join(_BY_HOST))
+            raise error(f"its declared format is {quote(said)}, which nothing knows", near)
+        return kind, None, f"names the format {quote(said)}, which nothing knows"
+    if said is None:
+        if kind in ("int8", "mxfp8"):
+            found = f"its tensors are {FORMATS[kind].title}, and nothing declares how their numbers are to be read"
+            remedy = "convert the original again with a tool that declares what it writes"
+            raise error(found, "a `comfy_quant` marker or a header entry", remedy)
+        if kind == "float" and fault and not declared.blank and not stated:
+            raise error(f"its `{MARKER}` marker {fault}", "none, or a format")
+        return kind, None, fault if kind != "float" else ""
+    meant = _BY_HOST[said]
+    if info.dtype == "I8" and meant in _OF_INT8:
+        return meant, said, fault
+    if kind == meant == "fp8" or (kind, meant) == ("fp8_rows", "fp8"):
+        agree = FP8_FORMATS[info.dtype] == said
+    else:
+        agree = kind == meant
+    if agree:
+        return kind, said, fault
+    if vouched:
+        return kind, None, f"says {said}, its tensors are NVFP4"
+    raise error(f"it is declared {said}, its tensors are {FORMATS[kind].title}: {_list(members)}, {info.dtype}", "one")
+
+
+def _check_scale(kind: str, shape, scale: str | None, members: Group, declared, error) -> tuple[int, int] | None:
+    """The scale of FP8 or INT8 codes has a shape that says which of them each number multiplies -> its blocks."""
+    found = members.get(scale or "")
+    if found is None:
+        return None
+    text = f"its `{scale}` has shape {found.shape} for a weight of shape {shape}"
+    if kind == "mxfp8":
+        if found.shape[-2:] != _mxfp8_scales(shape):
+            raise error(text, f"{_mxfp8_scales(shape)}, tiled, for a weight padded to multiples of 32")
+        return None
+    if found.dtype not in FLOATS:
+        raise error(f"its `{scale}` is {found.dtype}", "floating point")
+    if kind == "int8" and found.numel != 1 and found.shape not in (shape[:1], (*shape[:1], 1)):
+        raise error(text, "one number, or one a row")
+    if kind != "fp8_blocks":
+        return None
+    block = _block_size(shape, found.shape, declared)
+    if block is None:
+        raise error(text, f"one number, one a row, or one for each {FP8_BLOCK} x {FP8_BLOCK}")
+    return block
+
+
+def _check_shapes(members: Group, read: set[str], shape: tuple[int, ...], error) -> None:
+    """What goes with a layer's input, and the low-rank pair: ``svdquant_lora_a`` (r, K), ``svdquant_lora_b`` (N, r)."""
+    for suffix in (*_INPUT_SCALES, SMOOTHING):
+        wanted = shape[-1] if suffix == SMOOTHING else 1
+        if suffix in members and suffix in read and len(shape) == 2 and members[suffix].numel != wanted:
+            count = f"{wanted} numbers" if wanted > 1 else "one number"
+            raise error(f"its `{suffix}` has shape {members[suffix].shape}", count)
+        if suffix in members and suffix in read and members[suffix].dtype not in FLOATS:
+            raise error(f"its `{suffix}` is {members[suffix].dtype}", "floating point")
+    down, up = (members.get(suffix) for suffix in LOW_RANK)
+    if down is None and up is None or LOW_RANK[0] not in read:
+        return
+    if down is None or up is None:
+        raise error(f"of {_list(LOW_RANK)} it has one", "both")
+    fits = len(down.shape) == len(up.shape) == 2 and down.shape[0] == up.shape[1]
+    if not fits or down.shape[1] != shape[-1] or round_up(up.shape[0], 16) != round_up(shape[0], 16):
+        found = f"its low-rank tensors have shapes {down.shape} and {up.shape}"
+        raise error(found, f"(r, {shape[-1]}) and ({shape[0]}, r)")
+    if down.dtype not in FLOATS or up.dtype not in FLOATS:
+        raise error(f"its low-rank tensors are {down.dtype} and {up.dtype}", "floating point")
+
+
+def account(where: str, header: Header, groups: Mapping[str, Group], prefix: str = "") -> None:
+    """CheckpointError for a tensor outside of all layers that no model's own parameters look like.
+
+    Inside of layers ``read_layer`` answers for each tensor; floating-point tensors elsewhere are parameters.
+    """
+    inside = {f"{layer}.{suffix}" if layer else suffix for layer, members in groups.items() for suffix in members}
+    for name, info in header.tensors.items():
+        if not name.startswith(prefix) or name in inside or _TEXTS.search(name) or name.rpartition(".")[2] == OLD_FP8:
+            continue
+        last = name.rpartition(".")[2]
+        partner = next((end for end in _BESIDE if last.endswith(end)), None)
+        if info.dtype in _BYTES or partner is not None:
+            found = f"tensor {quote(name)} ({info.dtype} of shape {info.shape}) belongs to no weight"
+            remedy = "it looks like a part of a quantised layer: take another version of the file"
+            raise CheckpointError(found, where=where, expected="tensors of a known format", remedy=remedy)
+
+
+def _unread(members: Group, read: set[str], form: Format) -> list[str]:
+    """Suffixes that were not read and may change what the weight means; what nobody loads is named by its kind."""
+    if not form.loads:
+        return []
+    left = [suffix for suffix in members if suffix not in read and suffix not in _HARMLESS]
+    if form not in (FORMATS["float"], FORMATS["fp8_cast"]):
+        return left
+    return [suffix for suffix in left if _SUSPICIOUS.search(suffix) or members[suffix].dtype in _BYTES]
+
+
+def _block_size(
+    shape: tuple[int, ...], scale: tuple[int, ...], declared: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """(N, K), shape of the scales -> rows and columns that share one, None if it cannot be told."""
+    if len(shape) != 2 or len(scale) != 2:
+        return None
+    for rows, cols in (*([declared] if declared else []), (FP8_BLOCK, FP8_BLOCK)):
+        if scale == (-(-shape[0] // rows), -(-shape[1] // cols)):
+            return rows, cols
+    if scale[0] == shape[0] and scale[1] and shape[1] % scale[1] == 0:  # groups along a row
+        return 1, shape[1] // scale[1]
+    return None
+
+
+def _mxfp8_scales(shape: tuple[int, ...]) -> tuple[int, int]:
+    return round_up(shape[-2], 128), round_up(shape[-1] // 32, 4)
+
+
+def _list(names) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
