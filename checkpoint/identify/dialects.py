@@ -23,6 +23,7 @@ from .declarations import SIDECAR, declared_of, match_entries, modelopt_declarat
 from .layers import LOW_RANK, OLD_FP8, Group, Layer, account, group_tensors, kind_of, read_layer, weight_suffix
 from .scale_order import ROW_MAJOR, TILED, Order, Read, measure
 from .signatures import transformer_config
+from .values import check_input_scale, check_packed
 
 AUTO = "auto"
 STATED = "stated by the user"
@@ -355,7 +356,7 @@ def host_layer(plan: Plan, layer: str, get: Get) -> PackedWeight:
     """One NVFP4 layer of ``plan`` in the host's layout, on the device where ``get`` puts its tensors.
 
     ``get(suffix)`` returns the layer's tensor of that key suffix. The shape of the record is the stored one. Native
-    bytes are returned as they are. Raises CheckpointError if the global scale is not a finite number.
+    bytes are returned as they are. Raises CheckpointError for scales that are not finite or negative.
     """
     kind = DIALECTS[plan.dialect]
     group = plan.groups[layer]
@@ -373,12 +374,16 @@ def host_layer(plan: Plan, layer: str, get: Get) -> PackedWeight:
         packed = swap_nibbles(packed)
     if rows % 16:
         packed = torch.nn.functional.pad(packed, (0, 0, 0, round_up(rows, 16) - rows))
-    return PackedWeight(packed, scale if kind.tiled_scales else swizzle(scale), global_scale, (rows, cols))
+    record = PackedWeight(packed, scale if kind.tiled_scales else swizzle(scale), global_scale, (rows, cols))
+    check_packed(plan.header.path.name, layer, record)
+    return record
 
 
 def input_scale(plan: Plan, layer: str, get: Get) -> torch.Tensor | None:
     """Static activation scale of a layer, () fp32, multiplying, whatever key and convention it has; None if dynamic."""
     for suffix, convert in _INPUT_SCALES:
         if suffix in plan.layers[layer].read:
-            return convert(get(suffix).float().reshape(()))
+            value = get(suffix).float().reshape(())
+            check_input_scale(plan.header.path.name, layer, suffix, value)
+            return convert(value)
     return None

@@ -3,6 +3,7 @@
 ``FORMATS``       kind of layer -> Format: what it is called, its dtypes, its keys, and which tools take it.
 ``group_tensors`` Header -> {layer: {key suffix: TensorInfo}}; every tensor beside or below a weight is in its group.
 ``read_layer``    (layer, group, what is declared of it, its dialect) -> Layer; CheckpointError names file and layer.
+``refuse``        layers that a tool cannot take for what they are.
 ``account``       the whole file: each tensor was read, is copied as it is, or is named in a CheckpointError.
 ``Layer``         the frozen record: kind, logical shape, the suffixes that were read, the marker the host needs.
 
@@ -84,6 +85,7 @@ FORMATS = {
 _NOTHING = Declared()
 _NVFP4_SCALES = {"weight_scale", "weight_scale_2", "weight_global_scale", "alpha"}
 _OF_INT8 = [kind for kind, form in FORMATS.items() if form.weight == ("I8",)]
+_DECLARED = ("int8", "mxfp8")  # read only where a declaration says how: INT8 may be rotated, MXFP8 scales tiled
 # Suffixes that make no sense without a weight beside them.
 _ORPHANS = {
     *("weight_scale", "weight_scale_2", "weight_scale_inv", "weight_global_scale", "scale_weight", "scale_input"),
@@ -125,6 +127,11 @@ class Layer:
     def coded(self) -> bool:
         """Whether its numbers are other than its tensor's own."""
         return self.kind not in ("float", "fp8_cast")
+
+    @property
+    def undeclared(self) -> bool:
+        """Whether it is of a kind that only a declaration explains, and has none."""
+        return self.marker is None and FORMATS[self.kind].host is not None
 
     @property
     def low_rank(self) -> bool:
@@ -249,7 +256,7 @@ def read_layer(
         remedy = "it may change what the weight means: take another version of the file"
         raise error(found, f"{_list(read & members.keys())} alone", remedy)
     marker = None
-    if form.host is not None:
+    if form.host is not None and (said is not None or kind not in _DECLARED):
         marker = {"format": form.host or FP8_FORMATS[info.dtype]} | dict(declared.content if said is not None else {})
         # A scale a row: tensor cores take one scale, or rows on both sides.
         if kind == "fp8_rows" or (weight_only and kind == "fp8"):
@@ -270,10 +277,6 @@ def _settle(members: Group, info: TensorInfo, declared: Declared, stated: bool, 
             raise error(f"its declared format is {quote(said)}, which nothing knows", near)
         return kind, None, f"names the format {quote(said)}, which nothing knows"
     if said is None:
-        if kind in ("int8", "mxfp8"):
-            found = f"its tensors are {FORMATS[kind].title}, and nothing declares how their numbers are to be read"
-            remedy = "convert the original again with a tool that declares what it writes"
-            raise error(found, "a `comfy_quant` marker or a header entry", remedy)
         if kind == "float" and fault and not declared.blank and not stated:
             raise error(f"its `{MARKER}` marker {fault}", "none, or a format")
         return kind, None, fault if kind != "float" else ""
@@ -333,6 +336,25 @@ def _check_shapes(members: Group, read: set[str], shape: tuple[int, ...], error)
         raise error(found, f"(r, {shape[-1]}) and ({shape[0]}, r)")
     if down.dtype not in FLOATS or up.dtype not in FLOATS:
         raise error(f"its low-rank tensors are {down.dtype} and {up.dtype}", "floating point")
+
+
+def refuse(where: str, layers: Mapping[str, Layer], repair: bool = False) -> None:
+    """CheckpointError for the first layer that the loader, or ``repair``, cannot take for what it is."""
+    for name, layer in layers.items():
+        form = FORMATS[layer.kind]
+        found = f"its weight is {form.title}"
+        remedy = "take a BF16, FP8 or NVFP4 version of the model"
+        if layer.undeclared:
+            found += ", and nothing declares how its numbers are to be read"
+            remedy = "convert the original again with a tool that writes `comfy_quant` markers"
+        elif repair and layer.low_rank:
+            found += " with a low-rank part, which ComfyUI's own loaders would leave out"
+            remedy = "load it with NVFP4ModelLoader as it is"
+        elif repair and not form.repairs and form.loads:
+            remedy = "load it with NVFP4ModelLoader as it is, or quantise it"
+        elif form.loads:
+            continue
+        raise CheckpointError(found, where=f"{where}, layer {name}", expected="a format of ComfyUI's", remedy=remedy)
 
 
 def account(where: str, header: Header, groups: Mapping[str, Group], prefix: str = "") -> None:

@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ...kernels.format import BLOCK, PackedWeight, round_up
-from ..file.header import CheckpointError, Header
+from ..file.header import CheckpointError
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, find_components
+from ..identify.layers import FP8_FORMATS, Layer, refuse
 from ..write.weights import FloatRows, FloatWeight, float_weight
 from .weight_error import energy, layer_error
 
@@ -106,6 +107,7 @@ def verify(
     """
     device, step = torch.device(device), on_step or (lambda done, total: None)
     ours, theirs = _Side(open_checkpoint(path)), _Side(open_checkpoint(source))
+    theirs.stored = dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix).layers
     with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original:
         layers = _Layers(ours, theirs, reader, original, device)
         plan = layers.plan(dialect)
@@ -126,7 +128,7 @@ def verify(
                     same = _equal(reader.view(name), original.view(theirs.full[own]))
                     identical += same
                     changed += [] if same else [own]
-                elif info.dtype in dialects.FP8_FORMATS and own.endswith(".weight"):
+                elif info.dtype in FP8_FORMATS and own.endswith(".weight"):
                     checks += layers.check_fp8(name, own.rpartition(".")[0])
         step(total, total)
     return Verification(
@@ -146,7 +148,9 @@ class _Side:
             raise CheckpointError("there is no diffusion model in it", where=self.header.path.name, remedy=remedy)
         self.names = {name: component.names.get(name, name) for name in self.header.tensors}
         self.full = {own: name for name, own in self.names.items()}
+        self.own = component.names
         self.prefix = component.prefix
+        self.stored: Mapping[str, Layer] = {}
 
     def layer(self, layer: str) -> str:
         """Layer as stored -> without prefix."""
@@ -154,8 +158,8 @@ class _Side:
 
     def weight(self, own: str) -> FloatWeight | None:
         """FloatWeight of a layer, or None."""
-        name = self.full.get(f"{own}.weight")
-        found = None if name is None else float_weight(self.header, name)
+        layer = self.stored.get(self.prefix + own)
+        found = None if layer is None else float_weight(self.header, layer)
         return None if isinstance(found, str) else found
 
 
@@ -164,11 +168,12 @@ class _Layers:
 
     def __init__(self, ours: _Side, theirs: _Side, reader: Source, original: Source, device: torch.device) -> None:
         self.ours, self.theirs, self.reader, self.original, self.device = ours, theirs, reader, original, device
-        self.evidence = ""
+        self.evidence, self._stated = "", ""
         self._plans: dict[str, dialects.Plan | None] = {}
 
     def plan(self, dialect: str) -> dialects.Plan:
         """The dialect that is declared or stated, or, where it is open, the one that fits the source."""
+        self._stated = dialect
         try:
             self._plan = self._detect(dialect)
             return self._plan
@@ -196,8 +201,8 @@ class _Layers:
 
     def check_fp8(self, name: str, own: str) -> list[LayerCheck]:
         """One FP8 layer that the source has in another format."""
-        weight, mine = self.theirs.weight(own), float_weight(self.ours.header, name)
-        if weight is None or isinstance(mine, str) or len(mine.info.shape) != 2 or mine.info.shape != weight.info.shape:
+        weight, mine = self.theirs.weight(own), self.ours.weight(own)
+        if weight is None or mine is None or len(mine.info.shape) != 2 or mine.info.shape != weight.info.shape:
             return []
         wanted, found = FloatRows(self.original, weight, self.device), FloatRows(self.reader, mine, self.device)
         off = size = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -257,8 +262,10 @@ class _Layers:
 
     def _detect(self, dialect: str) -> dialects.Plan:
         header = self.ours.header
-        body = {name: info for name, info in header.tensors.items() if name.startswith(self.ours.prefix)}
-        plan = dialects.detect(Header(header.path, body, header.metadata, header.file_size), dialect, self.ours.prefix)
+        read = self.reader.tensor if dialect in (dialects.AUTO, self._stated) else None  # a trial may be any dialect
+        plan = dialects.detect(header.of(self.ours.own), dialect, self.ours.prefix, read)
+        refuse(header.path.name, plan.layers)
+        self.ours.stored = plan.layers
         if plan.dialect is None:
             where, remedy = header.path.name, "name the quantised file first, its source second"
             raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
