@@ -10,6 +10,7 @@ layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
 from ..checkpoint.file.header import CheckpointError
+from ..checkpoint.identify.layers import LOW_RANK, SMOOTHING
 from ..kernels import backends, fp8, gemv, reference
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
 from . import lora
@@ -59,8 +61,11 @@ def weight_only_operations(
                 weight = state_dict.get(f"{prefix}weight")
                 if isinstance(weight, QuantizedTensor):
                     _unwrap(state_dict, prefix, weight, (self.out_features, self.in_features), source)
+                low_rank = [state_dict.pop(f"{prefix}{suffix}", None) for suffix in LOW_RANK]
                 super()._load_from_state_dict(state_dict, prefix, *args)
                 _choose_mode(self, compute.of(prefix[:-1]))
+                if low_rank[0] is not None:
+                    _add_low_rank(self, low_rank)
 
             def forward(self, input, *args, activation="", **kwargs):
                 # Looked up in the instance: a missing attribute of an nn.Module costs microseconds, a thousand times
@@ -98,6 +103,42 @@ def weight_only_operations(
                 return _streamed(self, input, weight, backend, matmul, activation)
 
     return WeightOnlyOperations
+
+
+def _add_low_rank(module: torch.nn.Module, parts: list[torch.Tensor]) -> None:
+    """Make a loaded Linear one that adds ``parts``. The host moves further parameters, as it does `pre_quant_scale`."""
+    device = module.factory_kwargs["device"]
+    for suffix, part in zip(LOW_RANK, parts, strict=True):
+        part = part[: module.out_features] if suffix == LOW_RANK[1] else part
+        module.register_parameter(suffix, torch.nn.Parameter(part.to(device=device), requires_grad=False))
+    module.__class__ = _low_rank_class(type(module))
+
+
+@functools.cache
+def _low_rank_class(linear: type) -> type:
+    """Linear of this module -> one that adds a low-rank product of the same input, as ModelOpt's SVDQuant does."""
+
+    class LowRankLinear(linear):
+        def forward(self, input, *args, activation="", **kwargs):
+            input = reference.activate(input, activation)
+            return _with_low_rank(self._parameters, super().forward(input, *args, **kwargs), input)
+
+        def state_dict(self, *args, destination=None, prefix="", **kwargs):
+            out = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+            out.update({f"{prefix}{suffix}": self._parameters[suffix] for suffix in LOW_RANK})
+            return out
+
+    return LowRankLinear
+
+
+def _with_low_rank(parameters: dict, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """out (..., N) + ((x * smoothing) A^T) B^T: ModelOpt's SVDQuant multiplies both parts by the smoothed input."""
+    parts = [parameters.get(SMOOTHING), *(parameters[suffix] for suffix in LOW_RANK)]
+    smoothing, down, up = (
+        None if part is None else comfy.model_management.cast_to_device(part, x.device, out.dtype) for part in parts
+    )
+    x = x.to(out.dtype) if smoothing is None else x.to(out.dtype) * smoothing
+    return out + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
 
 
 def _choose_mode(module, mode: str) -> None:

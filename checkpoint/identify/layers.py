@@ -174,11 +174,10 @@ def kind_of(members: Group) -> str:
     if info.dtype == "F4":
         return "mxfp4"
     if info.dtype == "U8" and len(info.shape) > 1:
-        scale = members.get("weight_scale")
-        cols = 2 * info.shape[-1]
-        if scale is not None and (scale.dtype == "F8_E8M0" or scale.shape == (*info.shape[:-1], cols // 32)):
-            return "mxfp4"
-        return "nvfp4" if len(members.keys() & _NVFP4_SCALES) else "bytes"
+        scales = members.keys() & _NVFP4_SCALES
+        if scales == {"weight_scale"} and members["weight_scale"].dtype in ("U8", "F8_E8M0"):
+            return "mxfp4"  # powers of two, and no second scale
+        return "nvfp4" if scales else "bytes"
     if info.dtype == "I8":
         return "int8" if "weight_scale" in members else "int"
     return "int" if info.dtype[:1] in "IUB" else "other"

@@ -87,7 +87,7 @@ def check_cast(where: str, layer: Layer, codes: torch.Tensor) -> None:
 
 
 def check_packed(where: str, layer: str, record: PackedWeight) -> None:
-    """CheckpointError for an NVFP4 record whose scales are NaN, negative, or make a weight of nothing or of thousands."""
+    """CheckpointError for an NVFP4 record whose scales are NaN, negative, or make a weight zero or thousands."""
 
     def error(found: str, expected: str) -> CheckpointError:
         return CheckpointError(found, where=f"{where}, layer {layer}", expected=expected, remedy=_DAMAGED)

@@ -273,7 +273,7 @@ class _Layers:
 
     def _record(self, plan: dialects.Plan, layer: str) -> tuple[PackedWeight, torch.Tensor | None]:
         """A layer in the host's layout, and what its input is multiplied by, if anything."""
-        record = dialects.host_layer(plan, layer, lambda suffix: self.reader.tensor(f"{layer}.{suffix}"))
+        record = dialects.host_layer(plan, layer, lambda suffix: self.reader.tensor(f"{layer}.{suffix}"), False)
         smooth = f"{layer}.pre_quant_scale"
         present = smooth in self.ours.header.tensors
         return record, self.reader.tensor(smooth).float().reshape(-1).to(self.device) if present else None

@@ -58,8 +58,9 @@ class Settings:
 class Plan:
     """``jobs``: source tensor -> the weight it is, to be quantised. ``restored``: the same, to become BF16.
 
-    ``kept``: coded layers that stay in their format. ``copies``: source tensor -> tensor of the target. ``made``: tensor of the target -> its bytes. ``units``: what is finished together, by source tensor, or by target
-    tensor for ``made``. ``tensors``: the file, wide elements first, so that all are aligned.
+    ``kept``: coded layers that stay in their format. ``copies``: source tensor -> tensor of the target. ``made``:
+    tensor of the target -> its bytes. ``units``: what is finished together, by source tensor, or by target tensor for
+    ``made``. ``tensors``: the file, wide elements first, so that all are aligned.
     """
 
     checkpoint: Checkpoint
@@ -139,8 +140,8 @@ def plan_quantization(
     record = _record(checkpoint, settings, recipe, model.family, selection, len(jobs))
     metadata = _metadata(header, own_layers, settings.only_model)
     return Plan(
-        checkpoint, settings, recipe, model.family, selection, jobs, restored, still, copies, made, units, tuple(tensors),
-        calibration, metadata, record,
+        checkpoint, settings, recipe, model.family, selection, jobs, restored, still, copies, made, units,
+        tuple(tensors), calibration, metadata, record,
     )  # fmt: skip
 
 
