@@ -359,26 +359,30 @@ def host_layer(plan: Plan, layer: str, get: Get, checked: bool = True) -> Packed
     bytes are returned as they are. Raises CheckpointError for scales that are not finite or negative; ``checked``
     False: only for such a global scale, for a caller that measures what the block scales make of the layer.
     """
-    kind = DIALECTS[plan.dialect]
-    group = plan.groups[layer]
-    global_scale = kind.global_scale(group)(get).reshape(())
-    if not torch.isfinite(global_scale) or global_scale < 0:
-        raise CheckpointError(
-            f"its global scale is {global_scale.item()}",
-            where=f"{plan.header.path.name}, layer {layer}",
-            expected="a finite number, not negative",
-            remedy="the file is damaged: download or quantise it again",
-        )
+    kind, factor = DIALECTS[plan.dialect], global_scale(plan, layer, get)
     rows, cols = plan.nvfp4[layer]
     packed, scale = get(kind.weight), get("weight_scale").view(torch.float8_e4m3fn)
     if kind.low_nibble_first:
         packed = swap_nibbles(packed)
     if rows % 16:
         packed = torch.nn.functional.pad(packed, (0, 0, 0, round_up(rows, 16) - rows))
-    record = PackedWeight(packed, scale if kind.tiled_scales else swizzle(scale), global_scale, (rows, cols))
+    record = PackedWeight(packed, scale if kind.tiled_scales else swizzle(scale), factor, (rows, cols))
     if checked:
-        check_packed(plan.header.path.name, layer, record)
+        check_packed(plan.header.path.name, layer, record.block_scale, factor, lambda: record.packed)
     return record
+
+
+def global_scale(plan: Plan, layer: str, get: Get) -> torch.Tensor:
+    """The multiplying scale of an NVFP4 layer, () fp32. Raises CheckpointError if it is not finite, or below zero."""
+    found = DIALECTS[plan.dialect].global_scale(plan.groups[layer])(get).reshape(())
+    if not torch.isfinite(found) or found < 0:
+        raise CheckpointError(
+            f"its global scale is {found.item()}",
+            where=f"{plan.header.path.name}, layer {layer}",
+            expected="a finite number, not negative",
+            remedy="the file is damaged: download or quantise it again",
+        )
+    return found
 
 
 def input_scale(plan: Plan, layer: str, get: Get) -> torch.Tensor | None:

@@ -65,20 +65,20 @@ _FP8, _SCALE = tuple(FP8_FORMATS), ("weight_scale",)
 FORMATS = {
     "float": Format("floating point", FLOATS, None, quantises=True),
     "nvfp4": Format("NVFP4", ("U8",), "nvfp4"),
-    "fp8": Format("FP8, scaled", _FP8, "", optional=_INPUT_SCALES[:2], quantises=True),
-    "fp8_rows": Format("FP8, a scale a row", _FP8, "", optional=_INPUT_SCALES[:2], quantises=True),
-    "fp8_blocks": Format("FP8, scaled in blocks", _FP8, None, (), _INPUT_SCALES[:2], quantises=True, repairs=False),
+    "fp8": Format("scaled FP8", _FP8, "", optional=_INPUT_SCALES[:2], quantises=True),
+    "fp8_rows": Format("FP8 scaled by rows", _FP8, "", optional=_INPUT_SCALES[:2], quantises=True),
+    "fp8_blocks": Format("FP8 scaled in blocks", _FP8, None, (), _INPUT_SCALES[:2], quantises=True, repairs=False),
     "fp8_cast": Format("FP8", _FP8, None, quantises=True),
-    "int8": Format("INT8, scaled", ("I8",), "int8_tensorwise", _SCALE),
+    "int8": Format("scaled INT8", ("I8",), "int8_tensorwise", _SCALE),
     "mxfp8": Format("MXFP8", ("F8_E4M3",), "mxfp8", _SCALE, ("input_scale",)),
-    "convrot_w4a4": Format("INT4, ConvRot", ("I8",), "convrot_w4a4", _SCALE),
+    "convrot_w4a4": Format("ConvRot INT4", ("I8",), "convrot_w4a4", _SCALE),
     "asym_w4a8_int8": Format(
-        "INT4, asymmetric", ("I8",), "asym_w4a8_int8", ("weight_s_rel", "weight_s_channel"), ("weight_codebook",)
+        "asymmetric INT4", ("I8",), "asym_w4a8_int8", ("weight_s_rel", "weight_s_channel"), ("weight_codebook",)
     ),
-    "awq_w4a16": Format("INT4, AWQ", ("I8",), "awq_w4a16", ("weight_scale", "weight_zeros")),
+    "awq_w4a16": Format("AWQ INT4", ("I8",), "awq_w4a16", ("weight_scale", "weight_zeros")),
     "bitsandbytes": Format("bitsandbytes 4-bit", ("U8",), None, loads=False, repairs=False),
     "mxfp4": Format("MXFP4", ("U8", "F4"), None, loads=False, repairs=False),
-    "bytes": Format("bytes without scales, as of GGUF", ("U8",), None, loads=False, repairs=False),
+    "bytes": Format("bytes without scales (GGUF?)", ("U8",), None, loads=False, repairs=False),
     "int": Format("integers", (), None, loads=False, repairs=False),
     "other": Format("of a dtype no tool here reads", (), None, loads=False, repairs=False),
 }
@@ -273,7 +273,7 @@ def _settle(members: Group, info: TensorInfo, declared: Declared, stated: bool, 
     if said is not None and said not in _BY_HOST:
         if not vouched:
             near = next((known for known in _BY_HOST if known.lower() == said.lower()), ", ".join(_BY_HOST))
-            raise error(f"its declared format is {quote(said)}, which nothing knows", near)
+            raise error(f"{_of(members)} names the format {quote(said)}, which nothing knows", near)
         return kind, None, f"names the format {quote(said)}, which nothing knows"
     if said is None:
         if kind == "float" and fault and not declared.blank and not stated:
@@ -290,7 +290,12 @@ def _settle(members: Group, info: TensorInfo, declared: Declared, stated: bool, 
         return kind, said, fault
     if vouched:
         return kind, None, f"says {said}, its tensors are NVFP4"
-    raise error(f"it is declared {said}, its tensors are {FORMATS[kind].title}: {_list(members)}, {info.dtype}", "one")
+    found = f"{_of(members)} says {said}, its tensors are {FORMATS[kind].title} ({info.dtype} with {_list(members)})"
+    raise error(found, "a declaration that fits them")
+
+
+def _of(members: Group) -> str:
+    return f"its `{MARKER}` marker" if MARKER in members else "its entry in the header"
 
 
 def _check_scale(kind: str, shape, scale: str | None, members: Group, declared, error) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """The numbers beside a weight, read and checked: no NaN, nothing negative, no zero that would erase a weight.
 
 Shapes and names are checked in layers.py; here are the few values that decide over a whole layer. ``read_scale`` is the
-one reader of what multiplies FP8 and INT8 codes; ``check_packed`` looks at an NVFP4 record that any reader has made;
+one reader of what multiplies FP8 and INT8 codes; ``check_packed`` looks at an NVFP4 layer's;
 ``check_layer`` at all that a layer has, for tools that copy it as it is.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...kernels.format import E2M1_MAX, E4M3_MAX, PackedWeight
+from ...kernels.format import E2M1_MAX, E4M3_MAX
 from ..file.header import CheckpointError
 from .layers import SMOOTHING, Layer
 
@@ -86,21 +86,26 @@ def check_cast(where: str, layer: Layer, codes: torch.Tensor) -> None:
         raise _error(where, layer, found, "`weight_scale`")
 
 
-def check_packed(where: str, layer: str, record: PackedWeight) -> None:
-    """CheckpointError for an NVFP4 record whose scales are NaN, negative, or make a weight zero or thousands."""
+def check_packed(
+    where: str, layer: str, block_scale: torch.Tensor, global_scale: torch.Tensor, packed: Callable[[], torch.Tensor]
+) -> None:
+    """CheckpointError for NVFP4 scales that are NaN, negative, or make a weight zero or thousands.
+
+    ``packed`` is asked for only where scales are zero, which is right for a weight of zeros.
+    """
 
     def error(found: str, expected: str) -> CheckpointError:
         return CheckpointError(found, where=f"{where}, layer {layer}", expected=expected, remedy=_DAMAGED)
 
-    top = record.block_scale.view(torch.uint8).max().item() if record.block_scale.numel() else 0
+    top = block_scale.view(torch.uint8).max().item() if block_scale.numel() else 0
     if top >= _NAN:
         found = "NaN" if top & 0x7F == _NAN else "negative numbers"
         raise error(f"its block scales hold {found}", "finite numbers, not negative")
-    factor = record.global_scale.item()
+    factor = global_scale.item()
     if factor > 1:
         found = f"its global scale is {factor:.4g}, which allows weights as large as {factor * E2M1_MAX * E4M3_MAX:.3g}"
         raise error(found, "one below 1; perhaps it is stored as its reciprocal")
-    if (top == 0 or factor == 0) and (record.packed & 0x77).any():
+    if (top == 0 or factor == 0) and (packed() & 0x77).any():
         what = "global scale is" if factor == 0 else "block scales are"
         raise error(f"its {what} zero, its codes are not", "scales above zero")
 

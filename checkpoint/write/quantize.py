@@ -147,7 +147,7 @@ def _stream(
             guard.check()
             view = reader.view(name)
             hashed = pool.submit(hashers[plan.checkpoint.homes[name].path].update, view)
-            if name in plan.units and name not in part.finished:
+            if name in plan.units and name not in plan.made and name not in part.finished:
                 data = [view]
                 if (job := plan.jobs.get(name)) is not None:
                     data = _quantised(plan, reader, job, view, device, columns, on_bytes, done)
