@@ -21,7 +21,7 @@ import torch
 from ..checkpoint.file.container import TensorReader
 from ..checkpoint.file.header import CheckpointError, read_header
 from ..checkpoint.identify.dialects import AUTO, Plan, detect, host_layer
-from ..checkpoint.identify.layers import FP8_FORMATS
+from ..checkpoint.identify.formats import FP8_FORMATS
 from ..checkpoint.identify.signatures import find_model
 from ..kernels import backends
 from ..kernels.format import PackedWeight

@@ -20,7 +20,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
 from ..checkpoint.file.header import CheckpointError
-from ..checkpoint.identify.layers import LOW_RANK, SMOOTHING
+from ..checkpoint.identify.formats import LOW_RANK, SMOOTHING
 from ..kernels import backends, fp8, gemv, reference
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
 from . import lora

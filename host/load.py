@@ -24,7 +24,8 @@ from comfy.quant_ops import QUANT_ALGOS
 from ..checkpoint.file.container import TensorReader
 from ..checkpoint.file.header import MARKER, CheckpointError, Header, read_header
 from ..checkpoint.identify.dialects import AUTO, DIALECTS, Plan, detect, host_layer, input_scale
-from ..checkpoint.identify.layers import LOW_RANK, OLD_FP8, SMOOTHING, Layer, refuse
+from ..checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
+from ..checkpoint.identify.layers import Layer, refuse
 from ..checkpoint.identify.signatures import Model, find_model, transformer_config
 from ..checkpoint.identify.values import Get, check_layer, expand, read_scale
 from ..kernels import backends
@@ -115,7 +116,7 @@ def load_model(
     options = {"custom_operations": operations}
     state_dict_keys = frozenset(state_dict)
     patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
-    _check_linears(patcher.model.diffusion_model, operations.Linear, state_dict_keys, header.path.name)
+    check_linears(patcher.model.diffusion_model, operations.Linear, state_dict_keys, header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute))
     report = _report(plan, model, how, (backend_name, reason), device, patcher, config_source)
@@ -240,7 +241,7 @@ def _converted(plan: Plan, layer: Layer, get: Get) -> dict[str, torch.Tensor]:
 _KEPT_KEYS = (SMOOTHING, *LOW_RANK)
 
 
-def _check_linears(model: torch.nn.Module, linear: type, keys: frozenset[str], name: str) -> None:
+def check_linears(model: torch.nn.Module, linear: type, keys: frozenset[str], name: str) -> None:
     """Refuse Linears that the host gave a weight of another shape, or none though the file has parts of them.
 
     A layer of which the file has nothing may be one that this host builds and the model does not use: a warning.

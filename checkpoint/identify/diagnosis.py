@@ -15,7 +15,7 @@ from ..file.header import HEADER_ENTRY, CheckpointError, Header
 from ..file.shards import Checkpoint, Source
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
-from .layers import FORMATS, FP8_FORMATS, OLD_FP8
+from .formats import FORMATS, FP8_FORMATS, OLD_FP8
 from .signatures import Model, find_model
 
 FULL_PREFIX = "model.diffusion_model."

@@ -20,7 +20,8 @@ import torch
 from ...kernels.format import BLOCK, PackedWeight, block_scale_shape, round_up, swap_nibbles, swizzle
 from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header
 from .declarations import SIDECAR, declared_of, match_entries, modelopt_declaration, quantization
-from .layers import LOW_RANK, OLD_FP8, Group, Layer, account, group_tensors, kind_of, read_layer, weight_suffix
+from .formats import LOW_RANK, OLD_FP8, Group, kind_of, weight_suffix
+from .layers import Layer, account, group_tensors, read_layer
 from .scale_order import ROW_MAJOR, TILED, Order, Read, measure
 from .signatures import transformer_config
 from .values import check_input_scale, check_packed

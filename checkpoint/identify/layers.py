@@ -1,6 +1,5 @@
 """How each layer of a file is stored: the one function that reads it, and the one that accounts for the whole file.
 
-``FORMATS``       kind of layer -> Format: what it is called, its dtypes, its keys, and which tools take it.
 ``group_tensors`` Header -> {layer: {key suffix: TensorInfo}}; every tensor beside or below a weight is in its group.
 ``read_layer``    (layer, group, what is declared of it, its dialect) -> Layer; CheckpointError names file and layer.
 ``refuse``        layers that a tool cannot take for what they are.
@@ -20,17 +19,22 @@ from dataclasses import dataclass
 from ...kernels.format import round_up
 from ..file.header import MARKER, CheckpointError, Header, TensorInfo, quote
 from .declarations import Declared
+from .formats import (
+    FLOATS,
+    FORMATS,
+    FP8_BLOCK,
+    FP8_FORMATS,
+    LOW_RANK,
+    OLD_FP8,
+    SMOOTHING,
+    WEIGHTS,
+    Format,
+    Group,
+    kind_of,
+    scale_suffix,
+    weight_suffix,
+)
 
-Group = Mapping[str, TensorInfo]  # key suffix of one layer -> header entry
-
-FLOATS = ("F64", "F32", "F16", "BF16")
-FP8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-FP8_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
-FP8_BLOCK = 128
-OLD_FP8 = "scaled_fp8"  # the key by which ComfyUI's older FP8 files declare their layers
-LOW_RANK = ("svdquant_lora_a", "svdquant_lora_b")
-SMOOTHING = "pre_quant_scale"
-_WEIGHTS = ("weight", "weight_packed", "qweight")
 _INPUT_SCALES = ("input_scale", "scale_input", "input_global_scale", "input_absmax")
 # Scales of an attention's cache, which vLLM keeps beside the projections: they say nothing of the weight.
 _CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_output_scale")
@@ -43,47 +47,7 @@ _BYTES = ("U8", "I8", "U16", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")
 _TEXTS = re.compile(r"(^|[._])(spiece_model|tekken_model|tokenizer\w*)$")  # files within files
 
 
-@dataclass(frozen=True)
-class Format:
-    """One way to store a weight. ``host``: ComfyUI's `format` for it, "" if by dtype, None if it has none.
-
-    ``keys``: suffixes that must be there beside the weight; ``optional``: those that may. ``loads``, ``quantises``:
-    whether the loader, the quantiser can take it; ``repairs``: whether ``repair`` can declare it for ComfyUI.
-    """
-
-    title: str
-    weight: tuple[str, ...]
-    host: str | None
-    keys: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    loads: bool = True
-    quantises: bool = False
-    repairs: bool = True
-
-
-_FP8, _SCALE = tuple(FP8_FORMATS), ("weight_scale",)
-FORMATS = {
-    "float": Format("floating point", FLOATS, None, quantises=True),
-    "nvfp4": Format("NVFP4", ("U8",), "nvfp4"),
-    "fp8": Format("scaled FP8", _FP8, "", optional=_INPUT_SCALES[:2], quantises=True),
-    "fp8_rows": Format("FP8 scaled by rows", _FP8, "", optional=_INPUT_SCALES[:2], quantises=True),
-    "fp8_blocks": Format("FP8 scaled in blocks", _FP8, None, (), _INPUT_SCALES[:2], quantises=True, repairs=False),
-    "fp8_cast": Format("FP8", _FP8, None, quantises=True),
-    "int8": Format("scaled INT8", ("I8",), "int8_tensorwise", _SCALE),
-    "mxfp8": Format("MXFP8", ("F8_E4M3",), "mxfp8", _SCALE, ("input_scale",)),
-    "convrot_w4a4": Format("ConvRot INT4", ("I8",), "convrot_w4a4", _SCALE),
-    "asym_w4a8_int8": Format(
-        "asymmetric INT4", ("I8",), "asym_w4a8_int8", ("weight_s_rel", "weight_s_channel"), ("weight_codebook",)
-    ),
-    "awq_w4a16": Format("AWQ INT4", ("I8",), "awq_w4a16", ("weight_scale", "weight_zeros")),
-    "bitsandbytes": Format("bitsandbytes 4-bit", ("U8",), None, loads=False, repairs=False),
-    "mxfp4": Format("MXFP4", ("U8", "F4"), None, loads=False, repairs=False),
-    "bytes": Format("bytes without scales (GGUF?)", ("U8",), None, loads=False, repairs=False),
-    "int": Format("integers", (), None, loads=False, repairs=False),
-    "other": Format("of a dtype no tool here reads", (), None, loads=False, repairs=False),
-}
 _NOTHING = Declared()
-_NVFP4_SCALES = {"weight_scale", "weight_scale_2", "weight_global_scale", "alpha"}
 _OF_INT8 = [kind for kind, form in FORMATS.items() if form.weight == ("I8",)]
 _DECLARED = ("int8", "mxfp8")  # read only where a declaration says how: INT8 may be rotated, MXFP8 scales tiled
 # Suffixes that make no sense without a weight beside them.
@@ -146,7 +110,7 @@ def group_tensors(header: Header, prefix: str = "") -> dict[str, dict[str, Tenso
     `proj.weight_quantizer._scale`, `proj.lora_A.weight` are of `proj`.
     """
     names = [name for name in header.tensors if name.startswith(prefix)]
-    owners = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in _WEIGHTS}
+    owners = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in WEIGHTS}
     groups: dict[str, dict[str, TensorInfo]] = {}
     for name in names:
         layer, _, last = name.rpartition(".")
@@ -159,52 +123,6 @@ def group_tensors(header: Header, prefix: str = "") -> dict[str, dict[str, Tenso
         if layer in owners or last in _ORPHANS:
             groups.setdefault(layer, {})[name[len(layer) + 1 :] if layer else name] = header.tensors[name]
     return groups
-
-
-def kind_of(members: Group) -> str:
-    """Key of FORMATS, from the tensors alone: what a weight is where nothing is declared."""
-    name = weight_suffix(members)
-    info = members[name]
-    if any(".quant_state" in suffix or suffix.endswith("weight.absmax") for suffix in members):
-        return "bitsandbytes"
-    if info.dtype in FLOATS:
-        return "float"
-    if info.dtype in FP8_FORMATS:
-        return _kind_of_fp8(members, info)
-    if info.dtype == "F4":
-        return "mxfp4"
-    if info.dtype == "U8" and len(info.shape) > 1:
-        scales = members.keys() & _NVFP4_SCALES
-        if scales == {"weight_scale"} and members["weight_scale"].dtype in ("U8", "F8_E8M0"):
-            return "mxfp4"  # powers of two, and no second scale
-        return "nvfp4" if scales else "bytes"
-    if info.dtype == "I8":
-        return "int8" if "weight_scale" in members else "int"
-    return "int" if info.dtype[:1] in "IUB" else "other"
-
-
-def _kind_of_fp8(members: Group, info: TensorInfo) -> str:
-    scale = members.get(scale_suffix(members) or "")
-    if scale is None:
-        return "fp8_cast"
-    if scale.dtype in ("U8", "F8_E8M0"):
-        return "mxfp8"
-    if scale.numel == 1:
-        return "fp8"
-    rows = info.shape[0] if info.shape else 1
-    if scale.shape in ((rows,), (rows, *[1] * (len(info.shape) - 1))):
-        return "fp8_rows"
-    return "fp8_blocks"
-
-
-def weight_suffix(members: Group) -> str | None:
-    """The key suffix of the layer's numbers."""
-    return next((suffix for suffix in reversed(_WEIGHTS) if suffix in members), None)
-
-
-def scale_suffix(members: Group) -> str | None:
-    """The key suffix of what multiplies FP8 or INT8 codes."""
-    return next((suffix for suffix in FP8_SCALES if suffix in members), None)
 
 
 def read_layer(

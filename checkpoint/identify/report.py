@@ -15,7 +15,8 @@ from ..file.shards import open_checkpoint
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, TEXT_PROJECTION, VIDEO_VAE, Component
 from .diagnosis import Diagnosis, diagnose
-from .layers import FORMATS, Group, group_tensors, kind_of, weight_suffix
+from .formats import FORMATS, Group, kind_of, weight_suffix
+from .layers import group_tensors
 from .signatures import find_model
 from .vae_signatures import AUDIO, FULL, Identity, Vae, identify
 

@@ -17,7 +17,7 @@ import torch
 
 from ...kernels.format import unswizzle
 from ..file.header import Header
-from .layers import Group, weight_suffix
+from .formats import Group, weight_suffix
 
 TILED, ROW_MAJOR = "tiled", "row-major"
 Read = Callable[[str], torch.Tensor]  # name in the file -> tensor

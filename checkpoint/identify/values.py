@@ -13,7 +13,8 @@ import torch
 
 from ...kernels.format import E2M1_MAX, E4M3_MAX
 from ..file.header import CheckpointError
-from .layers import SMOOTHING, Layer
+from .formats import SMOOTHING
+from .layers import Layer
 
 Get = Callable[[str], torch.Tensor]  # key suffix of one layer -> tensor
 

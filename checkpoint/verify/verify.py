@@ -22,7 +22,8 @@ from ..file.header import CheckpointError
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, find_components
-from ..identify.layers import FP8_FORMATS, Layer, refuse
+from ..identify.formats import FP8_FORMATS
+from ..identify.layers import Layer, refuse
 from ..write.weights import FloatRows, FloatWeight, float_weight
 from .weight_error import energy, layer_error
 

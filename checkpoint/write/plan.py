@@ -22,7 +22,8 @@ from ..file.header import ITEM_BYTES, CheckpointError, Header, read_header
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, VIDEO_VAE, find_components
-from ..identify.layers import FP8_SCALES, OLD_FP8, Layer, refuse
+from ..identify.formats import FP8_SCALES, OLD_FP8
+from ..identify.layers import Layer, refuse
 from ..identify.signatures import find_model
 from .card import licence_of, tool_version
 from .recipes import AUTO, Options, Recipe, Selection, find_recipe, select

@@ -24,7 +24,8 @@ from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL
 from ..identify.declarations import layer_entries
 from ..identify.diagnosis import Diagnosis, Finding, diagnose
-from ..identify.layers import OLD_FP8, SMOOTHING, refuse
+from ..identify.formats import OLD_FP8, SMOOTHING
+from ..identify.layers import refuse
 from ..identify.values import check_layer, check_packed
 from .split import check_targets, with_config
 

@@ -17,7 +17,8 @@ from ...kernels.backends import dequantize
 from ...kernels.format import BLOCK, PackedWeight, round_up, swizzle, unswizzle
 from ..file.header import CheckpointError, Header
 from ..identify import dialects
-from ..identify.layers import OLD_FP8, Layer
+from ..identify.formats import OLD_FP8
+from ..identify.layers import Layer
 from ..identify.values import check_cast, expand, read_scale
 
 Get = Callable[[str], torch.Tensor]  # name in the checkpoint -> tensor

@@ -15,7 +15,8 @@ import torch
 
 from ..file.header import Header, TensorInfo
 from ..file.shards import Source
-from ..identify.layers import FORMATS, FP8_FORMATS, Layer
+from ..identify.formats import FORMATS, FP8_FORMATS
+from ..identify.layers import Layer
 from ..identify.values import check_cast, expand, read_scale
 
 TILE = 128  # rows whose block scales are contiguous in the host's layout

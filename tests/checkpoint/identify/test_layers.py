@@ -1,4 +1,4 @@
-"""layers.py and declarations.py: each way to store a layer is told by its tensors, and nothing beside it goes unread."""
+"""layers.py and declarations.py: each way to store a layer is told by its tensors; nothing beside it goes unread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import pytest
 from nvfp4_video.checkpoint.file.header import CheckpointError, Header
 from nvfp4_video.checkpoint.identify.dialects import detect
-from nvfp4_video.checkpoint.identify.layers import FORMATS, group_tensors, refuse
+from nvfp4_video.checkpoint.identify.formats import FORMATS
+from nvfp4_video.checkpoint.identify.layers import group_tensors, refuse
 from nvfp4_video.tests.support.header_by_hand import ENTRY, MODELOPT, comfy_layer, entry, header, marked, refusal
 
 FP8 = {"weight": entry("F8_E4M3", 256, 384)}
