@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.format import BLOCK, PackedWeight, block_scale_shape, round_up, swap_nibbles, swizzle
-from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header
+from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header, quote
 from .declarations import SIDECAR, declared_of, match_entries, modelopt_declaration, quantization
 from .formats import LOW_RANK, OLD_FP8, Group, kind_of, weight_suffix
 from .layers import Layer, account, group_tensors, read_layer
@@ -85,6 +85,8 @@ DIALECTS = {
         "LightX2V", "weight", True, True, _LIGHTX2V, ("input_scale", "input_global_scale", "input_absmax")
     ),
 }
+# Of the same layout; NVFP4_AWQ has `pre_quant_scale`, NVFP4_SVD a low-rank part too. MIXED_PRECISION lists its layers.
+_MODELOPT_ALGORITHMS = (None, "NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "W4A16_NVFP4", "MIXED_PRECISION")
 _INPUT_SCALES = (
     ("input_scale", lambda value: value),
     ("input_global_scale", lambda value: 1.0 / value),
@@ -172,7 +174,8 @@ def detect(header: Header, requested: str = AUTO, prefix: str = "", read: Read |
             stated=requested != AUTO, block_size=_block_size(asks),
             weight_only=any(layer.startswith(start) and info.numel == 2 for start, info in old.items()),
         )  # fmt: skip
-    _check_together(name, layers, dialect, old)
+    svd = quantization(header).get("quant_algo") == "NVFP4_SVD" and (dialect or "").startswith("modelopt")
+    _check_together(name, layers, dialect, old, svd)
     formats = {layer: dict(found.marker) for layer, found in layers.items() if found.marker is not None}
     absent = tuple(entries.absent)
     return Plan(
@@ -192,7 +195,7 @@ def _block_size(asks: Mapping) -> tuple[int, int] | None:
     return tuple(size) if whole else None
 
 
-def _check_together(name: str, layers: Mapping[str, Layer], dialect: str | None, old: Mapping) -> None:
+def _check_together(name: str, layers: Mapping[str, Layer], dialect: str | None, old: Mapping, svd: bool) -> None:
     """What a layer alone does not show: FP8 without scale in a file of scaled FP8, low-rank tensors of some layers."""
     bare = next((layer for layer in layers.values() if layer.kind == "fp8_cast"), None)
     scaled = next((layer.name for layer in layers.values() if layer.kind in ("fp8", "fp8_rows", "fp8_blocks")), None)
@@ -202,8 +205,9 @@ def _check_together(name: str, layers: Mapping[str, Layer], dialect: str | None,
         raise CheckpointError(found, where=f"{name}, layer {bare.name}", expected="`weight_scale`", remedy=remedy)
     packed = [layer for layer in layers.values() if layer.kind == "nvfp4"]
     without = next((layer for layer in packed if not layer.low_rank), None)
-    if without is not None and any(layer.low_rank for layer in packed):
-        found = "it has no low-rank tensors, other NVFP4 layers have them"
+    if without is not None and (svd or any(layer.low_rank for layer in packed)):
+        why = "the file is declared NVFP4_SVD" if svd else "other NVFP4 layers have them"
+        found = f"it has no low-rank tensors, {why}"
         raise CheckpointError(found, where=f"{name}, layer {without.name}", expected=" and ".join(LOW_RANK))
     bank = next((layer for layer in packed if len(layer.shape) == 3), None)
     if bank is not None and dialect not in (None, "comfy"):
@@ -298,6 +302,12 @@ def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) ->
     if modelopt == SIDECAR and HEADER_ENTRY in header.metadata:
         modelopt = None  # ModelOpt writes that entry and its own into one header, or neither
     if modelopt:
+        algorithm = quantization(header).get("quant_algo")
+        if algorithm not in _MODELOPT_ALGORITHMS:
+            found = f"ModelOpt's quant_algo is {quote(algorithm)}, its tensors are NVFP4"
+            expected = ", ".join(name for name in _MODELOPT_ALGORITHMS if name)
+            remedy = "state the loader's `dialect` if that entry is left over from another file"
+            raise CheckpointError(found, where=header.path.name, expected=expected, remedy=remedy)
         return _modelopt_layout(header, packed, layouts, modelopt, read)
     if HEADER_ENTRY in header.metadata:
         return "comfy", f"header entry {HEADER_ENTRY}", None

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ...kernels.format import BLOCK, PackedWeight, round_up
+from ...kernels.format import BLOCK, round_up
 from ..file.header import CheckpointError
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, find_components
-from ..identify.formats import FP8_FORMATS
+from ..identify.formats import FP8_FORMATS, LOW_RANK, SMOOTHING
 from ..identify.layers import Layer, refuse
 from ..write.weights import FloatRows, FloatWeight, float_weight
 from .weight_error import energy, layer_error
@@ -192,12 +192,12 @@ class _Layers:
     def check(self, layer: str, weight) -> LayerCheck:
         """One NVFP4 layer against its original."""
         rows = FloatRows(self.original, weight, self.device)
-        record, smooth = self._record(self._plan, layer)
+        record, *beside = self._record(self._plan, layer)
         (n, k), (stored_n, stored_k) = rows.shape, record.shape
         if (round_up(n, 16), round_up(k, BLOCK)) != (round_up(stored_n, 16), round_up(stored_k, BLOCK)):
             verdict = f"it is {stored_n} x {stored_k}, its original {n} x {k}"
             return self._made(layer, "NVFP4", (n, k), (math.inf, 0.1, 0.0, 0.0, 0), verdict)
-        numbers = layer_error(rows, record, smooth)
+        numbers = layer_error(rows, record, *beside)
         return self._made(layer, "NVFP4", (n, k), numbers, self._verdict(layer, weight, numbers))
 
     def check_fp8(self, name: str, own: str) -> list[LayerCheck]:
@@ -236,8 +236,8 @@ class _Layers:
         for name in dialects.DIALECTS:
             other = self._other(name)
             if name != self._plan.dialect and other is not None and layer in other.nvfp4:
-                record, smooth = self._record(other, layer)
-                if layer_error(FloatRows(self.original, weight, self.device), record, smooth)[0] <= allowed:
+                found = self._record(other, layer)
+                if layer_error(FloatRows(self.original, weight, self.device), *found)[0] <= allowed:
                     return f"{text}; it is in the dialect {name}, not {self._plan.dialect} (`repair --dialect {name}`)"
         if 0.25 < error < 0.6:
             return f"{text}; 0.36 is the mark of block scales in the wrong order"
@@ -249,8 +249,8 @@ class _Layers:
         for layer in plan.nvfp4 if plan else ():
             weight = self.theirs.weight(self.ours.layer(layer))
             if weight is not None:
-                record, smooth = self._record(plan, layer)
-                return layer_error(FloatRows(self.original, weight, self.device), record, smooth)[0]
+                found = self._record(plan, layer)
+                return layer_error(FloatRows(self.original, weight, self.device), *found)[0]
         return None
 
     def _other(self, name: str) -> dialects.Plan | None:
@@ -272,12 +272,15 @@ class _Layers:
             raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
         return plan
 
-    def _record(self, plan: dialects.Plan, layer: str) -> tuple[PackedWeight, torch.Tensor | None]:
-        """A layer in the host's layout, and what its input is multiplied by, if anything."""
-        record = dialects.host_layer(plan, layer, lambda suffix: self.reader.tensor(f"{layer}.{suffix}"), False)
-        smooth = f"{layer}.pre_quant_scale"
-        present = smooth in self.ours.header.tensors
-        return record, self.reader.tensor(smooth).float().reshape(-1).to(self.device) if present else None
+    def _record(self, plan: dialects.Plan, layer: str) -> tuple:
+        """A layer in the host's layout, what its input is multiplied by, and its low-rank part, if any."""
+        get = lambda suffix: self.reader.tensor(f"{layer}.{suffix}")  # noqa: E731
+        record, read = dialects.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
+        smooth = get(SMOOTHING).float().reshape(-1).to(self.device) if SMOOTHING in read else None
+        low_rank = None
+        if plan.layers[layer].low_rank:
+            low_rank = tuple(get(suffix).float().to(self.device) for suffix in LOW_RANK)
+        return record, smooth, low_rank
 
 
 def _describes(name: str, plan: dialects.Plan) -> bool:
