@@ -18,9 +18,9 @@ SHAPES = ("4096x4096", "16384x4096", "4096x16384", "2048x2048", "2048x8192", "32
 
 def contenders(backend: str) -> dict[str, Callable]:
     """Name -> function of (PackedWeight) -> BF16 weight; kitchen's backends only where they can run."""
-    from nvfp4_video.kernels import backends
+    from nvfp4_video.kernels import dispatch
 
-    found = {"ours": lambda w: backends.dequantize(w.packed, w.block_scale, w.global_scale, w.shape, backend=backend)}
+    found = {"ours": lambda w: dispatch.dequantize(w, backend=backend)}
     try:
         import comfy_kitchen
     except ImportError:
@@ -63,7 +63,7 @@ def measure(shape: tuple[int, int], calls: dict[str, Callable], bandwidth: float
     moved = rows * cols * 2 + rows * cols // 2 + rows * cols // 16
     sets = common.rotation(moved)
     weights = [reference.quantize(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) for _ in range(sets)]
-    expected = [reference.dequantize(w.packed, w.block_scale, w.global_scale, w.shape) for w in weights]
+    expected = [reference.dequantize(w) for w in weights]
     checked = {f"{name} differs": mismatches(call, weights, expected) for name, call in calls.items()}
     del expected
     floor = moved / bandwidth

@@ -26,7 +26,7 @@ def operands(shape: tuple[int, int], tokens: int) -> list[tuple]:
     found = []
     for _ in range(common.rotation(shape[0] * shape[1] // 2 + 2 * tokens * shape[1], most=6)):
         weight = reference.quantize(torch.randn(shape, device="cuda", dtype=torch.bfloat16) / shape[1] ** 0.5)
-        dense = reference.dequantize(weight.packed, weight.block_scale, weight.global_scale, shape)
+        dense = reference.dequantize(weight)
         x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
         found.append((x, weight, dense, torch.randn(shape[0], device="cuda", dtype=torch.bfloat16)))
     return found
@@ -35,18 +35,18 @@ def operands(shape: tuple[int, int], tokens: int) -> list[tuple]:
 def check(shape: tuple[int, int], tokens: int = 33) -> dict[str, Any]:
     """Conversions: elements that differ from the reference; the Linear: relative errors."""
     import torch
-    from nvfp4_video.kernels import fp8, reference
-    from nvfp4_video.kernels.triton import to_fp8 as triton_fp8
+    from nvfp4_video.kernels import dispatch, fp8, reference
+    from nvfp4_video.kernels.triton.quantize_rows import quantize_rows
+    from nvfp4_video.kernels.triton.to_fp8 import to_fp8
 
     x, w, dense, bias = operands(shape, tokens)[0]
-    parts = (w.packed, w.block_scale, w.global_scale)
     for size in (shape, (1, shape[1]), (tokens, shape[1])):
         poison = torch.full(size, 255, device="cuda", dtype=torch.uint8)
         del poison
-    weight, weight_scale = triton_fp8.to_fp8(*parts, shape)
-    right, right_scale = reference.to_fp8(*parts, shape)
+    weight, weight_scale = to_fp8(w)
+    right, right_scale = reference.to_fp8(w)
     differing = int((weight.view(torch.uint8) != right.view(torch.uint8)).sum() + (weight_scale != right_scale).sum())
-    quantized, scale = triton_fp8.quantize_rows(x)
+    quantized, scale = quantize_rows(x)
     right, right_scale = reference.quantize_rows(x)
     differing += int((quantized.view(torch.uint8) != right.view(torch.uint8)).sum() + (scale != right_scale).sum())
     exact = quantized.double() @ weight.double().t() * scale * weight_scale + bias.double()
@@ -55,7 +55,7 @@ def check(shape: tuple[int, int], tokens: int = 33) -> dict[str, Any]:
     for fast in (False, True):
         result = fp8.scaled_mm(quantized, scale, weight, weight_scale, bias, fast).double()
         found["error fast" if fast else "error"] = float((result - exact).norm() / exact.norm())
-    whole = fp8.linear_fp8(x, *parts, shape, bias).double()
+    whole = dispatch.linear_fp8(x, w, bias).double()
     found["against BF16 weights"] = float((whole - dense_result).norm() / dense_result.norm())
     return found
 
@@ -63,22 +63,18 @@ def check(shape: tuple[int, int], tokens: int = 33) -> dict[str, Any]:
 def measure(shape: tuple[int, int], tokens: int) -> dict[str, Any]:
     """One shape and token count -> milliseconds and ratios to dense BF16."""
     import torch
-    from nvfp4_video.kernels import backends, fp8
-    from nvfp4_video.kernels.triton import to_fp8 as triton_fp8
+    from nvfp4_video.kernels import dispatch, fp8
+    from nvfp4_video.kernels.triton.quantize_rows import quantize_rows
+    from nvfp4_video.kernels.triton.to_fp8 import to_fp8
 
     sets = operands(shape, tokens)
-    quantized = [
-        (*triton_fp8.quantize_rows(x), *triton_fp8.to_fp8(w.packed, w.block_scale, w.global_scale, w.shape), b)
-        for x, w, _, b in sets
-    ]
+    quantized = [(*quantize_rows(x), *to_fp8(w), b) for x, w, _, b in sets]
     calls = {
         "dense": lambda x, w, dense, bias: torch.nn.functional.linear(x, dense, bias),
-        "bf16 mode": lambda x, w, dense, bias: backends.linear(
-            x, w.packed, w.block_scale, w.global_scale, w.shape, bias
-        ),
-        "linear": lambda x, w, dense, bias: fp8.linear_fp8(x, w.packed, w.block_scale, w.global_scale, w.shape, bias),
-        "weight": lambda x, w, dense, bias: triton_fp8.to_fp8(w.packed, w.block_scale, w.global_scale, w.shape),
-        "activations": lambda x, w, dense, bias: triton_fp8.quantize_rows(x),
+        "bf16 mode": lambda x, w, dense, bias: dispatch.linear(x, w, bias),
+        "linear": lambda x, w, dense, bias: dispatch.linear_fp8(x, w, bias),
+        "weight": lambda x, w, dense, bias: to_fp8(w),
+        "activations": lambda x, w, dense, bias: quantize_rows(x),
     }
     row: dict[str, Any] = {"out x in": f"{shape[0]} x {shape[1]}", "tokens": tokens}
     row |= {name: common.time_gpu(call, sets, rounds=9) * 1e3 for name, call in calls.items()}
@@ -91,35 +87,34 @@ def measure(shape: tuple[int, int], tokens: int) -> dict[str, Any]:
 
 def tiles(shape: tuple[int, int], bandwidth: float) -> list[dict[str, Any]]:
     """The conversion of one weight by tile, the fastest first: ``x floor`` counts 1.5625 bytes an element."""
-    from nvfp4_video.kernels.triton import to_fp8 as triton_fp8
+    from nvfp4_video.kernels.triton import to_fp8
 
-    sets = [(w.packed, w.block_scale, w.global_scale, w.shape) for _, w, _, _ in operands(shape, 16)]
-    floor, kept, rows = shape[0] * shape[1] * 1.5625 / bandwidth, triton_fp8.WEIGHT_TILE, []
+    sets = [(w,) for _, w, _, _ in operands(shape, 16)]
+    floor, kept, rows = shape[0] * shape[1] * 1.5625 / bandwidth, to_fp8.WEIGHT_TILE, []
     for tile_rows, blocks, warps in TILES:
-        triton_fp8.WEIGHT_TILE = {"ROWS": tile_rows, "BLOCKS": blocks, "num_warps": warps}
-        triton_fp8.converter.cache_clear()
-        seconds = common.time_gpu(triton_fp8.to_fp8, sets, rounds=9)
-        rows.append({"out x in": f"{shape[0]} x {shape[1]}", **triton_fp8.WEIGHT_TILE, "us": seconds * 1e6})
+        to_fp8.WEIGHT_TILE = {"ROWS": tile_rows, "BLOCKS": blocks, "num_warps": warps}
+        to_fp8.prepare.cache_clear()
+        seconds = common.time_gpu(to_fp8.to_fp8, sets, rounds=9)
+        rows.append({"out x in": f"{shape[0]} x {shape[1]}", **to_fp8.WEIGHT_TILE, "us": seconds * 1e6})
         rows[-1]["x floor"] = seconds / floor
-    triton_fp8.WEIGHT_TILE = kept
-    triton_fp8.converter.cache_clear()
+    to_fp8.WEIGHT_TILE = kept
+    to_fp8.prepare.cache_clear()
     return sorted(rows, key=lambda row: row["us"])
 
 
 def launch_cost(shape: tuple[int, int]) -> dict[str, float]:
     """Microseconds of CPU time to queue one Linear of 256 tokens by each way."""
     import torch
-    from nvfp4_video.kernels import backends, fp8
+    from nvfp4_video.kernels import dispatch
 
     x, w, dense, bias = operands(shape, 256)[0]
-    parts = (w.packed, w.block_scale, w.global_scale)
-    dequantize = backends.dequantizer(shape, x.dtype, x.device)
-    run = fp8.linear_function(shape, x.dtype, x.device)
+    dequantize = dispatch.prepare("dequantize", shape, x.dtype, x.device)
+    run = dispatch.prepare("linear_fp8", shape, x.dtype, x.device)
     linear = torch.nn.functional.linear
     calls = {
         "dense": lambda: linear(x, dense, bias),
-        "bf16 mode": lambda: linear(x, dequantize(*parts), bias),
-        "fp8": lambda: run(x, *parts, bias),
+        "bf16 mode": lambda: linear(x, dequantize(*w.parts), bias),
+        "fp8": lambda: run(x, *w.parts, bias),
     }
     return {name: common.time_launch(call, calls=20) * 1e6 for name, call in calls.items()}
 

@@ -8,7 +8,6 @@ shape is shown beside the rule's own choice.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 from typing import Any
@@ -29,7 +28,7 @@ def operands(shape: tuple[int, int], rows: int, dense: bool = True) -> list[tupl
     found = []
     for _ in range(common.rotation(shape[0] * shape[1] * 9 // 16, most=16)):
         w = reference.quantize(torch.randn(shape, device="cuda", dtype=torch.bfloat16) / shape[1] ** 0.5)
-        whole = reference.dequantize(w.packed, w.block_scale, w.global_scale, shape) if dense else None
+        whole = reference.dequantize(w) if dense else None
         x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
         found.append((x, w, whole, torch.randn(shape[0], device="cuda", dtype=torch.bfloat16)))
     return found
@@ -45,17 +44,17 @@ def check(shape: tuple[int, int], rows: int, config: tuple[int, int, int] | None
     """Relative error against FP64, in BF16 and FP16; ``unequal``: elements that a second call gives otherwise."""
     import torch
     from nvfp4_video.kernels import reference
-    from nvfp4_video.kernels.triton import gemv as triton_gemv
+    from nvfp4_video.kernels.format import PackedWeight
+    from nvfp4_video.kernels.triton.gemv import prepare
 
     x, w, _, bias = operands(shape, rows, dense=False)[0]
     one = torch.ones((), device="cuda")
-    decoded = (
-        reference.dequantize(w.packed, w.block_scale, one, shape, torch.float32).double() * w.global_scale.double()
-    )
+    unscaled = PackedWeight(w.packed, w.block_scale, one, shape)
+    decoded = reference.dequantize(unscaled, torch.float32).double() * w.global_scale.double()
     row: dict[str, Any] = {"out x in": f"{shape[0]} x {shape[1]}", "rows": rows, "config": config, "unequal": 0}
     for dtype in (torch.bfloat16, torch.float16):
-        run = triton_gemv.gemv_function(shape, dtype, x.device, config)
-        arguments = (x.to(dtype), w.packed, w.block_scale, w.global_scale, bias.to(dtype))
+        run = prepare(shape, dtype, x.device, config)
+        arguments = (x.to(dtype), *w.parts, bias.to(dtype))
         right = arguments[0].double() @ decoded.t() + arguments[4].double()
         poison = torch.full((rows, shape[0]), torch.nan, device="cuda", dtype=dtype)
         del poison
@@ -68,25 +67,24 @@ def check(shape: tuple[int, int], rows: int, config: tuple[int, int, int] | None
 def measure(shape: tuple[int, int], rows: int, bandwidth: float, configs: bool) -> tuple[dict[str, Any], list]:
     """One shape and row count -> microseconds and ratios; and, if asked, every configuration's."""
     import torch
-    from nvfp4_video.kernels import backends
-    from nvfp4_video.kernels.triton import gemv as triton_gemv
+    from nvfp4_video.kernels import dispatch
+    from nvfp4_video.kernels.triton.gemv import prepare
 
     sets = operands(shape, rows)
     device, dtype = sets[0][0].device, torch.bfloat16
-    parts = [(x, w.packed, w.block_scale, w.global_scale, bias) for x, w, _, bias in sets]
+    parts = [(x, *w.parts, bias) for x, w, _, bias in sets]
     floor = (shape[0] * shape[1] * 9 / 16 + 2 * rows * sum(shape)) / bandwidth
-    linear = functools.partial(backends.linear, backend="triton")
     calls = {
         "dense": (lambda x, w, dense, bias: torch.nn.functional.linear(x, dense, bias), sets),
-        "dequantised": (lambda x, p, s, g, bias: linear(x, p, s, g, shape, bias), parts),
-        "fused": (triton_gemv.gemv_function(shape, dtype, device), parts),
+        "dequantised": (lambda x, w, dense, bias: dispatch.linear(x, w, bias, "triton"), sets),
+        "fused": (prepare(shape, dtype, device), parts),
     }
     row: dict[str, Any] = {"out x in": f"{shape[0]} x {shape[1]}", "rows": rows, "floor us": floor * 1e6}
     row |= {name: common.time_gpu(call, given, rounds=9) * 1e6 for name, (call, given) in calls.items()}
     row |= {"fused / floor": row["fused"] / (floor * 1e6), "dense / fused": row["dense"] / row["fused"]}
     timed = []
     for config in all_configs(shape) if configs else []:
-        run = triton_gemv.gemv_function(shape, dtype, device, config)
+        run = prepare(shape, dtype, device, config)
         timed.append((common.time_gpu(run, parts, rounds=5) * 1e6, config))
     if timed:
         row["best"], row["best config"] = min(timed)
@@ -97,22 +95,21 @@ def measure(shape: tuple[int, int], rows: int, bandwidth: float, configs: bool) 
 def launch_cost(shape: tuple[int, int] = (2048, 2048)) -> dict[str, float]:
     """Microseconds of CPU time to queue one Linear of one row by each way."""
     import torch
-    from nvfp4_video.kernels import backends
-    from nvfp4_video.kernels.triton import gemv as triton_gemv
+    from nvfp4_video.kernels import dispatch
+    from nvfp4_video.kernels.triton.gemv import prepare
 
     x, w, dense, bias = operands(shape, 1)[0]
-    parts = (w.packed, w.block_scale, w.global_scale)
-    dequantize = backends.dequantizer(shape, x.dtype, x.device)
+    dequantize = dispatch.prepare("dequantize", shape, x.dtype, x.device)
     linear = torch.nn.functional.linear
     found = {
         "dense": lambda: linear(x, dense, bias),
-        "dequantised": lambda: linear(x, dequantize(*parts), bias),
-        "of which dequantised": lambda: dequantize(*parts),
+        "dequantised": lambda: linear(x, dequantize(*w.parts), bias),
+        "of which dequantised": lambda: dequantize(*w.parts),
         "of which allocated": lambda: torch.empty(shape, dtype=x.dtype, device=x.device),
     }
     for split in (1, 4):
-        run = triton_gemv.gemv_function(shape, x.dtype, x.device, (16, 2, split))
-        found[f"fused, split {split}"] = lambda run=run: run(x, *parts, bias)
+        run = prepare(shape, x.dtype, x.device, (16, 2, split))
+        found[f"fused, split {split}"] = lambda run=run: run(x, *w.parts, bias)
     return {name: common.time_launch(call, calls=20) * 1e6 for name, call in found.items()}
 
 

@@ -13,7 +13,8 @@ import common
 
 common.import_pack()
 from nvfp4_video.host import session  # noqa: E402  (the pack has to be importable first)
-from nvfp4_video.host.session import FRAME_RATE, SIGMAS, end_of_node, latent_shapes, sample  # noqa: E402
+from nvfp4_video.host.session import FRAME_RATE, end_of_node, latent_shapes, sample  # noqa: E402
+from nvfp4_video.measure.ltx import SIGMAS  # noqa: E402
 
 __all__ = [
     "FRAME_RATE", "SIGMAS", "add_options", "compiled", "end_of_node", "latent_shapes", "launch_cost", "parse_options",
@@ -97,9 +98,9 @@ def launch_cost(patcher: Any, layers: list[str], rounds: int = 5) -> float:
 def without_graphs(patcher: Any) -> None:
     """Take the pack's CUDA graphs off a loaded model."""
     from comfy.patcher_extension import WrappersMP
-    from nvfp4_video.host import graphs
+    from nvfp4_video.host import block_graphs
 
-    patcher.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, graphs.KEY)
+    patcher.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, block_graphs.KEY)
 
 
 def compiled(patcher: Any) -> Any:

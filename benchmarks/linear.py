@@ -25,7 +25,7 @@ TOKENS = (1, 64, 1024, 6144, 14080)
 def contenders(backend: str) -> dict[str, Callable]:
     """Name -> function of (x, PackedWeight, dense BF16 weight, host's QuantizedTensor or None)."""
     import torch
-    from nvfp4_video.kernels import backends
+    from nvfp4_video.kernels import dispatch
 
     linear = torch.nn.functional.linear
     found: dict[str, Callable] = {"dense": lambda x, w, dense, quantized: linear(x, dense)}
@@ -41,9 +41,7 @@ def contenders(backend: str) -> dict[str, Callable]:
                     x, dequantize(w.packed, w.global_scale, w.block_scale)
                 )
         found["QuantizedTensor"] = lambda x, w, dense, quantized: linear(x, quantized)
-    found["ours"] = lambda x, w, dense, quantized: backends.linear(
-        x, w.packed, w.block_scale, w.global_scale, w.shape, backend=backend
-    )
+    found["ours"] = lambda x, w, dense, quantized: dispatch.linear(x, w, backend=backend)
     return found
 
 
@@ -69,7 +67,7 @@ def gpu_part(shape: tuple[int, int], tokens: list[int], backend: str) -> list[di
     calls = contenders(backend)
     sets = common.rotation(shape[0] * shape[1] // 2, most=8)
     weights = [reference.quantize(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) for _ in range(sets)]
-    dense = [reference.dequantize(w.packed, w.block_scale, w.global_scale, w.shape) for w in weights]
+    dense = [reference.dequantize(w) for w in weights]
     quantized = [as_quantized_tensor(w) for w in weights]
     rows = []
     for count in tokens:

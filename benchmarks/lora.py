@@ -61,7 +61,7 @@ def decoded(key: str, shape: list[int], device: str) -> Any:
     from nvfp4_video.samples.released import random_weight
 
     record = reference.quantize(random_weight(key, shape, device))
-    return reference.dequantize(record.packed, record.block_scale, record.global_scale, record.shape)
+    return reference.dequantize(record)
 
 
 def load_reference(name: str, keys: Mapping[str, list[int]], config: Mapping, layers: list[str], device: str) -> Any:

@@ -52,8 +52,8 @@ def differing_bytes(record: Any, expected: Any) -> int:
 def on_gpu(shape: tuple[int, int], bandwidth: float) -> dict[str, Any]:
     """One shape -> a table row: GB/s of source by kernel and by call for each mode; bytes unlike the CPU's."""
     import torch
-    from nvfp4_video.kernels import backends
-    from nvfp4_video.kernels.triton import quantize as triton_quantize
+    from nvfp4_video.kernels import dispatch
+    from nvfp4_video.kernels.triton.quantize import pack
 
     read = shape[0] * shape[1] * 2
     weights = [random_weight(shape, "cuda") for _ in range(common.rotation(read))]
@@ -63,16 +63,16 @@ def on_gpu(shape: tuple[int, int], bandwidth: float) -> dict[str, Any]:
     differing = 0
     for name, (search, weighted) in MODES.items():
         column_weight = columns if weighted else None
-        records = [backends.quantize(w, None, search, column_weight, backend="triton") for w in weights]
+        records = [dispatch.quantize(w, None, search, column_weight, backend="triton") for w in weights]
         on_cpu = weights[0].cpu(), None, search, columns.cpu() if weighted else None
-        differing += differing_bytes(records[0], backends.quantize(*on_cpu))
+        differing += differing_bytes(records[0], dispatch.quantize(*on_cpu))
         sets = [(w, r.global_scale, search, column_weight) for w, r in zip(weights, records, strict=True)]
-        row[f"{name} kernel"] = read / common.time_gpu(triton_quantize.pack, sets) / 1e9
+        row[f"{name} kernel"] = read / common.time_gpu(pack, sets) / 1e9
         calls = []
         for _ in range(5):
             start = time.perf_counter()
             for weight in weights:
-                backends.quantize(weight, None, search, column_weight, backend="triton")
+                dispatch.quantize(weight, None, search, column_weight, backend="triton")
             torch.cuda.synchronize()
             calls.append((time.perf_counter() - start) / len(weights))
         row[f"{name} call"] = read / statistics.median(calls) / 1e9
@@ -82,11 +82,11 @@ def on_gpu(shape: tuple[int, int], bandwidth: float) -> dict[str, Any]:
 def contenders() -> dict[str, Callable]:
     """Name -> function of a BF16 weight on the CPU; the others only where they are installed."""
     import torch
-    from nvfp4_video.kernels import backends, reference
+    from nvfp4_video.kernels import dispatch, reference
 
     found: dict[str, Callable] = {
-        "amax": lambda w: backends.quantize(w),
-        "search": lambda w: backends.quantize(w, search="mse"),
+        "amax": lambda w: dispatch.quantize(w),
+        "search": lambda w: dispatch.quantize(w, search="mse"),
     }
     try:
         kitchen = importlib.import_module("comfy_kitchen.backends.eager.quantization")
@@ -148,14 +148,13 @@ def samples(device: str) -> dict[str, list]:
 def errors(weights: list) -> dict[str, float]:
     """Weights -> relative Frobenius norm of the error by search, and the squared error of the search over amax's."""
     import torch
-    from nvfp4_video.kernels import backends, reference
+    from nvfp4_video.kernels import dispatch, reference
 
     squared = dict.fromkeys(("amax", "mse"), 0.0)
     for search in squared:
         for weight in weights:
-            record = backends.quantize(weight, search=search)
-            parts = record.packed, record.block_scale, record.global_scale
-            decoded = reference.dequantize(*parts, record.shape, torch.float32)
+            record = dispatch.quantize(weight, search=search)
+            decoded = reference.dequantize(record, torch.float32)
             squared[search] += float((decoded - weight).double().square().sum())
     norm = sum(float(weight.double().square().sum()) for weight in weights)
     relative = {f"{search} error": (found / norm) ** 0.5 for search, found in squared.items()}

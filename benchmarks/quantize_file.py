@@ -90,7 +90,7 @@ def quantize_once(source: str, target: str, device: str, search: str) -> dict[st
     """Runs in the child: the record, with seconds and peaks of memory."""
     common.import_pack()
     import torch
-    from nvfp4_video.checkpoint.write.plan import Settings
+    from nvfp4_video.checkpoint.write.plan import QuantizeSettings
     from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 
     cuda = device.startswith("cuda")
@@ -98,7 +98,7 @@ def quantize_once(source: str, target: str, device: str, search: str) -> dict[st
         torch.zeros(1, device=device)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     start = time.perf_counter()
-    record = quantize_checkpoint(source, target, Settings(search=search), device=device)
+    record = quantize_checkpoint(source, target, QuantizeSettings(search=search), device=device)
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,

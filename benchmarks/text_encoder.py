@@ -1,17 +1,21 @@
 """How fast does the prompt enhancer write? Tokens a second of a Gemma 3 12B in NVFP4, stock ComfyUI and ours.
 
-usage: python benchmarks/text_encoder.py [--comfyui DIR] [--prompt N] [--tokens N] [--profile] [--scratch DIR]
+usage: python benchmarks/text_encoder.py [--comfyui DIR] [--words N] [--tokens N] [--profile] [--scratch DIR]
+       python benchmarks/text_encoder.py --tiny --cpu --tokens 24 --reps 1
 
 The text encoder has the released shapes (48 blocks, 10.8 billion numbers in NVFP4 Linears, a BF16 embedding of 262,208
-rows that is also the output matrix) and random weights; no vision tower. Every row goes through the host's own
-CLIP.generate, one sequence, the likeliest token each time, DynamicVRAM on as ComfyUI's main.py sets it:
+rows that is also the output matrix) and random weights; no vision tower. Every row goes through the host's own node,
+Generate LTX2 Prompt, with its instructions before the prompt and sampling off (the likeliest token each time);
+DynamicVRAM is on as ComfyUI's main.py sets it, and so is the Comfy Compiler where the host has one, unless --flags
+says otherwise:
 
 * stock        ComfyUI's load_clip
+* eager        NVFP4TextEncoderLoader without graphs
 * ours         NVFP4TextEncoderLoader, blocks replayed as CUDA graphs by the host's own machinery
-* ours, eager  the same without graphs
 
 A token's time is that between two calls of the sampler, which waits for the GPU each time; medians leave out the first
-tokens, in which graphs are captured. "floor" is what the bytes of a token take at the copy bandwidth of this run.
+tokens, in which graphs are captured. "floor" is what the bytes of a token take at the copy bandwidth of this run. The
+compiler's breaks and rogues are those of one text; tokens are compared with stock's.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +72,11 @@ class Sizes:
         }
 
 
-def write_files(folder: Path, sizes: Sizes, tokenizer: bytes) -> tuple[Path, Path, int]:
-    """Write text encoder and projection -> (their paths, bytes of weights that a token reads)."""
+def write_files(folder: Path, sizes: Sizes, tokenizer: bytes, pieces: int) -> tuple[Path, Path, int]:
+    """Write text encoder and projection -> (their paths, bytes of weights that a token reads).
+
+    Only the ``pieces`` of ``tokenizer`` are ever written: the logits of all others are 0, never the largest.
+    """
     import torch
     from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
     from nvfp4_video.kernels.format import block_scale_shape, packed_shape
@@ -81,7 +88,8 @@ def write_files(folder: Path, sizes: Sizes, tokenizer: bytes) -> tuple[Path, Pat
 
     def embedding() -> Any:
         rows = normal((sizes.vocabulary, sizes.hidden), 0.02)
-        rows[STOP] = 0  # its logit is 0, never the largest: no row stops early
+        rows[pieces:] = 0
+        rows[STOP] = 0  # no row stops early
         return rows
 
     def codes(shape: tuple[int, int]) -> Any:
@@ -174,39 +182,83 @@ class Stamps:
         del self.transformer.sample_token
 
 
-def generate(
-    clip: Any, ids: list[int], count: int, actions: Mapping[int, Callable] | None = None
-) -> tuple[list[int], Stamps, float]:
-    """Tokens, stamps and seconds of one run of the host's token loop on a prompt of ``ids``."""
-    with Stamps(clip, actions or {}) as stamps:
-        start = time.perf_counter()
-        tokens = clip.generate({"gemma3_12b": [[(i, 1.0) for i in ids]]}, do_sample=False, max_length=count, seed=0)
-        end = time.perf_counter()
+@dataclass(frozen=True)
+class Text:
+    """One run of the host's node."""
+
+    tokens: list[int]
+    prompt: int
+    stamps: Stamps
+    start: float
+    end: float
+    host: Mapping[str, int]
+
+
+def generate(clip: Any, words: str, count: int, actions: Mapping[int, Callable] | None = None) -> Text:
+    """What the host's node makes of a prompt, ``count`` tokens of it."""
+    from comfy_extras.nodes_textgen import TextGenerateLTX2Prompt
+
+    loop, seen = clip.generate, []
+
+    def recorded(tokens: Mapping[str, Any], **options: Any) -> list[int]:
+        seen.extend((len(next(iter(tokens.values()))[0]), loop(tokens, **options)))
+        return seen[1]
+
+    clip.generate = recorded
+    try:
+        with Stamps(clip, actions or {}) as stamps:
+            start = time.perf_counter()
+            TextGenerateLTX2Prompt.execute(clip, words, count, {"sampling_mode": "off"})
+            end = time.perf_counter()
+    finally:
+        del clip.generate
+    found = host_counts(clip)
     comfyui.end_of_node()
-    return tokens, stamps, end - start
+    return Text(seen[1], seen[0], stamps, start, end, found)
 
 
-def measure(row: str, clip: Any, options: Namespace, ids: list[int]) -> tuple[dict[str, Any], list[int], list]:
+def host_counts(clip: Any) -> dict[str, int]:
+    """Blocks that the host replays as graphs, and what its compiler counts, before the end of a node clears both."""
+    layers = clip.cond_stage_model.gemma3_12b.transformer.model.layers
+    found = {"blocks as graphs": sum(hasattr(layer, "_comfy_graph") for layer in layers)}
+    prefetch = comfyui.session.prefetch()
+    if hasattr(prefetch, "MALLOC_GRAPHS"):
+        rogues = sum(graph.rogue_count for graph in prefetch.MALLOC_GRAPHS.values())
+        found |= {"breaks": prefetch.MALLOC_GRAPH_BREAKS, "rogues": prefetch.MALLOC_GRAPH_ROGUES + rogues}
+    return found
+
+
+def compiler_is_on(device: Any) -> bool | None:
+    """Whether the host's compiler records the token loop; None where the host has none."""
+    enabled = getattr(comfyui.session.prefetch(), "malloc_graph_enabled", None)
+    return None if enabled is None else bool(enabled(device))
+
+
+def measure(row: str, clip: Any, options: Namespace, words: str) -> tuple[dict[str, Any], list[int], list]:
     """Table row, tokens and first logits of one CLIP: the first run is cold, the others are timed."""
     import torch
 
-    _, stamps, cold = generate(clip, ids, 4)
+    first = generate(clip, words, 4)
     prefill, each, whole = [], [], []
     if not options.cpu:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(options.reps):
-        start = time.perf_counter()
-        tokens, stamps, seconds = generate(clip, ids, options.tokens)
-        prefill.append(stamps.times[0] - start)
-        each.append([b - a for a, b in zip(stamps.times, stamps.times[1:], strict=False)][SETTLED:])
-        whole.append(len(tokens) / seconds)
-        say(f"{ROWS[row]}: {len(tokens)} tokens in {seconds:.2f} s, {statistics.median(each[-1]) * 1e3:.2f} ms a token")
+        text = generate(clip, words, options.tokens)
+        times, seconds = text.stamps.times, text.end - text.start
+        prefill.append(times[0] - text.start)
+        each.append([b - a for a, b in zip(times, times[1:], strict=False)][SETTLED:])
+        whole.append(len(text.tokens) / seconds)
+        say(
+            f"{ROWS[row]}: {len(text.tokens)} tokens after {text.prompt} in {seconds:.2f} s, "
+            f"{statistics.median(each[-1]) * 1e3:.2f} ms a token; {dict(text.host)}"
+        )
     medians = [statistics.median(run) for run in each]
     found = {"row": ROWS[row], "ms a token": min(medians) * 1e3, "tokens/s": 1 / min(medians)}
-    found |= {"with prompt and capture, tokens/s": max(whole), "prompt s": min(prefill), "first run s": cold}
+    found |= {"with prompt and capture, tokens/s": max(whole), "prompt s": min(prefill)}
+    found |= {"first run s": first.end - first.start, "prompt": text.prompt, **text.host}
     if not options.cpu:
         found["torch peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-    return found, tokens, stamps.logits
+    return found, text.tokens, text.stamps.logits
 
 
 def agreement(stock: tuple[list[int], list], ours: tuple[list[int], list]) -> dict[str, Any]:
@@ -218,7 +270,7 @@ def agreement(stock: tuple[list[int], list], ours: tuple[list[int], list]) -> di
     return {"equal tokens": same, "of": len(stock[0]), "logits differ by": differences, "finite": finite}
 
 
-def profile(row: str, clip: Any, ids: list[int], count: int = 3) -> dict[str, Any]:
+def profile(row: str, clip: Any, words: str, count: int = 3) -> dict[str, Any]:
     """Print what a token's time goes to, graphs captured before: kernels of the GPU, calls of the CPU."""
     import torch
     from torch.profiler import ProfilerActivity
@@ -226,7 +278,7 @@ def profile(row: str, clip: Any, ids: list[int], count: int = 3) -> dict[str, An
 
     cuda = torch.cuda.is_available()
     profiler = profiled(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda])
-    generate(clip, ids, SETTLED + count + 2, actions={SETTLED: profiler.start, SETTLED + count: profiler.stop})
+    generate(clip, words, SETTLED + count + 2, actions={SETTLED: profiler.start, SETTLED + count: profiler.stop})
     events = profiler.key_averages()
     found: dict[str, Any] = {}
     for side, attribute in (("GPU", "self_device_time_total"), ("CPU", "self_cpu_time_total")):
@@ -246,17 +298,23 @@ def parse() -> Namespace:
     """The command line."""
     parser = common.make_parser(__doc__)
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH"), help="checkout; default $COMFYUI_PATH")
-    parser.add_argument("--prompt", type=int, default=1280, help="tokens of the prompt; default %(default)s")
+    parser.add_argument("--words", type=int, default=60, help="words of the prompt; default %(default)s")
     parser.add_argument("--tokens", type=int, default=96, help="tokens to write; default %(default)s")
     parser.add_argument("--reps", type=int, default=2, help="timed runs of each row; default %(default)s")
     parser.add_argument("--rows", default="stock,eager,ours", help="default %(default)s")
     parser.add_argument("--backend", default="auto", help="backend of ours; default auto")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="folder with 9 GB free; default %(default)s")
-    parser.add_argument("--cpu", action="store_true", help="a tiny one on the CPU, saved to --out only")
+    parser.add_argument("--tiny", action="store_true", help="the scaled-down model of the tests")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU; nothing is saved without --out")
     parser.add_argument("--no-dynamic", action="store_true", help="leave DynamicVRAM off")
     parser.add_argument("--profile", action="store_true", help="also what the time goes to, by torch.profiler")
     parser.add_argument("--flags", default="", help="more of ComfyUI's own flags, separated by spaces")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := {*options.rows.split(",")} - {*ROWS}:
+        parser.error(f"unknown rows {', '.join(sorted(unknown))}; expected some of {', '.join(ROWS)}")
+    if options.tokens <= SETTLED + 1:
+        parser.error(f"--tokens {options.tokens}: expected more than {SETTLED + 1}, the first ones are not timed")
+    return options
 
 
 def main() -> None:
@@ -270,37 +328,43 @@ def main() -> None:
 
     found = common.facts() | {"comfyui": version}
     common.print_facts(found)
-    sizes = Sizes(64, 128, 128, 64, 32, 800) if options.cpu else Sizes()
-    if options.cpu:
-        small_gemma.shrink()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(200, sizes.vocabulary - 100, (options.prompt,), generator=generator).tolist()
-    rows, outputs = [], {}
-    result: dict[str, Any] = {"facts": found, "prompt": options.prompt, "tokens": options.tokens}
+    sizes = Sizes()
+    if options.tiny:
+        small = small_gemma
+        sizes = Sizes(small.HIDDEN, 128, small.HEADS * small.HEAD_DIM, small.KV_HEADS * small.HEAD_DIM, small.HEAD_DIM)
+        sizes = replace(sizes, vocabulary=small.VOCABULARY)
+        small.shrink()
+    words = (small_gemma.PROMPT.split() * options.words)[: options.words]
+    outputs, by_row = {}, {}
+    result: dict[str, Any] = {"facts": found, "tokens": options.tokens, "flags": flags, "tiny": options.tiny}
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        gemma, projection, read = write_files(Path(folder), sizes, small_gemma.tokenizer_bytes())
+        tokenizer, pieces = small_gemma.tokenizer_bytes(), small_gemma.VOCABULARY
+        gemma, projection, read = write_files(Path(folder), sizes, tokenizer, pieces)
         floor = read / (1e10 if options.cpu else common.copy_bandwidth())
         if not options.cpu:
             torch.cuda.empty_cache()
         say(f"wrote {gemma.stat().st_size / 1e9:.2f} GB; a token reads {read / 1e9:.2f} GB, floor {floor * 1e3:.2f} ms")
         for row in options.rows.split(","):
             clip = load_row(row, gemma, projection, options.backend)
-            measured, *outputs[row] = measure(row, clip, options, ids)
+            result["compiler"] = compiler_is_on(clip.patcher.load_device)
+            measured, *outputs[row] = measure(row, clip, options, " ".join(words))
             measured |= {"x floor": measured["ms a token"] / floor / 1e3, "DynamicVRAM": clip.patcher.is_dynamic()}
-            rows.append(measured)
+            by_row[row] = measured
             if options.profile:
-                result.setdefault("profile", {})[row] = profile(row, clip, ids)
+                result.setdefault("profile", {})[row] = profile(row, clip, " ".join(words))
             del clip
             import comfy.model_management
 
             comfy.model_management.unload_all_models()
-    by_row = dict(zip(options.rows.split(","), rows, strict=True))
     for row, measured in by_row.items():
         if "stock" in by_row:
             measured["x stock's speed"] = by_row["stock"]["ms a token"] / measured["ms a token"]
         if row != "stock" and "stock" in outputs:
             result.setdefault("agreement", {})[row] = agreement(outputs["stock"], outputs[row])
-    common.print_table(rows, {name: ".2f" for name in rows[0] if name not in ("row", "DynamicVRAM")})
+    rows, whole = [*by_row.values()], ("row", "DynamicVRAM", "prompt", "blocks as graphs", "breaks", "rogues")
+    common.print_table(rows, {name: ".2f" for name in rows[0] if name not in whole})
+    state = {None: "this ComfyUI has none", True: "on", False: "off"}[result["compiler"]]
+    print(f"Comfy Compiler: {state}")
     for row, facts in result.get("agreement", {}).items():
         print(f"{ROWS[row]} against stock: {facts}")
     result |= {"rows": rows, "floor_ms": floor * 1e3, "bytes_a_token": read}

@@ -18,9 +18,9 @@ from ..checkpoint.identify.components import DIFFUSION_MODEL, find_components
 from ..checkpoint.identify.signatures import context_width, find_model, transformer_config
 from ..checkpoint.identify.vae_signatures import AUDIO, find_vaes
 from ..host.bench_row import MAKE
-from ..host.session import SIGMAS, whole_schedule
 from ..measure import bench
 from ..measure.clip_quality import clip_quality
+from ..measure.ltx import CFG, SIGMAS, SPATIAL, TEMPORAL, whole_schedule
 from ..measure.media import write_bytes
 from . import bench_child
 from .console import CommandError, Console
@@ -73,17 +73,17 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What is the same for all rows. Raises CommandError for a clip the model cannot make."""
     size = args.size or ("64x64" if args.small else "768x512")
     sides = re.fullmatch(r"(\d+)x(\d+)", size)
-    if not sides or any(int(side) % 32 or not int(side) for side in sides.groups()):
+    if not sides or any(int(side) % SPATIAL or not int(side) for side in sides.groups()):
         raise CommandError(f"--size is {size!r}; expected WIDTHxHEIGHT in multiples of 32, such as 768x512")
     frames = args.frames or (9 if args.small else 121)
-    if frames % 8 != 1:
+    if frames % TEMPORAL != 1:
         raise CommandError(f"--frames is {frames}; expected 8k + 1, such as 97 or 121")
     if args.steps >= len(SIGMAS):
         raise CommandError(f"--steps is {args.steps}; there are {len(SIGMAS) - 1} distilled sigmas")
     flags = args.flags.split() + ["--cpu"] * (args.cpu and "--cpu" not in args.flags.split())
     return {
         "size": size, "frames": frames, "steps": args.steps, "sigmas": whole_schedule(args.steps), "sampler": "euler",
-        "cfg": 1.0, "seed": args.seed, "repetitions": args.reps, "warm_clips": args.warm, "flags": flags,
+        "cfg": CFG, "seed": args.seed, "repetitions": args.reps, "warm_clips": args.warm, "flags": flags,
         "dynamic_vram_asked": not args.no_dynamic, "cpu": "--cpu" in flags,
         "conditioning": args.conditioning.name if args.conditioning else "random numbers, 256 tokens",
     }  # fmt: skip

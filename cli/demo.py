@@ -20,10 +20,10 @@ import torch
 
 from ..checkpoint.file.container import TensorReader
 from ..checkpoint.file.header import CheckpointError, read_header
-from ..checkpoint.identify.dialects import AUTO, Plan, detect, host_layer
+from ..checkpoint.identify.dialects import AUTO, DialectPlan, detect, host_layer
 from ..checkpoint.identify.formats import FP8_FORMATS
 from ..checkpoint.identify.signatures import find_model
-from ..kernels import backends
+from ..kernels import backends, dispatch
 from ..kernels.format import PackedWeight
 from ..samples import synthetic
 from .console import Cell, CommandError, Console, size
@@ -47,7 +47,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Model:
+class DemoModel:
     """The model of the demo: original BF16 tensors, config, its packed layers, and their decoding."""
 
     state: Tensors
@@ -61,7 +61,7 @@ class Reading:
     """One file read back. ``weights``: NVFP4 layer -> BF16 weight; ``rest_equal``: its BF16 tensors are right."""
 
     kind: str
-    plan: Plan
+    plan: DialectPlan
     weights: Tensors
     packed_bytes: int
     rest_equal: bool
@@ -123,15 +123,15 @@ def _folder(keep: Path | None, stack: ExitStack) -> Path:
     return keep.resolve()
 
 
-def build_model() -> Model:
+def build_model() -> DemoModel:
     """The same model at every run."""
     state, config = synthetic.small_ltx23()
     packed = synthetic.quantize_layers(state, config)
     decoded = synthetic.decoded_state(state, packed)
-    return Model(state, config, packed, {layer: decoded[f"{layer}.weight"] for layer in packed})
+    return DemoModel(state, config, packed, {layer: decoded[f"{layer}.weight"] for layer in packed})
 
 
-def _describe_model(model: Model, console: Console) -> dict[str, Any]:
+def _describe_model(model: DemoModel, console: Console) -> dict[str, Any]:
     numbers = sum(tensor.numel() for tensor in model.state.values())
     blocks = model.config["num_layers"]
     console.say("One model in every dialect", "bold")
@@ -144,7 +144,7 @@ def _describe_model(model: Model, console: Console) -> dict[str, Any]:
     return {"family": "LTX-2.3", "tensors": len(model.state), "parameters": numbers, "nvfp4_layers": len(model.packed)}
 
 
-def read_file(path: Path, model: Model, kind: str, dialect: str = AUTO) -> Reading:
+def read_file(path: Path, model: DemoModel, kind: str, dialect: str = AUTO) -> Reading:
     """Header -> dialect -> every NVFP4 layer in the host's layout -> BF16, timed; then compare the BF16 tensors."""
     start = time.perf_counter()
     header = read_header(path)
@@ -163,9 +163,9 @@ def read_file(path: Path, model: Model, kind: str, dialect: str = AUTO) -> Readi
     return Reading(kind, plan, weights, sum(quantised), rest_equal, seconds)
 
 
-def _decode(plan: Plan, layer: str, reader: TensorReader, shape: tuple[int, int]) -> torch.Tensor:
+def _decode(plan: DialectPlan, layer: str, reader: TensorReader, shape: tuple[int, int]) -> torch.Tensor:
     record = host_layer(plan, layer, lambda suffix: reader.get(f"{layer}.{suffix}"))
-    return backends.dequantize(record.packed, record.block_scale, record.global_scale, shape, torch.bfloat16)
+    return dispatch.dequantize(replace(record, shape=shape), torch.bfloat16)
 
 
 def relative_error(weights: Tensors, state: Tensors) -> float:
@@ -175,7 +175,7 @@ def relative_error(weights: Tensors, state: Tensors) -> float:
     return math.sqrt(difference / sum(float(original.square().sum()) for _, original in pairs))
 
 
-def show_files(folder: Path, model: Model, console: Console) -> list[dict[str, Any]]:
+def show_files(folder: Path, model: DemoModel, console: Console) -> list[dict[str, Any]]:
     """Write and read every kind of file; the table of what was found."""
     kinds = (ORIGINAL, *PACKED_KINDS)
     records = []
@@ -204,7 +204,7 @@ def show_files(folder: Path, model: Model, console: Console) -> list[dict[str, A
     return records
 
 
-def _file_record(path: Path, reading: Reading, model: Model) -> dict[str, Any]:
+def _file_record(path: Path, reading: Reading, model: DemoModel) -> dict[str, Any]:
     plan, layers = reading.plan, reading.weights
     identical = reading.rest_equal and _as_expected(layers, model)
     original_bytes = sum(model.state[f"{layer}.weight"].nbytes for layer in layers)
@@ -224,7 +224,7 @@ def _file_record(path: Path, reading: Reading, model: Model) -> dict[str, Any]:
     }
 
 
-def _as_expected(weights: Tensors, model: Model) -> bool:
+def _as_expected(weights: Tensors, model: DemoModel) -> bool:
     return all(torch.equal(weight, model.decoded[layer]) for layer, weight in weights.items())
 
 
@@ -243,7 +243,7 @@ def _file_row(record: dict[str, Any]) -> list[Cell]:
     ]
 
 
-def show_misreadings(folder: Path, model: Model, console: Console) -> list[dict[str, Any]]:
+def show_misreadings(folder: Path, model: DemoModel, console: Console) -> list[dict[str, Any]]:
     """What one layer becomes when a file is read in another dialect than its own: no error, other numbers."""
     console.title("Why the dialect is never guessed")
     console.say(f"One layer ({AMBIGUOUS_LAYER}) read as what it is and as what it is not:", indent=2)
@@ -260,7 +260,7 @@ def show_misreadings(folder: Path, model: Model, console: Console) -> list[dict[
     return records
 
 
-def show_refusals(folder: Path, model: Model, console: Console) -> list[dict[str, Any]]:
+def show_refusals(folder: Path, model: DemoModel, console: Console) -> list[dict[str, Any]]:
     """Files that must be refused: one that does not declare its dialect, one that is cut short."""
     undeclared, cut = (folder / f"{name}.safetensors" for name in (UNDECLARED, CUT))
     synthetic.write(undeclared, "metadata_less", model.state, {}, model.packed)  # without config: nobody's header
@@ -297,7 +297,7 @@ def show_gpu(console: Console) -> dict[str, Any]:
     name, reason = backends.pick_backend(device)
     console.say(f"auto picks {name}: {reason}.", indent=2)
     weight = torch.randn(GPU_SHAPE, generator=torch.Generator(device).manual_seed(0), device=device)
-    record = backends.quantize(weight.to(torch.bfloat16), backend="torch")
+    record = dispatch.quantize(weight.to(torch.bfloat16), backend="torch")
     results = {backend: _time_on_gpu(record, backend) for backend in dict.fromkeys((name, "torch"))}
     expected = results["torch"][0]
     identical = all(torch.equal(result, expected) for result, _ in results.values())
@@ -310,12 +310,11 @@ def show_gpu(console: Console) -> dict[str, Any]:
 
 def _time_on_gpu(record: PackedWeight, backend: str, repeats: int = 20) -> tuple[torch.Tensor, float]:
     """-> (BF16 weight, seconds a call, the first one not counted)."""
-    arguments = (record.packed, record.block_scale, record.global_scale, record.shape, torch.bfloat16, backend)
-    weight = backends.dequantize(*arguments)
+    weight = dispatch.dequantize(record, torch.bfloat16, backend)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
-        backends.dequantize(*arguments)
+        dispatch.dequantize(record, torch.bfloat16, backend)
     end.record()
     end.synchronize()
     return weight, start.elapsed_time(end) / 1000 / repeats

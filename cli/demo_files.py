@@ -12,7 +12,7 @@ from ..checkpoint.identify.components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_V
 from ..checkpoint.identify.report import inspect_checkpoint
 from ..checkpoint.identify.vae_signatures import find_vaes
 from ..checkpoint.verify.verify import verify
-from ..checkpoint.write.plan import Settings
+from ..checkpoint.write.plan import QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.split import split
 from ..measure.settings import distilled_settings
@@ -32,7 +32,7 @@ def make_and_split(folder: Path, state: dict[str, torch.Tensor], config: dict, c
     for name, search in ((FAST, "amax"), (BEST, "mse")):
         with console.progress("Quantising") as progress:
             progress.update(0, name)
-            quantize_checkpoint(source, folder / name, Settings(search=search))
+            quantize_checkpoint(source, folder / name, QuantizeSettings(search=search))
             found = verify(folder / name, source)
         errors[search] = found.mean_error
         text = f"{len(found.layers)} layers"

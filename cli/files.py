@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.file.shards import open_checkpoint
 from ..checkpoint.identify.components import COMPONENTS, find_components
-from ..checkpoint.identify.diagnosis import Finding
+from ..checkpoint.identify.diagnosis import Fault
 from ..checkpoint.identify.dialects import AUTO, DIALECTS
 from ..checkpoint.identify.report import inspect_checkpoint
 from ..checkpoint.write.repair import BACKUP_ENDING, Repaired, restore_header
@@ -146,7 +146,7 @@ def run_repair(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
 
 
 def _repair_record(done: Repaired) -> dict[str, Any]:
-    def finding(found: Finding) -> dict[str, str]:
+    def finding(found: Fault) -> dict[str, str]:
         return {"code": found.code, "text": found.text, "stock": found.stock}
 
     return {

@@ -15,7 +15,7 @@ from ..checkpoint.identify.dialects import AUTO, DIALECTS
 from ..checkpoint.verify.verify import Verification, summary
 from ..checkpoint.verify.verify import verify as verify_files
 from ..checkpoint.write.estimate import estimate
-from ..checkpoint.write.plan import AMAX, MSE, Settings
+from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import FAMILIES, Options
 from .console import CommandError, Console, size
@@ -92,7 +92,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
     """-> (the record of the file or the estimate, whether it can be written)."""
     if args.keep_first_last is not None and args.keep_first_last < 0:
         raise CommandError("--keep-first-last takes a number of blocks, 0 or more")
-    settings = Settings(
+    settings = QuantizeSettings(
         recipe=args.recipe,
         options=Options(
             args.protect_audio, args.protect_cross_attention, args.keep_first_last, tuple(args.keep),

@@ -6,6 +6,7 @@ ComfyUI. Pictures are (H, W, 3) uint8 RGB.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ PURPLE, TEAL, GREY = (120, 86, 168), (52, 140, 120), (150, 156, 166)
 SMOOTH = 2  # times larger while it is drawn: edges and letters come out smooth
 WIDTH, MARGIN = 1600, 48  # of a page
 INNER = WIDTH - 2 * MARGIN
+_LONGEST = 4000  # characters; what comes from a file may have millions
 
 
 class Canvas:
@@ -32,11 +34,9 @@ class Canvas:
         self, x: float, y: float, text: str, size: int, colour: Colour = INK, anchor: str = "la",
         bold: bool = False, halo: bool = False, limit: float | None = None,
     ) -> float:  # fmt: skip
-        """Draw ``text``, cut to ``limit``, and return its width. Other than ASCII becomes '?': the font lacks it."""
-        text = text.encode("ascii", "replace").decode()
+        """Draw ``text``, cut to ``limit`` and the picture's width, and return its width."""
         font = ImageFont.load_default(size * self.scale)
-        while limit and len(text) > 4 and font.getlength(text) > limit * self.scale:
-            text = text[:-4] + "..."
+        text = _cut(_drawable(text), font, min(limit * self.scale if limit else self.image.width, self.image.width))
         at = (x * self.scale, y * self.scale)
         if halo:
             self.draw.text(at, text, PAPER, font, anchor, stroke_width=3 * self.scale, stroke_fill=PAPER)
@@ -72,15 +72,28 @@ class Canvas:
 
 def text_width(text: str, size: int) -> float:
     """Pixels that one line takes."""
-    return ImageFont.load_default(size).getlength(text)
+    return ImageFont.load_default(size).getlength(_drawable(text))
+
+
+def _drawable(text: str) -> str:
+    """As the built-in font can draw it, and no more than has room: '?' for all that it lacks, line breaks included."""
+    return "".join(char if " " <= char <= "~" else "?" for char in text[:_LONGEST])
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """``text``, or the longest beginning of it that fits with three dots; found by halving."""
+    if font.getlength(text) <= width:
+        return text
+    keep = bisect_right(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "..."))
+    return text[: max(keep - 1, 1)] + "..."
 
 
 def wrap(text: str, size: int, width: float) -> list[str]:
     """Text -> lines of at most ``width`` pixels, a longer word on one of its own."""
-    lines = [""]
-    for word in text.split():
+    font, lines = ImageFont.load_default(size), [""]
+    for word in _drawable(" ".join(text[:_LONGEST].split())).split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and text_width(longer, size) > width:
+        if lines[-1] and font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 
 import numpy as np
 
 from ..checkpoint.identify.components import AUDIO_VAE, DIFFUSION_MODEL, REST, TEXT_PROJECTION, VIDEO_VAE
-from ..checkpoint.identify.report import OUTSIDE, Inspection, Part, size_text
+from ..checkpoint.identify.report import OUTSIDE, ComponentSize, Inspection, size_text
 from .canvas import (
     FAINT,
     GREY,
@@ -44,6 +45,7 @@ _FORMAT_COLOURS: dict[str, Colour] = {
 }
 _OTHER_FORMAT = GREY
 _CHART, _BAR, _LINE = 360, 54, 30
+_MOST_COLUMNS = 1000  # thinner ones would not be seen
 
 
 def inspection_picture(found: Inspection) -> np.ndarray:
@@ -67,7 +69,7 @@ def inspection_picture(found: Inspection) -> np.ndarray:
     return page.pixels()
 
 
-def _components(page: Canvas, y: float, parts: tuple[Part, ...]) -> float:
+def _components(page: Canvas, y: float, parts: tuple[ComponentSize, ...]) -> float:
     """One bar, each component in proportion, and a line of numbers for each -> y below."""
     total = sum(part.nbytes for part in parts) or 1
     x = float(MARGIN)
@@ -102,6 +104,7 @@ def _blocks(page: Canvas, y: float, blocks: Mapping[str, Mapping[str, tuple[int,
         page.box(x, y + 4, x + 18, y + 22, _FORMAT_COLOURS.get(name, _OTHER_FORMAT))
         page.text(x + 26, y + 13, name, 19, FAINT, anchor="lm")
     columns = {label: sizes for label, sizes in blocks.items() if label != OUTSIDE} or blocks
+    columns = dict(islice(columns.items(), _MOST_COLUMNS))
     top = _round_up(max(sum(nbytes for _, nbytes in sizes.values()) for sizes in columns.values()))
     left, base = MARGIN + 92, y + 50 + _CHART
     for step in range(5):

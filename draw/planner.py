@@ -1,4 +1,4 @@
-"""Draws a Plan: the roofline of the GPU with the model's work on it, the formats side by side, and the memory.
+"""Draws a RenderPlan: the roofline of the GPU with the model's work on it, the formats side by side, and the memory.
 
 On the roofline every dot is one kind of work of a step: across, how many FLOPs it does for each byte it moves; up, the
 rate at which it is predicted to run; its area is its share of the step. Work below the slope waits for memory, work
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..measure.fit import RESERVE, Fit
-from ..measure.plan import Plan
+from ..measure.plan import RenderPlan
 from ..measure.roofline import Work, decode_work
 from .canvas import BLUE, FAINT, GRID, INK, ORANGE, PAPER, PURPLE, RED, SMOOTH, TEAL, Canvas, Colour
 
@@ -26,8 +26,8 @@ _NAMED = 6
 _TOO_CLOSE = 16
 
 
-def roofline_picture(plan: Plan) -> np.ndarray:
-    """Plan -> (900, 1600, 3) uint8 RGB; without predictions the memory alone."""
+def roofline_picture(plan: RenderPlan) -> np.ndarray:
+    """RenderPlan -> (900, 1600, 3) uint8 RGB; without predictions the memory alone."""
     canvas = Canvas(_WIDTH, _HEIGHT, SMOOTH)
     clip = plan.clip
     canvas.text(_MARGIN, 28, f"{plan.file} on {plan.gpu.name}", 30, bold=True, limit=_WIDTH - 2 * _MARGIN)
@@ -43,7 +43,7 @@ def roofline_picture(plan: Plan) -> np.ndarray:
     return canvas.pixels()
 
 
-def _roofline(canvas: Canvas, plan: Plan) -> None:
+def _roofline(canvas: Canvas, plan: RenderPlan) -> None:
     gpu, work = plan.gpu, [one for one in plan.step.work if one.seconds > 0]
     decode = decode_work(gpu, plan.fit.sizes["text_encoder"])
     roofs = [(name, rate) for name in ("fp4", "fp8", "bf16") if (rate := getattr(gpu, name))]
@@ -108,7 +108,7 @@ def _axes(canvas: Canvas, x_range: tuple, y_range: tuple, x_of: Callable, y_of: 
     canvas.text(_LEFT - 10, _TOP - 14, "TFLOP/s", 16, FAINT, anchor="rs")
 
 
-def _choices(canvas: Canvas, plan: Plan) -> None:
+def _choices(canvas: Canvas, plan: RenderPlan) -> None:
     """A bar for each format and compute mode: seconds of a step, with the floor marked in it."""
     canvas.text(_SIDE, 128, "A step by format and compute", 20, bold=True)
     longest = max(one.seconds for one in plan.choices)

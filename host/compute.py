@@ -71,8 +71,11 @@ def _fp4_obstacle(device: torch.device) -> str:
     return ""
 
 
-def pick_mode(requested: str, device: torch.device) -> tuple[str, str]:
-    """One of MODES or "auto", device -> (mode, reason). A mode asked for that cannot run raises ValueError."""
+def pick_mode(requested: str, device: torch.device, modes: tuple[str, ...] = MODES) -> tuple[str, str]:
+    """One of MODES or "auto", which takes one of ``modes``, device -> (mode, reason).
+
+    A mode asked for that cannot run raises ValueError.
+    """
     if requested not in (*MODES, AUTO):
         raise ValueError(f"unknown compute mode {requested!r}; expected {', '.join(MODES)} or {AUTO}")
     if requested != AUTO:
@@ -80,7 +83,7 @@ def pick_mode(requested: str, device: torch.device) -> tuple[str, str]:
             raise ValueError(f"compute {requested} cannot run: {found}; choose bf16 or auto")
         return requested, "asked for"
     refused = []
-    for mode in reversed(MODES):
+    for mode in reversed(modes):
         found = obstacle(mode, device)
         if not found:
             return mode, "; ".join([*refused, f"the fastest that runs on {device.type}"])

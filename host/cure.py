@@ -16,11 +16,11 @@ from comfy import patcher_extension
 
 from . import guard
 from .probe import probe
+from .residency import PREFETCH_FLAG as FLAG
 
 logger = logging.getLogger(__name__)
 
 KEY = "nvfp4_video.without_prefetch"
-FLAG = "prefetch_dynamic_vbars"
 _KIND = patcher_extension.WrappersMP.DIFFUSION_MODEL
 
 

@@ -9,11 +9,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import groupby
+from pathlib import PurePath
 
 from .probe import Fact, gib, probe, why
 from .profiles import launch_profile
 
 SCHEMA = 1
+NO_NVFP4 = "none"
 _RESIDENT = 0.95  # of a model's bytes; the rest may be what the host keeps back for itself
 
 
@@ -37,7 +39,8 @@ def text(report: Mapping) -> str:
         lines += [group, *(f"  {fact['label']}: {fact['text']}" for fact in facts), ""]
     lines.append("Loaded models")
     for model in report["models"]:
-        lines += [f"  {model['name']}: {model['verdict']} ({model['text']})", f"    {model['why']}"]
+        verdict = "no NVFP4" if model["verdict"] == NO_NVFP4 else model["verdict"]
+        lines += [f"  {model['name']}: {verdict} ({model['text']})", f"    {model['why']}"]
     lines += [] if report["models"] else ["  none"]
     lines += ["", "Findings"]
     for finding in report["findings"]:
@@ -48,26 +51,32 @@ def text(report: Mapping) -> str:
     lines += ["", f"Recommended launch, {launch['name']}", f"  {launch['command']}"]
     lines += [f"  {flag['flag']}: {flag['why']} ({flag['evidence']})" for flag in launch["flags"]]
     lines += [f"  {launch['note']}"] if launch["note"] else []
+    lines += ["", "Other flags of this ComfyUI"] if launch["others"] else []
+    lines += [f"  {flag['flag']}: {flag['what']}" for flag in launch["others"]]
     return "\n".join(lines)
 
 
 def models(facts: Mapping[str, Fact]) -> list[dict[str, str]]:
-    """Loaded models -> name, verdict ("fast", "slow", "unknown"), text, why: is this one on the fast path?"""
+    """Loaded models -> name, verdict ("fast", "slow", "unknown", "none"), text, why: is this one on the fast path?
+
+    "none" is a model without NVFP4 layers, for which the question is none.
+    """
     management = sys.modules.get("comfy.model_management")
     patchers = [loaded.model for loaded in list(getattr(management, "current_loaded_models", ()))]
     return [_describe(patcher, facts) for patcher in patchers if patcher is not None]
 
 
 def _describe(patcher, facts: Mapping[str, Fact]) -> dict[str, str]:
-    name = type(patcher.model).__name__
+    name = _name(patcher)
     try:
-        layers = [m for m in patcher.model.modules() if m.__dict__.get("quant_format") == "nvfp4"]
-        if not layers:
-            return _model(name, "unknown", "no NVFP4 layers", "there is nothing to dequantise")
+        every = [m for m in patcher.model.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+        layers = [m for m in every if m.__dict__.get("quant_format") == "nvfp4"]
         dynamic = bool(getattr(patcher, "is_dynamic", bool)())
         size, loaded = patcher.model_size(), patcher.loaded_size()
-        text = f"{len(layers):,} NVFP4 layers, DynamicVRAM {'on' if dynamic else 'off'}, "
+        text = f"{len(layers):,} of {len(every):,} layers in NVFP4, DynamicVRAM {'on' if dynamic else 'off'}, "
         text += f"{gib(loaded)} of {gib(size)} on the GPU"
+        if not layers:
+            return _model(name, NO_NVFP4, text, _other_formats(every))
         verdict, reason = _compute_verdict(layers, facts)
         # A dynamic model that has not run yet has nothing on the GPU; that says nothing.
         if verdict == "fast" and 0 < loaded < _RESIDENT * size:
@@ -75,6 +84,24 @@ def _describe(patcher, facts: Mapping[str, Fact]) -> dict[str, str]:
         return _model(name, verdict, text, reason)
     except Exception as error:  # a report must come whatever a model of a custom node does
         return _model(name, "unknown", "could not be examined", why(error))
+
+
+def _name(patcher) -> str:
+    """The files a model was loaded from and its class; the class alone where its loader kept no note of them."""
+    kind, note = type(patcher.model).__name__, getattr(patcher, "cached_patcher_init", None)
+    # (loader, arguments): the host's loaders and ours take the file first, those of text encoders a list of files.
+    arguments = note[1] if isinstance(note, tuple) and len(note) > 1 else None
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else None
+    paths = first if isinstance(first, (list, tuple)) else [first]
+    files = [PurePath(path).name for path in paths if isinstance(path, (str, PurePath))]
+    return f"{' + '.join(files)} ({kind})" if files else kind
+
+
+def _other_formats(layers: list) -> str:
+    """What the layers of a model without NVFP4 are stored in."""
+    counts = Counter(layer.__dict__.get("quant_format") or "not quantised" for layer in layers)
+    listed = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+    return f"there is no NVFP4 weight to dequantise: {listed}" if listed else "it has no layers that could be NVFP4"
 
 
 def _model(name: str, verdict: str, text: str, reason: str) -> dict[str, str]:
@@ -87,6 +114,10 @@ def _compute_verdict(layers: list, facts: Mapping[str, Fact]) -> tuple[str, str]
     if reason := _slow_lora(layers):
         return "slow", reason
     if len(own) == len(layers):
+        from . import residency  # needs ComfyUI, which a report of a machine without it does not
+
+        if unknown := str(residency.check()):
+            return "slow", unknown
         backend = facts["own_backend"]
         verdict = {"triton": "fast", "torch": "slow"}.get(backend.value, "unknown")
         return verdict, f"weights are dequantised by this pack's kernels: {backend.text}{_lora_of_own(layers)}"
@@ -103,8 +134,9 @@ def _compute_verdict(layers: list, facts: Mapping[str, Fact]) -> tuple[str, str]
 
 def _slow_lora(layers: list) -> str:
     """What a LoRA costs where the host computes with the weight, or an empty string."""
-    every = sum(bool(layer.__dict__.get("weight_function")) for layer in layers)
-    brought = sum(layer.__dict__.get("weight_lowvram_function") is not None for layer in layers)
+    from . import residency
+
+    every, brought = (sum(map(found, layers)) for found in (residency.in_every_step, residency.while_brought))
     if every:
         text = f"a LoRA is computed into the weight in every step in {every:,} of {len(layers):,} layers"
     elif brought:

@@ -5,17 +5,13 @@ LTX latents: one holds 32 x 32 pixels and eight frames, the first one a single f
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from itertools import islice
 
+from ..measure.ltx import AUDIO_LATENTS_PER_SECOND
 from . import guard_view as seen
 from .guard_view import WARNING, Finding, View
 
-AUDIO_LATENTS_A_SECOND = 25  # 16000 Hz / hop 160 / 4
-# On the way from a decode to the video, these change how many frames there are.
-_RETIMES = re.compile(r"interpol|rife|film|fps|frame", re.IGNORECASE)
-_LONGEST_WAY, _MOST_GROUPS = 16, 8
+_MOST_GROUPS, _MOST_NAMED, _MOST_NODES = 8, 8, 64
 
 
 def frames(view: View) -> Iterator[Finding]:
@@ -70,39 +66,35 @@ def frame_rates(view: View) -> Iterator[Finding]:
     if not rates or not samplers:
         return
     sampled = graph.downstream(samplers)
-    videos = [node.id for node in graph.of_kind(seen.CREATE_VIDEO) if node.id in sampled]
+    videos = {node.id: node for node in graph.of_kind(seen.CREATE_VIDEO) if node.id in sampled}
     inner = graph.upstream(graph.before([*videos, *samplers]))
-    needed = graph.needed_by_each(rates)
-    told: list[frozenset[str]] = []
+    two = graph.two_values_of(rates)
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    untold: list[set[str]] = []  # for each finding the nodes that need a rate which it does not name
     for end in [*videos, *(sampler for sampler in samplers if sampler not in inner)]:
-        group = {node: rates[node] for node in rates.keys() & needed(end)}
-        fps = graph.number(end, "fps") if end in videos and not _retimed(view, end) else None
-        if group and fps is not None:
-            group[end] = fps
-        if len(set(group.values())) < 2 or any(group.keys() <= other for other in told):
+        fps = graph.number(end, "fps") if end in videos and view.keeps_time(graph.source(end, "images")) else None
+        known = two.get(end, set())
+        differ = len(known) > 1 or (fps is not None and bool(known - {fps}))
+        if not differ or (fps is None and any(end not in others for others in untold)):
             continue
-        told.append(frozenset(group))
-        nodes = sorted(group, key=list(graph.nodes).index)
+        needed = graph.upstream([end])
+        group = {node: rate for node, rate in rates.items() if node in needed}
+        untold.append(graph.downstream(rates.keys() - group.keys()))
+        if fps is not None:
+            group[end] = fps
+        nodes = sorted(group, key=order.__getitem__)
+        named = [f"{group[node]:g} in {graph.nodes[node].kind}" for node in nodes[:_MOST_NAMED]]
         yield Finding(
             "fps",
             WARNING,
-            f"The frame rates differ: {', '.join(f'{group[node]:g} in {graph.nodes[node].kind}' for node in nodes)}.",
+            f"The frame rates differ: {', '.join(named)}{', ...' if len(nodes) > len(named) else ''}.",
             "LTXVConditioning spaces the frames for the model, LTXV Empty Latent Audio sets how long the sound is, "
             "Create Video how fast the frames are shown; where they differ, sound and picture drift apart.",
             "Set the same frame rate in all three.",
-            tuple(nodes),
+            tuple(nodes[:_MOST_NODES]),
         )
-        if len(told) == _MOST_GROUPS:
+        if len(untold) == _MOST_GROUPS:
             return
-
-
-def _retimed(view: View, video: str) -> bool:
-    """Whether the frames of a video come from a decode in another number or by an unknown way."""
-    kinds: list[str] = []
-    for name in ("images", "image"):
-        links = islice(view.graph.chain(video, name), _LONGEST_WAY)
-        kinds = kinds or [view.graph.nodes[link.node].kind for link in links]
-    return not kinds or "decode" not in kinds[-1].lower() or any(_RETIMES.search(kind) for kind in kinds)
 
 
 def audio_length(view: View) -> Iterator[Finding]:
@@ -122,8 +114,8 @@ def audio_length(view: View) -> Iterator[Finding]:
         rate = graph.number(audio.id, "frame_rate")
         if not (length and count and rate) or length < 1 or rate <= 0:
             continue
-        wanted = round(snapped(length) / rate * AUDIO_LATENTS_A_SECOND)
-        got = round(count / rate * AUDIO_LATENTS_A_SECOND)
+        wanted = round(snapped(length) / rate * AUDIO_LATENTS_PER_SECOND)
+        got = round(count / rate * AUDIO_LATENTS_PER_SECOND)
         if wanted == got:
             continue
         why = f"{count:g} frames at {rate:g} fps are {got} audio latents; {snapped(length)} of picture need {wanted}."
@@ -132,7 +124,7 @@ def audio_length(view: View) -> Iterator[Finding]:
         yield Finding(
             "audio_length",
             WARNING,
-            f"The sound lasts {got / AUDIO_LATENTS_A_SECOND:.2f} s, the picture {snapped(length) / rate:.2f} s.",
+            f"The sound lasts {got / AUDIO_LATENTS_PER_SECOND:.2f} s, the picture {snapped(length) / rate:.2f} s.",
             why,
             f"Set `frames_number` in LTXV Empty Latent Audio to {snapped(length)}.",
             (audio.id, video.id),

@@ -12,10 +12,11 @@ import folder_paths
 
 from ..checkpoint.file.header import CheckpointError, Header, read_header
 from ..checkpoint.identify.signatures import find_model
-from ..checkpoint.identify.vae_signatures import Vae, count_quantised, find_vaes
+from ..checkpoint.identify.vae_signatures import AUDIO, LTX, Vae, count_quantised, find_vaes
 from .files import SUFFIXES
 
 _MOST_REMEMBERED = 128
+_LONGEST_NAME = 4096  # PATH_MAX
 _LONGEST_ENTRY = 4096  # `config` and the like say nothing about it and may be large
 _DISTILLED = "distill"
 _remembered: dict[tuple[str, int, int], FileFacts] = {}
@@ -23,11 +24,15 @@ _remembered: dict[tuple[str, int, int], FileFacts] = {}
 
 @dataclass(frozen=True)
 class FileFacts:
-    """``family``: of the diffusion model in it. ``distilled``: what says that it is a distilled one, or None."""
+    """``family``: of the diffusion model in it. ``distilled``: what says that it is a distilled one, or None.
+
+    ``vae``: the first one in it that makes pictures; ``full_vae``: whether any one in it decodes LTX in full quality.
+    """
 
     name: str
     family: str | None
-    vaes: tuple[Vae, ...]
+    vae: Vae | None
+    full_vae: bool
     nvfp4: bool
     distilled: str | None
 
@@ -45,13 +50,13 @@ def file_facts(name: object, folders: tuple[str, ...]) -> FileFacts | None:
                 _remembered.pop(next(iter(_remembered), None), None)
             _remembered[key] = _read(str(name), path)
         return _remembered[key]
-    except (CheckpointError, OSError, KeyError):
+    except (OSError, ValueError, KeyError):  # CheckpointError is a ValueError
         return None
 
 
 def find_file(name: object, folders: tuple[str, ...]) -> str | None:
     """The file's path in the first folder that has it; None for a name that is no text, or leads nowhere."""
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME or "\0" in name:
         return None
     for folder in folders:
         if folder in folder_paths.folder_names_and_paths:
@@ -63,14 +68,17 @@ def find_file(name: object, folders: tuple[str, ...]) -> str | None:
 
 def name_says_distilled(name: object) -> bool:
     """Whether a file's name says that the model, or what a LoRA makes of it, is a distilled one."""
-    return isinstance(name, str) and _DISTILLED in os.path.basename(name.replace("\\", "/")).lower()
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        return False
+    return _DISTILLED in os.path.basename(name.replace("\\", "/")).lower()
 
 
 def _read(name: str, path: str) -> FileFacts:
     header = read_header(path)
-    return FileFacts(
-        name, _family(header), find_vaes(header), "NVFP4" in count_quantised(header.tensors), _distilled(name, header)
-    )
+    visual = [vae for vae in find_vaes(header) if vae.kind != AUDIO]
+    full = any(vae.family == LTX and not vae.preview for vae in visual)
+    nvfp4 = "NVFP4" in count_quantised(header.tensors)
+    return FileFacts(name, _family(header), visual[0] if visual else None, full, nvfp4, _distilled(name, header))
 
 
 def _family(header: Header) -> str | None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
-from ..checkpoint.identify.vae_signatures import AUDIO as AUDIO_VAE
-from ..checkpoint.identify.vae_signatures import LTX, PREVIEW, Vae, refusal
+from ..checkpoint.identify.vae_signatures import PREVIEW, Vae, refusal
+from ..measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
 from . import guard_view as seen
 from .guard_clip import audio_length, frame_rates, frames, size
 from .guard_view import ERROR, WARNING, Decode, Finding, Sampler, View, ids_of
+from .prompt_graph import Node
 
-STAGE_1 = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
-STAGE_2 = (0.85, 0.725, 0.4219, 0.0)  # LTX-2.3 and 2.5; LTX-2 takes the last four of STAGE_1
+STAGE_2 = SIGMAS_STAGE_2["2.3"]  # and 2.5's
 _SIGMA_TOLERANCE = 1e-3
 _LTX2 = ("LTX-2", "LTX-2.3")
 # Nodes that make a schedule of their own; what other nodes put out is unknown.
@@ -27,6 +28,7 @@ _SCHEDULERS = (
 )  # fmt: skip
 _CFG_INPUTS = ("cfg", "video_cfg", "audio_cfg", "cfg_conds")
 _SIGMA = re.compile(r"[-+]?(?:\d*\.*\d+)")  # ManualSigmas' own way of finding numbers
+_LONGEST_SCHEDULE = 2000
 _FULL_VAE = "Take the full VAE of the LTX checkpoint: NVFP4 VAE Loader finds it inside, NVFP4 Split extracts it."
 
 
@@ -107,9 +109,8 @@ def slow_nvfp4(view: View) -> Iterator[Finding]:
 def wrong_vae(view: View) -> Iterator[Finding]:
     """A preview decoder or another family's VAE where LTX latents are decoded."""
     for decode in view.decodes:
-        vae = next((vae for vae in decode.vae_file.vaes if vae.kind != AUDIO_VAE), None)
-        full = any(vae.family == LTX and not vae.preview for vae in decode.vae_file.vaes if vae.kind != AUDIO_VAE)
-        if vae is None or full:
+        vae = decode.vae_file.vae
+        if vae is None or decode.vae_file.full_vae:
             continue
         if vae.kind == PREVIEW and vae.family == "LTX-2":
             yield from _preview(view, decode)
@@ -152,6 +153,7 @@ def _foreign(decode: Decode, vae: Vae, reason: str) -> Finding:
 
 def distilled(view: View) -> Iterator[Finding]:
     """A distilled model sampled with guidance, or with other sigmas than its own."""
+    judged: dict[str, str | None] = {}
     for sampler in view.samplers:
         file = _file_of(view, sampler)
         evidence = None
@@ -176,58 +178,53 @@ def distilled(view: View) -> Iterator[Finding]:
                 ids_of(sampler.guided_by, sampler.model.loader),
             )
         # With a LoRA the schedule is a matter of taste and strength.
-        schedule = _foreign_schedule(view, sampler) if file.distilled else None
-        if schedule is not None:
-            node, what = schedule
+        node = _maker_of_sigmas(view, sampler) if file.distilled else None
+        if node is not None and node.id not in judged:
+            judged[node.id] = _foreign_schedule(view, node)
+        if node is not None and (what := judged[node.id]):
             yield Finding(
                 "distilled_sigmas",
                 WARNING,
                 "A distilled model is sampled with other sigmas than those it was trained for.",
                 f"{evidence}; {what}.",
-                f"Use ManualSigmas with {_spell(STAGE_1)} (8 steps); for a second stage {_spell(STAGE_2)}, with LTX-2 "
-                f"{_spell(STAGE_1[5:])}.",
+                f"Use ManualSigmas with {sigmas_text(SIGMAS)} (8 steps); for a second stage {sigmas_text(STAGE_2)}, "
+                f"with LTX-2 {sigmas_text(SIGMAS[5:])}.",
                 ids_of(node, sampler.node),
             )
 
 
-def _foreign_schedule(view: View, sampler: Sampler) -> tuple[Any, str] | None:
-    """The node that makes the wrong schedule and what it does, or None if the schedule is right or unknown."""
-    node = sampler.node
-    if node.kind not in _SCHEDULERS:
-        for link in view.graph.chain(node.id, "sigmas"):
-            node = view.graph.nodes[link.node]
-            if node.kind != "SplitSigmas":
-                break
+def _maker_of_sigmas(view: View, sampler: Sampler) -> Node | None:
+    own = sampler.node.kind in _SCHEDULERS
+    return sampler.node if own else view.schedule(view.graph.source(sampler.node.id, "sigmas"))
+
+
+def _foreign_schedule(view: View, node: Node) -> str | None:
+    """What a node that makes sigmas does wrong; None if they are right or unknown."""
     if node.kind in _SCHEDULERS:
-        return node, f"{node.kind} makes a schedule of its own, also with 8 steps"
-    if node.kind != "ManualSigmas":
-        return None
-    text = view.graph.value(node.id, "sigmas")
+        return f"{node.kind} makes a schedule of its own, also with 8 steps"
+    text = view.graph.value(node.id, "sigmas") if node.kind == "ManualSigmas" else None
     if not isinstance(text, str):
         return None
+    text = text[:_LONGEST_SCHEDULE]
     values = _numbers(text)
-    return None if values is None or _known_schedule(values) else (node, f"these are {text.strip()[:120]}")
+    return None if values is None or _known_schedule(values) else f"these are {text.strip()[:120]}"
 
 
 def _numbers(text: str) -> tuple[float, ...] | None:
-    try:
-        return tuple(float(number) for number in _SIGMA.findall(text[:2000]))
-    except ValueError:
+    """The first of its numbers, one more than the longest schedule has; None if it is no schedule."""
+    if ".." in text:  # no number for ManualSigmas either, and many of them cost the pattern quadratic time
         return None
+    return tuple(float(number[0]) for number in islice(_SIGMA.finditer(text), len(SIGMAS) + 1))
 
 
 def _known_schedule(values: tuple[float, ...]) -> bool:
     """Whether it is one of the trained schedules or a stretch of one."""
-    for known in (STAGE_1, STAGE_2):
+    for known in (SIGMAS, STAGE_2):
         for start in range(len(known) - len(values) + 1):
             part = known[start : start + len(values)]
             if values and all(abs(a - b) <= _SIGMA_TOLERANCE for a, b in zip(values, part, strict=True)):
                 return True
     return False
-
-
-def _spell(sigmas: tuple[float, ...]) -> str:
-    return ", ".join(f"{sigma:.6f}".rstrip("0") + ("0" if sigma == int(sigma) else "") for sigma in sigmas)
 
 
 RULES = (

@@ -6,10 +6,12 @@ is safe and are unknown where it is not; every walk remembers what it found, so 
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from .files import VAE_FOLDERS
 from .guard_files import FileFacts, file_facts, name_says_distilled
@@ -37,6 +39,7 @@ VAE_LOADERS = {
 }
 CONCAT, SEPARATE, EMPTY_AUDIO = "LTXVConcatAVLatent", "LTXVSeparateAVLatent", "LTXVEmptyLatentAudio"
 UPSAMPLER, CONDITIONING, CREATE_VIDEO = "LTXVLatentUpsampler", "LTXVConditioning", "CreateVideo"
+SPLIT_SIGMAS = "SplitSigmas"
 SIZED = ("EmptyLTXVLatentVideo", "LTXVImgToVideo")  # have width, height, length
 JOINT, VIDEO, AUDIO, UNKNOWN = "joint", "video", "audio", "unknown"
 
@@ -56,7 +59,15 @@ _VIDEO_ROOTS = (*SIZED, "VAEEncode", "VAEEncodeTiled")
 _SAMPLES = ("samples", "latents", "latent")
 _SAVING = ("save", "videocombine", "video_combine", "createvideo")
 
+# On the way from a decode to the video, these change how many frames there are.
+_RETIMES = re.compile(r"interpol|rife|film|fps|frame", re.IGNORECASE)
+_MOST_FILES = 100  # a prompt names a few; each one costs looks into several folders
+
 ERROR, WARNING, INFO = "error", "warning", "info"
+
+
+class OutOfTime(Exception):
+    """A check went on for longer than it may."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +94,7 @@ def ids_of(*nodes: Node | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(node.id for node in nodes if node is not None))
 
 
-@dataclass(frozen=True)
-class Latent:
+class Latent(NamedTuple):
     """``kind``: JOINT, VIDEO, AUDIO or UNKNOWN. ``root``: the node where it begins, the concat node of a joint one."""
 
     kind: str
@@ -92,8 +102,7 @@ class Latent:
     root: Node | None
 
 
-@dataclass(frozen=True)
-class ModelPath:
+class ModelPath(NamedTuple):
     """Where a MODEL comes from: ``loader``, its file, a distilling LoRA on the way, whether a guard cures it."""
 
     loader: Node | None
@@ -101,8 +110,7 @@ class ModelPath:
     cured: bool
 
 
-@dataclass(frozen=True)
-class Sampler:
+class Sampler(NamedTuple):
     """A sampling node. ``guided_by``: the node that takes the MODEL and holds the cfg, itself or its guider."""
 
     node: Node
@@ -124,27 +132,40 @@ class Decode:
 
 
 class View:
-    """One prompt and the host's facts, for one check."""
+    """One prompt and the host's facts, for one check, which may last until ``until`` (of ``time.monotonic``)."""
 
-    def __init__(self, graph: PromptGraph, facts: Mapping[str, Any]):
+    def __init__(self, graph: PromptGraph, facts: Mapping[str, Any], until: float = float("inf")):
         self.graph = graph
         self._facts = facts
+        self._until = until
+        self._kept: dict[Link, bool] = {}
+        self._schedules: dict[Link, Node | None] = {}
         self._models: dict[Link, ModelPath] = {}
         self._latents: dict[Link, Latent] = {}
-        self._files: dict[str, FileFacts | None] = {}
+        self._files: dict[tuple[str, str], FileFacts | None] = {}
+
+    def keep_time(self) -> None:
+        """Raises OutOfTime when the check has lasted too long; asked before each rule and each file."""
+        if time.monotonic() > self._until:
+            raise OutOfTime
 
     def fact(self, name: str) -> Any:
         """A fact's value, None if it is unknown."""
         return getattr(self._facts.get(name), "value", None)
 
     def file(self, loader: Node | None, table: Mapping[str, tuple[str, tuple[str, ...]]]) -> FileFacts | None:
-        """What is in the file that a loader names."""
+        """What is in the file that a loader names; of a prompt that names very many, the first hundred are known."""
         if loader is None or loader.kind not in table:
             return None
-        name, folders = table[loader.kind]
-        if loader.id not in self._files:
-            self._files[loader.id] = file_facts(self.graph.value(loader.id, name), folders)
-        return self._files[loader.id]
+        widget, folders = table[loader.kind]
+        name = self.graph.value(loader.id, widget)
+        key = loader.kind, name
+        if not isinstance(name, str) or (key not in self._files and len(self._files) >= _MOST_FILES):
+            return None
+        if key not in self._files:
+            self.keep_time()
+            self._files[key] = file_facts(name, folders)
+        return self._files[key]
 
     @cached_property
     def samplers(self) -> list[Sampler]:
@@ -207,6 +228,14 @@ class View:
         end = Latent(UNKNOWN, False, None)
         return self._walk(link, self._latents, end, self._latent_before, lambda _, before: before)
 
+    def schedule(self, link: Link | None) -> Node | None:
+        """The node that makes the SIGMAS on a link, those that only cut a schedule skipped."""
+        return self._walk(link, self._schedules, None, self._schedule_before, lambda _, before: before)
+
+    def keeps_time(self, link: Link | None) -> bool:
+        """Whether the pictures on a link are those of a decode, one for one, as far as the names of nodes tell."""
+        return self._walk(link, self._kept, False, self._pictures_before, self._pictures_after)
+
     def _walk(self, link: Link | None, memory: dict, end: Any, before: Callable, after: Callable) -> Any:
         """Back along links until ``before`` gives a result, not a link; then forth, each result from the one before."""
         path, result = [], end
@@ -235,6 +264,16 @@ class View:
             strength = self.graph.number(node.id, "strength_model")
             lora = node if strength else lora
         return ModelPath(before.loader, lora, cured)
+
+    def _schedule_before(self, node: Node, _: int) -> Link | Node:
+        return (self.graph.source(node.id, "sigmas") if node.kind == SPLIT_SIGMAS else None) or node
+
+    def _pictures_before(self, node: Node, _: int) -> Link | bool:
+        before = self.graph.source(node.id, "images") or self.graph.source(node.id, "image")
+        return before or "decode" in node.kind.lower()
+
+    def _pictures_after(self, node: Node, before: bool) -> bool:
+        return before and not _RETIMES.search(node.kind)
 
     def _latent_before(self, node: Node, slot: int) -> Link | Latent | None:
         kind = node.kind

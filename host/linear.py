@@ -10,7 +10,6 @@ layers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -20,11 +19,12 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
 from ..checkpoint.file.header import CheckpointError
-from ..checkpoint.identify.formats import LOW_RANK, SMOOTHING
-from ..kernels import backends, fp8, gemv, reference
+from ..kernels import dispatch, reference
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
-from . import lora
+from . import lora, residency
 from .compute import Compute
+from .fusions import shared_rows
+from .low_rank import LOW_RANK, add_low_rank
 
 LAYOUT = "TensorCoreNVFP4Layout"
 # Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
@@ -54,6 +54,9 @@ def weight_only_operations(
     # A disabled format is one the host computes from full-precision weights instead of quantising the activations.
     disabled = {*host._disabled} if compute.uses("fp4") else {*host._disabled, "nvfp4"}
     base = comfy.ops.mixed_precision_ops(host._quant_config, compute_dtype, disabled=disabled)
+    books = residency.check()
+    patched = residency.patched if books.patches else _always
+    resident = residency.resident if books.places else _nowhere
 
     class WeightOnlyOperations(base):
         class Linear(base.Linear):
@@ -63,9 +66,9 @@ def weight_only_operations(
                     _unwrap(state_dict, prefix, weight, (self.out_features, self.in_features), source)
                 low_rank = [state_dict.pop(f"{prefix}{suffix}", None) for suffix in LOW_RANK]
                 super()._load_from_state_dict(state_dict, prefix, *args)
-                _choose_mode(self, compute.of(prefix[:-1]))
+                choose_mode(self, compute.of(prefix[:-1]))
                 if low_rank[0] is not None:
-                    _add_low_rank(self, low_rank)
+                    add_low_rank(self, low_rank)
 
             def forward(self, input, *args, activation="", **kwargs):
                 # Looked up in the instance: a missing attribute of an nn.Module costs microseconds, a thousand times
@@ -76,10 +79,7 @@ def weight_only_operations(
                 if not (
                     own.get("nvfp4_mode") in _OWN_MODES
                     and isinstance(weight, QuantizedTensor)
-                    and not self.weight_function
-                    and not self.bias_function
-                    and own.get("weight_lowvram_function") is None
-                    and own.get("bias_lowvram_function") is None
+                    and not patched(self)
                     and type(input) is torch.Tensor
                     and input.dtype in OUTPUT_DTYPES
                     and not (input.requires_grad and torch.is_grad_enabled())
@@ -95,54 +95,28 @@ def weight_only_operations(
                 if smoothed:
                     smoothing = parameters["pre_quant_scale"]
                     input = input * comfy.model_management.cast_to_device(smoothing, device, input.dtype)
-                if "_v" not in own and weight._qdata.device == device:
-                    return matmul(own, input, weight, parameters["bias"], device, backend, activation)
-                resident = _prefetched(own, device)
-                if resident is not None:
-                    return matmul(own, input, resident, own.get("_v_bias"), device, backend, activation)
-                return _streamed(self, input, weight, backend, matmul, activation)
+                found = resident(own, device)
+                if found is None:
+                    return _streamed(self, input, weight, backend, matmul, activation)
+                return matmul(own, input, *found, device, backend, activation)
 
     return WeightOnlyOperations
 
 
-def _add_low_rank(module: torch.nn.Module, parts: list[torch.Tensor]) -> None:
-    """Make a loaded Linear one that adds ``parts``. The host moves further parameters, as it does `pre_quant_scale`."""
-    device = module.factory_kwargs["device"]
-    for suffix, part in zip(LOW_RANK, parts, strict=True):
-        part = part[: module.out_features] if suffix == LOW_RANK[1] else part
-        module.register_parameter(suffix, torch.nn.Parameter(part.to(device=device), requires_grad=False))
-    module.__class__ = _low_rank_class(type(module))
+def _always(module: torch.nn.Module) -> bool:
+    """What stands for ``residency.patched`` where the host's patches cannot be seen: its forward knows them."""
+    return True
 
 
-@functools.cache
-def _low_rank_class(linear: type) -> type:
-    """Linear of this module -> one that adds a low-rank product of the same input, as ModelOpt's SVDQuant does."""
-
-    class LowRankLinear(linear):
-        def forward(self, input, *args, activation="", **kwargs):
-            input = reference.activate(input, activation)
-            return _with_low_rank(self._parameters, super().forward(input, *args, **kwargs), input)
-
-        def state_dict(self, *args, destination=None, prefix="", **kwargs):
-            out = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
-            out.update({f"{prefix}{suffix}": self._parameters[suffix] for suffix in LOW_RANK})
-            return out
-
-    return LowRankLinear
+def _nowhere(own: dict, device: torch.device) -> None:
+    """What stands for ``residency.resident`` where that cannot be told: ``cast_bias_weight`` brings the weight."""
 
 
-def _with_low_rank(parameters: dict, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """out (..., N) + ((x * smoothing) A^T) B^T: ModelOpt's SVDQuant multiplies both parts by the smoothed input."""
-    parts = [parameters.get(SMOOTHING), *(parameters[suffix] for suffix in LOW_RANK)]
-    smoothing, down, up = (
-        None if part is None else comfy.model_management.cast_to_device(part, x.device, out.dtype) for part in parts
-    )
-    x = x.to(out.dtype) if smoothing is None else x.to(out.dtype) * smoothing
-    return out + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
+def choose_mode(module, mode: str) -> None:
+    """Note how a Linear computes: ``nvfp4_mode``, None if its weight is not NVFP4.
 
-
-def _choose_mode(module, mode: str) -> None:
-    """Note how a freshly loaded Linear computes: ``nvfp4_mode``, None if its weight is not NVFP4."""
+    FP4 can be had again only by a layer that was loaded for it.
+    """
     own = module.__dict__
     if own.get("quant_format") != "nvfp4":
         own["nvfp4_mode"] = None
@@ -151,6 +125,8 @@ def _choose_mode(module, mode: str) -> None:
         mode = "bf16"
     if mode != "fp4":
         module._full_precision_mm = True
+    elif own.get("nvfp4_mode"):  # it is not being loaded
+        module._full_precision_mm = False
     own["nvfp4_mode"] = mode
 
 
@@ -200,19 +176,6 @@ def _streamed(
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
 
-def _prefetched(own: dict, device: torch.device) -> QuantizedTensor | None:
-    """The weight that DynamicVRAM's block prefetch has already found resident and pinned, or None.
-
-    It is what ``cast_bias_weight`` would return, at a tenth of its cost; the prefetch queue unpins it after the
-    block. Read as data that may be absent: on a host that keeps its books otherwise, ``cast_bias_weight`` answers.
-    """
-    prefetch = own.get("_prefetch")
-    if type(prefetch) is not dict or prefetch.get("resident") is not True:
-        return None
-    weight = own.get("_v_weight")
-    return weight if isinstance(weight, QuantizedTensor) and weight._qdata.device == device else None
-
-
 def _matmul(
     own: dict,
     input: torch.Tensor,
@@ -229,18 +192,18 @@ def _matmul(
         return _compiled_matmul(own, reference.activate(input, activation), packed, params, bias, backend)
     functions = own.get("_nvfp4_functions")
     if functions is None or functions[0] is not dtype or functions[1] != device or functions[2] != backend:
-        functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
+        with residency.outside_host_graph():  # some keep tensors of their own
+            functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
     _, _, _, few, many, dequantize = functions
     if few is not None or many is not None:
         shape = input.shape
         cols = shape[-1] if shape else 0
         rows = input.numel() // cols if cols else 0
         if many is not None and rows >= FP8_MIN_TOKENS:
-            shared = own.get("_nvfp4_shared")
-            return many(input, packed, params.block_scale, params.scale, bias, activation, shared)
+            return many(input, packed, params.block_scale, params.scale, bias, activation, shared_rows(own))
         if activation:
             input = reference.activate(input, activation)
-        if few is not None and 0 < rows <= gemv.MAX_TOKENS:
+        if few is not None and 0 < rows <= reference.MAX_TOKENS:
             if len(shape) == 2:
                 return few(input, packed, params.block_scale, params.scale, bias)
             out = few(input.reshape(rows, cols), packed, params.block_scale, params.scale, bias)
@@ -263,29 +226,30 @@ def _matmul_with_lora(
     """
     branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") != "bf16" or rows <= gemv.MAX_TOKENS:
+    if own.get("nvfp4_mode") != "bf16" or rows <= reference.MAX_TOKENS:
         return lora.add(_matmul(own, input, weight, bias, device, backend, activation), input, branch)
     params = weight._params
     down, up = lora.tensors(branch, input)
-    scales = params.block_scale, params.scale
-    merged = backends.dequantize_sum(weight._qdata, *scales, params.orig_shape, up, down, backend)
+    record = PackedWeight(weight._qdata, params.block_scale, params.scale, params.orig_shape)
+    merged = dispatch.dequantize_sum(record, up, down, backend)
     return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:
     """What this layer calls for inputs of ``dtype`` on ``device``, which led the tuple: few rows, many, any number."""
-    few = gemv.gemv_function(shape, dtype, device, backend)
-    many = fp8.linear_function(shape, dtype, device, backend) if own.get("nvfp4_mode") == "fp8" else None
-    return dtype, device, backend, few, many, backends.dequantizer(shape, dtype, device, backend)
+    few = dispatch.prepare("gemv", shape, dtype, device, backend)
+    many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if own.get("nvfp4_mode") == "fp8" else None
+    return dtype, device, backend, few, many, dispatch.prepare("dequantize", shape, dtype, device, backend)
 
 
 def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> torch.Tensor:
     """As ``_matmul`` with operators that torch.compile takes whole; the number of rows is a guard of the graph."""
-    arguments = (input, packed, params.block_scale, params.scale, params.orig_shape, bias, backend)
+    weight = packed, params.block_scale, params.scale, *params.orig_shape
     cols = input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
     if own.get("nvfp4_mode") == "fp8" and rows >= FP8_MIN_TOKENS:
-        return fp8.linear_fp8(*arguments)
-    if 0 < rows <= gemv.MAX_TOKENS:
-        return gemv.gemv(*arguments)
-    return backends.linear(*arguments)
+        return torch.ops.nvfp4_video.linear_fp8(input, *weight, bias, backend)
+    if 0 < rows <= reference.MAX_TOKENS:
+        return torch.ops.nvfp4_video.gemv(input, *weight, bias, backend)
+    decoded = torch.ops.nvfp4_video.dequantize(*weight, input.dtype, backend)
+    return torch.nn.functional.linear(input, decoded, bias)

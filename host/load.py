@@ -23,16 +23,18 @@ from comfy.quant_ops import QUANT_ALGOS
 
 from ..checkpoint.file.container import TensorReader
 from ..checkpoint.file.header import MARKER, CheckpointError, Header, read_header
-from ..checkpoint.identify.dialects import AUTO, DIALECTS, Plan, detect, host_layer, input_scale
+from ..checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan, detect, host_layer, input_scale
 from ..checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
 from ..checkpoint.identify.layers import Layer, refuse
 from ..checkpoint.identify.signatures import Model, find_model, transformer_config
 from ..checkpoint.identify.values import Get, check_layer, expand, read_scale
 from ..kernels import backends
+from . import residency
+from .block_graphs import use_graphs
 from .compute import AUTO as FASTEST
 from .compute import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers
+from .device_modes import remember
 from .fusions import fuse
-from .graphs import use_graphs
 from .linear import supports, weight_only_operations, wrap
 from .lora_patcher import use_branches
 
@@ -59,7 +61,8 @@ class LoadReport:
     device: str
     dynamic_vram: bool
     config_from: str | None
-    graphs: str  # CUDA graphs of the blocks: which, or why none
+    graphs: str  # CUDA graphs of the blocks: which, or why none; empty if nobody would expect any
+    unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count:,} {name}" for name, count in self.layers.items())
@@ -76,8 +79,10 @@ class LoadReport:
             f"compute: {how}",
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
         ]
-        if not self.graphs.startswith("none"):
+        if self.graphs:
             lines.append(f"CUDA graphs: {self.graphs}")
+        if self.unknown:
+            lines.append(self.unknown)
         if self.config_from:
             lines.append(f"config taken from {self.config_from}")
         return "\n".join(lines)
@@ -118,6 +123,12 @@ def load_model(
     patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
     check_linears(patcher.model.diffusion_model, operations.Linear, state_dict_keys, header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
+
+    def compute_on(other: torch.device) -> Compute:
+        modes = MODES if how.uses("fp4") else tuple(mode for mode in MODES if mode != "fp4")
+        return _plan_compute(pick_mode(compute, other, modes), parse_overrides(layer_compute, other), plan, model)
+
+    remember(patcher.model.diffusion_model, device, operations.Linear, compute_on)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute))
     report = _report(plan, model, how, (backend_name, reason), device, patcher, config_source)
     logger.info("%s", str(report).replace("\n", "; "))
@@ -129,7 +140,7 @@ def _reload(path, compute, dialect, backend, config_from, layer_compute="", disa
     return load_model(path, compute, dialect, backend, config_from, disable_dynamic, layer_compute)[0]
 
 
-def _plan_compute(picked: tuple[str, str], overrides: dict[str, str], plan: Plan, model: Model) -> Compute:
+def _plan_compute(picked: tuple[str, str], overrides: dict[str, str], plan: DialectPlan, model: Model) -> Compute:
     """Modes by layer, named as the model will name them."""
     start = len(model.prefix)
     matrices = [
@@ -162,8 +173,8 @@ def _complete_config(metadata: dict, header, model: Model, config_from: str | No
     return None
 
 
-def plan_file(header: Header, dialect: str = AUTO, prefix: str = "") -> Plan:
-    """Header -> Plan of what can be loaded. CheckpointError, which names the layer, for what cannot."""
+def plan_file(header: Header, dialect: str = AUTO, prefix: str = "") -> DialectPlan:
+    """Header -> DialectPlan of what can be loaded. CheckpointError, which names the layer, for what cannot."""
     with TensorReader(header) as reader:
         plan = detect(header, dialect, prefix, reader.get)
     refuse(header.path.name, plan.layers)
@@ -187,7 +198,7 @@ def plan_file(header: Header, dialect: str = AUTO, prefix: str = "") -> Plan:
     return plan
 
 
-def rewrite(plan: Plan, state_dict: dict) -> dict:
+def rewrite(plan: DialectPlan, state_dict: dict) -> dict:
     """State dict as stored -> in the host's layout with markers, layer by layer and in place.
 
     NVFP4 weights become the host's QuantizedTensor; a converted layer's original is dropped before the next is read.
@@ -210,7 +221,7 @@ def rewrite(plan: Plan, state_dict: dict) -> dict:
     return state_dict
 
 
-def _converted(plan: Plan, layer: Layer, get: Get) -> dict[str, torch.Tensor]:
+def _converted(plan: DialectPlan, layer: Layer, get: Get) -> dict[str, torch.Tensor]:
     """The tensors of one layer that the host wants otherwise, by key suffix; all others of it stay."""
     where = f"{plan.header.path.name}, layer {layer.name}"
     if layer.name in plan.nvfp4:
@@ -312,7 +323,7 @@ def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool
     return patcher
 
 
-def count_layers(plan: Plan) -> Counter[str]:
+def count_layers(plan: DialectPlan) -> Counter[str]:
     """Format -> number of matrices."""
     layers = Counter(content["format"] for content in plan.formats.values())
     plain = [layer for name, layer in plan.layers.items() if name not in plan.formats and len(layer.shape) == 2]
@@ -321,7 +332,7 @@ def count_layers(plan: Plan) -> Counter[str]:
     return layers + Counter(dtypes)
 
 
-def _report(plan: Plan, model: Model, compute: Compute, backend, device, patcher, config_source) -> LoadReport:
+def _report(plan: DialectPlan, model: Model, compute: Compute, backend, device, patcher, config_source) -> LoadReport:
     tensors = {key: info for key, info in plan.header.tensors.items() if key.startswith(model.prefix)}
     layers = count_layers(plan)
     modules = patcher.model.diffusion_model.modules()
@@ -342,6 +353,7 @@ def _report(plan: Plan, model: Model, compute: Compute, backend, device, patcher
         dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
         config_from=config_source,
         graphs=use_graphs(patcher),
+        unknown=str(residency.check()),
     )
 
 

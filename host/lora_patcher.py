@@ -25,6 +25,8 @@ from typing import Any
 import comfy.model_patcher
 import torch
 
+from . import residency
+from .device_modes import settle
 from .lora import OTHER_FORMAT, Branch, Term, make_branch, obstacle, terms_of
 
 logger = logging.getLogger(__name__)
@@ -95,8 +97,11 @@ def _layers(model: torch.nn.Module) -> _Layers:
 def use_branches(patcher: Any) -> Any:
     """The host's patcher of a model with the pack's Linears -> the same object, which now makes branches.
 
-    A host that cannot write a LoRA into a packed weight while it saves keeps its own way.
+    A host that cannot write a LoRA into a packed weight while it saves keeps its own way, and so does one whose own
+    patches could not be told.
     """
+    if not residency.check().patches:
+        return patcher
     if hasattr(comfy.model_patcher, "LazyCastingQuantizedParam") and not getattr(patcher, "nvfp4_branches", False):
         patcher.__class__ = _patcher_class(type(patcher))
     return patcher
@@ -132,8 +137,10 @@ def _patcher_class(base: type) -> type:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, **kwargs)
 
         def load(self, device_to=None, *args, **kwargs):
+            device = self.load_device if device_to is None else device_to
+            settle(getattr(self.model, "diffusion_model", None), device)
             super().load(device_to, *args, **kwargs)
-            self._settle(self.load_device if device_to is None else device_to)
+            self._settle(device)
 
         def partially_unload(self, *args, **kwargs):
             freed = super().partially_unload(*args, **kwargs)
@@ -170,22 +177,26 @@ def _patcher_class(base: type) -> type:
             for key, module in layers.linears.items():
                 module.__dict__["nvfp4_lora_refused"] = refused.get(key, "")
             layers.settle(wanted, device)
-            self._take_from_host()
+            refused |= self._take_from_host()
             if self.current_hooks is not None:
                 self._hook(self.current_hooks)
             _tell(layers, refused)
 
-        def _take_from_host(self) -> None:
-            """Remove from the layers what the host left there to patch a weight that a branch is for."""
-            layers = _layers(self.model)
+        def _take_from_host(self) -> dict[str, str]:
+            """Remove from the layers what the host left there to patch a weight that a branch is for.
+
+            -> weights of which it still has a patch, under a name unknown here, with the reason: their layers are
+            computed ComfyUI's own way from now on and without a branch, or the LoRA would count twice.
+            """
+            layers, kept = _layers(self.model), {}
             for key in self.patches.keys() & layers.linears.keys():
-                module = layers.linears[key]
-                if module.__dict__.get("nvfp4_lora_refused"):
-                    continue
-                if module.__dict__.get("weight_lowvram_function") is not None:
-                    module.weight_lowvram_function = None
-                if any(_waits_for(function, key) for function in module.weight_function):
-                    module.weight_function = [f for f in module.weight_function if not _waits_for(f, key)]
+                own = layers.linears[key].__dict__
+                if not own.get("nvfp4_lora_refused") and (name := residency.take_patch(layers.linears[key], key)):
+                    kept[key] = f"it keeps a patch of its own as {name}, which this pack does not know"
+                    own["nvfp4_mode"], own["nvfp4_lora_refused"] = None, kept[key]
+                    layers.patched.pop(key, None)
+                    layers.show(key, None)
+            return kept
 
         def get_combined_hook_patches(self, hooks):
             return {key: found for key, found in self._combined(hooks).items() if not self._hookable(key, found)}
@@ -220,11 +231,6 @@ def _patcher_class(base: type) -> type:
             _layers(self.model).hooked.clear()
 
     return BranchingPatcher
-
-
-def _waits_for(function: Any, key: str) -> bool:
-    """Whether it is the host's own patch for the weight of that name (its LowVramPatch)."""
-    return getattr(function, "key", None) == key and hasattr(function, "patches")
 
 
 @contextmanager

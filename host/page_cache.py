@@ -10,8 +10,10 @@ import ctypes
 import functools
 import mmap
 import os
+import stat
 import sys
 from dataclasses import dataclass
+from typing import BinaryIO
 
 _WINDOW = 1 << 30  # bytes looked at in one go; a multiple of every page size
 
@@ -36,7 +38,7 @@ class Released:
 def cached_bytes(path: str | os.PathLike) -> int:
     """Bytes of the file that are in the page cache, in whole pages. Reads none of it. Raises PageCacheError."""
     mincore = _mincore()
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         size, owner = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_uid
         # To anybody else Linux answers that every page is cached.
         if owner != os.geteuid() and not os.access(path, os.W_OK):
@@ -55,7 +57,7 @@ def release(path: str | os.PathLike) -> Released:
     Pages that a process has mapped stay, as do those of a file system that lives in memory.
     """
     before = cached_bytes(path)
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         os.fsync(file.fileno())  # pages not yet written to the disk would stay
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         size = os.fstat(file.fileno()).st_size
@@ -72,6 +74,13 @@ def offer(path: str | os.PathLike) -> str:
         return ""
     name = os.path.basename(path)
     return f"{cached / 1e9:.2f} GB of {name} are still in the page cache; `doctor --release` drops them"
+
+
+def _opened(path: str | os.PathLike) -> BinaryIO:
+    """A plain file, opened for reading; anything else, a pipe for one, would keep the caller waiting."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise PageCacheError(f"{os.path.basename(path)} is not a plain file: name the model's file")
+    return open(path, "rb")
 
 
 def _count(mincore, descriptor: int, start: int, length: int) -> int:

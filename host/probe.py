@@ -253,6 +253,33 @@ def _dynamic_vram() -> tuple[bool, str]:
     return enabled, "on" if enabled else "off"
 
 
+def _compiler() -> tuple[bool, str]:
+    """Whether the host records what a step allocates and maps the same memory again (its Comfy Compiler)."""
+    try:
+        enabled = getattr(_comfy("model_prefetch"), "malloc_graph_enabled", None)
+    except ModuleNotFoundError as error:
+        if error.name != "comfy.model_prefetch":
+            raise
+        enabled = None
+    if enabled is None:
+        return False, "no, this ComfyUI has none"
+    if getattr(_arguments(), "disable_comfy_compiler", False):
+        return False, "off, by --disable-comfy-compiler"
+    device = _comfy("model_management").get_torch_device()
+    if device.type != "cuda":
+        return False, f"off, it needs CUDA and ComfyUI computes on {device.type} here"
+    if not _dynamic_vram()[0]:
+        return False, "off, it needs DynamicVRAM"
+    if not enabled(device):
+        return False, "off, ComfyUI does not say why"
+    text = "on"
+    if getattr(_arguments(), "disable_cuda_graphs", False):
+        text += ", without CUDA graphs (--disable-cuda-graphs)"
+    if getattr(_arguments(), "assert_graph_breaks", False):
+        text += ", stops where it would record a step anew (--assert-graph-breaks)"
+    return True, text
+
+
 def _prefetch_crash() -> tuple[bool, str]:
     """A queue whose first block needed no copy, so that there is no stream to wait for. Pops it; nothing else happens.
 
@@ -367,6 +394,7 @@ _QUESTIONS: dict[str, tuple[str, str, str, Callable[[], tuple[object, str]]]] = 
     "async_offload_streams": (
         OFFLOADING, "Async offload", "comfy.model_management.NUM_STREAMS", _async_offload_streams
     ),
+    "compiler": (OFFLOADING, "Comfy Compiler", "comfy.model_prefetch.malloc_graph_enabled", _compiler),
     "prefetch_crash": (CRASHES, "Crash in the block prefetch", "tried: prefetch_queue_pop", _prefetch_crash),
     "ltxav_needs_audio": (CRASHES, "LTX-2 without audio crashes", "tried: freqs_cis_matrix", _ltxav_needs_audio),
 }  # fmt: skip

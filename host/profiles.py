@@ -19,6 +19,17 @@ SWITCHES_DYNAMIC_OFF = ("--highvram", "--gpu-only", "--novram")
 MEASURED = "measured by us"
 # An LTX-2.3 DiT of 21.0 B parameters with 1,496 Linears in NVFP4.
 WEIGHTS_GB = 17.6
+# Switches that users ask about and no profile recommends, from the host's own help; newer ones than ComfyUI 0.33's too.
+OTHERS = {
+    "--disable-comfy-compiler": "switches off the Comfy Compiler and with it ComfyUI's CUDA graphs; a workaround for "
+    "the error `aimdo memory compile error`, and for nothing else",
+    "--disable-cuda-graphs": "switches off the CUDA graphs of ComfyUI's text decoders and those of this pack",
+    "--assert-graph-breaks": "stops a prompt where the Comfy Compiler would record a step anew; for developers",
+    "--fast-disk": "reads offloaded weights from the disk, not from unpinned memory; for a fast NVMe disk",
+    "--disable-fast-disk": "keeps offloaded weights in memory where ComfyUI would judge the disk to be fast enough",
+    "--offline": "keeps the browser from the internet, partner nodes included; --disable-api-nodes is its old name",
+    "--disable-partner-nodes": "leaves out the paid nodes of partners; the browser keeps its access to the internet",
+}
 _LARGE, _FULL, _MEDIUM = 40 * GIB, 28 * GIB, 20 * GIB
 
 Flag = tuple[str, str, str]  # flag with its value, why, evidence
@@ -26,16 +37,21 @@ Flag = tuple[str, str, str]  # flag with its value, why, evidence
 
 @dataclass(frozen=True)
 class LaunchProfile:
-    """``command`` is the line to copy; ``flags`` are (flag, why, evidence); ``note`` says what no flag can."""
+    """``command`` is the line to copy; ``flags`` are (flag, why, evidence); ``note`` says what no flag can.
+
+    ``others`` are (flag, what it does): known to this host, recommended by nobody here.
+    """
 
     name: str
     command: str
     flags: tuple[Flag, ...]
     note: str
+    others: tuple[tuple[str, str], ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         flags = [dict(zip(("flag", "why", "evidence"), flag, strict=True)) for flag in self.flags]
-        return {"name": self.name, "command": self.command, "flags": flags, "note": self.note}
+        others = [{"flag": flag, "what": what} for flag, what in self.others]
+        return {"name": self.name, "command": self.command, "flags": flags, "note": self.note, "others": others}
 
 
 def launch_profile(facts: Mapping[str, Fact]) -> LaunchProfile:
@@ -46,7 +62,8 @@ def launch_profile(facts: Mapping[str, Fact]) -> LaunchProfile:
     notes = [*remarks, *_crash_notes(facts, flags), *_started_with(facts, flags)]
     if not known:
         notes.append("This process has no ComfyUI, so no flag could be checked against its command line.")
-    return LaunchProfile(name, " ".join((COMMAND, *(flag[0] for flag in flags))), flags, " ".join(notes))
+    others = tuple((flag, what) for flag, what in OTHERS.items() if flag in known)
+    return LaunchProfile(name, " ".join((COMMAND, *(flag[0] for flag in flags))), flags, " ".join(notes), others)
 
 
 def _machine(facts: Mapping[str, Fact]) -> tuple[str, list[Flag], list[str]]:
@@ -163,6 +180,11 @@ def _started_with(facts: Mapping[str, Fact], flags: tuple[Flag, ...]) -> Iterato
     for flag in SWITCHES_DYNAMIC_OFF:
         if flag in _started(facts):
             yield f"It was started with {flag}, which switches DynamicVRAM off."
+    if "--disable-comfy-compiler" in _started(facts):
+        yield (
+            "It was started with --disable-comfy-compiler: leave that out, unless prompts stop with `aimdo memory "
+            "compile error` without it."
+        )
 
 
 def _started(facts: Mapping[str, Fact]) -> set[str]:

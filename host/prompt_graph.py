@@ -2,15 +2,14 @@
 
 A prompt is ``{"<id>": {"class_type": "...", "inputs": {"<name>": value or ["<id>", slot]}}}``; nodes of subgraphs have
 ids like ``12:34``. Whatever does not fit, an unknown id, a cycle, an entry of another shape, means "unknown" here; the
-host refuses it later in its own words. Nothing recurses, and no walk visits a node twice.
+host refuses it later in its own words. Nothing recurses, and what a walk found on its way is remembered for the next
+one, so that all questions together cost a few visits a node, whatever the shape of the prompt.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 # Nodes that hand on what they get, and nodes that hold a value, with the name of the input in question.
@@ -28,6 +27,10 @@ _VALUES = {
     "easy float": "value",
 }
 _SWITCHES = ("ComfySwitchNode", "ComfySoftSwitchNode")
+_LITERALS = (str, int, float, type(None))
+_LONGEST_NAMES = 300  # of id and class together: both go into messages, and no editor makes longer ones
+_LONGEST_NUMBER = 40
+_LEAST, _MOST = 1e-9, 1e12  # no input of a node that the guard knows takes numbers beyond, and products stay finite
 
 
 class Link(NamedTuple):
@@ -37,9 +40,8 @@ class Link(NamedTuple):
     slot: int
 
 
-@dataclass(frozen=True)
-class Node:
-    """One node of the prompt; ``inputs`` holds literals and links as they were sent."""
+class Node(NamedTuple):
+    """One node of the prompt; ``inputs`` holds literals and links as they were sent, ``kind`` its class name."""
 
     id: str
     kind: str
@@ -51,7 +53,11 @@ def as_link(value: Any) -> Link | None:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
     node, slot = value
-    return Link(str(node), slot) if type(slot) is int and type(node) in (str, int) else None
+    if type(node) is str and type(slot) is int:
+        return Link(node, slot)
+    if type(node) is int and type(slot) is int and abs(node) < _MOST:
+        return Link(str(node), slot)
+    return None
 
 
 class PromptGraph:
@@ -60,19 +66,17 @@ class PromptGraph:
     def __init__(self, prompt: Any):
         self.nodes: dict[str, Node] = {}
         self._origins: dict[Link, Link | None] = {}
+        self._values: dict[tuple[str, str], Any] = {}
+        self._passes: dict[str, Link | None] = {}
         for key, entry in prompt.items() if isinstance(prompt, Mapping) else ():
             kind = entry.get("class_type") if isinstance(entry, Mapping) else None
-            if isinstance(kind, str):
+            if isinstance(kind, str) and isinstance(key, str) and len(kind) + len(key) <= _LONGEST_NAMES:
                 inputs = entry.get("inputs")
-                self.nodes[str(key)] = Node(str(key), kind, inputs if isinstance(inputs, Mapping) else {})
+                self.nodes[key] = Node(key, kind, inputs if isinstance(inputs, Mapping) else {})
 
     def of_kind(self, *kinds: str) -> list[Node]:
         """The nodes of these classes."""
         return [node for kind in kinds for node in self._by_kind.get(kind, ())]
-
-    def linked(self, node: str, name: str) -> bool:
-        """Whether that input is a link, wherever it leads."""
-        return node in self.nodes and as_link(self.nodes[node].inputs.get(name)) is not None
 
     def source(self, node: str, name: str) -> Link | None:
         """Where an input's value is made, reroutes and decided switches skipped; None without such a node."""
@@ -80,12 +84,16 @@ class PromptGraph:
 
     def origin(self, link: Link | None) -> Link | None:
         """A link -> the output it stands for, reroutes and decided switches skipped."""
+        if link in self._origins:
+            return self._origins[link]
         path = []
         while link is not None and link not in self._origins:
             self._origins[link] = None  # what a cycle comes back to
             path.append(link)
             node = self.nodes.get(link.node)
-            behind = self._passed_on(node) if node else None
+            if node is not None and node.id not in self._passes:
+                self._passes[node.id] = self._passed_on(node)
+            behind = self._passes[node.id] if node is not None else None
             if behind is None:
                 self._origins[link] = link if node else None
                 break
@@ -97,30 +105,40 @@ class PromptGraph:
 
     def value(self, node: str, name: str) -> Any:
         """The literal an input has, through reroutes and primitives; None if it is absent or computed."""
-        seen = set()
-        while node in self.nodes and node not in seen:
-            seen.add(node)
-            found = self.nodes[node].inputs.get(name)
-            if isinstance(found, Mapping):
-                found = found.get("__value__")
-            if as_link(found) is None:
-                return None if isinstance(found, (list, tuple, Mapping)) else found
-            link = self.origin(as_link(found))
+        path, found = [], self.nodes[node].inputs.get(name) if node in self.nodes else None
+        if isinstance(found, _LITERALS):
+            return found
+        while node in self.nodes:
+            found, key = None, (node, name)
+            if key in self._values:
+                found = self._values[key]
+                break
+            self._values[key] = None  # what a cycle comes back to
+            path.append(key)
+            given = self.nodes[node].inputs.get(name)
+            if isinstance(given, Mapping):
+                given = given.get("__value__")
+            if (link := as_link(given)) is None:
+                found = None if isinstance(given, (list, tuple, Mapping)) else given
+                break
+            link = self.origin(link)
             if link is None or self.nodes[link.node].kind not in _VALUES:
-                return None
+                break
             node, name = link.node, _VALUES[self.nodes[link.node].kind]
-        return None
+        for key in path:
+            self._values[key] = found
+        return found
 
     def number(self, node: str, name: str) -> float | None:
-        """As ``value``, as a finite number; text that spells one counts, as it does for the host."""
+        """As ``value``, as a number that can be meant; text that spells one counts, as it does for the host."""
         found = self.value(node, name)
         if isinstance(found, bool) or not isinstance(found, (int, float, str)):
             return None
         try:
-            number = float(found)
+            number = float(found[:_LONGEST_NUMBER] if isinstance(found, str) else found)
         except (ValueError, OverflowError):
             return None
-        return number if abs(number) < float("inf") else None
+        return number if number == 0 or _LEAST <= abs(number) <= _MOST else None
 
     def chain(self, node: str, name: str) -> Iterator[Link]:
         """The outputs along one kind of input, nearest first: a sampler's `model` through every LoRA to the loader."""
@@ -148,37 +166,26 @@ class PromptGraph:
         kept = self.upstream(targets)
         part = PromptGraph(None)
         part.nodes = {name: node for name, node in self.nodes.items() if name in kept}
+        part._parents = {name: self._parents[name] for name in part.nodes}  # what a kept node needs is kept too
         return part
 
-    def needed_by_each(self, marked: Collection[str]) -> Callable[[str], frozenset[str]]:
-        """-> needed(node), those of ``marked`` it needs, itself included. Nodes in or behind a cycle need none."""
-        names = list(marked)
-        bits = {node: 1 << index for index, node in enumerate(names)}
-        waiting = {node: len(parents) for node, parents in self._parents.items()}
-        ready = deque(node for node, count in waiting.items() if not count)
-        masks: dict[str, int] = {}
-        while ready:
-            node = ready.popleft()
-            mask = bits.get(node, 0)
-            for parent in self._parents[node]:
-                mask |= masks[parent]
-            masks[node] = mask
-            for child in self._children[node]:
-                waiting[child] -= 1
-                if not waiting[child]:
-                    ready.append(child)
-        @cache
-        def spelled(mask: int) -> frozenset[str]:
-            found = []
-            while mask:
-                lowest = mask & -mask
-                found.append(names[lowest.bit_length() - 1])
-                mask ^= lowest
-            return frozenset(found)
+    def two_values_of(self, marks: Mapping[str, Hashable]) -> dict[str, set[Hashable]]:
+        """``marks``: node -> value -> for each node up to two different values among the marked nodes it needs.
 
-        return lambda node: spelled(masks.get(node, 0))
+        A node takes two values at most, so that each link is walked twice at most, cycles included.
+        """
+        found: dict[str, set[Hashable]] = {}
+        waiting = [(node, value) for node, value in marks.items() if node in self.nodes]
+        while waiting:
+            node, value = waiting.pop()
+            known = found.setdefault(node, set())
+            if value not in known and len(known) < 2:
+                known.add(value)
+                waiting += [(child, value) for child in self._children[node]]
+        return found
 
     def _passed_on(self, node: Node) -> Link | None:
+        """What a reroute or a decided switch stands for, None for every other node."""
         if node.kind in _PASSING:
             name = _PASSING[node.kind]
             given = [node.inputs.get(name)] if name else node.inputs.values()
@@ -198,7 +205,10 @@ class PromptGraph:
     def _parents(self) -> dict[str, list[str]]:
         found = {}
         for node in self.nodes.values():
-            links = (as_link(value) for value in node.inputs.values())
+            given: Iterable[Any] = node.inputs.values()
+            if node.kind in _SWITCHES and (chosen := self._passed_on(node)):
+                given = [chosen]  # the host runs no other side of a decided switch
+            links = (as_link(value) for value in given)
             found[node.id] = list(dict.fromkeys(link.node for link in links if link and link.node in self.nodes))
         return found
 

@@ -3,7 +3,8 @@
 The handler sees every prompt before the host validates it, whoever queued it. It logs the findings, sends them to the
 client that queued the prompt, and puts them into the prompt's extra_data, so that they stand in the history. Under
 `block` it hands the host a prompt that cannot pass instead (``_refused``). Whatever goes wrong in here, the prompt goes
-on as it came.
+on as it came. The host calls the handler on its event loop, with whatever was posted: the check runs on a thread that
+is waited for LIMIT seconds, and only what has the type that the host expects is used as a key or a name.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import folder_paths
 from server import PromptServer
 
+from ..checkpoint.file.header import CheckpointError, open_regular
 from . import doctor, guard
+from .guard_limit import within
 from .guard_view import GUARD_NODE
 from .probe import probe
+from .prompt_graph import PromptGraph
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,8 @@ REPORT_ROUTE, CHECK_ROUTE = "/nvfp4/report", "/nvfp4/check"
 EVENT = "nvfp4.findings"
 IN_HISTORY = "nvfp4_findings"
 ENABLED, POLICY = "NVFP4.guard.enabled", "NVFP4.guard.policy"
-MAX_BODY = 4 << 20
+MAX_BODY, MAX_SETTINGS = 4 << 20, 4 << 20
+LIMIT, CHECK_LIMIT = 1.0, 20.0  # seconds: a queued prompt, which keeps the host's event loop waiting; Doctor's check
 MOST_LINES = 20  # of the log, a prompt
 # What the policy widget of a refused prompt begins with; the rest is the reason (see NVFP4LaunchGuard.validate_inputs).
 REFUSED = "refused: "
@@ -70,14 +75,21 @@ async def post_check(request: Any) -> Any:
         body += chunk
         if len(body) > MAX_BODY:
             return web.json_response({"error": f"the prompt is larger than {MAX_BODY >> 20} MiB"}, status=413)
+
+    def judge() -> list[guard.Finding] | None:
+        try:
+            data = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        prompt = data.get("prompt") if isinstance(data, dict) else None
+        return guard.check(prompt, probe(), limit=CHECK_LIMIT) if isinstance(prompt, dict) else None
+
     try:
-        data = json.loads(body)
-        prompt = data["prompt"] if isinstance(data, dict) else None
-    except (ValueError, KeyError, RecursionError):
-        prompt = None
-    if not isinstance(prompt, dict):
+        findings = await asyncio.to_thread(within, CHECK_LIMIT, judge)
+    except TimeoutError:
+        findings = [guard.not_in_time(CHECK_LIMIT)]
+    if findings is None:
         return web.json_response({"error": 'expected {"prompt": <a prompt in API form>}'}, status=400)
-    findings = await asyncio.to_thread(lambda: guard.check(prompt, probe()))
     return web.json_response({"findings": [finding.as_dict() for finding in findings]})
 
 
@@ -91,17 +103,16 @@ def on_prompt(data: Any) -> Any:
 
 
 def _handle(data: dict[str, Any]) -> dict[str, Any]:
-    prompt = data.get("prompt")
-    settings = _settings()
-    policy = guard.policy_in_graph(prompt)
+    try:
+        policy, findings = within(LIMIT, lambda: _judge(data))
+    except TimeoutError:
+        policy, findings = guard.WARN, [guard.not_in_time(LIMIT)]
     if policy is None:
-        if settings.get(ENABLED, True) is False:
-            return data
-        policy = settings.get(POLICY, guard.WARN)
-    findings = guard.check(prompt, probe(), _targets(data))
+        return data
     listed = [finding.as_dict() for finding in findings]
     client = data.get("client_id")
-    if client is not None:  # without findings too: the client drops those of the prompt before
+    # The host looks the client up in a dict, and its loop of messages ends on what cannot be a key.
+    if isinstance(client, str):  # without findings too: the client drops those of the prompt before
         PromptServer.instance.send_sync(EVENT, {"findings": listed}, client)
     if not findings:
         return data
@@ -113,8 +124,22 @@ def _handle(data: dict[str, Any]) -> dict[str, Any]:
     errors = [finding for finding in findings if finding.severity == guard.ERROR]
     if policy == guard.BLOCK and errors:
         return _refused(data, errors)
-    extra = data.get("extra_data")
-    return data | {"extra_data": (extra if isinstance(extra, dict) else {}) | {IN_HISTORY: listed}}
+    extra = data.get("extra_data", {})
+    if not isinstance(extra, dict):  # the host's to refuse
+        return data
+    return data | {"extra_data": extra | {IN_HISTORY: listed}}
+
+
+def _judge(data: dict[str, Any]) -> tuple[str | None, list[guard.Finding]]:
+    """Body of POST /prompt -> policy, findings; None for a user who switched the check off."""
+    graph = PromptGraph(data.get("prompt"))
+    policy = guard.policy_in_graph(graph)
+    if policy is None:
+        settings = _settings()
+        if settings.get(ENABLED, True) is False:
+            return None, []
+        policy = settings.get(POLICY)
+    return policy if policy in guard.POLICIES else guard.WARN, guard.check(graph, probe(), _targets(data), LIMIT)
 
 
 def _refused(data: dict[str, Any], errors: Collection[guard.Finding]) -> dict[str, Any]:
@@ -136,18 +161,18 @@ def _refused(data: dict[str, Any], errors: Collection[guard.Finding]) -> dict[st
 
 
 def _targets(data: dict[str, Any]) -> list[str] | None:
-    """The outputs that will run, where the client asked for some of them only."""
+    """The outputs that will run, where the client asked for some of them only; the host compares ids as they are."""
     targets = data.get("partial_execution_targets")
-    return [str(target) for target in targets] if isinstance(targets, list) else None
+    return [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else None
 
 
 def _settings() -> dict[str, Any]:
     """The front end's saved settings of the user `default`, the only one on most hosts; empty without any."""
-    path = os.path.join(folder_paths.get_user_directory(), "default", "comfy.settings.json")
+    path = Path(folder_paths.get_user_directory(), "default", "comfy.settings.json")
     try:
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        with open_regular(path) as file:
+            settings = json.loads(file.read(MAX_SETTINGS))
+    except (CheckpointError, ValueError, RecursionError):
         return {}
     return settings if isinstance(settings, dict) else {}
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..measure import ltx
+
 logger = logging.getLogger(__name__)
 
-SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 FRAME_RATE = 25.0
 
 
@@ -69,10 +70,12 @@ def _enable_dynamic_vram() -> None:
     import comfy.memory_management
     import comfy.model_patcher
     import comfy_aimdo.control
+    import torch
 
+    devices = range(torch.cuda.device_count())
     ready = _first_accepted(
-        lambda: comfy_aimdo.control.init_devices([(0, 0)]),
-        lambda: comfy_aimdo.control.init_devices([0]),  # comfy-aimdo up to 0.4.9
+        lambda: comfy_aimdo.control.init_devices([(index, 0) for index in devices]),
+        lambda: comfy_aimdo.control.init_devices(list(devices)),  # comfy-aimdo up to 0.4.9
     )
     if not ready:
         logger.warning("DynamicVRAM could not be initialised; the session runs without it")
@@ -117,13 +120,8 @@ def prefetch() -> Any:
 def latent_shapes(size: str, frames: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """"768x512", 121 -> shapes of the video latent and of the audio latent that lasts as long."""
     width, height = map(int, size.split("x"))
-    return (1, 128, (frames - 1) // 8 + 1, height // 32, width // 32), (1, 8, round(frames / FRAME_RATE * 25), 16)
-
-
-def whole_schedule(steps: int) -> tuple[float, ...]:
-    """``steps`` of the distilled sigmas, spread over all of them: the last step ends at 0, in a finished clip."""
-    last = len(SIGMAS) - 1
-    return tuple(SIGMAS[round(step * last / steps)] for step in range(steps + 1))
+    video = (1, ltx.VIDEO_CHANNELS, *ltx.latent_size(width, height, frames))
+    return video, (1, ltx.AUDIO_CHANNELS, ltx.audio_latents(frames, FRAME_RATE), ltx.AUDIO_BINS)
 
 
 def sample(
@@ -171,7 +169,7 @@ def sample(
         noise,
         1.0,
         comfy.samplers.sampler_object("euler"),
-        torch.tensor(SIGMAS[: steps + 1] if sigmas is None else sigmas),
+        torch.tensor(ltx.SIGMAS[: steps + 1] if sigmas is None else sigmas),
         conditioning,
         conditioning,
         latent,

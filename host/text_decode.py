@@ -1,13 +1,15 @@
 """Gemma 3's token loop in a shape that the host can replay as CUDA graphs, one a block.
 
 Each token costs a block some forty kernels, most of which take the CPU longer to launch than the GPU to run. The host
-can replay a block as a graph where the keys and values lie at fixed addresses (its ``FixedKV``), but its own attention
-over such a cache takes heads of 128 numbers, Gemma 3 has 256, and knows no window. ``DecodeCache`` adds both: one slot
-a token from the prompt's first on, and a bias that hides the slots no token has, or that lie outside a layer's window.
+can replay a block as a graph where the keys and values lie at fixed addresses (its ``FixedKV``), and does so for
+decoders it has such a cache for; Gemma 3 is none of them, on hosts with the Comfy Compiler neither: its heads have 256
+numbers, and most of its layers a window. ``DecodeCache`` adds both: one slot a token from the prompt's first on, and a
+bias that hides the slots no token has, or that lie outside a layer's window.
 
 Only the decode of one token is ours; prompt, blocks, sampling, residency checks and capture are the host's. The classes
 are set on the loaded model's own modules; nothing of the host is patched. Where the host cannot capture (no
-DynamicVRAM, CPU, graphs disabled, an older ComfyUI) its own cache and attention are used.
+DynamicVRAM, CPU, graphs disabled, an older ComfyUI) its own cache and attention are used; so they are where a small
+Gemma decoded both ways shows that the host's token loop is not the one known here.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 import types
 from types import ModuleType
 from typing import Any
 
 import comfy.model_management
 import torch
+
+logger = logging.getLogger(__name__)
 
 EAGER = "block by block"
 
@@ -97,10 +102,15 @@ def _derive(llama: ModuleType, prefetch: ModuleType) -> tuple[type, type, type]:
 
     class DecodeModel(llama.Llama2_):
         def init_kv_cache(self, batch, capacity, device, dtype):
-            if batch != 1 or _obstacle(self, device):
+            if batch != 1 or _obstacle(device) or getattr(self.layers[0], "_v_block", None) is None:
                 return super().init_kv_cache(batch, capacity, device, dtype)
             if any(hasattr(layer, "_comfy_graph") for layer in self.layers):
                 prefetch.cleanup_prefetch_queues()  # graphs of an earlier generation hold its cache
+            return self.fixed_caches(capacity, device, dtype)
+
+        def fixed_caches(self, capacity, device, dtype):
+            """One DecodeCache a layer; made before the loop, so that nothing of it is new in a recorded step."""
+            _products_in_fp32(device, dtype)
             slots: dict[int | None, Slots] = {}
             shape = (1, -(-capacity // 8) * 8, self.config.num_key_value_heads, self.config.head_dim)
             caches = []
@@ -112,6 +122,15 @@ def _derive(llama: ModuleType, prefetch: ModuleType) -> tuple[type, type, type]:
                 key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                 caches.append(DecodeCache(key, value, slots[window]))
             return caches
+
+        def compute_freqs_cis(self, position_ids, device):
+            # The compiler's decode buffers hold one tensor; Gemma 3 rotates by two matrices, of which a block takes
+            # its own by index. Older hosts have buffers for a list, and nothing that makes a matrix of one.
+            rotations = super().compute_freqs_cis(position_ids, device)
+            matrix = getattr(llama, "rope_matrix", None)
+            if matrix is None or not isinstance(rotations, list):
+                return rotations
+            return torch.stack([matrix(rotation) for rotation in rotations])
 
     return DecodeCache, DecodeAttention, DecodeModel
 
@@ -133,28 +152,88 @@ def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return torch.bmm(query.float(), key.float())
 
 
-def _obstacle(model: torch.nn.Module, device: torch.device) -> str:
-    """Why the host will not capture graphs of this loaded model on ``device``, or an empty string."""
+def _obstacle(device: torch.device) -> str:
+    """Why the host will not capture graphs on ``device``, or an empty string."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"graphs need an NVIDIA GPU, the model is on {device.type}"
     if getattr(importlib.import_module("comfy.cli_args").args, "disable_cuda_graphs", False):
-        return "ComfyUI runs with --disable-cuda-graphs"
+        return "ComfyUI runs with --disable-cuda-graphs or --disable-comfy-compiler"
     if comfy.model_management.NUM_STREAMS == 0:
         return "ComfyUI runs without async offload"
-    if getattr(model.layers[0], "_v_block", None) is None:
-        return "DynamicVRAM is off"
+    compiler = getattr(importlib.import_module("comfy.model_prefetch"), "malloc_graph_enabled", None)
+    if compiler is not None and not compiler(device):
+        return "ComfyUI's compiler is off"
     return ""
+
+
+@functools.cache
+def disagreement() -> str:
+    """How this host's token loop differs from the one known here, or an empty string.
+
+    A Gemma 3 of two layers, one of them with a window, decodes on the CPU with the host's cache and with ours, through
+    the host's decode buffers where it has such. Whatever a newer host may have changed shows here, when a model is
+    loaded, and not in the middle of a text.
+    """
+    try:
+        wanted, found = (_decode_small(model, ours) for model, ours in _small_models())
+    except Exception as error:  # of any kind: what a newer host does with ours is not known
+        logger.debug("the small Gemma cannot be decoded", exc_info=True)
+        return f"{type(error).__name__}: {error}"
+    difference = ((found - wanted).norm() / wanted.norm()).item()
+    return "" if difference < 1e-4 else f"a small model's output differs by {difference:.1g}"
+
+
+def _small_models() -> list[tuple[Any, bool]]:
+    """The host's model and ours, with the same weights and buffers as generation would use them."""
+    llama = importlib.import_module("comfy.text_encoders.llama")
+    _, attention, decode = _classes()
+    # torch's own layers: under DynamicVRAM the host's have no weights before a file is loaded into them.
+    plain = types.SimpleNamespace(Linear=torch.nn.Linear, Embedding=torch.nn.Embedding)
+    generator, models = torch.Generator(), []
+    for kind in (llama.Llama2_, decode):
+        config = llama.Gemma3_12B_Config(
+            vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1,
+        )  # fmt: skip
+        config.head_dim, config.sliding_attention = 16, [3, False]
+        with torch.inference_mode(False), torch.no_grad():
+            model = kind(config, device="cpu", dtype=torch.float32, ops=plain)
+            generator.manual_seed(0)
+            for parameter in model.parameters():
+                parameter.normal_(std=0.3, generator=generator)
+        if kind is decode:
+            model.graph_dynamic_vbar_blocks = True
+            for layer in model.layers:
+                layer.self_attn.__class__ = attention
+        models.append((model, kind is decode))
+    return models
+
+
+@torch.no_grad()
+def _decode_small(model: Any, ours: bool, prompt: int = 4, count: int = 4) -> torch.Tensor:
+    """(count, 32): what the last layer gives for ``count`` tokens after a prompt, one at a time."""
+    device, dtype = torch.device("cpu"), torch.float32
+    inputs = torch.randn(1, prompt + count, 32, generator=torch.Generator().manual_seed(1))
+    make = model.fixed_caches if ours else functools.partial(model.init_kv_cache, 1)
+    caches, extra, outputs = make(prompt + count, device, dtype), {}, []
+    if ours and hasattr(model, "init_decode_buffers"):
+        extra["decode_buffers"] = model.init_decode_buffers(1, device, dtype)
+    for step in inputs.split([prompt, *[1] * count], dim=1):
+        output, _, caches = model.forward(None, embeds=step.clone(), past_key_values=caches, **extra)
+        outputs.append(output[0, -1].clone())
+    return torch.stack(outputs[1:])
 
 
 def use_graphs(clip: Any) -> str:
     """Prepare a loaded LTX text encoder so that the host captures its token loop -> what to expect, for the report."""
-    if _classes() is None:
-        return f"{EAGER}, this ComfyUI cannot capture graphs of it"
+    classes = _classes()
     model = clip.cond_stage_model.gemma3_12b.transformer.model
-    if not hasattr(model, "get_dynamic_vram__units"):
+    if classes is None or not hasattr(model, "get_dynamic_vram__units"):
         return f"{EAGER}, this ComfyUI cannot capture graphs of it"
-    cache, attention, decode = _classes()
+    _, attention, decode = classes
     if type(model) is decode.__bases__[0] and model.config.transformer_type == "gemma3":
+        if reason := disagreement():
+            return f"{EAGER}, this ComfyUI's token loop is not the one known here ({reason})"
         for layer in model.layers:
             if type(layer.self_attn) is attention.__bases__[0]:
                 layer.self_attn.__class__ = attention
@@ -163,9 +242,8 @@ def use_graphs(clip: Any) -> str:
     if not hasattr(clip.cond_stage_model, "get_dynamic_vram__units"):
         # The host asks the whole text encoder for its blocks; LTX's class does not pass the question on.
         clip.cond_stage_model.get_dynamic_vram__units = types.MethodType(_units, clip.cond_stage_model)
-    device = clip.patcher.load_device
-    if device.type != "cuda":
-        return f"{EAGER}, graphs need an NVIDIA GPU, the model is on {device.type}"
+    if reason := _obstacle(clip.patcher.load_device):
+        return f"{EAGER}, {reason}"
     if not getattr(clip.patcher, "is_dynamic", bool)():
         return f"{EAGER}, graphs need DynamicVRAM"
     return "a CUDA graph a block, where the block stays on the GPU"

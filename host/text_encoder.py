@@ -22,7 +22,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..checkpoint.file.header import CheckpointError, Header, read_header
-from ..checkpoint.identify.dialects import AUTO, MARKER, Plan
+from ..checkpoint.identify.dialects import AUTO, MARKER, DialectPlan
 from ..checkpoint.identify.text_encoder_signatures import (
     CONNECTORS,
     EMBEDDING,
@@ -31,8 +31,8 @@ from ..checkpoint.identify.text_encoder_signatures import (
     find_projection,
     find_text_encoder,
 )
-from ..kernels import backends
-from ..kernels.format import OUTPUT_DTYPES
+from ..kernels import backends, dispatch
+from ..kernels.format import OUTPUT_DTYPES, PackedWeight
 from .linear import weight_only_operations
 from .load import count_layers, plan_file, rewrite, stored_shape
 from .lora_patcher import use_branches
@@ -144,7 +144,7 @@ def _reload(path, projection, dialect, backend, device, graphs, disable_dynamic:
     return load_text_encoder(path, projection, dialect, backend, device, graphs, disable_dynamic)[0].patcher
 
 
-def _read(path: str, plan: Plan, wanted) -> dict[str, torch.Tensor]:
+def _read(path: str, plan: DialectPlan, wanted) -> dict[str, torch.Tensor]:
     """The wanted tensors of a file in the host's layout; native ones stay mapped."""
     state_dict = comfy.utils.load_torch_file(path)
     return rewrite(plan, {name: tensor for name, tensor in state_dict.items() if wanted(name)})
@@ -166,7 +166,8 @@ def _restore_embedding(tensors: dict, operations: type, backend: str, device: to
     if isinstance(weight, QuantizedTensor):
         params, found = weight._params, "NVFP4"
         parts = (weight._qdata, params.block_scale, params.scale)
-        restored = backends.dequantize(*(part.to(device) for part in parts), params.orig_shape, torch.bfloat16, backend)
+        record = PackedWeight(*(part.to(device) for part in parts), params.orig_shape)
+        restored = dispatch.dequantize(record, torch.bfloat16, backend)
     elif scale is not None and not _reads_embeddings(operations):
         restored, found = (weight.float() * scale.float()).bfloat16(), "FP8"
     else:

@@ -26,7 +26,9 @@ BLOCK = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+FP8 = torch.float8_e4m3fn
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)  # what the kernels that multiply take: not FP32
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -44,10 +46,14 @@ def block_scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     return round_up(shape[0], 128), round_up(round_up(shape[1], BLOCK) // BLOCK, 4)
 
 
-def check_request(packed: torch.Tensor, block_scale: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Raise ValueError for an output dtype no kernel gives, or tensors that are not those of a weight of ``shape``."""
+def check_output_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError for an output dtype no kernel gives."""
     if dtype not in OUTPUT_DTYPES:
         raise ValueError(f"cannot dequantise NVFP4 to {dtype}; expected one of {OUTPUT_DTYPES}")
+
+
+def check_parts(packed: torch.Tensor, block_scale: torch.Tensor, shape: tuple[int, int]) -> None:
+    """Raise ValueError for tensors that are not those of a weight of ``shape``."""
     if packed.shape != packed_shape(shape) or block_scale.shape != block_scale_shape(shape):
         raise ValueError(
             f"packed {tuple(packed.shape)} and block_scale {tuple(block_scale.shape)} do not belong to a weight of "
@@ -63,6 +69,11 @@ class PackedWeight:
     block_scale: torch.Tensor
     global_scale: torch.Tensor
     shape: tuple[int, int]
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(packed, block_scale, global_scale), in the order in which prepared functions and operators take them."""
+        return self.packed, self.block_scale, self.global_scale
 
     @property
     def nbytes(self) -> int:

@@ -7,20 +7,18 @@ instead of two, and a matmul of twice the rate. kernels/reference.py defines the
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 
 import torch
 
-from . import backends, reference
-from .format import round_up
+from .backends import FP8_CAPABILITY, pick_backend, triton_module
+from .format import FP8, round_up
+from .reference import ACTIVATIONS
 
-MIN_CAPABILITY = (8, 9)
 # On: sums stay in the tensor core's short accumulator instead of going to FP32 every 128 products. On an H200 that
 # takes 8 to 15 % off the matmul, and its rounding (0.1 to 0.2 %) is small beside the 2.4 % of FP8 itself
 # (benchmarks/results/fp8.json).
 FAST_ACCUMULATION = True
-LinearFp8 = Callable[..., torch.Tensor]
 
 
 @functools.cache
@@ -32,12 +30,12 @@ def obstacle(device: torch.device) -> str:
     if device.type != "cuda" or not torch.version.cuda:
         return f"FP8 tensor cores are those of an NVIDIA GPU, the model is on {device.type}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
+    if capability < FP8_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"FP8 needs compute capability 8.9, {name} has {capability[0]}.{capability[1]}"
     if not hasattr(torch, "_scaled_mm"):
         return f"torch {torch.__version__} has no torch._scaled_mm; update torch"
-    backend, reason = backends.pick_backend(device)
+    backend, reason = pick_backend(device)
     if backend != "triton":
         return reason
     return _failure_of_a_trial(device)
@@ -45,12 +43,12 @@ def obstacle(device: torch.device) -> str:
 
 def _failure_of_a_trial(device: torch.device) -> str:
     try:
-        weight = torch.eye(32, device=device).to(reference.FP8)
+        weight = torch.eye(32, device=device).to(FP8)
         scale = torch.full((32,), 0.5, device=device)
         x = torch.arange(17 * 32, device=device).remainder(15).float().view(17, 32)
         x_scale = torch.arange(1, 18, device=device, dtype=torch.float32).unsqueeze(1)
         bias = torch.ones(32, device=device, dtype=torch.bfloat16)
-        found = scaled_mm(x.to(reference.FP8), x_scale, weight, scale, bias)
+        found = scaled_mm(x.to(FP8), x_scale, weight, scale, bias)
     except RuntimeError as error:
         return f"torch {torch.__version__} cannot multiply FP8 row-wise here: {str(error).splitlines()[0]}"
     if not torch.equal(found, (x * x_scale * 0.5 + 1).bfloat16()):
@@ -100,26 +98,12 @@ class SharedRows:
         return rows
 
 
-@functools.cache
-def linear_function(
-    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str = "auto"
-) -> LinearFp8:
-    """(N, K), dtype and device of x -> function (x, packed, block_scale, global_scale, bias, activation, shared).
-
-    That is for callers that use a shape again and again; ``linear_fp8`` without the look-ups. ``activation`` (one of
-    ``reference.ACTIVATIONS``) of x is taken first, ``shared`` is None or (SharedRows, place). The torch backend
-    computes in FP32 what the tensor cores would.
-    """
-    name, _ = backends.pick_backend(device, backend)
+def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    """(N, K), dtype and device of x -> the function ``linear_fp8`` that dispatch.prepare describes, on tensor cores."""
     rows, cols = shape
-    if name == "torch":
-        return lambda x, packed, block_scale, global_scale, bias=None, activation="", shared=None: reference.linear_fp8(
-            x, packed, block_scale, global_scale, shape, bias, activation
-        )
-    triton_fp8 = importlib.import_module(".triton.to_fp8", __package__)
-    convert = triton_fp8.converter(shape, device)
-    quantizers = {kind: triton_fp8.row_quantizer(cols, dtype, device, kind) for kind in reference.ACTIVATIONS}
-    flat = {kind: lambda x, run=run: run(x if x.ndim == 2 else x.reshape(-1, cols)) for kind, run in quantizers.items()}
+    convert = triton_module("to_fp8").prepare(shape, device)
+    rounders = {kind: triton_module("quantize_rows").prepare(cols, dtype, device, kind) for kind in ACTIVATIONS}
+    flat = {kind: lambda x, run=run: run(x if x.ndim == 2 else x.reshape(-1, cols)) for kind, run in rounders.items()}
     added = round_up(rows, 16) - rows
 
     def run(x, packed, block_scale, global_scale, bias=None, activation="", shared=None):
@@ -135,25 +119,3 @@ def linear_function(
         return out if x.ndim == 2 else out.reshape(*x.shape[:-1], rows)
 
     return run
-
-
-def linear_fp8(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    block_scale: torch.Tensor,
-    global_scale: torch.Tensor,
-    shape: tuple[int, int],
-    bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """(..., K) float x NVFP4 (N, K) + (N,) -> (..., N) in x's dtype, both operands rounded to E4M3.
-
-    The matmul's result is BF16 whatever x is, before it is cast to x's dtype.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ops.nvfp4_video.linear_fp8(x, packed, block_scale, global_scale, shape[0], shape[1], bias, backend)
-    run = linear_function(tuple(shape), x.dtype, x.device, backend)
-    return run(x, packed, block_scale, global_scale, bias)
-
-
-backends.define_linear("linear_fp8", linear_fp8)

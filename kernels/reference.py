@@ -6,7 +6,7 @@ Layout, names and the order of the multiplications: kernels/format.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -15,14 +15,17 @@ from .format import (
     E2M1_MAX,
     E2M1_VALUES,
     E4M3_MAX,
+    FP8,
     PackedWeight,
-    check_request,
+    check_output_dtype,
+    check_parts,
     swizzle,
     unswizzle,
 )
 
-FP8 = torch.float8_e4m3fn
+MAX_TOKENS = 16  # rows of x that ``gemv`` is meant for, and its kernel takes
 SMALLEST_AMAX = 1e-30  # a row of activations below it counts as zero: the reciprocal of its scale would overflow
+ACTIVATIONS = ("", "gelu_tanh")
 
 SEARCHES = ("amax", "mse")
 # Candidate block scales of a search in units of 2**(k - 6); see search_scale.
@@ -37,29 +40,22 @@ _SMALLEST_SEARCH_SCALE = 2.0**-100
 _MIDPOINTS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
 
 
-def dequantize(
-    packed: torch.Tensor,
-    block_scale: torch.Tensor,
-    global_scale: torch.Tensor,
-    shape: tuple[int, int],
-    dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
-    """(R16(N), R16(K)/2) uint8 + swizzled e4m3 scales + () fp32 -> (N, K) ``dtype``."""
-    check_request(packed, block_scale, shape, dtype)
-    rows, cols = shape
-    scale = unswizzle(block_scale.view(torch.float8_e4m3fn), packed.shape[0], packed.shape[1] * 2 // BLOCK)
-    decode_scale = scale.float() * global_scale.float()
+def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """NVFP4 (N, K) -> (N, K) ``dtype``. Raises ValueError for another dtype, or tensors of another shape."""
+    check_output_dtype(dtype)
+    check_parts(weight.packed, weight.block_scale, weight.shape)
+    packed, (rows, cols) = weight.packed, weight.shape
+    scale = unswizzle(weight.block_scale.view(FP8), packed.shape[0], packed.shape[1] * 2 // BLOCK)
+    decode_scale = scale.float() * weight.global_scale.float()
     codes = torch.stack((packed >> 4, packed & 0x0F), dim=-1).flatten(1).long()
     values = torch.tensor(E2M1_VALUES, device=packed.device)[codes]
     values = values.unflatten(1, (-1, BLOCK)) * decode_scale.unsqueeze(-1)
     return values.flatten(1)[:rows, :cols].to(dtype).contiguous()
 
 
-def dequantizer(
-    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(N, K), output dtype -> function (packed, block_scale, global_scale) -> (N, K); nothing to prepare here."""
-    return lambda packed, block_scale, global_scale: dequantize(packed, block_scale, global_scale, shape, dtype)
+def _unscaled(weight: PackedWeight) -> torch.Tensor:
+    """NVFP4 (N, K) -> (N, K) fp32, code times block scale, exact."""
+    return dequantize(replace(weight, global_scale=torch.ones((), device=weight.packed.device)), torch.float32)
 
 
 def finite_amax(weight: torch.Tensor) -> torch.Tensor:
@@ -175,7 +171,7 @@ def quantize(
 def amax_scale(amax: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     """(...) fp32 largest magnitude of each block + () fp32 -> (...) e4m3 ``amax / 6 / global_scale``."""
     scale = (_divide(amax, E2M1_MAX) / global_scale).clamp(max=E4M3_MAX).nan_to_num(0.0)
-    return scale.to(torch.float8_e4m3fn)
+    return scale.to(FP8)
 
 
 def search_scale(
@@ -239,7 +235,7 @@ def search_penalty(exponent: torch.Tensor) -> torch.Tensor:
 def _penalties(device: torch.device) -> torch.Tensor:
     units = torch.tensor([2.0 ** (k - 6) for k in _EXPONENTS], device=device)
     candidates = units[:, None] * _search_steps(device)
-    return torch.where(candidates.to(torch.float8_e4m3fn).float() == candidates, 0.0, torch.inf)
+    return torch.where(candidates.to(FP8).float() == candidates, 0.0, torch.inf)
 
 
 def chosen_scale(
@@ -249,7 +245,7 @@ def chosen_scale(
     unit = ((127 - 6 + exponent) << 23).view(torch.float32)
     scale = _search_steps(choice.device)[choice] * unit
     scale = torch.where(amax / global_scale >= 4096.0, E4M3_MAX, scale)
-    return torch.where((amax == 0) | (global_scale == 0), 0.0, scale).to(torch.float8_e4m3fn)
+    return torch.where((amax == 0) | (global_scale == 0), 0.0, scale).to(FP8)
 
 
 def column_steps(column_weight: torch.Tensor) -> torch.Tensor:
@@ -263,22 +259,13 @@ def column_steps(column_weight: torch.Tensor) -> torch.Tensor:
     return torch.where(largest == 0, 1.0, steps)
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    block_scale: torch.Tensor,
-    global_scale: torch.Tensor,
-    shape: tuple[int, int],
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype: the weight is dequantised to it, then one matmul."""
-    return torch.nn.functional.linear(x, dequantize(packed, block_scale, global_scale, shape, x.dtype), bias)
+    return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
 
 
-def to_fp8(
-    packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor, shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R16(N), R16(K)/2) uint8 + swizzled e4m3 scales + () fp32 -> (R16(N), R16(K)) e4m3, (R16(N),) fp32 row scales.
+def to_fp8(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """NVFP4 (N, K) -> (R16(N), R16(K)) e4m3, (R16(N),) fp32 row scales.
 
     A row is multiplied by the power of two that brings 6 times its largest block scale into [192, 360], so nothing
     saturates; the inverse goes into its scale, with the global one. What is rounded is inherent: a code times a block
@@ -286,17 +273,15 @@ def to_fp8(
     0.5, 1, 2 and 4 do not. Blocks whose scale is 2**10 below the row's largest end in E4M3's subnormals, an error
     under 2**-17 of the row's largest value. Padding becomes zero, with row scale 1.
     """
-    check_request(packed, block_scale, shape, torch.float32)
-    rows, cols = shape
-    scale = unswizzle(block_scale.view(FP8), packed.shape[0], packed.shape[1] * 2 // BLOCK)[:rows]
+    unscaled, packed, (rows, cols) = _unscaled(weight), weight.packed, weight.shape
+    scale = unswizzle(weight.block_scale.view(FP8), packed.shape[0], packed.shape[1] * 2 // BLOCK)[:rows]
     exponent = (scale.view(torch.uint8) >> 3 & 15).int()
     largest = exponent.amax(1) if exponent.numel() else exponent.new_ones(rows)
     shift = 12 - largest.clamp(min=1)
-    unscaled = dequantize(packed, block_scale, torch.ones((), device=packed.device), shape, torch.float32)
     out = torch.zeros(packed.shape[0], packed.shape[1] * 2, dtype=FP8, device=packed.device)
     out[:rows, :cols] = (unscaled * _power_of_two(shift).unsqueeze(1)).to(FP8)
     row_scale = torch.ones(packed.shape[0], device=packed.device)
-    row_scale[:rows] = global_scale.float() * _power_of_two(-shift)
+    row_scale[:rows] = weight.global_scale.float() * _power_of_two(-shift)
     return out, row_scale
 
 
@@ -305,20 +290,9 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def dequantize_sum(
-    packed: torch.Tensor,
-    block_scale: torch.Tensor,
-    global_scale: torch.Tensor,
-    shape: tuple[int, int],
-    up: torch.Tensor,
-    down: torch.Tensor,
-) -> torch.Tensor:
+def dequantize_sum(weight: PackedWeight, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """NVFP4 (N, K) + up (N, R) x down (R, K) -> (N, K) in the factors' dtype, rounded once."""
-    weight = dequantize(packed, block_scale, global_scale, shape, torch.float32)
-    return torch.addmm(weight, up.float(), down.float()).to(up.dtype)
-
-
-ACTIVATIONS = ("", "gelu_tanh")
+    return torch.addmm(dequantize(weight, torch.float32), up.float(), down.float()).to(up.dtype)
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -342,38 +316,24 @@ def quantize_rows(x: torch.Tensor, activation: str = "") -> tuple[torch.Tensor, 
 
 
 def linear_fp8(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    block_scale: torch.Tensor,
-    global_scale: torch.Tensor,
-    shape: tuple[int, int],
-    bias: torch.Tensor | None = None,
-    activation: str = "",
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, activation: str = ""
 ) -> torch.Tensor:
     """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype, both operands in E4M3 (W4A8), FP32 accumulation.
 
     ``activation`` of x comes first, as in ``quantize_rows``.
     """
-    weight, weight_scale = to_fp8(packed, block_scale, global_scale, shape)
+    rounded, weight_scale = to_fp8(weight)
     quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]), activation)
-    out = (quantized.float() @ weight.float().t() * weight_scale * scale)[:, : shape[0]]
+    out = (quantized.float() @ rounded.float().t() * weight_scale * scale)[:, : weight.shape[0]]
     out = out if bias is None else out + bias.float()
-    return out.to(x.dtype).reshape(*x.shape[:-1], shape[0])
+    return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def gemv(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    block_scale: torch.Tensor,
-    global_scale: torch.Tensor,
-    shape: tuple[int, int],
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+def gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype, for few rows: weight-only, rounded once, at the end.
 
     ``linear`` rounds each weight to x's dtype; here code times block scale is exact, the sum is FP32, and the global
     scale multiplies the sum. The result is nearer to the exact product, and differs from ``linear`` by its rounding.
     """
-    exact = dequantize(packed, block_scale, torch.ones((), device=packed.device), shape, torch.float32)
-    out = torch.nn.functional.linear(x.float(), exact) * global_scale.float()
+    out = torch.nn.functional.linear(x.float(), _unscaled(weight)) * weight.global_scale.float()
     return (out if bias is None else out + bias.float()).to(x.dtype)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from .gpus import Gpu
-from .roofline import QUANTISED, Clip, Model, multiplied_as
+from .roofline import QUANTISED, Clip, Transformer, multiplied_as
 
 ENCODE, SAMPLE, DECODE = "encode", "sample", "decode"
 RESIDENT, SWAPPING, STREAMING, TOO_LARGE = "resident", "swapping", "streaming", "too large"
@@ -94,7 +94,7 @@ class Fit:
         return asdict(self) | {"total": self.total, "stream_seconds": self.stream_seconds}
 
 
-def sampling_bytes(model: Model, clip: Clip, mode: str = "bf16") -> float:
+def sampling_bytes(model: Transformer, clip: Clip, mode: str = "bf16") -> float:
     """Working memory of a denoising step: activations of the widest place, and the largest rewritten weight."""
     wide = max((one.rows for one in model.linears if one.label.startswith("ff.")), default=4 * model.width)
     activations = 2.0 * clip.tokens["video"] * (wide + 3 * model.width)
@@ -113,7 +113,7 @@ def decode_bytes(clip: Clip, version: str = "") -> float:
 
 
 def fit(
-    sizes: Mapping[str, float], clip: Clip, gpu: Gpu, *, model: Model | None = None, mode: str = "bf16",
+    sizes: Mapping[str, float], clip: Clip, gpu: Gpu, *, model: Transformer | None = None, mode: str = "bf16",
     text_encoder: float | None = None, vae_version: str = "",
 ) -> Fit:  # fmt: skip
     """Component -> bytes in the file, clip, GPU -> Fit. ``model`` None: its working memory counts as nothing.

@@ -211,6 +211,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def _read_image(path: Path) -> np.ndarray:
     import cv2
 
+    _check_plain(path)
     # imdecode instead of imread: OpenCV cannot open non-ASCII paths on Windows.
     data = np.frombuffer(path.read_bytes(), np.uint8)
     image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
@@ -251,12 +252,19 @@ def _decode_video(path: Path) -> Iterator[np.ndarray]:
 def _open(path: Path) -> Any:
     import av
 
+    _check_plain(path)
     try:
         return av.open(str(path))
     except (av.FFmpegError, OSError) as error:
         raise MediaError(
             f"found a file that PyAV cannot open: {path} ({error}); expected a video, an image, or a folder of images."
         ) from error
+
+
+def _check_plain(path: Path) -> None:
+    """Refuse a pipe, a device and the like, for which a reader would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise MediaError(f"found no plain file at {path}; expected a video, an image, or a folder of images.")
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:

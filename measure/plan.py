@@ -15,9 +15,9 @@ from .gpus import Gpu
 from .roofline import (
     MODES,
     Clip,
-    Model,
     Step,
     TensorEntry,
+    Transformer,
     decode_work,
     modes_of,
     prefill_seconds,
@@ -44,7 +44,7 @@ _VERDICTS = {
 }
 
 
-class Component(Protocol):
+class HasNames(Protocol):
     """What is needed of a component: tensor name in the file -> name without the component's prefix."""
 
     names: Mapping[str, str]
@@ -64,7 +64,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RenderPlan:
     """Everything the planner has to say. ``model`` and ``step`` are None where it cannot predict, ``notes`` say why."""
 
     file: str
@@ -72,7 +72,7 @@ class Plan:
     clip: Clip
     mode: str
     fit: Fit
-    model: Model | None
+    model: Transformer | None
     step: Step | None
     choices: tuple[Choice, ...]
     changes: tuple[str, ...]
@@ -102,10 +102,10 @@ class Plan:
 
 
 def make_plan(
-    file: str, tensors: Mapping[str, TensorEntry], components: Mapping[str, Component], clip: Clip, gpu: Gpu,
+    file: str, tensors: Mapping[str, TensorEntry], components: Mapping[str, HasNames], clip: Clip, gpu: Gpu,
     mode: str = "bf16", text_encoder_bytes: float | None = None,
-) -> Plan:  # fmt: skip
-    """File name, its header entries and components, clip, GPU, compute mode -> Plan.
+) -> RenderPlan:  # fmt: skip
+    """File name, its header entries and components, clip, GPU, compute mode -> RenderPlan.
 
     ValueError for a file without a diffusion model, an empty clip, or a mode that the GPU cannot run.
     """
@@ -128,14 +128,14 @@ def make_plan(
     elif not gpu.known:
         notes.append(f"{gpu.name} is not in the table: state its bandwidth and TFLOP/s for times")
     if model is None or not gpu.known:
-        return Plan(file, gpu, clip, mode, found, model, None, (), (), tuple(notes))
+        return RenderPlan(file, gpu, clip, mode, found, model, None, (), (), tuple(notes))
     notes += [f"{other} compute: {reason}" for other, reason in modes_of(gpu).items() if reason]
     choices = tuple(_choices(sizes, model, clip, gpu, options))
     now = step(model, clip, gpu, mode)
-    return Plan(file, gpu, clip, mode, found, model, now, choices, tuple(_changes(choices)), tuple(notes))
+    return RenderPlan(file, gpu, clip, mode, found, model, now, choices, tuple(_changes(choices)), tuple(notes))
 
 
-def _choices(sizes: Mapping[str, float], model: Model, clip: Clip, gpu: Gpu, options: Mapping):
+def _choices(sizes: Mapping[str, float], model: Transformer, clip: Clip, gpu: Gpu, options: Mapping):
     for stored in ("BF16", "FP8", "NVFP4"):
         other = model.stored_as(stored)
         size = sizes["diffusion_model"] + other.weight_bytes - model.weight_bytes
@@ -163,7 +163,7 @@ def _changes(choices: tuple[Choice, ...]):
         yield f"{one.mode} compute: {what} ({smaller}; {ratio:.2f}x the step{same}{streams})"
 
 
-def _lines(plan: Plan):
+def _lines(plan: RenderPlan):
     clip, gpu, found = plan.clip, plan.gpu, plan.fit
     tokens = clip.tokens
     yield f"{plan.file} on {gpu.name}, {plan.mode} compute"
@@ -196,7 +196,7 @@ def _lines(plan: Plan):
         yield f"values of {gpu.name}: {'; '.join(filter(None, [gpu.source, gpu.note]))}"
 
 
-def _times(plan: Plan, now: Step):
+def _times(plan: RenderPlan, now: Step):
     yield f"a step: {plan.seconds:.2f} s predicted, {now.floor:.2f} s at least; {now.bound}"
     parts = {
         "math": "Linears",

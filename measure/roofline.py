@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 from .gpus import Gpu
-from .settings import audio_latents, latent_size
+from .ltx import audio_latents, latent_size
 
 MODES = ("bf16", "fp8", "fp4")
 MATMUL_SHARE = {"bf16": 0.67, "fp8": 0.65, "fp4": 0.67}
@@ -101,7 +101,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Model:
+class Transformer:
     """The parts of an LTX transformer that cost time: kinds of Linears with their counts, and its blocks."""
 
     linears: Mapping[Linear, int]
@@ -119,7 +119,7 @@ class Model:
         """Bytes of the Linears' weights as they are stored, block scales included."""
         return sum(count * one.rows * one.cols * stored_bytes(one.stored) for one, count in self.linears.items())
 
-    def stored_as(self, stored: str) -> Model:
+    def stored_as(self, stored: str) -> Transformer:
         """The same model with its quantised Linears in another format.
 
         Of a model without any, those of all blocks but the first and the last two, as published LTX-2.3 files have it.
@@ -167,8 +167,8 @@ class Step:
         return asdict(self)
 
 
-def read_model(tensors: Mapping[str, TensorEntry]) -> Model | None:
-    """Header entries of a diffusion model, names without prefix -> Model; None if it is no LTX transformer."""
+def read_model(tensors: Mapping[str, TensorEntry]) -> Transformer | None:
+    """Header entries of a diffusion model, names without prefix -> Transformer; None if it is no LTX transformer."""
     linears: Counter[Linear] = Counter()
     attention: Counter[tuple[str, str, int]] = Counter()
     blocks = set()
@@ -190,7 +190,7 @@ def read_model(tensors: Mapping[str, TensorEntry]) -> Model | None:
                 attention[(*_ATTENTION[found["module"]], rows)] += 1
     width = max((one.cols for one in linears if one.label == "attn1.to_q"), default=0)
     known = width and any(one.label == "patchify_proj" for one in linears)
-    return Model(linears, len(blocks), attention, width) if known else None
+    return Transformer(linears, len(blocks), attention, width) if known else None
 
 
 def _stream(module: str, part: str) -> str | None:
@@ -216,7 +216,7 @@ def modes_of(gpu: Gpu) -> dict[str, str]:
     return reasons
 
 
-def step(model: Model, clip: Clip, gpu: Gpu, mode: str = "bf16", launch: str = GRAPHS) -> Step:
+def step(model: Transformer, clip: Clip, gpu: Gpu, mode: str = "bf16", launch: str = GRAPHS) -> Step:
     """One denoising step at cfg 1. ValueError: it cannot run.
 
     ``launch``: GRAPHS, or for a model without them the key of LAUNCH_SECONDS for its quantised Linears.

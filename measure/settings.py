@@ -1,12 +1,7 @@
 """What a distilled LTX-2.x model has to be given: sizes it can make, frame counts, audio length, sigmas.
 
-The video VAE takes 32 x 32 pixels of 8 frames to one latent (the first frame has a latent of its own), so sides are
-multiples of 32 and frame counts 8k + 1. Two stages sample at half the size first, so that the final sides are multiples
-of 64. ComfyUI's nodes round other values down without a word.
-
-Audio: 16,000 samples a second, one MEL frame per 160 samples, one latent per 4 MEL frames: 25 latents a second.
-
-Sigmas: as Lightricks publishes them for the distilled models. A scheduler with 8 steps gives other values.
+Two stages sample at half the size first, so that the final sides are multiples of 64. ComfyUI's nodes round other
+values down without a word. What is fixed about the model is in ltx.py.
 """
 
 from __future__ import annotations
@@ -15,43 +10,29 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-VERSIONS = ("2.3", "2.5", "2.0")
+from .ltx import (
+    AUDIO_LATENTS_PER_SECOND,
+    CFG,
+    MAX_SECONDS,
+    MAX_SIDE,
+    SIGMAS,
+    SIGMAS_STAGE_2,
+    SPATIAL,
+    TEMPORAL,
+    VERSIONS,
+    audio_latents,
+    mel_frames,
+)
+
 ONE_STAGE, TWO_STAGES = "one stage", "two stages"
 STAGES = (ONE_STAGE, TWO_STAGES)
-SIGMAS_STAGE_1 = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
-SIGMAS_STAGE_2 = {
-    "2.0": (0.909375, 0.725, 0.421875, 0.0),
-    "2.3": (0.85, 0.725, 0.4219, 0.0),
-    "2.5": (0.85, 0.725, 0.4219, 0.0),
-}
-CFG = 1.0
-AUDIO_LATENTS_PER_SECOND = 16_000 / 160 / 4
-SPATIAL, TEMPORAL = 32, 8
-# Where the positions of the 2.x models end: `positional_embedding_max_pos` of LTX-2.3 is [20, 2048, 2048].
-MAX_SECONDS, MAX_SIDE = 20.0, 2048
 # LTXVEmptyLatentAudio's limit for its frame count.
 MAX_AUDIO_FRAMES = 1000
 _SMALLEST_SIDE = 64  # of EmptyLTXVLatentVideo
-_MEL_PER_LATENT = 4
-
-
-def audio_latents(frames: int, fps: float) -> int:
-    """Latents of a sound track as long as the picture, as ComfyUI 0.33 counts them: round(frames / fps * 25)."""
-    return round(frames / fps * AUDIO_LATENTS_PER_SECOND)
-
-
-def mel_frames(latents: int) -> int:
-    """MEL frames that ``latents`` audio latents decode to: 4n - 3, because the first one is not repeated."""
-    return _MEL_PER_LATENT * latents - (_MEL_PER_LATENT - 1)
-
-
-def latent_size(width: int, height: int, frames: int) -> tuple[int, int, int]:
-    """Pixels and frames -> (frames, height, width) of the video latent; what does not divide is cut off."""
-    return (frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL
 
 
 @dataclass(frozen=True)
-class Settings:
+class RenderSettings:
     """All numbers of one render.
 
     ``width`` and ``height`` are those of the first stage, whose latent is made empty; ``final_width`` and
@@ -111,8 +92,8 @@ def distilled_settings(
     stages: str = ONE_STAGE,
     version: str = "2.3",
     count_audio: Callable[[int, float], int] = audio_latents,
-) -> Settings:
-    """Wishes -> Settings the model can make, each wish moved to the nearest possible value (of two, the smaller).
+) -> RenderSettings:
+    """Wishes -> RenderSettings the model can make, each wish moved to the nearest possible value (of two, the smaller).
 
     ``width``, ``height``: of the finished clip. ``seconds``: if above 0, decides instead of ``frames``.
     ``count_audio``: (frames, fps) -> audio latents; a running ComfyUI's own, where there is one. ValueError for a
@@ -134,9 +115,9 @@ def distilled_settings(
         notes.append(f"frames: {frames} -> {count}; the VAE makes 8k + 1, and ComfyUI would cut down in silence")
     notes += _cautions(final_width, final_height, count, fps, latents)
     scale = step // SPATIAL
-    return Settings(
+    return RenderSettings(
         version, stages, final_width // scale, final_height // scale, final_width, final_height, count, fps, latents,
-        SIGMAS_STAGE_1, SIGMAS_STAGE_2[version], CFG, tuple(notes),
+        SIGMAS, SIGMAS_STAGE_2[version], CFG, tuple(notes),
     )  # fmt: skip
 
 

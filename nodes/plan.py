@@ -9,8 +9,9 @@ from ..host.files import file_names, file_path, fingerprint
 from ..host.settings import distilled, plan_file
 from ..host.show import show, to_image
 from ..measure.gpus import DETECTED, GPUS
+from ..measure.ltx import VERSIONS
 from ..measure.roofline import MODES, Clip
-from ..measure.settings import STAGES, VERSIONS
+from ..measure.settings import STAGES
 
 FOLDERS = ("diffusion_models", "checkpoints")
 _SIZE = {"min": 64, "max": 8192, "step": 1}

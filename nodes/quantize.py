@@ -10,7 +10,7 @@ from ..checkpoint.identify.components import DIFFUSION_MODEL, REST
 from ..checkpoint.identify.report import size_text
 from ..checkpoint.write.card import text_of
 from ..checkpoint.write.estimate import estimate
-from ..checkpoint.write.plan import AMAX, MSE, Settings
+from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import AUTO, FAMILIES, Options
 from ..host import files
@@ -83,7 +83,7 @@ class NVFP4Quantize(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         edges = None if keep_first_last < 0 else keep_first_last
         options = Options(protect_audio, protect_cross_attention, edges, tuple(keep.split()))
-        settings = Settings(
+        settings = QuantizeSettings(
             recipe, options, contents == MODEL_ONLY, SEARCHES[quality], keep_non_finite,
             config_from=files.optional_path(config_from, ALL_FOLDERS),
         )  # fmt: skip

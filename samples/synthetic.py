@@ -112,10 +112,7 @@ def _reciprocal_proof_scale(weight: torch.Tensor) -> torch.Tensor:
 
 def decoded_state(state: Tensors, packed: Mapping[str, PackedWeight]) -> Tensors:
     """The state with each packed layer replaced by its BF16 decoding: what a right reader of any dialect must find."""
-    decoded = {
-        f"{layer}.weight": dequantize(w.packed, w.block_scale, w.global_scale, w.shape, torch.bfloat16)
-        for layer, w in packed.items()
-    }
+    decoded = {f"{layer}.weight": dequantize(w, torch.bfloat16) for layer, w in packed.items()}
     return {key: decoded.get(key, tensor) for key, tensor in state.items()}
 
 

@@ -52,6 +52,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Skip what Triton's interpreter, not the kernel, cannot do.
+
+    Up to 3.6 it reads the bound of a loop as ``int(array of one number)``, which NumPy refuses since 2.4. Compiled
+    kernels know nothing of it.
+    """
+    try:
+        return (yield)
+    except Exception as error:
+        if type(error).__name__ != "InterpreterError" or "only 0-dimensional arrays" not in str(error):
+            raise
+        triton, numpy = (importlib.import_module(name).__version__ for name in ("triton", "numpy"))
+        if tuple(map(int, triton.split(".")[:2])) > (3, 6):
+            raise
+        pytest.skip(f"the interpreter of Triton {triton} runs no loop with NumPy {numpy}: use Triton 3.7 or NumPy 2.3")
+
+
 @pytest.fixture
 def stub_comfy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """The stubbed ``folder_paths``, its folders moved below ``tmp_path`` and created; a fresh prompt server."""

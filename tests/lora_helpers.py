@@ -29,7 +29,7 @@ def build(rows: int, cols: int, mode: str = "bf16", **tensors) -> tuple[torch.nn
     model = torch.nn.ModuleDict({"to_q": operations.Linear(cols, rows)})
     state = {"weight": linear.wrap(record), "comfy_quant": NVFP4, "bias": torch.randn(rows).bfloat16()} | tensors
     model.load_state_dict({f"to_q.{key}": value for key, value in state.items()})
-    decoded = reference.dequantize(record.packed, record.block_scale, record.global_scale, record.shape, torch.float32)
+    decoded = reference.dequantize(record, torch.float32)
     return model["to_q"], decoded
 
 

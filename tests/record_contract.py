@@ -17,6 +17,7 @@ import inspect
 import json
 import re
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,10 @@ def _spell(signature: inspect.Signature) -> str:
 
 
 def read_contract() -> dict[str, dict]:
-    """Host version -> {"comfy_kitchen": version, "names": {name: entry}}, oldest first, differences resolved."""
+    """Host version -> {"comfy_kitchen": version, "names": {name: entry}}, oldest first, differences resolved.
+
+    Hosts with DynamicVRAM also have "layers": the names that host/residency.py knows, as a dynamic model has them.
+    """
     stored = json.loads(CONTRACT.read_text("utf-8")) if CONTRACT.exists() else {}
     newest = list(stored.values())[-1]["names"] if stored else {}
     full = {}
@@ -154,6 +158,23 @@ def record_host() -> tuple[str, dict]:
     return answer["version"], answer["record"]
 
 
+def record_layers() -> tuple[str, dict]:
+    """(version, names that the host's DynamicVRAM writes into layers, by its own functions; {} where it has none)."""
+    from nvfp4_video.tests.host import dynamic_in_process
+    from nvfp4_video.tests.host.harness import run_in_host
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_in_host(dynamic_in_process.__file__, folder)
+    lines = [line for line in result.stdout.splitlines() if line.startswith(dynamic_in_process.MARK)]
+    if result.returncode or not lines:
+        raise RuntimeError(f"the host could not load a dynamic model:\n{result.stdout}\n{result.stderr}")
+    answer = json.loads(lines[-1].removeprefix(dynamic_in_process.MARK))
+    found = answer.get("books", {})
+    if "failed" in found:
+        raise RuntimeError(found["failed"])
+    return answer["version"], {name: found[name] for name in dynamic_in_process.RECORDED if name in found}
+
+
 def _describe_host(names: list[str]) -> None:
     # The host reads its command line while it is imported, and looks for a GPU unless told not to.
     sys.argv = ["main.py", "--cpu"]
@@ -174,6 +195,8 @@ def _main() -> None:
     sys.path[0] = str(HERE)
     importlib.import_module("conftest")
     version, record = record_host()
+    if layers := record_layers()[1]:
+        record["layers"] = layers
     write_contract(read_contract() | {version: record})
     print(f"{CONTRACT.name}: {len(record['names'])} names of ComfyUI {version}")
 

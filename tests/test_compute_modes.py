@@ -63,11 +63,11 @@ def build(compute_plan: Compute, marker=NVFP4, rows: int = 48, cols: int = 64, n
 
 
 def by_fp8(layer, record, x):
-    return reference.linear_fp8(x, record.packed, record.block_scale, record.global_scale, record.shape, layer.bias)
+    return reference.linear_fp8(x, record, layer.bias)
 
 
 def by_bf16(layer, record, x):
-    weight = reference.dequantize(record.packed, record.block_scale, record.global_scale, record.shape, x.dtype)
+    weight = reference.dequantize(record, x.dtype)
     return torch.nn.functional.linear(x, weight, layer.bias)
 
 

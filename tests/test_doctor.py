@@ -92,10 +92,38 @@ def loaded(monkeypatch: pytest.MonkeyPatch):
 def test_a_model_of_ours_is_fast_with_triton_and_slow_without(loaded):
     (model,) = loaded(Patcher(LTXAV(OURS)))
     assert (model["name"], model["verdict"]) == ("LTXAV", "fast")
-    assert model["text"] == "4 NVFP4 layers, DynamicVRAM on, 16.0 GiB of 16.0 GiB on the GPU"
+    assert model["text"] == "4 of 5 layers in NVFP4, DynamicVRAM on, 16.0 GiB of 16.0 GiB on the GPU"
     assert "text of own_backend" in model["why"]
     assert loaded(Patcher(LTXAV(OURS)), own_backend="torch")[0]["verdict"] == "slow"
     assert loaded(Patcher(LTXAV(OURS)), own_backend=None)[0]["verdict"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("note", "name"),
+    [
+        ((print, ("/models/unet/a.safetensors", {})), "a.safetensors (LTXAV)"),
+        ((print, (["/models/te/a.safetensors", "/models/b.gguf"], None), 0), "a.safetensors + b.gguf (LTXAV)"),
+        ((print, (Path("/models/vae/v.safetensors"),)), "v.safetensors (LTXAV)"),
+        *((odd, "LTXAV") for odd in (None, (), (print,), (print, ()), (print, {}), (print, (None,)), (print, ([],)))),
+    ],
+)
+def test_a_model_is_called_by_the_files_it_came_from(loaded, note, name):
+    patcher = Patcher(LTXAV(OURS))
+    patcher.cached_patcher_init = note
+    (model,) = loaded(patcher)
+    assert model["name"] == name
+
+
+def test_a_model_without_nvfp4_says_so_and_what_its_layers_are(loaded):
+    model = LTXAV(OURS)
+    for layer in model.layers:
+        layer.quant_format = "float8_e4m3fn"
+    (found,) = loaded(Patcher(model))
+    assert (found["verdict"], found["why"]) == (
+        "none", "there is no NVFP4 weight to dequantise: 4 float8_e4m3fn, 1 not quantised"
+    )  # fmt: skip
+    assert found["text"].startswith("0 of 5 layers in NVFP4")
+    assert "LTXAV: no NVFP4 (0 of 5" in doctor.text(doctor.report(facts()) | {"models": [found]})
 
 
 def test_a_model_of_the_host_s_loader_is_fast_only_on_fp4_tensor_cores(loaded):
@@ -140,8 +168,8 @@ def test_models_without_nvfp4_dead_ones_and_odd_ones_do_no_harm(loaded):
             raise RuntimeError("at /srv/secret")
 
     found = loaded(None, Patcher(torch.nn.Linear(4, 4)), Odd(LTXAV(OURS)))
-    assert [(model["name"], model["verdict"]) for model in found] == [("Linear", "unknown"), ("LTXAV", "unknown")]
-    assert found[0]["text"] == "no NVFP4 layers"
+    assert [(model["name"], model["verdict"]) for model in found] == [("Linear", "none"), ("LTXAV", "unknown")]
+    assert found[0]["text"].startswith("0 of 1 layers in NVFP4")
     assert found[1]["why"] == "RuntimeError"
 
 
@@ -158,7 +186,7 @@ def test_the_report_is_json_of_the_agreed_shape(loaded):
     assert report["schema"] == 1
     assert {tuple(fact) for fact in report["facts"]} == {("id", "group", "label", "text", "known", "source")}
     assert {tuple(model) for model in report["models"]} == {("name", "verdict", "text", "why")}
-    assert list(report["launch"]) == ["name", "command", "flags", "note"]
+    assert list(report["launch"]) == ["name", "command", "flags", "note", "others"]
     assert report["findings"] == [FoundFault().as_dict()]
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from nvfp4_video.host import guard, guard_files
 from nvfp4_video.host.probe import Fact
+from nvfp4_video.host.prompt_graph import PromptGraph
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.guard_prompts import DISTILLED, HEALTHY, VULNERABLE, clip, facts, ids, node, only
 from nvfp4_video.tests.test_prompt_graph import PROMPTS
@@ -257,11 +258,11 @@ def test_only_what_the_chosen_outputs_need_is_checked(stub_comfy):
 
 
 def test_the_strictest_policy_of_the_guards_in_a_prompt_counts():
-    assert guard.policy_in_graph(clip()) is None
+    assert guard.policy_in_graph(PromptGraph(clip())) is None
     for policies, strictest in ((["warn"], "warn"), (["cure", "warn"], "cure"), (["warn", "block"], "block")):
         nodes = {str(i): node("NVFP4LaunchGuard", policy=policy) for i, policy in enumerate(policies)}
-        assert guard.policy_in_graph(nodes) == strictest
-    assert guard.policy_in_graph({"1": node("NVFP4LaunchGuard", policy=["x", 0])}) == "warn"
+        assert guard.policy_in_graph(PromptGraph(nodes)) == strictest
+    assert guard.policy_in_graph(PromptGraph({"1": node("NVFP4LaunchGuard", policy=["x", 0])})) == "warn"
 
 
 def test_an_old_torch_on_a_gpu_with_fp4_cores_is_a_matter_of_the_host():

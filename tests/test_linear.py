@@ -34,7 +34,7 @@ def build(record, bias: bool = True, compute_dtype=torch.bfloat16, backend: str 
 
 def expected(layer, record, x: torch.Tensor) -> torch.Tensor:
     """What the layer must give: the decoded weight and the bias in the input's dtype, one matmul."""
-    weight = reference.dequantize(record.packed, record.block_scale, record.global_scale, record.shape, x.dtype)
+    weight = reference.dequantize(record, x.dtype)
     return torch.nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
 
@@ -144,7 +144,7 @@ def test_only_an_input_that_asks_for_gradients_goes_to_the_host(layer_and_host_c
     x = torch.randn(3, 32, dtype=torch.float32, requires_grad=True)
     layer(x).sum().backward()
     assert len(calls) == 1
-    weight = reference.dequantize(record.packed, record.block_scale, record.global_scale, (24, 32), torch.float32)
+    weight = reference.dequantize(record, torch.float32)
     torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 32), rtol=0.02, atol=0.02)
     with torch.no_grad():
         layer(x)
@@ -212,7 +212,7 @@ def test_a_managed_weight_is_asked_for_in_its_own_dtype_and_given_back(layer_and
 def test_a_managed_weight_that_comes_back_dequantised_is_used_as_it_is(layer_and_host_calls, monkeypatch):
     layer, record, calls = layer_and_host_calls
     layer._v = object()
-    weight = reference.dequantize(record.packed, record.block_scale, record.global_scale, record.shape)
+    weight = reference.dequantize(record)
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda module, **_: (weight, layer.bias, None))
     x = torch.randn(3, 32, dtype=torch.bfloat16)
     assert torch.equal(layer(x), expected(layer, record, x))
@@ -238,7 +238,7 @@ def test_a_weight_that_the_prefetch_has_made_resident_is_used_as_it_is(layer_and
     cast = []
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda *given, **options: cast.append(given))
     x = torch.randn(3, 32, dtype=torch.bfloat16)
-    weight = reference.dequantize(resident.packed, resident.block_scale, resident.global_scale, resident.shape)
+    weight = reference.dequantize(resident)
     assert torch.equal(layer(x), torch.nn.functional.linear(x, weight, layer._v_bias))
     assert calls == cast == []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from nvfp4_video.host import settings as host_settings
 from nvfp4_video.measure.gpus import GPUS
-from nvfp4_video.measure.settings import SIGMAS_STAGE_1, SIGMAS_STAGE_2
+from nvfp4_video.measure.ltx import SIGMAS, SIGMAS_STAGE_2
 from nvfp4_video.nodes.plan import NVFP4DistilledSettings, NVFP4Planner
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.support import full_size
@@ -52,7 +52,7 @@ def test_the_defaults_are_the_article_s_clip(stub_comfy):
     assert [found[name] for name in ("width", "height", "frames", "fps", "frame_rate", "cfg", "audio_latents")] == [
         768, 512, 121, 24.0, 24, 1.0, 126
     ]  # fmt: skip
-    assert torch.equal(found["sigmas"], torch.tensor(SIGMAS_STAGE_1))
+    assert torch.equal(found["sigmas"], torch.tensor(SIGMAS))
     assert found["sigmas"].dtype == torch.float32
     assert torch.equal(found["sigmas_stage_2"], torch.tensor(SIGMAS_STAGE_2["2.3"]))
     assert found["ui"]["text"] == (found["text"],)

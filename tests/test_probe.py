@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 AGREED = {
     *("comfyui_version", "frontend_version", "kitchen_version", "aimdo_version", "torch_version", "torch_cuda"),
     *("triton_version", "capability", "gpu_name", "gpu_memory", "unified_memory", "async_offload_streams"),
-    *("dynamic_vram", "prefetch_crash", "ltxav_needs_audio", "kitchen_backends", "nvfp4_compute"),
+    *("dynamic_vram", "compiler", "prefetch_crash", "ltxav_needs_audio", "kitchen_backends", "nvfp4_compute"),
     *("memory_available", "page_cache", "pinned_memory", "mmap", "launch_flags"),
 }
 ALONE = """
@@ -191,6 +191,40 @@ def test_dynamic_vram_is_off_only_once_main_py_has_decided(monkeypatch, not_runn
 def test_dynamic_vram_is_read_where_each_host_keeps_it(monkeypatch, running, memory, expected):
     offer(monkeypatch, "comfy.memory_management", **memory)
     assert probe.probe()["dynamic_vram"].value is expected
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "words"),
+    [
+        ({}, True, "on"),
+        ({"disable_cuda_graphs": True}, True, "without CUDA graphs (--disable-cuda-graphs)"),
+        ({"assert_graph_breaks": True}, True, "(--assert-graph-breaks)"),
+        ({"disable_comfy_compiler": True, "disable_cuda_graphs": True}, False, "off, by --disable-comfy-compiler"),
+        ({"aimdo_enabled": False}, False, "off, it needs DynamicVRAM"),
+        ({"device": "cpu"}, False, "off, it needs CUDA and ComfyUI computes on cpu here"),
+        ({"says": False}, False, "off, ComfyUI does not say why"),
+        ({"names": ()}, False, "no, this ComfyUI has none"),
+    ],
+)
+def test_the_compiler_is_on_or_says_why_not(monkeypatch, running, change, value, words):
+    names = ("malloc_graph_enabled",)
+    state = {"device": "cuda", "says": True, "aimdo_enabled": True, "names": names} | change
+    offer(monkeypatch, "comfy.model_prefetch", **{name: lambda device: state["says"] for name in state["names"]})
+    offer(monkeypatch, "comfy.memory_management", aimdo_enabled=state["aimdo_enabled"])
+    offer(monkeypatch, "comfy.cli_args", args=SimpleNamespace(**change))
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device(state["device"]))
+    compiler = probe.probe()["compiler"]
+    assert compiler.value is value and words in compiler.text
+
+
+def test_a_host_without_the_prefetch_has_no_compiler_and_one_not_started_does_not_know(monkeypatch, not_running):
+    withhold(monkeypatch, "comfy.model_prefetch")
+    assert probe.probe()["compiler"].value is False
+    offer(monkeypatch, "comfy.model_prefetch", malloc_graph_enabled=lambda device: True)
+    offer(monkeypatch, "comfy.cli_args", args=SimpleNamespace())
+    offer(monkeypatch, "comfy.memory_management", aimdo_enabled=False)
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda"))
+    assert "its main.py decides" in probe.probe()["compiler"].text
 
 
 def test_a_host_before_dynamic_vram_has_it_off(monkeypatch, not_running):

@@ -69,6 +69,19 @@ def test_a_small_unified_memory_keeps_a_smaller_reserve_and_says_that_it_was_sca
     assert "scaled from 16 of 121 GiB" in profile.flags[0][2]
 
 
+def test_flags_that_nobody_recommends_are_explained_where_the_host_knows_them():
+    profile = launch_profile(facts(known_flags=FLAGS | {"--disable-comfy-compiler", "--offline"}))
+    assert [flag for flag, _ in profile.others] == ["--disable-comfy-compiler", "--offline"]
+    assert "`aimdo memory compile error`, and for nothing else" in profile.others[0][1]
+    assert "--disable-comfy-compiler" not in profile.command + profile.note
+    assert launch_profile(facts()).others == ()
+
+
+def test_a_host_without_its_compiler_is_told_when_that_is_worth_it():
+    note = launch_profile(facts(launch_flags=["--disable-comfy-compiler"])).note
+    assert "leave that out, unless prompts stop with `aimdo memory compile error`" in note
+
+
 def test_on_a_fixed_host_the_two_folklore_flags_are_said_to_be_needless():
     for hardware in ({}, SPARK, {"gpu_memory": 8 * GIB}, {"gpu_memory": None}):
         profile = launch_profile(facts(**hardware))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.kernels import backends, reference
+from nvfp4_video.kernels import dispatch, reference
 from safetensors.torch import load_file
 from torch.nn.functional import gelu, layer_norm, linear, normalize, scaled_dot_product_attention
 
@@ -107,9 +107,8 @@ def decoded(search: str) -> dict[str, torch.Tensor]:
     """The state with its Linears packed and decoded again."""
     state = dict(weights())
     for name in filter(LINEAR.fullmatch, state):
-        record = backends.quantize(state[name], search=search)
-        parts = record.packed, record.block_scale, record.global_scale
-        state[name] = reference.dequantize(*parts, record.shape, torch.float32)
+        record = dispatch.quantize(state[name], search=search)
+        state[name] = reference.dequantize(record, torch.float32)
     return state
 
 
@@ -127,7 +126,7 @@ def test_the_model_written_out_here_is_the_published_one():
 def test_amax_scales_on_trained_weights_are_comfy_kitchen_s():
     kitchen = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
     for name in linears()[:6]:
-        record = backends.quantize(weights()[name])
+        record = dispatch.quantize(weights()[name])
         packed, scale = kitchen.quantize_nvfp4(weights()[name], record.global_scale, pad_16x=True)
         assert torch.equal(record.packed, packed)
         assert torch.equal(record.block_scale.view(torch.uint8), scale.view(torch.uint8))
@@ -149,7 +148,7 @@ def test_no_trained_linear_gets_worse():
 
 def test_block_scales_of_trained_linears_neither_saturate_nor_underflow():
     for name in linears():
-        record = backends.quantize(weights()[name], search="mse")
+        record = dispatch.quantize(weights()[name], search="mse")
         rows, cols = record.shape
         scale = reference.unswizzle(record.block_scale, rows, cols // 16).float()
         zero = weights()[name].view(rows, -1, 16).abs().amax(-1) == 0

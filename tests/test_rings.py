@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RINGS = ("kernels", "checkpoint", "measure", "draw", "samples", "host", "nodes")
 MAY_IMPORT = {
     "kernels": {"kernels"},
-    "checkpoint": {"checkpoint", "kernels"},
     "measure": {"measure", "kernels"},
+    "checkpoint": {"checkpoint", "measure", "kernels"},
     "draw": {"draw", "checkpoint", "measure", "kernels"},
     "samples": {"samples", "checkpoint", "measure", "kernels"},
     "host": {"host", "draw", "samples", "checkpoint", "measure", "kernels"},

@@ -110,7 +110,7 @@ def test_packed_layers_of_any_dialect_compute_their_decoded_weights(put, state, 
     clip, report = load_text_encoder(path, projection)
     layer, x = layer_of(clip), torch.randn(3, HIDDEN)
     record = reference.quantize(state[f"{LAYER}.weight"].float())
-    decoded = reference.dequantize(record.packed, record.block_scale, record.global_scale, record.shape, x.dtype)
+    decoded = reference.dequantize(record, x.dtype)
     assert isinstance(layer.weight, QuantizedTensor)
     assert torch.equal(layer(x), x @ decoded.T)
     assert torch.equal(layer_of(clip, "model.layers.4.mlp.up_proj").weight, state["model.layers.4.mlp.up_proj.weight"])
@@ -162,7 +162,7 @@ def test_a_packed_embedding_becomes_bf16_with_a_warning(put, state, projection):
     path = put("text_encoders", "gemma.safetensors", pack(state, ("model.embed_tokens",)))
     clip, report = load_text_encoder(path, projection)
     record = reference.quantize(state["model.embed_tokens.weight"].float())
-    decoded = reference.dequantize(record.packed, record.block_scale, record.global_scale, record.shape)
+    decoded = reference.dequantize(record)
     assert clip.tokens.keys() == {"model.embed_tokens.weight"}
     assert torch.equal(clip.tokens["model.embed_tokens.weight"], decoded)
     assert "token embedding was NVFP4" in report.warnings[0]

@@ -151,9 +151,7 @@ def test_scaled_fp8_and_packed_kernels_become_bf16_once(put, video):
     found = weights(vae)
     assert found.keys() == video.keys()
     assert torch.equal(found[KERNEL], (stored[KERNEL].float() * scale).to(torch.bfloat16))
-    decoded = reference.dequantize(
-        record.packed, record.block_scale, record.global_scale, tuple(matrix.shape), torch.bfloat16
-    )
+    decoded = reference.dequantize(record, torch.bfloat16)
     assert torch.equal(found[packed], decoded.reshape(32, 16, 3, 3, 3))
     (line,) = [line for line in report.splitlines() if line.startswith("restored to BF16: ")]
     assert "1 from scaled FP8" in line and "1 from NVFP4, comfy" in line

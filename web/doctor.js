@@ -11,6 +11,7 @@ const ICONS = {
   fast: "pi pi-check-circle",
   slow: "pi pi-exclamation-triangle",
   unknown: "pi pi-question-circle",
+  none: "pi pi-minus-circle",
 };
 
 const STYLE = `
@@ -46,7 +47,7 @@ const STYLE = `
 .nvfp4-doctor .nd-warning, .nvfp4-doctor .nd-slow { --nd-tone: var(--nd-warning); }
 .nvfp4-doctor .nd-info { --nd-tone: var(--nd-info); }
 .nvfp4-doctor .nd-fast { --nd-tone: var(--nd-good); }
-.nvfp4-doctor .nd-unknown { --nd-tone: var(--nd-muted); }
+.nvfp4-doctor .nd-unknown, .nvfp4-doctor .nd-none { --nd-tone: var(--nd-muted); }
 .nvfp4-doctor .nd-card .nd-row { margin-top: 0.5rem; }
 .nvfp4-doctor button {
   display: inline-flex; gap: 0.375rem; align-items: center; max-width: 100%; padding: 0.3rem 0.6rem;
@@ -214,7 +215,15 @@ function launchCommand(launch, text, actions) {
     ),
     flags.length > 0 ? h("dl", { class: "nd-flags" }, flags) : null,
     launch.note && h("p", { class: "nd-muted" }, prose(launch.note)),
+    otherFlags(launch.others ?? [], text),
   );
+}
+
+/** Flags that this host knows and nobody recommends here, with what they do. */
+function otherFlags(others, text) {
+  if (!others.length) return null;
+  const rows = others.flatMap(({ flag, what }) => [h("dt", {}, h("code", {}, flag)), h("dd", {}, prose(what))]);
+  return h("details", {}, h("summary", {}, text("otherFlags")), h("dl", { class: "nd-flags" }, rows));
 }
 
 function factGroups(facts, text, closed) {

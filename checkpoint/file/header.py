@@ -14,6 +14,8 @@ container.py maps and writes the data.
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import json
 import math
 import os
@@ -21,9 +23,11 @@ import reprlib
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 
 MAX_HEADER_BYTES = 100_000_000
@@ -36,6 +40,9 @@ _MAX_MARKER_BYTES = 1 << 16
 
 _INT64_MAX = 2**63 - 1
 _MAX_DIMENSIONS = 64  # torch's own operators stop there
+# What a header may hold beyond what its tensors need. A value of two bytes in JSON can take a hundred as an object.
+_MOST_FURTHER, _MOST_UNUSUAL = 1_000_000, 200_000
+_MOST_SHAPES = 4096  # shared by the tensors that have them; a file with more has each its own
 _TORCH_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -60,6 +67,7 @@ _TORCH_NAMES = {
 # Older torch lacks some of them: a file that uses such a dtype is then refused by name.
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of) for name, of in _TORCH_NAMES.items() if hasattr(torch, of)}
 ITEM_BYTES: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+_CODES = {name: (name, size) for name, size in ITEM_BYTES.items()}  # with the one string that all tensors share
 
 _AGAIN = "download it again"
 _CUT_SHORT = "the file is cut short: download it again"
@@ -77,8 +85,7 @@ class CheckpointError(ValueError):
         super().__init__(f"{os.fspath(where)}: {message}" if where else message)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where one tensor lies: safetensors dtype name, shape, and absolute byte offsets [start, end) in the file."""
 
     dtype: str
@@ -133,17 +140,25 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     if "\0" in str(path):
         raise CheckpointError("a file name cannot hold a NUL character", where=repr(str(path)))
     try:
-        mode = os.stat(path).st_mode  # before open(), which would wait for ever on a named pipe
-        if not stat.S_ISREG(mode):
-            found = "this is a folder" if stat.S_ISDIR(mode) else "this is not a regular file"
-            raise CheckpointError(found, where=path, expected="a .safetensors file", remedy="choose the file itself")
-        with open(path, "rb") as file:
+        _check_regular(path, os.stat(path).st_mode)  # before open(), which may wind a tape, or wait for ever on a pipe
+        with open(path, "rb", opener=_open_at_once) as file:
+            _check_regular(path, os.fstat(file.fileno()).st_mode)  # what was opened, should it have changed meanwhile
             yield file
     except FileNotFoundError as error:
         remedy = "check the name, or refresh the list of models"
         raise CheckpointError("the file does not exist", where=path, remedy=remedy) from error
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error})", where=path, remedy="check rights and disk") from error
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        found = "this is a folder" if stat.S_ISDIR(mode) else "this is not a regular file"
+        raise CheckpointError(found, where=path, expected="a plain file", remedy="choose the file itself")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # means nothing for a regular file
 
 
 def parse_header(file: BinaryIO, path: Path) -> Header:
@@ -163,7 +178,26 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
         found = f"its header should be {length:,} bytes long, but {length - (size - 8):,} of them are missing"
         raise CheckpointError(found, where=where, remedy=_CUT_SHORT)
     file.seek(8)
-    entries = _load_json(file.read(length), where)
+    with _no_collection():
+        return _parse(file, path, length, size)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's search for cycles, which looks at all of a million new objects again and again, finding none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _parse(file: BinaryIO, path: Path, length: int, size: int) -> Header:
+    """The header from ``length`` bytes of JSON at the file's position."""
+    where, data_start = path.name, 8 + length
+    entries = _load_json(file, length, where)
     metadata = entries.pop(METADATA_KEY, None)
     if metadata is None:  # the reference reader, too, takes null for none
         metadata = {}
@@ -171,23 +205,26 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
         found = f"its {METADATA_KEY} is {_short.repr(metadata)}"
         raise CheckpointError(found, where=where, expected="a map from strings to strings", remedy=_REWRITE)
     try:
-        "\n".join((*entries, *metadata, *metadata.values())).encode()
+        for text in itertools.chain(entries, metadata, metadata.values()):
+            text.encode()
     except UnicodeEncodeError as error:
         found = f"a name or metadata in its header is not valid Unicode ({error.reason})"
         raise CheckpointError(found, where=where, remedy=_REWRITE) from error
-    data_start = 8 + length
-    tensors = {name: _tensor_info(name, entry, data_start, where) for name, entry in entries.items()}
-    _check_layout(tensors, data_start, size, where)
-    return Header(path, tensors, metadata, size, _read_markers(file, tensors))
+    for name, entry in entries.items():
+        if type(entry) is not TensorInfo:
+            entries[name] = _tensor_info(name, entry, data_start, where)
+    _check_layout(entries, data_start, size, where)
+    return Header(path, entries, metadata, size, _read_markers(file, entries))
 
 
 def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str, bytes]:
     """Contents of the `comfy_quant` tensors, in the order in which they lie in the file."""
     markers = {}
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
-        if name.rpartition(".")[2] == MARKER and info.nbytes <= _MAX_MARKER_BYTES:
-            file.seek(info.start)
-            markers[name] = file.read(info.nbytes)
+    names = [name for name in tensors if name.endswith(MARKER) and tensors[name].nbytes <= _MAX_MARKER_BYTES]
+    for name in sorted(names, key=lambda name: tensors[name].start):
+        if name.rpartition(".")[2] == MARKER:
+            file.seek(tensors[name].start)
+            markers[name] = file.read(tensors[name].nbytes)
     return markers
 
 
@@ -226,10 +263,59 @@ def _not_safetensors(head: bytes, where: str) -> CheckpointError:
     return CheckpointError(found, where=where, expected=expected, remedy=remedy)
 
 
-def _load_json(raw: bytes, where: str) -> dict[str, Any]:
-    """Bytes of the header -> its JSON object, each key unique."""
+def _load_json(file: BinaryIO, length: int, where: str) -> dict[str, Any]:
+    """The header's JSON object, each key unique, entries of the usual form already as TensorInfo.
+
+    A header may have a million entries: as dicts they would take gigabytes, so each becomes small as soon as it is
+    read. An entry of any other form stays what it is, for ``_tensor_info`` to judge.
+    """
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    data_start, unusual = 8 + length, 0
+
+    def other(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal unusual
+        unusual += 1
+        if unusual > _MOST_UNUSUAL:
+            raise ValueError(f"more than {_MOST_UNUSUAL:,} objects are no sound entries, {quote(dict(pairs))} for one")
+        return _unique_keys(pairs)
+
+    def read(pairs: list[tuple[str, Any]]) -> TensorInfo | dict[str, Any]:
+        try:
+            (a, dtype), (b, shape), (c, (begin, end)) = pairs
+            dtype, nbytes = _CODES[dtype]
+            empty = False
+            for side in shape:
+                if type(side) is not int or side < 0:
+                    return other(pairs)
+                if side:
+                    nbytes *= side
+                else:
+                    empty = True
+        except (TypeError, ValueError, KeyError):
+            return other(pairs)
+        if not (a == "dtype" and b == "shape" and c == "data_offsets" and type(shape) is list):
+            return other(pairs)
+        if nbytes > _INT64_MAX or len(shape) > _MAX_DIMENSIONS or type(begin) is not int or type(end) is not int:
+            return other(pairs)
+        if empty:
+            nbytes = 0
+        if begin < 0 or end > _INT64_MAX or end - begin != nbytes:
+            return other(pairs)
+        shape = tuple(shape)
+        if len(shapes) < _MOST_SHAPES:
+            shape = shapes.setdefault(shape, shape)
+        start = data_start + begin
+        return TensorInfo(dtype, shape, start, start + nbytes if nbytes else start)
+
+    raw = file.read(length)
+    tensors = raw.count(b'"data_offsets"')
+    if raw.count(b",") > _MOST_FURTHER + 70 * tensors or raw.count(b"[") > _MOST_FURTHER + 2 * tensors:
+        found = f"its header of {length:,} bytes holds far more values than its {tensors:,} tensors need"
+        raise CheckpointError(found, where=where, expected="entries of tensors, and some metadata", remedy=_REWRITE)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        text = raw.decode("utf-8")
+        del raw
+        header = json.loads(text, object_pairs_hook=read, parse_constant=_refuse_constant)
     except RecursionError as error:
         raise CheckpointError("its header is nested too deeply", where=where, remedy=_REWRITE) from error
     except ValueError as error:
@@ -282,16 +368,22 @@ def _tensor_info(name: str, entry: object, data_start: int, where: str) -> Tenso
 
 def _check_layout(tensors: dict[str, TensorInfo], data_start: int, size: int, where: str) -> None:
     """The tensors must cover the file from ``data_start`` to its end, as the reference reader demands."""
-    reached, before = data_start, "the header"
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if info.start != reached:
-            how = "overlaps" if info.start < reached else f"leaves {info.start - reached:,} unused bytes after"
-            found = f"tensor {quote(name)} {how} {before}"
-            raise CheckpointError(found, where=where, expected="tensors without overlaps or holes", remedy=_REWRITE)
-        reached, before = info.end, quote(name)
-    if reached > size:
-        found = f"{reached - size:,} of its {reached:,} bytes are missing"
-        raise CheckpointError(found, where=where, remedy=_CUT_SHORT)
-    if reached < size:
-        found = f"{size - reached:,} bytes follow its last tensor"
+    starts, ends = (np.fromiter(map(itemgetter(i), tensors.values()), np.uint64, len(tensors)) for i in (2, 3))
+    order = np.lexsort((ends, starts))
+    starts, ends = starts[order], ends[order]
+    reached = np.concatenate([np.array([data_start], np.uint64), ends])
+    wrong = np.flatnonzero(starts != reached[:-1])
+    if len(wrong):
+        at = int(wrong[0])
+        names = list(tensors)
+        before = quote(names[order[at - 1]]) if at else "the header"
+        gap = int(starts[at]) - int(reached[at])
+        how = "overlaps" if gap < 0 else f"leaves {gap:,} unused bytes after"
+        found = f"tensor {quote(names[order[at]])} {how} {before}"
+        raise CheckpointError(found, where=where, expected="tensors without overlaps or holes", remedy=_REWRITE)
+    end = int(reached[-1])
+    if end > size:
+        raise CheckpointError(f"{end - size:,} of its {end:,} bytes are missing", where=where, remedy=_CUT_SHORT)
+    if end < size:
+        found = f"{size - end:,} bytes follow its last tensor"
         raise CheckpointError(found, where=where, expected="the file to end there", remedy=_REWRITE)

@@ -203,7 +203,8 @@ def _merge_metadata(files: list[Header]) -> dict[str, str]:
     """The first file to have an entry decides, but layers that are named in several are put together."""
     merged: dict[str, str] = {}
     for header in files:
-        merged = header.metadata | merged
+        for key, text in header.metadata.items():
+            merged.setdefault(key, text)
     layers: dict[str, object] = {}
     for header in files:
         if HEADER_ENTRY in header.metadata:

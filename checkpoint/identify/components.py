@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..file.header import CheckpointError, Header
-from .signatures import MODEL_PREFIXES, Model, find_model
-from .vae_signatures import AUDIO, AUDIO_STARTS, Vae, find_vaes
+from .signatures import MODEL_PREFIXES, Model, find_model, longest_prefixes
+from .vae_signatures import AUDIO, AUDIO_STARTS, find_vaes
 
 VIDEO_VAE, AUDIO_VAE, TEXT_PROJECTION = "video_vae", "audio_vae", "text_projection"
 DIFFUSION_MODEL, REST = "diffusion_model", "rest"
@@ -67,8 +67,11 @@ def find_components(header: Header, vae_prefix: str | None = None) -> dict[str, 
     if visual:
         prefixes[VIDEO_VAE] = visual[0].prefix
     sound = next((vae.prefix for vae in vaes if vae.kind == AUDIO), "")
+    starts = tuple(sound + start for start in AUDIO_STARTS)
+    under = longest_prefixes(header.tensors, {vae.prefix for vae in visual if vae.prefix})
+    bare = any(not vae.prefix for vae in visual)
     for name in header.tensors:
-        component, own = _place(name, model, visual, sound)
+        component, own = _place(name, model, under.get(name), bare, sound, starts)
         names[component][name] = own
     # A diffusion model without prefix owns all that no other component claims.
     if model is not None and not model.prefix:
@@ -87,23 +90,26 @@ def model_of(header: Header) -> Model | None:
         return Model(None, prefix) if prefix and find_vaes(header) else None
     if model.prefix or model.family is not None:
         return model
-    claimed = (*AUDIO_STARTS, _TEXT_PROJECTION_START)
-    claimed += tuple(vae.prefix for vae in find_vaes(header) if vae.prefix)
-    return model if not any(name.startswith(claimed) for name in header.tensors) else None
+    if any(name.startswith((*AUDIO_STARTS, _TEXT_PROJECTION_START)) for name in header.tensors):
+        return None
+    return None if any(vae.prefix for vae in find_vaes(header)) else model
 
 
-def _place(name: str, model: Model | None, visual: list[Vae], sound: str) -> tuple[str, str]:
-    """-> (component, name in a file of its own)."""
+def _place(
+    name: str, model: Model | None, prefix: str | None, bare: bool, sound: str, starts: tuple[str, ...]
+) -> tuple[str, str]:
+    """-> (component, name in a file of its own).
+
+    ``prefix``: of the video VAE that the name would belong to; ``bare``: whether there is one without a prefix;
+    ``starts``: how names of the audio VAE begin, below its prefix ``sound``.
+    """
     if name.startswith(MODEL_PREFIXES):
         known = model is not None and model.prefix and name.startswith(model.prefix)
         return (DIFFUSION_MODEL, name[len(model.prefix) :]) if known else (REST, name)
     if name.startswith(_TEXT_PROJECTION_START):
         return TEXT_PROJECTION, name
-    if name.startswith(tuple(sound + start for start in AUDIO_STARTS)):
+    if name.startswith(starts):
         return AUDIO_VAE, name[len(sound) :]
-    for vae in sorted(visual, key=lambda vae: -len(vae.prefix)):
-        if vae.prefix and name.startswith(vae.prefix):
-            return VIDEO_VAE, name[len(vae.prefix) :]
-        if not vae.prefix and name.partition(".")[0] in _VAE_PARTS:
-            return VIDEO_VAE, name
-    return REST, name
+    if prefix is not None:
+        return VIDEO_VAE, name[len(prefix) :]
+    return (VIDEO_VAE if bare and name.partition(".")[0] in _VAE_PARTS else REST), name

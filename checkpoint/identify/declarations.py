@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header, quote
+from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header, open_regular, quote
 
 SIDECAR = "hf_quant_config.json beside the file"
 IN_HEADER = "header entry quantization_config"
@@ -144,6 +144,7 @@ def quantization(header: Header, sidecar: bool = True) -> dict:
 
 def _sidecar(header: Header) -> str:
     sidecar = header.path.with_name("hf_quant_config.json")
-    if sidecar.is_file() and sidecar.stat().st_size < _SIDECAR_BYTES:
-        return sidecar.read_text(encoding="utf-8", errors="replace")
-    return ""
+    if not sidecar.is_file():
+        return ""
+    with open_regular(sidecar) as file:
+        return file.read(_SIDECAR_BYTES).decode("utf-8", errors="replace")

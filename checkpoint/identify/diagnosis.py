@@ -2,25 +2,26 @@
 
 Beside the header only `comfy_quant` markers are read, a few bytes each (files exist whose markers are all NUL), and a
 few block scales where their order is open.
-``inspect_checkpoint`` reports these findings, ``repair`` removes their causes.
+``inspect_checkpoint`` reports these faults, ``repair`` removes their causes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..file.header import HEADER_ENTRY, CheckpointError, Header
 from ..file.shards import Checkpoint, Source
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
 from .formats import FORMATS, FP8_FORMATS, OLD_FP8
-from .signatures import Model, find_model
+from .signatures import MODEL_PREFIXES, Model, families_under
 
 FULL_PREFIX = "model.diffusion_model."
 # What ComfyUI's loaders for diffusion models strip: comfy/model_detection.py, unet_prefix_from_state_dict.
 _STRIPPED = ("", FULL_PREFIX, "model.model.", "net.", "model.")
+_MOST_PARTS, _FEWEST_NAMES = 3, 6  # of a prefix that nobody expects
 _STOCK_ON_FOREIGN = {
     "modelopt": "does not recognise the layers; with markers added it loads and the result is noise, without an error",
     "modelopt_swizzled": "loads it where the header lists the layers, and the result is noise, without an error",
@@ -30,7 +31,7 @@ _STOCK_ON_FOREIGN = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Fault:
     """One fault. ``stock``: what ComfyUI's own loaders do because of it; ``curable``: whether ``repair`` removes it."""
 
     code: str
@@ -50,52 +51,52 @@ class Diagnosis:
     checkpoint: Checkpoint
     components: Mapping[str, Component]
     model: Model | None
-    plan: dialects.Plan | None
+    plan: dialects.DialectPlan | None
     open_dialect: str | None
-    findings: tuple[Finding, ...]
+    faults: tuple[Fault, ...]
     unmarked: Mapping[str, dict]
     misnamed: Mapping[str, str]
     prefix: str
     new_prefix: str
 
     def has(self, code: str) -> bool:
-        """Whether ``code`` is among the findings."""
-        return any(finding.code == code for finding in self.findings)
+        """Whether ``code`` is among the faults."""
+        return any(fault.code == code for fault in self.faults)
 
 
 def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
-    """Checkpoint -> Diagnosis. An open dialect is a finding, damage a CheckpointError."""
+    """Checkpoint -> Diagnosis. An open dialect is a fault, damage a CheckpointError."""
     header = checkpoint.header
     model, components, prefix = _model(header)
     vaes = {name for key in (VIDEO_VAE, AUDIO_VAE) if key in components for name in components[key].names}
     body = header.of(name for name in header.tensors if name not in vaes)
     with Source(checkpoint) as reader:
         plan, open_dialect = _plan(body, dialect, reader.tensor)
-    findings: list[Finding] = []
+    faults: list[Fault] = []
     unmarked, misnamed = {}, {}
     if plan is None:
         stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
-        findings.append(Finding("open_dialect", open_dialect, stock, curable=False))
+        faults.append(Fault("open_dialect", open_dialect, stock, curable=False))
     else:
         misnamed = dict(plan.misnamed) | _misnamed(header, plan.groups, prefix)
         unmarked = _unmarked(header, plan, misnamed)
-        findings += _layer_findings(header, plan, unmarked, misnamed)
+        faults += _layer_faults(header, plan, unmarked, misnamed)
     others = [key for key in components if key != DIFFUSION_MODEL]
     new_prefix = prefix
     if model is not None and (prefix not in _STRIPPED or (others and prefix != FULL_PREFIX)):
         new_prefix = FULL_PREFIX if others else ""
         kind = "full checkpoint" if others else "diffusion model"
         text = f"the diffusion model's names begin with {prefix!r}, those of a {kind} with {new_prefix!r}"
-        findings.append(Finding("prefix", text, "does not recognise the model"))
+        faults.append(Fault("prefix", text, "does not recognise the model"))
     if model is not None and model.needs_config and "config" not in header.metadata:
         text = "the header has no `config`, from which ComfyUI builds this model"
-        findings.append(Finding("config", text, "guesses the model's settings, several of them wrong", curable=False))
+        faults.append(Fault("config", text, "guesses the model's settings, several of them wrong", curable=False))
     return Diagnosis(
-        checkpoint, components, model, plan, open_dialect, tuple(findings), unmarked, misnamed, prefix, new_prefix
+        checkpoint, components, model, plan, open_dialect, tuple(faults), unmarked, misnamed, prefix, new_prefix
     )
 
 
-def _plan(body: Header, dialect: str, read) -> tuple[dialects.Plan | None, str | None]:
+def _plan(body: Header, dialect: str, read) -> tuple[dialects.DialectPlan | None, str | None]:
     try:
         return dialects.detect(body, dialect, read=read), None
     except CheckpointError as error:
@@ -120,32 +121,36 @@ def _model(header: Header) -> tuple[Model | None, Mapping[str, Component], str]:
     model = model_of(header)
     if model is not None and model.family is not None:
         return model, find_components(header), model.prefix
-    for prefix in _candidates(header):
-        names = {name[len(prefix) :]: info for name, info in header.tensors.items() if name.startswith(prefix)}
-        try:
-            inner = find_model(replace(header, tensors=names))
-        except CheckpointError:
-            continue
-        if inner.family is not None and not inner.prefix:
-            components = dict(find_components(header))
-            own = {name: name[len(prefix) :] for name in header.tensors if name.startswith(prefix)}
-            for key, component in list(components.items()):
-                left = {name: new for name, new in component.names.items() if name not in own}
-                components[key] = Component(key, component.prefix, left)
-            components[DIFFUSION_MODEL] = Component(DIFFUSION_MODEL, prefix, own)
-            return Model(inner.family, prefix), {k: c for k, c in components.items() if c.names}, prefix
+    prefix, family = _unexpected(header)
+    if family is not None:
+        components = dict(find_components(header))
+        own = {name: name[len(prefix) :] for name in header.tensors if name.startswith(prefix)}
+        for key, component in list(components.items()):
+            left = {name: new for name, new in component.names.items() if name not in own}
+            components[key] = Component(key, component.prefix, left)
+        components[DIFFUSION_MODEL] = Component(DIFFUSION_MODEL, prefix, own)
+        return Model(family, prefix), {k: c for k, c in components.items() if c.names}, prefix
     return model, find_components(header), model.prefix if model else ""
 
 
-def _candidates(header: Header) -> list[str]:
-    """Beginnings of up to three parts that many names share, short ones first."""
-    counts: dict[str, int] = {}
+def _unexpected(header: Header) -> tuple[str, str | None]:
+    """The shortest beginning of up to three parts that many names share and below which a known family lies."""
+    families = families_under(header.tensors)
+    counts = dict.fromkeys(families, 0)
     for name in header.tensors:
-        parts = name.split(".")
-        for depth in range(1, min(4, len(parts))):
-            prefix = ".".join(parts[:depth]) + "."
-            counts[prefix] = counts.get(prefix, 0) + 1
-    return sorted((prefix for prefix, count in counts.items() if count > 5), key=lambda p: (p.count("."), p))
+        end = 0
+        for _ in range(_MOST_PARTS):
+            end = name.find(".", end) + 1
+            if not end:
+                break
+            prefix = name[:end]
+            if prefix in counts:
+                counts[prefix] += 1
+                if name.startswith(MODEL_PREFIXES, end):  # then the model's prefix is a longer one
+                    counts[prefix] = -len(header.tensors)
+    found = [prefix for prefix, count in counts.items() if count >= _FEWEST_NAMES]
+    prefix = min(found, key=lambda prefix: (prefix.count("."), prefix), default="")
+    return prefix, families.get(prefix) if found else None
 
 
 def _misnamed(header: Header, groups: Mapping[str, dialects.Group], prefix: str) -> dict[str, str]:
@@ -157,7 +162,7 @@ def _misnamed(header: Header, groups: Mapping[str, dialects.Group], prefix: str)
     return {layer: prefix + layer for layer in named if layer not in groups and prefix and prefix + layer in groups}
 
 
-def _unmarked(header: Header, plan: dialects.Plan, misnamed: Mapping[str, str]) -> dict[str, dict]:
+def _unmarked(header: Header, plan: dialects.DialectPlan, misnamed: Mapping[str, str]) -> dict[str, dict]:
     """Quantised layers that neither a marker nor the header declares -> what to declare."""
     text = header.metadata.get(dialects.HEADER_ENTRY)
     declared = set(json.loads(text)["layers"]) if text is not None else set()
@@ -169,43 +174,43 @@ def _unmarked(header: Header, plan: dialects.Plan, misnamed: Mapping[str, str]) 
     }
 
 
-def _layer_findings(
-    header: Header, plan: dialects.Plan, unmarked: Mapping[str, dict], misnamed: Mapping[str, str]
-) -> list[Finding]:
-    findings = []
+def _layer_faults(
+    header: Header, plan: dialects.DialectPlan, unmarked: Mapping[str, dict], misnamed: Mapping[str, str]
+) -> list[Fault]:
+    faults = []
     if not plan.native:
         title = dialects.DIALECTS[plan.dialect].title
         text = f"{len(plan.nvfp4):,} layers are in the dialect {plan.dialect} ({title})"
-        findings.append(Finding("foreign", text, _STOCK_ON_FOREIGN[plan.dialect]))
+        faults.append(Fault("foreign", text, _STOCK_ON_FOREIGN[plan.dialect]))
     elif unmarked and not _old_fp8_only(header, unmarked):
         text = f"{len(unmarked):,} quantised layers are declared neither by markers nor by the header"
         stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
         if not any(content["format"] == "nvfp4" for content in unmarked.values()):
             stock = "loads their codes without the scales: noise, without an error"
-        findings.append(Finding("unmarked", text, stock))
+        faults.append(Fault("unmarked", text, stock))
     if misnamed:
         text = f"the header names {len(misnamed):,} layers with another prefix than their tensors have"
         stock = "loads it with UNETLoader at best; checkpoint loaders do not find the quantised layers"
-        findings.append(Finding("misnamed", text, stock))
+        faults.append(Fault("misnamed", text, stock))
     dropped = sorted(plan.markers_to_drop())
     if dropped:
         fault = plan.layers[dropped[0]].fault or "says nothing"
         text = f"the `comfy_quant` markers of {len(dropped):,} layers are no JSON, that of {dropped[0]} {fault}"
-        findings.append(Finding("markers", text, "stops with a JSONDecodeError"))
+        faults.append(Fault("markers", text, "stops with a JSONDecodeError"))
     for kind in dict.fromkeys(layer.kind for layer in plan.layers.values()):
         own = [layer for layer in plan.layers.values() if layer.kind == kind]
         form, text = FORMATS[kind], f"{len(own):,} layers are {FORMATS[kind].title}"
         if not form.loads or any(layer.undeclared for layer in own):
             text += "" if not form.loads else ", and nothing declares how they are to be read"
             stock = "does not read them, or takes their codes for numbers"
-            findings.append(Finding("format", text, stock, curable=False))
+            faults.append(Fault("format", text, stock, curable=False))
         elif not form.repairs:
             stock = "loads their codes without the scales: noise, without an error"
-            findings.append(Finding("format", f"{text}, which ComfyUI has no format for", stock, curable=False))
+            faults.append(Fault("format", f"{text}, which ComfyUI has no format for", stock, curable=False))
     if any(layer.low_rank for layer in plan.layers.values()):
         text = "a low-rank product is to be added to its NVFP4 layers (SVDQuant)"
-        findings.append(Finding("low_rank", text, "leaves it out, without an error", curable=False))
-    return findings
+        faults.append(Fault("low_rank", text, "leaves it out, without an error", curable=False))
+    return faults
 
 
 def _old_fp8_only(header: Header, unmarked: Mapping[str, dict]) -> bool:

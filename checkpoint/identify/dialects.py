@@ -103,7 +103,7 @@ AUXILIARY = (*STORAGE_KEYS, "pre_quant_scale", *OLD_FP8_KEYS, MARKER)
 
 
 @dataclass(frozen=True)
-class Plan:
+class DialectPlan:
     """What ``detect`` found.
 
     ``layers``: how every layer is stored. ``nvfp4``: layer -> (N, K) as stored, padded or not. ``formats``: layer ->
@@ -138,8 +138,8 @@ class Plan:
         return blank | self.faults().keys()
 
 
-def detect(header: Header, requested: str = AUTO, prefix: str = "", read: Read | None = None) -> Plan:
-    """Header -> Plan for the tensors whose names start with ``prefix``.
+def detect(header: Header, requested: str = AUTO, prefix: str = "", read: Read | None = None) -> DialectPlan:
+    """Header -> DialectPlan for the tensors whose names start with ``prefix``.
 
     ``requested``: "auto" or a name of DIALECTS, which then decides. ``read``: name -> tensor; with it, a few block
     scales are looked at where their order is open. Raises CheckpointError for a file that is damaged, contradicts the
@@ -178,7 +178,7 @@ def detect(header: Header, requested: str = AUTO, prefix: str = "", read: Read |
     _check_together(name, layers, dialect, old, svd)
     formats = {layer: dict(found.marker) for layer, found in layers.items() if found.marker is not None}
     absent = tuple(entries.absent)
-    return Plan(
+    return DialectPlan(
         header, dialect, evidence, nvfp4, groups, formats, layers, entries.misnamed, absent, requested != AUTO, order
     )
 
@@ -363,7 +363,7 @@ def _measured(
     return f"{STATED}; {order}", order
 
 
-def host_layer(plan: Plan, layer: str, get: Get, checked: bool = True) -> PackedWeight:
+def host_layer(plan: DialectPlan, layer: str, get: Get, checked: bool = True) -> PackedWeight:
     """One NVFP4 layer of ``plan`` in the host's layout, on the device where ``get`` puts its tensors.
 
     ``get(suffix)`` returns the layer's tensor of that key suffix. The shape of the record is the stored one. Native
@@ -383,7 +383,7 @@ def host_layer(plan: Plan, layer: str, get: Get, checked: bool = True) -> Packed
     return record
 
 
-def global_scale(plan: Plan, layer: str, get: Get) -> torch.Tensor:
+def global_scale(plan: DialectPlan, layer: str, get: Get) -> torch.Tensor:
     """The multiplying scale of an NVFP4 layer, () fp32. Raises CheckpointError if it is not finite, or below zero."""
     found = DIALECTS[plan.dialect].global_scale(plan.groups[layer])(get).reshape(())
     if not torch.isfinite(found) or found < 0:
@@ -396,7 +396,7 @@ def global_scale(plan: Plan, layer: str, get: Get) -> torch.Tensor:
     return found
 
 
-def input_scale(plan: Plan, layer: str, get: Get) -> torch.Tensor | None:
+def input_scale(plan: DialectPlan, layer: str, get: Get) -> torch.Tensor | None:
     """Static activation scale of a layer, () fp32, multiplying, whatever key and convention it has; None if dynamic."""
     for suffix, convert in _INPUT_SCALES:
         if suffix in plan.layers[layer].read:

@@ -35,7 +35,7 @@ _STOCK_ON_VAE = {
 
 
 @dataclass(frozen=True)
-class Part:
+class ComponentSize:
     """One component: its size, and where its names begin."""
 
     name: str
@@ -60,7 +60,7 @@ class Inspection:
     files: int
     file_size: int
     kind: str
-    parts: tuple[Part, ...]
+    parts: tuple[ComponentSize, ...]
     blocks: Mapping[str, Mapping[str, tuple[int, int]]]
     formats: Mapping[str, tuple[int, int]]
     dialect: str | None
@@ -94,7 +94,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], dialect: str = dialects.AUT
             if component.name == DIFFUSION_MODEL:
                 blocks[block] = sizes
         numbers = len(component.names), _parameters(header, component), component.nbytes(header)
-        parts.append(Part(component.name, component.title, component.prefix, *numbers))
+        parts.append(ComponentSize(component.name, component.title, component.prefix, *numbers))
     plan = found.plan
     return Inspection(
         header.path.name,
@@ -210,9 +210,9 @@ def _quantised(found: Diagnosis) -> bool:
 
 def _stock(found: Diagnosis, identity: Identity):
     if DIFFUSION_MODEL in found.components:
-        verdicts = [finding.stock for finding in found.findings]
+        verdicts = [fault.stock for fault in found.faults]
         if verdicts:
-            cure = "; `repair` makes it loadable" if all(finding.curable for finding in found.findings) else ""
+            cure = "; `repair` makes it loadable" if all(fault.curable for fault in found.faults) else ""
             yield DIFFUSION_MODEL, "; ".join(verdicts) + cure
         else:
             yield DIFFUSION_MODEL, "loads it"

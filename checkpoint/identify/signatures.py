@@ -26,6 +26,7 @@ _FAMILIES = {
     "Z-Image": ("noise_refiner.0.attention.qkv", "cap_embedder.1"),
     "HunyuanVideo": ("txt_in.individual_token_refiner.blocks.0.self_attn.qkv",),
 }
+_TAILS = tuple(dict.fromkeys(name for wanted in _FAMILIES.values() for name in wanted))
 _NEEDS_CONFIG = ("LTX-2.3", "LTX-2")
 _VAE_STARTS = {"decoder", "encoder", "per_channel_statistics", "quant_conv", "post_quant_conv"}
 _LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".lora_A", ".lokr_w1")
@@ -51,7 +52,7 @@ def find_model(header: Header) -> Model:
     names = header.tensors.keys()
     prefix = next((p for p in MODEL_PREFIXES if any(name.startswith(p) for name in names)), "")
     modules = {name[len(prefix) :].rpartition(".")[0] for name in names if name.startswith(prefix)}
-    family = next((family for family, wanted in _FAMILIES.items() if modules.issuperset(wanted)), None)
+    family = _family(modules)
     if family is None:
         mistake = _mistaken_for_a_model(names)
         # Beside a prefixed model a full checkpoint may hold anything; a LoRA has the same prefix and nothing else.
@@ -59,6 +60,45 @@ def find_model(header: Header) -> Model:
             found, remedy = mistake
             raise CheckpointError(found, where=header.path.name, expected="a diffusion model", remedy=remedy)
     return Model(family, prefix)
+
+
+def families_under(names: Collection[str]) -> dict[str, str]:
+    """Prefix -> family, for every prefix below which lie all the names that tell a family."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        module = name.rpartition(".")[0]
+        for tail in _TAILS if module.endswith(_TAILS) else ():
+            prefix = module.removesuffix(tail)
+            if len(prefix) < len(module) and (not prefix or prefix.endswith(".")):
+                found.setdefault(prefix, set()).add(tail)
+    families = {prefix: _family(tails) for prefix, tails in found.items()}
+    return {prefix: family for prefix, family in families.items() if family is not None}
+
+
+def longest_prefixes(names: Collection[str], prefixes: Collection[str]) -> dict[str, str]:
+    """Names that begin with one of ``prefixes`` -> the longest one, in the order of ``names``; the others are absent.
+
+    One pass over both in alphabetical order, in which the names that have a prefix follow it without a gap. ``under``
+    holds the prefixes of the name at hand, each one that of the next.
+    """
+    found: dict[str, str] = {}
+    under: list[str] = []
+    waiting = sorted(set(prefixes), reverse=True)
+    for name in sorted(names):
+        while waiting and waiting[-1] <= name:
+            prefix = waiting.pop()
+            while under and not prefix.startswith(under[-1]):
+                under.pop()
+            under.append(prefix)
+        while under and not name.startswith(under[-1]):
+            under.pop()
+        if under:
+            found[name] = under[-1]
+    return {name: found[name] for name in names if name in found}
+
+
+def _family(modules: set[str]) -> str | None:
+    return next((family for family, wanted in _FAMILIES.items() if modules.issuperset(wanted)), None)
 
 
 def _mistaken_for_a_model(names: Collection[str]) -> tuple[str, str] | None:

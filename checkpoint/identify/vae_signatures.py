@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ..file.header import CheckpointError, Header, TensorInfo
-from .signatures import MODEL_PREFIXES
+from ..file.header import CheckpointError, Header, TensorInfo, quote
+from .signatures import MODEL_PREFIXES, longest_prefixes
 
 VIDEO, AUDIO = "video VAE", "audio VAE"
 PREVIEW, TAESD, IMAGE = "preview TAE", "image TAESD", "image VAE"
@@ -31,6 +31,7 @@ _RESIDUAL = "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"
 _LAST_DOWN = "encoder.down_blocks.7.conv.conv.weight"
 _CAUSAL_IN, _IMAGE_IN = "decoder.conv_in.conv.weight", "decoder.conv_in.weight"
 _WAN, _TAE_IN, _TAE_OUT = "decoder.middle.0.residual.0.gamma", "decoder.1.weight", "decoder.22.bias"
+_MOST_NAMED = 8
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
@@ -144,17 +145,23 @@ _ANCHORS = tuple(dict.fromkeys(row.keys[0] for row in _ROWS if row.kind != AUDIO
 
 
 def find_vaes(header: Header, config: str | None = None) -> tuple[Vae, ...]:
-    """Header -> all VAEs in the file. ``config``: the header entry to judge by, where another file provides it."""
+    """Header -> all VAEs in the file, each made of the names under its prefix and under no longer one.
+
+    ``config``: the header entry to judge by, where another file provides it.
+    """
     config = header.metadata.get("config") if config is None else config
     found = []
-    for prefix in _prefixes(header):
-        part = {name[len(prefix) :]: info for name, info in header.tensors.items() if name.startswith(prefix)}
-        if not prefix:
-            part = {name: info for name, info in part.items() if not name.startswith(_ELSEWHERE)}
+    sections = _sections(config)
+    prefixes = _prefixes(header)
+    parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in prefixes}
+    for name, prefix in longest_prefixes(header.tensors, prefixes).items():
+        if prefix or not name.startswith(_ELSEWHERE):
+            parts[prefix][name[len(prefix) :]] = header.tensors[name]
+    for prefix, part in parts.items():
         is_audio = any(name.startswith(AUDIO_STARTS[0]) for name in part)
         sound = {name: info for name, info in part.items() if is_audio and name.startswith(AUDIO_STARTS)}
         sight = {name: info for name, info in part.items() if name not in sound}
-        found += [_describe(row, names, prefix, config) for names in (sight, sound) if (row := _match(names))]
+        found += [_describe(row, names, prefix, sections) for names in (sight, sound) if (row := _match(names))]
     return tuple(found)
 
 
@@ -181,7 +188,8 @@ def pick_vae(header: Header, audio: bool = False, prefix: str | None = None, con
         remedy = "choose a full checkpoint or a VAE file"
         raise CheckpointError(f"there is no {wanted} in it", where=where, remedy=remedy)
     if len(vaes) > 1:
-        names = ", ".join(f"{vae.title} under {vae.prefix + '*'!r}" for vae in vaes)
+        names = ", ".join(f"{vae.title} under {quote(vae.prefix + '*')}" for vae in vaes[:_MOST_NAMED])
+        names += ", ..." if len(vaes) > _MOST_NAMED else ""
         remedy = "name the prefix of the one you mean"
         raise CheckpointError(f"{len(vaes)} VAEs are in it: {names}", where=where, expected="one", remedy=remedy)
     return vaes[0]
@@ -218,7 +226,7 @@ def _prefixes(header: Header) -> list[str]:
         if name.startswith("vocoder."):
             continue
         stem = name.removesuffix("_packed")
-        for anchor in _ANCHORS:
+        for anchor in _ANCHORS if stem.endswith(_ANCHORS) else ():
             outer = stem.removesuffix(anchor)
             if len(outer) < len(stem) and (not outer or outer.endswith(".")):
                 found[outer] = None
@@ -242,6 +250,8 @@ def _length(part: Mapping[str, TensorInfo], key: str, dimension: int) -> int | N
 
 def _match(part: Mapping[str, TensorInfo]) -> _Row | None:
     for row in _ROWS:
+        if not _has(part, row.keys[0]):  # most rows end here
+            continue
         if not all(_has(part, key) for key in row.keys) or any(_has(part, key) for key in row.absent):
             continue
         if row.size is None or _length(part, *row.size[:2]) == row.size[2]:
@@ -249,17 +259,22 @@ def _match(part: Mapping[str, TensorInfo]) -> _Row | None:
     return None
 
 
-def _describe(row: _Row, part: Mapping[str, TensorInfo], prefix: str, config: str | None) -> Vae:
+def _describe(row: _Row, part: Mapping[str, TensorInfo], prefix: str, sections: set[str] | str) -> Vae:
     channels = _length(part, row.channels, 1) if isinstance(row.channels, str) else row.channels
     quantised = count_quantised(part)
-    problems = tuple(_problems(row, part, prefix, config, quantised))
+    problems = tuple(_problems(row, part, prefix, sections, quantised))
     return Vae(row.kind, row.family, row.version, channels, prefix, quantised, problems)
 
 
-def _problems(row: _Row, part: Mapping[str, TensorInfo], prefix: str, config: str | None, quantised: Mapping[str, int]):
+def _problems(
+    row: _Row, part: Mapping[str, TensorInfo], prefix: str, sections: set[str] | str, quantised: Mapping[str, int]
+) -> Iterator[Problem]:
     if row.needs_config:
-        sections = ("audio_vae", "vocoder") if row.kind == AUDIO else ("vae",)
-        missing = _missing_sections(config, sections)
+        needed = ("audio_vae", "vocoder") if row.kind == AUDIO else ("vae",)
+        missing = sections
+        if isinstance(sections, set):
+            absent = [name for name in needed if name not in sections]
+            missing = f"the header's `config` has no section {' and '.join(absent)}" if absent else ""
         if missing:
             yield Problem("config", f"{missing}; take it from a file of the same model that has one")
     if row.family == LTX and not row.version.startswith("("):
@@ -279,15 +294,15 @@ def _problems(row: _Row, part: Mapping[str, TensorInfo], prefix: str, config: st
         yield Problem("prefix", f"its names begin with `{prefix}`; a VAE file of its own has none")
 
 
-def _missing_sections(config: str | None, sections: tuple[str, ...]) -> str | None:
+def _sections(config: str | None) -> set[str] | str:
+    """The sections that a header's `config` has, or what is wrong with it."""
     if config is None:
         return "the header has no `config`, from which ComfyUI builds this VAE"
     try:
         content = json.loads(config)
     except (ValueError, RecursionError) as error:
         return f"the header's `config` cannot be read ({error})"
-    missing = [name for name in sections if not (isinstance(content, dict) and isinstance(content.get(name), dict))]
-    return f"the header's `config` has no section {' and '.join(missing)}" if missing else None
+    return {name for name, value in content.items() if isinstance(value, dict)} if isinstance(content, dict) else set()
 
 
 def count_quantised(part: Mapping[str, TensorInfo]) -> dict[str, int]:

@@ -170,9 +170,9 @@ class _Layers:
     def __init__(self, ours: _Side, theirs: _Side, reader: Source, original: Source, device: torch.device) -> None:
         self.ours, self.theirs, self.reader, self.original, self.device = ours, theirs, reader, original, device
         self.evidence, self._stated = "", ""
-        self._plans: dict[str, dialects.Plan | None] = {}
+        self._plans: dict[str, dialects.DialectPlan | None] = {}
 
-    def plan(self, dialect: str) -> dialects.Plan:
+    def plan(self, dialect: str) -> dialects.DialectPlan:
         """The dialect that is declared or stated, or, where it is open, the one that fits the source."""
         self._stated = dialect
         try:
@@ -253,7 +253,7 @@ class _Layers:
                 return layer_error(FloatRows(self.original, weight, self.device), *found)[0]
         return None
 
-    def _other(self, name: str) -> dialects.Plan | None:
+    def _other(self, name: str) -> dialects.DialectPlan | None:
         if name not in self._plans:
             try:
                 self._plans[name] = self._detect(name)
@@ -261,7 +261,7 @@ class _Layers:
                 self._plans[name] = None
         return self._plans[name]
 
-    def _detect(self, dialect: str) -> dialects.Plan:
+    def _detect(self, dialect: str) -> dialects.DialectPlan:
         header = self.ours.header
         read = self.reader.tensor if dialect in (dialects.AUTO, self._stated) else None  # a trial may be any dialect
         plan = dialects.detect(header.of(self.ours.own), dialect, self.ours.prefix, read)
@@ -272,7 +272,7 @@ class _Layers:
             raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
         return plan
 
-    def _record(self, plan: dialects.Plan, layer: str) -> tuple:
+    def _record(self, plan: dialects.DialectPlan, layer: str) -> tuple:
         """A layer in the host's layout, what its input is multiplied by, and its low-rank part, if any."""
         get = lambda suffix: self.reader.tensor(f"{layer}.{suffix}")  # noqa: E731
         record, read = dialects.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
@@ -283,7 +283,7 @@ class _Layers:
         return record, smooth, low_rank
 
 
-def _describes(name: str, plan: dialects.Plan) -> bool:
+def _describes(name: str, plan: dialects.DialectPlan) -> bool:
     """Whether a tensor is part of how an NVFP4 layer is stored."""
     layer, _, suffix = name.rpartition(".")
     return layer in plan.nvfp4 and suffix in (*dialects.STORAGE_KEYS, dialects.MARKER)

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ...kernels import backends
+from ...kernels import dispatch
 from ...kernels.format import BLOCK, E2M1_MAX, E4M3_MAX, PackedWeight, block_scale_shape, round_up, unswizzle
 from ..file.header import CheckpointError
 from ..write.weights import TILE, FloatRows
@@ -41,7 +41,7 @@ def layer_error(
         scale = record.block_scale[start : start + round_up(height, TILE)].to(device)
         global_scale = record.global_scale.to(device)
         decoded = _decoded(PackedWeight(packed, scale, global_scale, (height, width)))
-        again = _decoded(backends.quantize(values, top / (E2M1_MAX * E4M3_MAX)))
+        again = _decoded(dispatch.quantize(values, top / (E2M1_MAX * E4M3_MAX)))
         bad = bad + (~torch.isfinite(decoded)).sum()
         if low_rank is not None:
             decoded = decoded + low_rank[1][start : start + height] @ low_rank[0]
@@ -59,10 +59,10 @@ def layer_error(
 
 
 def _decoded(weight: PackedWeight) -> torch.Tensor:
-    """PackedWeight -> (N, K) fp32, the numbers of ``backends.dequantize``; on a CPU byte by byte from a table."""
+    """PackedWeight -> (N, K) fp32, the numbers of ``dispatch.dequantize``; on a CPU byte by byte from a table."""
     packed, scale, global_scale = weight.packed, weight.block_scale, weight.global_scale
     if packed.device.type != "cpu":
-        return backends.dequantize(packed, scale, global_scale, weight.shape, torch.float32)
+        return dispatch.dequantize(weight, torch.float32)
     blocks = packed.shape[1] * 2 // BLOCK
     factor = unswizzle(scale.view(torch.float8_e4m3fn), packed.shape[0], blocks).float() * global_scale.float()
     values = torch.index_select(_values_of_bytes(), 0, packed.reshape(-1).int()).view(packed.shape[0], blocks, BLOCK)
@@ -71,10 +71,11 @@ def _decoded(weight: PackedWeight) -> torch.Tensor:
 
 @functools.cache
 def _values_of_bytes() -> torch.Tensor:
-    """(256, 2) fp32: the two numbers of every byte, as ``backends.dequantize`` reads them."""
+    """(256, 2) fp32: the two numbers of every byte, as ``dispatch.dequantize`` reads them."""
     packed = torch.arange(256, dtype=torch.uint8).view(16, 16)
     ones = torch.ones(block_scale_shape((16, 32))).to(torch.float8_e4m3fn)
-    return backends.dequantize(packed, ones, torch.ones(()), (16, 32), torch.float32).reshape(256, 2)
+    weight = PackedWeight(packed, ones, torch.ones(()), (16, 32))
+    return dispatch.dequantize(weight, torch.float32).reshape(256, 2)
 
 
 def energy(values: torch.Tensor) -> torch.Tensor:

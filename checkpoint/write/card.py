@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...measure.ltx import CFG, SIGMAS, sigmas_text
 from ..file.container import sync_folder
 from ..file.header import Header
 from ..identify.report import size_text
@@ -21,13 +22,13 @@ from ..identify.report import size_text
 PROVENANCE = "nvfp4_video"
 CARD_ENDING = ".md"
 _LICENCE_KEYS = ("license", "licence", "license_name", "modelspec.license", "ss_license")
-_SIGMAS = "1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0"
 _UNKNOWN_SHA = "0" * 64
 
 _LTX_TRAPS = f"""\
 - **Decode with the full VAE.** `taeltx2_3` and other preview decoders load without an error and are about five times
   softer (variance of the Laplacian about 45 against 205). {{vae}}
-- **A distilled model takes 8 steps at cfg 1.0**, sigmas `{_SIGMAS}`. With cfg 3, 20 steps or `LTXVScheduler(8)` it
+- **A distilled model takes {len(SIGMAS) - 1} steps at cfg {CFG}**, sigmas `{sigmas_text(SIGMAS)}`. \
+With cfg 3, 20 steps or `LTXVScheduler(8)` it
   looks burnt or blurred. (An undistilled one takes the settings of its original.)
 - **Frames: 8k + 1** (97, 121, ...). **Width and height: multiples of 32.** ComfyUI rounds others down in silence.
 - **One frame rate**, the same in LTXVConditioning, LTXVEmptyLatentAudio and CreateVideo.
@@ -43,7 +44,7 @@ _OTHER_TRAPS = """\
 @functools.cache
 def tool_version() -> str:
     """Name and version of this pack."""
-    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     text = project.read_text(encoding="utf-8") if project.is_file() else ""
     found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
     return f"NVFP4 Video {found[1]}" if found else "NVFP4 Video"

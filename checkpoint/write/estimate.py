@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ...kernels import backends
+from ...kernels import dispatch
 from ..file.container import build_header
 from ..file.header import CheckpointError, Header
 from .card import PROVENANCE, provenance
-from .plan import Settings, plan_quantization
+from .plan import QuantizeSettings, plan_quantization
 
 _SAMPLE = (2048, 2048)
 _SAMPLE_BYTES = 64 * 2**20
@@ -24,7 +24,7 @@ _SAMPLE_BYTES = 64 * 2**20
 def estimate(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    settings: Settings | None = None,
+    settings: QuantizeSettings | None = None,
     *,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def estimate(
     The times come from the first 64 MiB of the source, a small matrix, and 64 MiB written to a nameless file in the
     target's folder; caches make them optimistic. Nothing stays on disk.
     """
-    plan = plan_quantization(source, settings or Settings())
+    plan = plan_quantization(source, settings or QuantizeSettings())
     folder = Path(os.path.realpath(target)).parent
     folder = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     elements = sum(job.info.numel for job in plan.jobs.values())
@@ -72,7 +72,7 @@ def _quantise_rate(search: str, device: torch.device) -> float:
     weight = torch.randn(_SAMPLE, device=device)
     for _ in range(2):
         started = time.perf_counter()
-        backends.quantize(weight, search=search).packed.cpu()
+        dispatch.quantize(weight, search=search).packed.cpu()
         seconds = time.perf_counter() - started
     return weight.numel() / max(seconds, 1e-6)
 

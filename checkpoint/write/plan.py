@@ -38,7 +38,7 @@ _RENAMED = {"scale_weight": "weight_scale", "weight_scale_inv": "weight_scale", 
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuantizeSettings:
     """How to quantise. ``recipe``: "auto" or a name of RECIPES. ``only_model``: leave out all but the diffusion model.
 
     ``search``: "mse" or "amax". ``keep_non_finite``: keep layers with NaN or infinity instead of refusing the file.
@@ -56,7 +56,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizePlan:
     """``jobs``: source tensor -> the weight it is, to be quantised. ``restored``: the same, to become BF16.
 
     ``kept``: coded layers that stay in their format. ``copies``: source tensor -> tensor of the target. ``made``:
@@ -65,7 +65,7 @@ class Plan:
     """
 
     checkpoint: Checkpoint
-    settings: Settings
+    settings: QuantizeSettings
     recipe: Recipe
     family: str | None
     selection: Selection
@@ -87,9 +87,9 @@ class Plan:
 
 
 def plan_quantization(
-    source: str | os.PathLike[str], settings: Settings, non_finite: frozenset[str] = frozenset()
-) -> Plan:
-    """Source (file, index, shard, wildcard) -> Plan. ``non_finite``: layers that are kept for what is in them.
+    source: str | os.PathLike[str], settings: QuantizeSettings, non_finite: frozenset[str] = frozenset()
+) -> QuantizePlan:
+    """Source (file, index, shard, wildcard) -> QuantizePlan. ``non_finite``: layers that are kept for what is in them.
 
     Raises CheckpointError for a file that holds no diffusion model, is quantised to NVFP4 already, or lacks `config`.
     """
@@ -140,7 +140,7 @@ def plan_quantization(
     calibration = _calibration(settings.calibration, {own_layers[job.layer]: job for job in jobs.values()}, component)
     record = _record(checkpoint, settings, recipe, model.family, selection, len(jobs))
     metadata = _metadata(header, own_layers, settings.only_model)
-    return Plan(
+    return QuantizePlan(
         checkpoint, settings, recipe, model.family, selection, jobs, restored, still, copies, made, units,
         tuple(tensors), calibration, metadata, record,
     )  # fmt: skip
@@ -163,7 +163,7 @@ def _refuse_packed(header: Header, names: Mapping[str, str]) -> None:
 
 
 def _weights(
-    stored: dialects.Plan, names: Mapping[str, str]
+    stored: dialects.DialectPlan, names: Mapping[str, str]
 ) -> tuple[dict[str, FloatWeight | str], dict[str, tuple[int, ...]], dict[str, str]]:
     """-> layer without prefix: its weight, or why it cannot be read; its shape; and layer -> layer without prefix."""
     own_layers = {name.rpartition(".")[0]: own.rpartition(".")[0] for name, own in names.items()}
@@ -172,14 +172,14 @@ def _weights(
     return weights, {own_layers[name]: layer.shape for name, layer in matrices.items()}, own_layers
 
 
-def _restored(header: Header, stored: dialects.Plan, quantized: set[str]) -> dict[str, FloatWeight]:
+def _restored(header: Header, stored: dialects.DialectPlan, quantized: set[str]) -> dict[str, FloatWeight]:
     """Weights that are not quantised and whose format ComfyUI does not have: FP8 scaled in blocks."""
     blocks = [layer for name, layer in stored.layers.items() if layer.kind == "fp8_blocks" and name not in quantized]
     return {weight.name: weight for layer in blocks if isinstance(weight := float_weight(header, layer), FloatWeight)}
 
 
 def _others(
-    checkpoint: Checkpoint, stored: dialects.Plan, names: Mapping[str, str], quantized: set[str]
+    checkpoint: Checkpoint, stored: dialects.DialectPlan, names: Mapping[str, str], quantized: set[str]
 ) -> tuple[dict[str, str], dict[str, bytes]]:
     """-> tensors to copy: new key suffix, "" for the old one; layers that need a marker: its content.
 
@@ -218,7 +218,7 @@ def _rename(name: str, suffix: str) -> str:
     return f"{name.rpartition('.')[0]}.{suffix}" if suffix else name
 
 
-def _like(header: Header, stored: dialects.Plan, name: str) -> tuple[str, tuple[int, ...]]:
+def _like(header: Header, stored: dialects.DialectPlan, name: str) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape of a copy: a scale a row gets a column of its own, or it would multiply columns."""
     info, layer = header.tensors[name], stored.layers.get(name.rpartition(".")[0])
     if layer is not None and layer.kind == "fp8_rows" and name == f"{layer.name}.{layer.scale}":
@@ -278,7 +278,8 @@ def _metadata(header: Header, own_layers: Mapping[str, str], only_model: bool) -
 
 
 def _record(
-    checkpoint: Checkpoint, settings: Settings, recipe: Recipe, family: str | None, selection: Selection, layers: int
+    checkpoint: Checkpoint, settings: QuantizeSettings, recipe: Recipe, family: str | None, selection: Selection,
+    layers: int,
 ) -> dict[str, Any]:
     """What card and provenance say of the file, as far as headers tell."""
     header = checkpoint.header

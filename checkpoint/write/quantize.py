@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ...kernels import backends
+from ...kernels import dispatch, reference
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import produce_bytes
 from ..file.header import CheckpointError, Header, read_header
@@ -28,7 +28,7 @@ from ..file.shards import Checkpoint, Source
 from ..identify import dialects
 from ..identify.values import check_layer
 from .card import PROVENANCE, provenance, write_card
-from .plan import Plan, Settings, nvfp4_marker, plan_quantization
+from .plan import QuantizePlan, QuantizeSettings, nvfp4_marker, plan_quantization
 from .split import check_targets
 from .weights import FloatRows, FloatWeight, non_finite
 
@@ -38,7 +38,7 @@ OnStep = Callable[[int, int], None]
 def quantize_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    settings: Settings | None = None,
+    settings: QuantizeSettings | None = None,
     *,
     base: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -51,7 +51,7 @@ def quantize_checkpoint(
     total)``, in bytes read and checked, may raise to interrupt; what is finished stays for the next run. Raises
     CheckpointError: for a source that cannot be quantised, that changes meanwhile, or holds NaN or infinity (by name).
     """
-    settings, device = settings or Settings(), torch.device(device)
+    settings, device = settings or QuantizeSettings(), torch.device(device)
     step = on_step or (lambda done, total: None)
     plan = plan_quantization(source, settings)
     guard = SourceGuard(plan.checkpoint)
@@ -82,19 +82,21 @@ def quantize_weight(
     amax = rows.amax()
     if not torch.isfinite(amax):
         return None
-    global_scale = backends.reference.default_global_scale(amax, search)
+    global_scale = reference.default_global_scale(amax, search)
     if global_scale == 0:  # of zeros, or of numbers too small for FP32's scales: readers would divide by it
         global_scale = torch.ones_like(amax)
     packed = torch.empty(packed_shape(rows.shape), dtype=torch.uint8)
     scale = torch.empty(block_scale_shape(rows.shape), dtype=torch.float8_e4m3fn)
     for start, values in rows:
-        record = backends.quantize(values, global_scale, search=search, column_weight=column_weight)
+        record = dispatch.quantize(values, global_scale, search=search, column_weight=column_weight)
         packed[start : start + record.packed.shape[0]] = record.packed.cpu()
         scale[start : start + record.block_scale.shape[0]] = record.block_scale.cpu()
     return packed, scale, global_scale.cpu()
 
 
-def _write(plan: Plan, path: Path, guard: SourceGuard, request: str, device: torch.device, step: OnStep) -> dict:
+def _write(
+    plan: QuantizePlan, path: Path, guard: SourceGuard, request: str, device: torch.device, step: OnStep
+) -> dict:
     """Everything up to the finished file under its name -> the record."""
     started = time.monotonic()
     total = sum(file.file_size for file in plan.checkpoint.files) + plan.nbytes
@@ -129,7 +131,7 @@ def _write(plan: Plan, path: Path, guard: SourceGuard, request: str, device: tor
 
 
 def _stream(
-    plan: Plan,
+    plan: QuantizePlan,
     reader: Source,
     part: PartFile,
     guard: SourceGuard,
@@ -178,7 +180,7 @@ def _quantised(plan, reader, job: FloatWeight, view, device, columns: Mapping[st
     return [produce_bytes(replace(planned, produce=lambda t=made: t), Path(planned.name)) for planned, made in tensors]
 
 
-def _restored(plan: Plan, rows: FloatRows) -> memoryview:
+def _restored(plan: QuantizePlan, rows: FloatRows) -> memoryview:
     """The bytes of a weight in BF16, for a layer that is kept but has a format ComfyUI does not know."""
     made = torch.cat([values.to(torch.bfloat16).cpu() for _, values in rows])
     (planned,) = plan.units[rows.weight.name]
@@ -220,7 +222,7 @@ class SourceGuard:
         raise CheckpointError("the source changed while it was in use", where=path.name, remedy=remedy)
 
 
-def _without_non_finite(plan: Plan, source, device: torch.device, step: OnStep) -> Plan:
+def _without_non_finite(plan: QuantizePlan, source, device: torch.device, step: OnStep) -> QuantizePlan:
     """The plan with every layer kept that holds NaN or infinity; reads all layers once."""
     with Source(plan.checkpoint) as reader:
         bad = non_finite(reader, plan.jobs, device, lambda: step(0, 1))
@@ -228,7 +230,7 @@ def _without_non_finite(plan: Plan, source, device: torch.device, step: OnStep) 
     return plan_quantization(source, plan.settings, frozenset(own[name] for name in bad)) if bad else plan
 
 
-def _request(plan: Plan, guard: SourceGuard) -> str:
+def _request(plan: QuantizePlan, guard: SourceGuard) -> str:
     """Digest of what decides the target's bytes beside its header: the source's state, the settings, the statistics."""
     statistics = os.stat(plan.settings.calibration) if plan.settings.calibration else None
     given = asdict(replace(plan.settings, calibration=None, config_from=None))
@@ -243,7 +245,7 @@ def _hash_of_header(file: Header):
         return hashlib.sha256(opened.read(start))
 
 
-def _column_weights(plan: Plan, device: torch.device) -> dict[str, torch.Tensor]:
+def _column_weights(plan: QuantizePlan, device: torch.device) -> dict[str, torch.Tensor]:
     """Source tensor -> (K,) fp32 weights of its columns, from the calibration file."""
     if not plan.calibration:
         return {}

@@ -23,7 +23,7 @@ from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL
 from ..identify.declarations import layer_entries
-from ..identify.diagnosis import Diagnosis, Finding, diagnose
+from ..identify.diagnosis import Diagnosis, Fault, diagnose
 from ..identify.formats import OLD_FP8, SMOOTHING
 from ..identify.layers import refuse
 from ..identify.values import check_layer, check_packed
@@ -39,8 +39,8 @@ class Repaired:
 
     path: Path
     method: str
-    cured: tuple[Finding, ...]
-    remaining: tuple[Finding, ...]
+    cured: tuple[Fault, ...]
+    remaining: tuple[Fault, ...]
     converted: int
     backup: Path | None = None
     evidence: str = ""  # of the dialect, where the user stated it or the block scales were measured
@@ -89,8 +89,8 @@ def repair(
         raise CheckpointError(found.open_dialect, where=where, remedy="state the dialect; `auto` cannot decide")
     refuse(header.path.name, found.plan.layers, repair=True)
     evidence = f"{found.plan.dialect}, {found.plan.evidence}" if found.plan.stated or found.plan.order else ""
-    cured = tuple(finding for finding in found.findings if finding.curable)
-    remaining = tuple(finding for finding in found.findings if not finding.curable)
+    cured = tuple(finding for finding in found.faults if finding.curable)
+    remaining = tuple(finding for finding in found.faults if not finding.curable)
     path = header.path
     if target is not None:
         path = check_targets(header, {"": target}, [file.path for file in checkpoint.files], base, overwrite)[""]
@@ -138,7 +138,7 @@ def _check_sidecar(path: Path, found: Diagnosis) -> None:
         raise CheckpointError(found_there, where=path.name, remedy=remedy)
 
 
-def _check_values(plan: dialects.Plan, reader: Source) -> None:
+def _check_values(plan: dialects.DialectPlan, reader: Source) -> None:
     """The scales of every layer, also of those that are copied; CheckpointError names the layer."""
     file = plan.header.path.name
     for name, layer in plan.layers.items():

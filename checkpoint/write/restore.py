@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.backends import dequantize
+from ...kernels.dispatch import dequantize
 from ...kernels.format import BLOCK, PackedWeight, round_up, swizzle, unswizzle
 from ..file.header import CheckpointError, Header
 from ..identify import dialects
@@ -69,7 +69,7 @@ def plan_restoration(header: Header, names: Mapping[str, str], dialect: str = di
     return Restoration(weights, frozenset(leftover))
 
 
-def _detect(own: Header, whole: Header, dialect: str) -> dialects.Plan:
+def _detect(own: Header, whole: Header, dialect: str) -> dialects.DialectPlan:
     """Dialect of the VAE's layers; where they do not declare it, that of the whole file, which one writer made."""
     try:
         return dialects.detect(own, dialect)
@@ -114,7 +114,7 @@ def _scaled(header: Header, stored: Layer) -> Restored:
     return Restored(shape, stored.title, produce)
 
 
-def _packed(plan: dialects.Plan, layer: str, own_name: str) -> Restored:
+def _packed(plan: dialects.DialectPlan, layer: str, own_name: str) -> Restored:
     """NVFP4 of a matrix, or of a flattened convolution."""
     rows, cols = plan.nvfp4[layer]
     where = f"{plan.header.path.name}, layer {layer}"
@@ -164,7 +164,7 @@ def _dequantize(record: PackedWeight) -> torch.Tensor:
     """The whole stored matrix in BF16; on the CPU tile by tile, because plain torch needs 30 bytes for an element."""
     rows, cols = record.packed.shape[0], 2 * record.packed.shape[1]
     if record.packed.device.type != "cpu":
-        return dequantize(record.packed, record.block_scale, record.global_scale, (rows, cols), torch.bfloat16)
+        return dequantize(replace(record, shape=(rows, cols)))
     weight = torch.empty(rows, cols, dtype=torch.bfloat16)
     for top in range(0, rows, 128):  # the block scales of 128 rows are contiguous
         height = min(128, rows - top)
@@ -173,8 +173,8 @@ def _dequantize(record: PackedWeight) -> torch.Tensor:
             right = min(left + _TILE, cols)
             packed = record.packed[top : top + height, left // 2 : right // 2]
             part = swizzle(scale[:, left // BLOCK : right // BLOCK])
-            shape = (height, right - left)
-            weight[top : top + height, left:right] = dequantize(packed, part, record.global_scale, shape)
+            tile = PackedWeight(packed, part, record.global_scale, (height, right - left))
+            weight[top : top + height, left:right] = dequantize(tile)
     return weight
 
 

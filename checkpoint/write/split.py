@@ -31,7 +31,7 @@ _ABOUT_LAYERS = ("quantization_config",)
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitFile:
     """A file that was written. ``restored``: weights that were quantised and are BF16 now."""
 
     component: str
@@ -58,7 +58,7 @@ def split(
     overwrite: bool = False,
     device: str | torch.device = "cpu",
     on_bytes: Callable[[int, int], None] | None = None,
-) -> list[Part]:
+) -> list[SplitFile]:
     """Write components of the checkpoint ``source`` to files; ``targets``: component (a key of COMPONENTS) -> path.
 
     ``source``: a file, an index, a shard or a wildcard (shards.py). ``base``: folder that relative targets start from
@@ -91,7 +91,7 @@ def split(
             write_checkpoint(paths[name], tensors, metadata_of(header, chosen[name]), report)
             done += sizes[name]
             restored = len(restoration.weights) if restoration else 0
-            parts.append(Part(name, paths[name], len(tensors), sizes[name], restored))
+            parts.append(SplitFile(name, paths[name], len(tensors), sizes[name], restored))
     return parts
 
 

@@ -13,14 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..format import block_scale_shape, check_request, packed_shape
-from .dequantize import L2_BYTES, _round_to_bf16_bits, decode_words
-from .launch import Launcher
-from .quantize import _scale_offset
+from ..format import PackedWeight, block_scale_shape, packed_shape
+from .launch import Launcher, bf16_as_bits, part_reader, store_modifier
+from .tiles import decode_words, round_to_bf16_bits, tiled_offset
 
 # Fastest of seven tiles on an H200; its fp32 sums fill 64 registers of each thread.
 _ROWS, _WORDS, _WARPS, _MOST_RANK = 64, 16, 4, 64
-Summer = Callable[..., torch.Tensor]
 
 
 @triton.jit
@@ -58,7 +56,7 @@ def _dequantize_sum_kernel(
     words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + row.to(tl.int64)[:, None] * words_per_row
     word_inside = None if FULL else (row < packed_rows)[:, None] & (word_col < words_per_row)[None, :]
     word = tl.load(words + word_col[None, :], mask=word_inside)
-    scale = tl.load(scale_ptr + _scale_offset(row[:, None], word_col[None, :] // 2, scale_cols), mask=word_inside)
+    scale = tl.load(scale_ptr + tiled_offset(row[:, None], word_col[None, :] // 2, scale_cols), mask=word_inside)
     row_inside, column_inside = (row < rows)[:, None], (column < cols)[None, :]
     up = up_ptr + row.to(tl.int64)[:, None] * rank + part[None, :]
     down = down_ptr + part.to(tl.int64)[:, None] * cols + column[None, :]
@@ -76,29 +74,33 @@ def _dequantize_sum_kernel(
             acc = tl.dot(left.to(tl.float32), right.to(tl.float32), acc)
     values = tl.reshape(decode_words(word, scale, tl.load(global_ptr)), (ROWS, WORDS * 8)) + acc
     if out_ptr.dtype.element_ty == tl.int16:
-        values = _round_to_bf16_bits(values)
+        values = round_to_bf16_bits(values)
     target = out_ptr + row.to(tl.int64)[:, None] * cols + column[None, :]
     inside = None if FULL else row_inside & column_inside
     tl.store(target, values.to(out_ptr.dtype.element_ty), mask=inside, cache_modifier=STORE)
 
 
 @functools.cache
-def summer(shape: tuple[int, int], rank: int, dtype: torch.dtype, device: torch.device) -> Summer:
-    """(N, K), R, dtype, device -> function (packed, block_scale, global_scale, up (N, R), down (R, K)) -> (N, K).
+def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    """(N, K), dtype of the factors, device -> function (packed, block_scale, global_scale, up, down) -> (N, K).
 
-    As dequantize.dequantizer: what depends on the shape is computed here, once.
+    up (N, R), down (R, K). The function raises ValueError for parts or factors of another shape or dtype.
     """
     rows, cols = shape
-    bytes_shape, scale_shape = packed_shape(shape), block_scale_shape(shape)
+    bytes_shape = packed_shape(shape)
     words = bytes_shape[1] // 4
-    step = min(max(triton.next_power_of_2(rank), 16), _MOST_RANK)
-    full = rows % _ROWS == 0 and cols % (_WORDS * 8) == 0 and rank % step == 0
-    on_gpu = device.type == "cuda"
-    store = ".cs" if rows * cols * dtype.itemsize > L2_BYTES else ""
-    sizes = (rows, cols, bytes_shape[0], words, scale_shape[1], rank)
-    tile = (_ROWS, _WORDS, step, full, on_gpu or dtype != torch.bfloat16, store)
+    whole = rows % _ROWS == 0 and cols % (_WORDS * 8) == 0
+    products = device.type == "cuda" or dtype != torch.bfloat16
+    store = store_modifier(shape, dtype)
     grid = (triton.cdiv(rows, _ROWS) * triton.cdiv(words, _WORDS),)
-    launch = Launcher(_dequantize_sum_kernel, grid, sizes + tile, device, (1,), num_warps=_WARPS)
+    read, as_bits = part_reader(shape, device), bf16_as_bits(dtype, device)
+    launchers: dict[int, Launcher] = {}
+
+    def launcher(rank: int) -> Launcher:
+        step = min(max(triton.next_power_of_2(rank), 16), _MOST_RANK)
+        sizes = (rows, cols, bytes_shape[0], words, block_scale_shape(shape)[1], rank)
+        tile = (_ROWS, _WORDS, step, whole and rank % step == 0, products, store)
+        return Launcher(_dequantize_sum_kernel, grid, sizes + tile, device, (1,), num_warps=_WARPS)
 
     def run(
         packed: torch.Tensor,
@@ -107,33 +109,23 @@ def summer(shape: tuple[int, int], rank: int, dtype: torch.dtype, device: torch.
         up: torch.Tensor,
         down: torch.Tensor,
     ) -> torch.Tensor:
-        if packed.shape != bytes_shape or block_scale.shape != scale_shape:
-            check_request(packed, block_scale, shape, dtype)  # raises
+        packed, block_scale, global_scale = read(packed, block_scale, global_scale)
+        rank = up.shape[1]
         if up.shape != (rows, rank) or down.shape != (rank, cols) or up.dtype != dtype or down.dtype != dtype:
             found = f"up {tuple(up.shape)} {up.dtype}, down {tuple(down.shape)} {down.dtype}"
             raise ValueError(f"found {found}; expected ({rows}, {rank}) and ({rank}, {cols}) of {dtype}")
-        parts = [part.contiguous() for part in (packed, block_scale, up, down)]
-        if global_scale.dtype != torch.float32 or global_scale.device != device:
-            global_scale = global_scale.to(device, torch.float32)
-        if parts[0].data_ptr() % 4:  # bytes are read as 32-bit words
-            parts[0] = parts[0].clone()
         out = torch.empty(shape, dtype=dtype, device=device)
         if out.numel():
-            target = out if on_gpu or dtype != torch.bfloat16 else out.view(torch.int16)  # the interpreter truncates
-            launch(parts[0], parts[1], global_scale, parts[2], parts[3], target)
+            launch = launchers.get(rank)
+            if launch is None:
+                launch = launchers[rank] = launcher(rank)
+            target = out.view(torch.int16) if as_bits else out
+            launch(packed, block_scale, global_scale, up.contiguous(), down.contiguous(), target)
         return out
 
     return run
 
 
-def dequantize_sum(
-    packed: torch.Tensor,
-    block_scale: torch.Tensor,
-    global_scale: torch.Tensor,
-    shape: tuple[int, int],
-    up: torch.Tensor,
-    down: torch.Tensor,
-) -> torch.Tensor:
-    """(R16(N), R16(K)/2) uint8 + swizzled e4m3 scales + () fp32, (N, R), (R, K) -> (N, K) in the factors' dtype."""
-    run = summer(tuple(shape), up.shape[1], up.dtype, packed.device)
-    return run(packed, block_scale, global_scale, up, down)
+def dequantize_sum(weight: PackedWeight, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """NVFP4 (N, K) + up (N, R) x down (R, K) -> (N, K) in the factors' dtype, rounded once."""
+    return prepare(tuple(weight.shape), up.dtype, weight.packed.device)(*weight.parts, up, down)

@@ -21,105 +21,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..format import block_scale_shape, check_request, packed_shape
-from .dequantize import _round_to_bf16_bits, decode_words
-from .launch import Launcher
-from .quantize import _e4m3_to_f32
+from ..format import TENSOR_CORE_DTYPES, PackedWeight, block_scale_shape, packed_shape
+from ..reference import MAX_TOKENS
+from .launch import Launcher, bf16_as_bits, part_reader
+from .tiles import decode_operand, round_to_bf16_bits
 
-MAX_TOKENS = 16
-DTYPES = (torch.bfloat16, torch.float16)
 # What the sum is multiplied by besides the global scale: the operands carry 2**-8 (BF16) or 2**-7 (FP16) of their own.
 _UNDO = {torch.bfloat16: 256.0, torch.float16: 128.0}
 _STEP_WORDS = 16
 _WARPS_PER_MULTIPROCESSOR = 15
 _MOST_SLICES = 8
-Gemv = Callable[..., torch.Tensor]
-
-# One word -> eight numbers, two an instruction, in the order of decode_words: the bits of a code, moved to where BF16
-# has its lowest two exponent bits and highest mantissa bit, are its value times 2**-126 (FP16: 2**-14, see
-# decode_words); times the scale, 2**118 (2**7) too large. Subnormal operands count in full.
-_MOVE = """
-{{
-.reg .b32 a, b, s;
-mov.b32 s, {{$9, $9}};
-shl.b32 a, $8, {odd_low};
-and.b32 a, a, {mask};
-shl.b32 b, $8, 12;
-lop3.b32 a, b, 0x80008000, a, 0xEA;
-{multiply}
-mov.b32 {{$1, $5}}, a;
-shl.b32 a, $8, {even_low};
-and.b32 a, a, {mask};
-shl.b32 b, $8, 8;
-lop3.b32 a, b, 0x80008000, a, 0xEA;
-{multiply}
-mov.b32 {{$0, $4}}, a;
-{odd_high} a, $8, {odd_high_by};
-and.b32 a, a, {mask};
-shl.b32 b, $8, 4;
-lop3.b32 a, b, 0x80008000, a, 0xEA;
-{multiply}
-mov.b32 {{$3, $7}}, a;
-shr.u32 a, $8, {even_high};
-and.b32 a, a, {mask};
-lop3.b32 a, $8, 0x80008000, a, 0xEA;
-{multiply}
-mov.b32 {{$2, $6}}, a;
-}}
-"""
-_BF16 = tl.constexpr(
-    _MOVE.format(
-        odd_low=6,
-        even_low=2,
-        odd_high="shr.u32",
-        odd_high_by=2,
-        even_high=6,
-        mask="0x01C001C0",
-        multiply="{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 a, a, s, z; }",
-    )
-)
-_FP16 = tl.constexpr(
-    _MOVE.format(
-        odd_low=9,
-        even_low=5,
-        odd_high="shl.b32",
-        odd_high_by=1,
-        even_high=3,
-        mask="0x0E000E00",
-        multiply="mul.f16x2 a, a, s;",
-    )
-)
-
-
-@triton.jit
-def _decode(word, scale_byte, PACKED: tl.constexpr, dtype: tl.constexpr):
-    """int32 words [...] + their scales' E4M3 bytes -> [..., 2, 2, 2] of ``dtype``, times 2**-8 (BF16) or 2**-7 (FP16).
-
-    PACKED: two numbers an instruction. Triton's interpreter has neither assembly nor BF16 products and gets the same
-    values in FP32: nothing is rounded in either.
-    """
-    if PACKED:
-        if dtype == tl.bfloat16:
-            scale = (_e4m3_to_f32(scale_byte) * 8.507059173023462e37).to(tl.bfloat16)  # 2**126
-            asm: tl.constexpr = _BF16
-        else:
-            scale = (_e4m3_to_f32(scale_byte) * 32768.0).to(tl.float16)
-            asm: tl.constexpr = _FP16
-        word, scale = tl.broadcast(word, scale)
-        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
-            asm,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
-            [word, scale],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=True,
-            pack=1,
-        )
-        even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
-        odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
-        return tl.join(even, odd).to(dtype, bitcast=True)
-    else:
-        factor: tl.constexpr = 0.00390625 if dtype == tl.bfloat16 else 0.0078125
-        return decode_words(word, scale_byte, factor)
 
 
 @triton.jit
@@ -127,7 +38,7 @@ def _multiply(acc, x, token_inside, column, cols, word, scale, FULL: tl.constexp
     """acc (R, T) += word (R, 4) x x (T, 32), ``scale`` (R, 4) being the words' E4M3 bytes; column: (32,) of x."""
     inside = token_inside if FULL else token_inside & (column < cols)[None, :]
     values = tl.load(x + column[None, :], mask=inside, other=0.0)
-    weight = _decode(word, scale, PACKED, values.dtype)
+    weight = decode_operand(word, scale, PACKED, values.dtype)
     values = values.to(weight.dtype)
     # K's bits, from (thread, 4, 2, 1) to (2, thread, 1, 4): the two columns decoded together share a register.
     weight = tl.permute(tl.reshape(weight, (acc.shape[0], 4, 2, 2, 2)), (0, 3, 1, 4, 2))
@@ -245,7 +156,7 @@ def _finish(acc, target, number, inside, rows, global_ptr, bias_ptr, UNDO: tl.co
     if BIAS:
         acc += tl.load(bias_ptr + number, mask=number < rows, other=0.0).to(tl.float32)[:, None]
     if target.dtype.element_ty == tl.int16:
-        acc = _round_to_bf16_bits(acc)
+        acc = round_to_bf16_bits(acc)
     tl.store(target, acc.to(target.dtype.element_ty), mask=inside)
 
 
@@ -259,34 +170,35 @@ def plan(shape: tuple[int, int], programs: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def gemv_function(
+def prepare(
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
     config: tuple[int, int, int] | None = None,
-) -> Gemv:
+) -> Callable[..., torch.Tensor]:
     """(N, K), dtype and device of x -> function (x (M, K), packed, block_scale, global_scale, bias or None) -> (M, N).
 
-    For M up to 16. ``config``: (ROWS, UNROLL, SPLIT) instead of ``plan``'s choice. Raises ValueError for a dtype that
-    the tensor cores do not take.
+    For M up to ``MAX_TOKENS``. ``config``: (ROWS, UNROLL, SPLIT) instead of ``plan``'s choice. Raises ValueError for a
+    dtype that the tensor cores do not take, the function for tensors of another shape.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"the small-input kernel computes in {DTYPES}; found {dtype}")
+    if dtype not in TENSOR_CORE_DTYPES:
+        raise ValueError(f"the small-input kernel computes in {TENSOR_CORE_DTYPES}; found {dtype}")
     on_gpu = device.type == "cuda"
     programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
     tile_rows, unroll, split = config or plan(shape, programs * _WARPS_PER_MULTIPROCESSOR)
     rows, cols = shape
-    bytes_shape, scale_shape = packed_shape(shape), block_scale_shape(shape)
-    words = bytes_shape[1] // 4
+    packed_rows, bytes_per_row = packed_shape(shape)
+    words = bytes_per_row // 4
     steps = triton.cdiv(triton.cdiv(words, _STEP_WORDS), split)
-    full = bytes_shape[0] % 128 == 0 and words == steps * split * _STEP_WORDS and cols % 16 == 0
+    full = packed_rows % 128 == 0 and words == steps * split * _STEP_WORDS and cols % 16 == 0
     unroll = unroll if full and steps % unroll == 0 else 1
     grid = (triton.cdiv(rows, 128) * (128 // tile_rows), split)
     counters = torch.zeros(grid[0] if split > 1 else 1, dtype=torch.int32, device=device)
+    read, as_bits = part_reader(shape, device), bf16_as_bits(dtype, device)
     launchers: dict[tuple[int, bool], Launcher] = {}
 
     def launcher(tokens: int, bias: bool) -> Launcher:
-        sizes = (tokens, rows, cols, bytes_shape[0], words, scale_shape[1], steps, _UNDO[dtype])
+        sizes = (tokens, rows, cols, packed_rows, words, block_scale_shape(shape)[1], steps, _UNDO[dtype])
         tile = (8 if tokens <= 8 else 16, tile_rows, unroll, split, full, on_gpu, bias)
         return Launcher(_gemv_kernel, grid, sizes + tile, device, (2,), num_warps=1, num_stages=1)
 
@@ -297,46 +209,32 @@ def gemv_function(
         global_scale: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if packed.shape != bytes_shape or block_scale.shape != scale_shape:
-            check_request(packed, block_scale, shape, dtype)  # raises
+        packed, block_scale, global_scale = read(packed, block_scale, global_scale)
+        if block_scale.data_ptr() % 2:  # scales are read in pairs
+            block_scale = block_scale.clone()
         tokens = x.shape[0]
         if tokens > MAX_TOKENS or x.shape[1] != cols:
             raise ValueError(f"found x {tuple(x.shape)}; expected at most {MAX_TOKENS} rows of {cols}")
-        if not (x.is_contiguous() and packed.is_contiguous() and block_scale.is_contiguous()):
-            x, packed, block_scale = x.contiguous(), packed.contiguous(), block_scale.contiguous()
-        if global_scale.dtype != torch.float32 or global_scale.device != device:
-            global_scale = global_scale.to(device, torch.float32)
-        if packed.data_ptr() % 4:  # bytes are read as 32-bit words, scales in pairs
-            packed = packed.clone()
-        if block_scale.data_ptr() % 2:
-            block_scale = block_scale.clone()
+        if not x.is_contiguous():
+            x = x.contiguous()
         out = torch.empty((tokens, rows), dtype=dtype, device=device)
         if out.numel() == 0:
             return out
         key = (tokens, bias is not None)
-        found = launchers.get(key)
-        if found is None:
-            found = launchers[key] = launcher(*key)
+        launch = launchers.get(key)
+        if launch is None:
+            launch = launchers[key] = launcher(*key)
         bias = global_scale if bias is None else bias
-        target = out if on_gpu or dtype != torch.bfloat16 else out.view(torch.int16)  # the interpreter truncates
         sums = counters
         if split > 1:
             sums = torch.empty((split, tokens, rows), dtype=torch.float32, device=device)
-        found(x, packed, block_scale, global_scale, bias, target, sums, counters)
+        launch(x, packed, block_scale, global_scale, bias, out.view(torch.int16) if as_bits else out, sums, counters)
         return out
 
     return run
 
 
-def gemv(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    block_scale: torch.Tensor,
-    global_scale: torch.Tensor,
-    shape: tuple[int, int],
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(..., K) bf16 or fp16 x NVFP4 (N, K) -> (..., N) in x's dtype, for at most 16 rows of x."""
-    run = gemv_function(tuple(shape), x.dtype, x.device)
-    out = run(x.reshape(-1, x.shape[-1]), packed, block_scale, global_scale, bias)
-    return out.reshape(*x.shape[:-1], shape[0])
+def gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(..., K) bf16 or fp16 x NVFP4 (N, K) -> (..., N) in x's dtype, for at most ``MAX_TOKENS`` rows of x."""
+    run = prepare(tuple(weight.shape), x.dtype, x.device)
+    return run(x.reshape(-1, x.shape[-1]), *weight.parts, bias).reshape(*x.shape[:-1], weight.shape[0])

@@ -1,4 +1,4 @@
-"""Launching a Triton kernel again and again at a few microseconds of CPU time."""
+"""Launching a Triton kernel again and again at a few microseconds of CPU time, and what all kernels do before it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,49 @@ from typing import Any
 import torch
 import triton
 
+from ..backends import BF16_CAPABILITY
+from ..format import block_scale_shape, check_parts, packed_shape
+
 # Compiled kernels take all arguments, constants included, since Triton 3.4; its interpreter compiles nothing.
 _DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) and not triton.knobs.runtime.interpret
+_L2_BYTES = 48 << 20
+
+
+def part_reader(shape: tuple[int, int], device: torch.device) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """(N, K), device -> function (packed, block_scale, global_scale) -> the three as kernels read them.
+
+    That is: contiguous, ``packed`` at a multiple of 4 bytes, the global scale in FP32 on ``device``. Parts that are so
+    already come back as they are. The function raises ValueError for those of another shape.
+    """
+    bytes_shape, scale_shape = packed_shape(shape), block_scale_shape(shape)
+
+    def read(packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if packed.shape != bytes_shape or block_scale.shape != scale_shape:
+            check_parts(packed, block_scale, shape)  # raises
+        if not (packed.is_contiguous() and block_scale.is_contiguous()):
+            packed, block_scale = packed.contiguous(), block_scale.contiguous()
+        if global_scale.dtype != torch.float32 or global_scale.device != device:
+            global_scale = global_scale.to(device, torch.float32)
+        if packed.data_ptr() % 4:  # bytes are read as 32-bit words
+            packed = packed.clone()
+        return packed, block_scale, global_scale
+
+    return read
+
+
+def bf16_as_bits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether an output of ``dtype`` is BF16 that a kernel must round itself and store as int16.
+
+    Triton converts to BF16 from compute capability 8.0 on; its interpreter truncates instead of rounding.
+    """
+    if dtype != torch.bfloat16:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) < BF16_CAPABILITY
+
+
+def store_modifier(shape: tuple[int, int], dtype: torch.dtype) -> str:
+    """Cache modifier for a decoded weight: past the L2 cache if it outgrows that, else left for the matmul after it."""
+    return ".cs" if shape[0] * shape[1] * dtype.itemsize > _L2_BYTES else ""
 
 
 class Launcher:

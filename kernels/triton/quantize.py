@@ -1,4 +1,4 @@
-"""Packing to NVFP4 in Triton: the same names and bytes as kernels/reference.py, on compute capability 7.5 and up.
+"""Packing to NVFP4 in Triton, the bytes of kernels/reference.py, on compute capability 7.5 and up.
 
 One kernel reads a weight once and writes codes and tiled block scales; SEARCH makes it compare the candidate scales of
 ``reference.search_scale`` on the way. Every operation that decides a byte is a division with IEEE rounding, or exact:
@@ -14,45 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..format import PackedWeight, block_scale_shape, packed_shape
+from ..format import FP8, PackedWeight, block_scale_shape, packed_shape
 from ..reference import check_quantize, checked_global_scale, column_steps, finite_amax
+from .tiles import e4m3_to_f32, tiled_offset, to_e2m1_code, to_e4m3_bits
 
 _BLOCKS = 64
-
-
-@triton.jit
-def _e4m3_to_f32(byte):
-    """E4M3 bits -> fp32 of the value times 2**-8, subnormals and NaN included."""
-    bits = byte.to(tl.int32)
-    half = (((bits & 0x7F) << 7) | ((bits & 0x80) << 8)).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32))
-
-
-@triton.jit
-def _to_e4m3_bits(value):
-    """fp32 in [0, 448] -> int32 E4M3 bits, nearest with ties to even, subnormals included."""
-    bits = value.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2**-6 the step is 2**-9; adding 2**23 leaves exactly that many integer bits, rounded to even by the adder.
-    subnormal = (value * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xF
-    return tl.where(value < 0.015625, subnormal, normal)
-
-
-@triton.jit
-def _to_e2m1_code(value):
-    """fp32 in [-6, 6] -> int32 code 0..15, nearest with ties to even, the sign of zero kept."""
-    size = tl.abs(value)
-    code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
-    code += (size >= 1.75).to(tl.int32) + (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
-    code += (size > 5.0).to(tl.int32)
-    return code | ((value.to(tl.int32, bitcast=True) >> 28) & 8)
-
-
-@triton.jit
-def _scale_offset(row, block, scale_cols):
-    """Offset of the scale of (row, block) in the tiled layout; see kernels/format.py."""
-    tile = (row // 128).to(tl.int64) * (scale_cols // 4) + block // 4
-    return tile * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + block % 4
 
 
 @triton.jit
@@ -133,15 +99,15 @@ def _quantize_kernel(
         scale = _search_scale(tl.abs(values), amax, global_scale, weights, WEIGHTED)
     else:
         scale = tl.minimum(tl.div_rn(tl.div_rn(amax, 6.0), global_scale), 448.0)
-    scale_bits = _to_e4m3_bits(tl.where(global_scale == 0.0, 0.0, scale))
-    decode_scale = (global_scale * (_e4m3_to_f32(scale_bits) * 256.0))[:, None]
+    scale_bits = to_e4m3_bits(tl.where(global_scale == 0.0, 0.0, scale))
+    decode_scale = (global_scale * (e4m3_to_f32(scale_bits) * 256.0))[:, None]
     scaled = tl.div_rn(values, tl.where(decode_scale == 0.0, 1.0, decode_scale))
     scaled = tl.where(decode_scale == 0.0, 0.0, tl.minimum(tl.maximum(scaled, -6.0), 6.0))
-    even, odd = tl.split(tl.reshape(_to_e2m1_code(scaled), (BLOCKS, 8, 2)))
+    even, odd = tl.split(tl.reshape(to_e2m1_code(scaled), (BLOCKS, 8, 2)))
     byte = block[:, None] * 8 + tl.arange(0, 8)[None, :]
     target = packed_ptr + row.to(tl.int64) * (blocks_per_row * 8) + byte
     tl.store(target, ((even << 4) | odd).to(tl.uint8), mask=inside[:, None])
-    tl.store(scale_ptr + _scale_offset(row, block, scale_cols), scale_bits.to(tl.uint8), mask=inside)
+    tl.store(scale_ptr + tiled_offset(row, block, scale_cols), scale_bits.to(tl.uint8), mask=inside)
 
 
 def quantize(
@@ -179,4 +145,4 @@ def pack(
             search == "mse",
             column_weight is not None,
         )
-    return PackedWeight(packed, block_scale.view(torch.float8_e4m3fn), global_scale, shape)
+    return PackedWeight(packed, block_scale.view(FP8), global_scale, shape)

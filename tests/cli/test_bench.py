@@ -15,8 +15,7 @@ import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import read_header
 from nvfp4_video.cli import bench_child, main
-from nvfp4_video.host import session
-from nvfp4_video.measure import bench, clip_quality
+from nvfp4_video.measure import bench, clip_quality, ltx
 from nvfp4_video.samples import released
 from safetensors.torch import load_file, save_file
 
@@ -311,6 +310,7 @@ def test_latents_with_nan_have_no_error_number_but_a_note(tmp_path):
 def test_the_three_files_hold_one_model_and_quantise_the_same_layers(files):
     from nvfp4_video.checkpoint.file.container import TensorReader
     from nvfp4_video.checkpoint.identify.dialects import detect
+    from nvfp4_video.kernels.format import PackedWeight
     from nvfp4_video.kernels.reference import dequantize
 
     layers = {*detect(read_header(files["nvfp4"])).nvfp4}
@@ -322,7 +322,7 @@ def test_the_three_files_hold_one_model_and_quantise_the_same_layers(files):
             original = bf16.get(f"{layer}.weight").float()
             eight = fp8.get(f"{layer}.weight").float() * fp8.get(f"{layer}.weight_scale")
             parts = [four.get(f"{layer}.{part}") for part in ("weight", "weight_scale", "weight_scale_2")]
-            decoded = dequantize(*parts, tuple(original.shape), torch.float32)
+            decoded = dequantize(PackedWeight(*parts, tuple(original.shape)), torch.float32)
             errors = [float((found - original).norm() / original.norm()) for found in (eight, decoded)]
             assert errors[0] < 0.03 < errors[1] < 0.1
 
@@ -344,8 +344,8 @@ def test_weights_depend_on_their_names_alone(tmp_path):
 
 
 def test_fewer_steps_are_spread_over_the_schedule_and_end_in_a_finished_clip():
-    assert session.whole_schedule(8) == session.SIGMAS
-    assert session.whole_schedule(2) == (1.0, 0.975, 0.0)
+    assert ltx.whole_schedule(8) == ltx.SIGMAS
+    assert ltx.whole_schedule(2) == (1.0, 0.975, 0.0)
 
 
 def test_a_first_clip_unlike_the_later_ones_is_told_from_latents_that_do_not_repeat():

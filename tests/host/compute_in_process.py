@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 MARK = "facts: "
+PARTS = ("host.block_graphs", "host.graph_plan", "kernels.fp8")
 
 
 def load(name: str):
@@ -39,14 +40,17 @@ def sampled(scene, counts: dict, patcher) -> tuple:
 
 def facts_of(scene) -> dict:
     linear, fp8, compute = load("host.linear"), load("kernels.fp8"), load("host.compute")
+    dispatch = load("kernels.dispatch")
     counts = {"fp8": 0, "host": 0}
     fp8.obstacle = lambda device: ""
     compute._fp4_obstacle = lambda device: ""
     linear.FP8_MIN_TOKENS = 1
-    make = fp8.linear_function
+    prepare = dispatch.prepare
 
-    def counted(*arguments):
-        run = make(*arguments)
+    def counted(operation, *arguments):
+        run = prepare(operation, *arguments)
+        if operation != "linear_fp8":
+            return run
 
         def call(*given):
             counts["fp8"] += 1
@@ -54,7 +58,7 @@ def facts_of(scene) -> dict:
 
         return call
 
-    fp8.linear_function = counted
+    dispatch.prepare = counted
     bf16, _ = sampled(scene, counts, scene.ours("comfy_markers"))
     found = {"modes": {}, "calls": {}, "error": {}, "finite": {}}
     for name, options in {
@@ -89,11 +93,11 @@ def facts_of(scene) -> dict:
 class FakeGraph:
     """What a captured block does: run on the plan's own tensors."""
 
-    def __init__(self, plan, original):
-        self.plan, self.original = plan, original
+    def __init__(self, plan, run):
+        self.plan, self.run = plan, run
 
     def replay(self):
-        self.original(self.plan.arguments)
+        self.run(self.plan.arguments)
 
     def reset(self):
         pass
@@ -101,39 +105,44 @@ class FakeGraph:
 
 def graphs_of(scene) -> dict:
     """Sampling with every block replaced by a fake graph, against sampling without; fused layers in FP8 mode."""
-    torch, graphs, fp8 = importlib.import_module("torch"), load("host.graphs"), load("kernels.fp8")
-    extension = importlib.import_module("comfy.patcher_extension")
-    kept = graphs._obstacle
+    torch, graphs, plans, fp8 = importlib.import_module("torch"), *map(load, PARTS)
+    contextlib, extension = importlib.import_module("contextlib"), importlib.import_module("comfy.patcher_extension")
+    kept, host_class = graphs.obstacle, load("host.graph_key").host_class
     plain = scene.ours("comfy_markers")
     right = scene.sample(plain, steps=8)
     counts = {"captured": 0, "replayed": 0}
+    patcher = None
 
-    def capture(self, plan, number, original, weights):
-        block = self.blocks[number]  # the host's own closure means another block as soon as its loop goes on
+    def capture(self, number, branches, weights, options, original):
+        # The host's own closure means another block as soon as its loop goes on.
+        block = patcher.model.diffusion_model.transformer_blocks[number]
 
         def replayed(arguments):
             counts["replayed"] += 1
             return block(arguments["img"], **{name: value for name, value in arguments.items() if name != "img"})
 
         counts["captured"] += 1
-        plan.graphs[number] = FakeGraph(plan, replayed), weights
-        return plan.graphs[number][0]
+        self.graphs.setdefault(number, {})[branches] = plans.Captured(FakeGraph(self, replayed), weights)
+        return self.graphs[number][branches]
 
-    fakes = {"record": lambda self: None, "query": lambda self: True}
-    graphs._obstacle = lambda model, device: "" if type(model) is graphs._host_class("LTXAVModel") else "other"
-    graphs._Graphs._capture, torch.cuda.Event = capture, type("Event", (), fakes)
-    torch.cuda.synchronize = torch.cuda.graph_pool_handle = lambda: None
+    fakes = {"record": lambda self, stream: None, "query": lambda self: True}
+    graphs.obstacle = lambda model, device: "" if type(model) is host_class("LTXAVModel") else "other"
+    graphs._is_out_of_question = lambda model, device: False
+    plans.Plan.capture, torch.cuda.Event = capture, type("Event", (), fakes)
+    plans.apart, plans.give_back = lambda device: contextlib.nullcontext(), lambda device: None
+    torch.cuda.current_stream = lambda device: None
+    torch.cuda.graph_pool_handle = lambda: None
     torch.cuda.mem_get_info = lambda device: (80 << 30, 80 << 30)
     patcher = scene.ours("comfy_markers")
     found = {"equal": bool((scene.sample(patcher, steps=8) == right).all()), "first": dict(counts)}
     found["again"] = bool((scene.sample(patcher, steps=8) == right).all())
     found["second"] = dict(counts)
     found["blocks"] = len(patcher.model.diffusion_model.transformer_blocks)
-    found["left"] = len(graphs._models[patcher.model.diffusion_model].plans)
+    found["left"] = len(graphs.blocks_of(patcher.model.diffusion_model).plans)
     clone = patcher.clone()
     clone.remove_wrappers_with_key(extension.WrappersMP.DIFFUSION_MODEL, graphs.KEY)
     found["without"] = bool((scene.sample(clone, steps=8) == right).all()) and counts == found["second"]
-    graphs._obstacle = kept
+    graphs.obstacle = kept
     fused = [m for m in scene.ours("comfy_markers", compute="fp8").model.diffusion_model.modules()]
     found["feed-forward"] = sum(type(m).__name__ == "FusedFeedForward" for m in fused)
     shares = [m.__dict__["_nvfp4_shared"] for m in fused if "_nvfp4_shared" in m.__dict__]

@@ -299,9 +299,7 @@ def flux(scene: Scene) -> dict:
         parts = {"weight": record.packed, "weight_scale": record.block_scale, "weight_scale_2": record.global_scale}
         files["flux_nvfp4"] |= {f"{layer}.{part}": part_value for part, part_value in parts.items()}
         files["flux_nvfp4"][f"{layer}.comfy_quant"] = marker.clone()
-        files["flux_decoded"][key] = reference.dequantize(
-            record.packed, record.block_scale, record.global_scale, record.shape
-        )
+        files["flux_decoded"][key] = reference.dequantize(record)
     for name, tensors in files.items():
         save_file(tensors, scene.path(name))
     inputs = {

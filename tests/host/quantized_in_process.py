@@ -55,7 +55,7 @@ def facts_of(scene, host, kind: str) -> dict:
     files = {}
     for name, only in (("whole", False), ("model", True)):
         files[name] = str(scene.folder / f"{kind}_{name}.safetensors")
-        record = quantize.quantize_checkpoint(source, files[name], plan.Settings(only_model=only))
+        record = quantize.quantize_checkpoint(source, files[name], plan.QuantizeSettings(only_model=only))
     decoded = decode(sources.load(Path(files["model"])))
     reference_file = scene.folder / f"{kind}_decoded.safetensors"
     sources.save(reference_file, decoded, {"config": json.dumps({"transformer": scene.config})})
@@ -91,6 +91,7 @@ def facts_of(scene, host, kind: str) -> dict:
 def decode(tensors: dict) -> dict:
     """NVFP4 and FP8 layers of a file -> BF16."""
     torch, reference = importlib.import_module("torch"), pack("kernels.reference")
+    record = pack("kernels.format").PackedWeight
     state = {}
     for name, tensor in tensors.items():
         layer, _, suffix = name.rpartition(".")
@@ -100,7 +101,7 @@ def decode(tensors: dict) -> dict:
         if suffix == "weight" and tensor.dtype == torch.uint8:
             rows = tensors[f"{layer}.bias"].numel() if f"{layer}.bias" in tensors else tensor.shape[0]
             shape = (rows, 2 * tensor.shape[1])
-            tensor = reference.dequantize(tensor, scale, tensors[f"{layer}.weight_scale_2"], shape)
+            tensor = reference.dequantize(record(tensor, scale, tensors[f"{layer}.weight_scale_2"], shape))
         elif suffix == "weight" and tensor.dtype == torch.float8_e4m3fn:
             tensor = (tensor.float() * scale.float()).to(torch.bfloat16)
         state[name] = tensor

@@ -98,6 +98,23 @@ def test_a_client_of_the_api_finds_the_warning_in_the_log_and_in_the_history(gua
     assert (finding["id"], finding["nodes"]) == ("foreign_vae", ["decoded", "vae"])
 
 
+@pytest.mark.parametrize("client", [{}, [1], 3, True])
+def test_a_client_that_is_no_text_does_not_end_the_server(client: object, guarded: ComfyUI):
+    for prompt in ({}, {"vae": decoding()["vae"]}):
+        body = json.dumps({"prompt": prompt, "client_id": client}).encode()
+        status(guarded, "/prompt", body, Content_Type="application/json")
+    assert guarded.queue(sound())["status"]["status_str"] == "success"
+
+
+def test_what_no_output_needs_blocks_nothing(guarded: ComfyUI):
+    choose(guarded, "block")
+    try:
+        dead = {name: entry for name, entry in decoding().items() if name != "shown"}
+        assert guarded.queue(dead | sound())["status"]["status_str"] == "success"
+    finally:
+        choose(guarded, "warn")
+
+
 def test_the_client_that_queued_the_prompt_gets_the_findings_on_its_websocket_and_no_other_does(guarded: ComfyUI):
     aiohttp = pytest.importorskip("aiohttp")
 

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from nvfp4_video.measure import settings
+from nvfp4_video.measure import ltx
 from nvfp4_video.tests.host.harness import ComfyUI, run_in_host
 from nvfp4_video.tests.support import full_size
 
@@ -57,11 +57,11 @@ def test_the_audio_length_is_that_of_the_host_s_own_audio_vae():
     facts = re.search(r"^facts: (.*)$", done.stdout, re.MULTILINE)
     assert facts, done.stderr[-4000:]
     rate, counts = json.loads(facts[1])
-    assert rate == settings.AUDIO_LATENTS_PER_SECOND
+    assert rate == ltx.AUDIO_LATENTS_PER_SECOND
     for clip, (theirs, ours) in zip(CLIPS, counts, strict=True):
         assert theirs == ours
         # Hosts up to 0.25 round up, later ones to the nearest, as the pack's own formula does.
-        assert theirs - settings.audio_latents(*clip) in (0, 1)
+        assert theirs - ltx.audio_latents(*clip) in (0, 1)
 
 
 def test_outputs_fit_the_inputs_of_the_host_s_own_nodes(host: ComfyUI):

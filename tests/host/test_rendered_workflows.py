@@ -15,7 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from nvfp4_video.measure.settings import audio_latents, mel_frames
+from nvfp4_video.measure.ltx import audio_latents, mel_frames
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.host import graphs, small_files
 from nvfp4_video.tests.host.harness import PACK, ComfyUI, run_in_host, small_model

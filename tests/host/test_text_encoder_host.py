@@ -60,6 +60,16 @@ def test_the_decode_made_for_graphs_gives_the_host_s_logits_beyond_the_sliding_w
     assert found["difference"] < 1e-4 * found["largest"]
     assert found["kinds"] == [True] and found["shared"] == 2
     assert found["units"] == small_gemma.BLOCKS
+    assert found["disagreement"] == ""
+
+
+def test_the_compiler_s_branch_of_the_token_loop_is_taken_with_both_rotations_in_one_buffer(all_facts: dict):
+    found = facts_of(all_facts, "windowed")
+    if not found["compiler"]:
+        pytest.skip(f"ComfyUI {all_facts['version']} has no compiler")
+    begun, ended, tokens = found["scopes"]
+    assert begun == ended == tokens > 20
+    assert found["rotations"] == [[2, 1, 1, 1, small_gemma.HEAD_DIM // 2, 2, 2]]
 
 
 def test_where_nothing_can_be_captured_the_host_keeps_its_own_cache(all_facts: dict):

@@ -114,10 +114,7 @@ class Scene:
 
     def decoded(self) -> dict:
         dequantize = pack("kernels.reference").dequantize
-        return {
-            f"{layer}.weight": dequantize(r.packed, r.block_scale, r.global_scale, r.shape)
-            for layer, r in self.packed.items()
-        }
+        return {f"{layer}.weight": dequantize(r) for layer, r in self.packed.items()}
 
     def path(self, name: str) -> str:
         return str(self.folder / f"{name}.safetensors")
@@ -191,7 +188,10 @@ def generation(scene: Scene) -> dict:
 
 
 def windowed(scene: Scene) -> dict:
-    """The decode path that graphs replay, forced on a CPU: tokens, logits and cache beyond the sliding window."""
+    """The decode path that graphs replay, forced on a CPU: tokens, logits and cache beyond the sliding window.
+
+    Where the host has a compiler, its branch of the token loop is taken: buffers, and a recorded scope a token.
+    """
     text_decode = pack("host.text_decode")
     if text_decode._classes() is None:
         return {"unsupported": scene.ours("comfy")[1].decode}
@@ -200,19 +200,37 @@ def windowed(scene: Scene) -> dict:
     host = scene.stock("bf16")
     clip, report = scene.ours("comfy")
     model = clip.cond_stage_model.gemma3_12b.transformer.model
-    before = text_decode._obstacle
-    text_decode._obstacle = lambda *_: ""
+    prefetch, scopes, buffers = comfy("model_prefetch"), [], []
+    compiler = hasattr(prefetch, "malloc_graph_enabled")
+    forced = {"_obstacle": (text_decode, lambda device: "")}
+    if compiler:
+        forced["malloc_graph_enabled"] = (prefetch, lambda device: True)
+        forced["malloc_graph_begin"] = (prefetch, lambda device: scopes.append("begin"))
+        forced["malloc_graph_end"] = (prefetch, lambda: scopes.append("end"))
+        make = model.init_decode_buffers
+        model.init_decode_buffers = lambda *sizes: buffers.append(make(*sizes)) or buffers[-1]
+    before = {name: getattr(module, name) for name, (module, _) in forced.items()}
+    cpu = torch.device("cpu")
+    eager = model.init_kv_cache(1, 99, cpu, torch.float32)
+    states = {"host": logits_of(scene, host, seen)}
     try:
-        states = {"host": logits_of(scene, host, seen), "ours": logits_of(scene, clip, seen)}
-        caches = model.init_kv_cache(1, 99, torch.device("cpu"), torch.float32)
-        batch = model.init_kv_cache(2, 99, torch.device("cpu"), torch.float32)
+        for name, (module, value) in forced.items():
+            setattr(module, name, value)
+        for layer in model.layers:
+            layer._v_block = object()  # the host gives a block an allocation on the GPU only
+        states["ours"] = logits_of(scene, clip, seen)
+        caches = model.init_kv_cache(1, 99, cpu, torch.float32)
+        batch = model.init_kv_cache(2, 99, cpu, torch.float32)
     finally:
-        text_decode._obstacle = before
-    eager = model.init_kv_cache(1, 99, torch.device("cpu"), torch.float32)
+        for name, value in before.items():
+            setattr(forced[name][0], name, value)
+        for layer in model.layers:
+            del layer._v_block
     a, b = states["host"], states["ours"]
     prompt = len(clip.tokenize(scene.g.PROMPT, skip_template=False, min_length=1)["gemma3_12b"][0])
     return {
         "report": report.decode,
+        "disagreement": text_decode.disagreement(),
         "tokens": seen[0] == seen[1],
         "beyond_window": prompt > scene.g.WINDOW,
         "largest": a.abs().max().item(),
@@ -221,6 +239,9 @@ def windowed(scene: Scene) -> dict:
         "shared": len({id(c.slots) for c in caches}),
         "host_caches": [not isinstance(c[0], cache) for c in (batch, eager)],
         "units": len(clip.cond_stage_model.get_dynamic_vram__units()[0]),
+        "compiler": compiler,
+        "scopes": [scopes.count("begin"), scopes.count("end"), len(seen[1]) - 1],
+        "rotations": [list(rotation.shape) for _, rotation in buffers],
     }
 
 
@@ -312,7 +333,7 @@ def embedding(scene: Scene) -> dict:
     fp8 = (scene.plain[EMBEDDING].float() / scale).to(torch.float8_e4m3fn)
     stored = {"nvfp4": parts, "fp8": {"weight": fp8, "weight_scale": scale}}
     decoded = {
-        "nvfp4": reference.dequantize(record.packed, record.block_scale, record.global_scale, record.shape),
+        "nvfp4": reference.dequantize(record),
         "fp8": (fp8.float() * scale).bfloat16(),
     }
     found = {}

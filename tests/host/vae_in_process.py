@@ -13,7 +13,6 @@ import gzip
 import importlib
 import json
 import math
-import resource
 import sys
 import time
 import traceback
@@ -186,9 +185,7 @@ def _nvfp4(scene: Scene, key: str, tensor) -> tuple[dict, object]:
     record = reference.quantize(matrix, reference.amax_global_scale(matrix))
     layer = key.removesuffix(".weight")
     parts = {"weight": record.packed, "weight_scale": record.block_scale, "weight_scale_2": record.global_scale}
-    decoded = reference.dequantize(
-        record.packed, record.block_scale, record.global_scale, tuple(matrix.shape), scene.torch.bfloat16
-    )
+    decoded = reference.dequantize(record, scene.torch.bfloat16)
     return {f"{layer}.{part}": value for part, value in parts.items()}, decoded.reshape(tensor.shape)
 
 
@@ -323,6 +320,7 @@ def main(folder: Path, names: list[str]) -> None:
         comfy("model_management").unload_all_models()
         gc.collect()
         facts[f"{topic.__name__}_seconds"] = round(time.perf_counter() - started, 1)
+    resource = importlib.import_module("resource")
     facts["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     sys.stdout.write(f"\n{MARK}{json.dumps(facts)}\n")
 

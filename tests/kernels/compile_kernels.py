@@ -5,22 +5,25 @@ A process of its own: under TRITON_INTERPRET=1, as the tests run, Triton compile
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 package = types.ModuleType("nvfp4_video")
 package.__path__ = [str(Path(__file__).resolve().parents[2])]
 sys.modules["nvfp4_video"] = package
 
-from nvfp4_video.kernels.triton import dequantize, dequantize_sum, gemv, quantize, to_fp8  # noqa: E402
+from nvfp4_video.kernels.triton import dequantize, dequantize_sum, gemv, quantize, quantize_rows, to_fp8  # noqa: E402
 from triton import compile as triton_compile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 POINTERS = {"packed_ptr": "*u8", "scale_ptr": "*u8", "global_ptr": "*fp32", "column_ptr": "*i32"}
-SEARCHES = {"amax": (False, False), "search": (True, False), "weighted": (True, True)}
+SEARCHES = {"weighted": (True, True), "search": (True, False), "amax": (False, False)}
+Variant = tuple[str, object, dict[str, str], dict[str, object]]  # name, kernel, types of its tensors, constants
 
 
 def compiled_bytes(kernel, capability: int, pointers: dict[str, str], constants: dict[str, object]) -> int:
@@ -32,67 +35,75 @@ def compiled_bytes(kernel, capability: int, pointers: dict[str, str], constants:
     return len(triton_compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
 
 
-def gemv_sizes(capability: int) -> dict[str, int]:
-    """The kernels for few rows: BF16 and FP16, with and without masks, K in one slice or four."""
-    sizes = {}
+def dequantize_variants(capability: int) -> Iterator[Variant]:
+    for out in ("*bf16" if capability >= 80 else "*i16", "*fp16", "*fp32"):
+        for full in (False, True):
+            constants = {"ROWS": 2, "WORDS": 128, "STEPS": 2, "FULL": full, "STORE": ".cs"}
+            yield f"{out} {full}", dequantize._dequantize_kernel, POINTERS | {"out_ptr": out}, constants
+
+
+def quantize_variants(capability: int) -> Iterator[Variant]:
+    for dtype in ("*bf16", "*fp16", "*fp32"):
+        for name, (search, weighted) in SEARCHES.items():
+            constants = {"BLOCKS": 64, "SEARCH": search, "WEIGHTED": weighted}
+            yield f"{dtype} {name}", quantize._quantize_kernel, POINTERS | {"weight_ptr": dtype}, constants
+
+
+def sum_variants(capability: int) -> Iterator[Variant]:
+    """A decoded weight plus a low-rank change."""
+    for dtype in ("*bf16", "*fp16") if capability >= 80 else ("*fp16",):
+        pointers = POINTERS | dict.fromkeys(("up_ptr", "down_ptr", "out_ptr"), dtype)
+        for full in (False, True):
+            constants = {"ROWS": 64, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True, "STORE": ""}
+            yield f"{dtype} {full}", dequantize_sum._dequantize_sum_kernel, pointers, constants
+
+
+def gemv_variants(capability: int) -> Iterator[Variant]:
+    """The kernel for few rows, from the first tensor cores on that take BF16: masks or none, K in one slice or four."""
+    if capability < 80:
+        return
     tile = {"UNDO": 256.0, "TOKENS": 16, "ROWS": 16, "UNROLL": 1, "PACKED": True, "BIAS": True}
     sums = {"sum_ptr": "*fp32", "counter_ptr": "*i32"}
     for dtype in ("*bf16", "*fp16"):
         pointers = POINTERS | sums | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)
-        for full, split in ((True, 1), (False, 1), (True, 4)):
-            constants = tile | {"FULL": full, "SPLIT": split}
-            size = compiled_bytes(gemv._gemv_kernel, capability, pointers, constants)
-            sizes[f"{capability} gemv {dtype} {full} {split}"] = size
-    return sizes
+        for full, split in ((True, 4), (True, 1), (False, 1)):
+            yield f"{dtype} {full} {split}", gemv._gemv_kernel, pointers, tile | {"FULL": full, "SPLIT": split}
 
 
-def fp8_sizes(capability: int) -> dict[str, int]:
-    """The conversions of weights and activations to E4M3."""
-    sizes = {}
-    for full in (True, False):
-        pointers = POINTERS | {"out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
+def to_fp8_variants(capability: int) -> Iterator[Variant]:
+    pointers = POINTERS | {"out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
+    for full in (False, True) if capability >= 89 else ():
         constants = {"ROWS": 2, "BLOCKS": 128, "SCALES": 256, "FULL": full}
-        size = compiled_bytes(to_fp8._to_fp8_kernel, capability, pointers, constants)
-        sizes[f"{capability} to_fp8 {full}"] = size
-        pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-        constants = {"COLS": 4096, "SINGLE": full, "ACTIVATION": "gelu_tanh" if full else ""}
-        size = compiled_bytes(to_fp8._quantize_rows_kernel, capability, pointers, constants)
-        sizes[f"{capability} quantize_rows {full}"] = size
-    return sizes
+        yield str(full), to_fp8._to_fp8_kernel, pointers, constants
 
 
-def lora_sizes(capability: int) -> dict[str, int]:
-    """A decoded weight plus a low-rank change."""
-    sizes = {}
-    for dtype in ("*bf16", "*fp16") if capability >= 80 else ("*fp16",):
-        pointers = POINTERS | dict.fromkeys(("up_ptr", "down_ptr", "out_ptr"), dtype)
-        for full in (True, False):
-            constants = {"ROWS": 64, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True, "STORE": ""}
-            size = compiled_bytes(dequantize_sum._dequantize_sum_kernel, capability, pointers, constants)
-            sizes[f"{capability} sum {dtype} {full}"] = size
-    return sizes
+def rows_variants(capability: int) -> Iterator[Variant]:
+    pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    for activation in ("gelu_tanh", "") if capability >= 89 else ():
+        constants = {"COLS": 4096, "SINGLE": bool(activation), "ACTIVATION": activation}
+        yield activation, quantize_rows._quantize_rows_kernel, pointers, constants
+
+
+KERNELS = {
+    "dequantize": dequantize_variants,
+    "quantize": quantize_variants,
+    "dequantize_sum": sum_variants,
+    "gemv": gemv_variants,
+    "to_fp8": to_fp8_variants,
+    "quantize_rows": rows_variants,
+}
 
 
 def main() -> None:
-    sizes = {}
-    for capability in map(int, sys.argv[1:]):
-        for full in (True, False):
-            constants = {"ROWS": 2, "WORDS": 128, "STEPS": 2, "FULL": full, "STORE": ".cs"}
-            for out in ("*bf16" if capability >= 80 else "*i16", "*fp16", "*fp32"):
-                pointers = POINTERS | {"out_ptr": out}
-                size = compiled_bytes(dequantize._dequantize_kernel, capability, pointers, constants)
-                sizes[f"{capability} dequantize {out} {full}"] = size
-        for dtype in ("*bf16", "*fp16", "*fp32"):
-            pointers = POINTERS | {"weight_ptr": dtype}
-            for name, (search, weighted) in SEARCHES.items():
-                constants = {"BLOCKS": 64, "SEARCH": search, "WEIGHTED": weighted}
-                size = compiled_bytes(quantize._quantize_kernel, capability, pointers, constants)
-                sizes[f"{capability} quantize {dtype} {name}"] = size
-        sizes |= lora_sizes(capability)
-        if capability >= 80:
-            sizes |= gemv_sizes(capability)
-        if capability >= 89:
-            sizes |= fp8_sizes(capability)
+    """All variants for the first and the last capability; for those between them one of each kernel."""
+    sizes, capabilities = {}, list(map(int, sys.argv[1:]))
+    for capability in capabilities:
+        most = None if capability in (capabilities[0], capabilities[-1]) else 1
+        for kernel_name, variants in KERNELS.items():
+            for name, *variant in itertools.islice(variants(capability), most):
+                kernel, pointers, constants = variant
+                size = compiled_bytes(kernel, capability, pointers, constants)
+                sizes[f"{capability} {kernel_name} {name}"] = size
     sys.stdout.write(json.dumps(sizes))
 
 

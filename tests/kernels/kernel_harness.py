@@ -11,18 +11,18 @@ import dataclasses
 import importlib
 import os
 import random
-from types import ModuleType
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from nvfp4_video.kernels import reference
+from nvfp4_video.kernels.backends import BF16_CAPABILITY
 from nvfp4_video.kernels.format import PackedWeight, block_scale_shape, packed_shape
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _GUARD = 1024
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_MODULES = {"reference": "reference", "triton": "triton.dequantize"}
 _empty = torch.empty
 
 
@@ -34,32 +34,37 @@ class Kernels:
     device: str
     guarded: list[torch.Tensor]
 
-    @property
-    def module(self) -> ModuleType:
-        """kernels/reference.py or kernels/triton/dequantize.py."""
-        if self.name == "triton":
-            pytest.importorskip("triton")
-        return importlib.import_module(f"nvfp4_video.kernels.{_MODULES[self.name]}")
+    def function(self, name: str) -> Callable:
+        """The one of this name in kernels/reference.py or in the file of kernels/triton that bears the name too."""
+        if self.name == "reference":
+            return getattr(reference, name)
+        pytest.importorskip("triton")
+        return getattr(importlib.import_module(f"nvfp4_video.kernels.triton.{name}"), name)
 
     def dequantize(self, record: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """Record -> (N, K) ``dtype``."""
-        return self.call("dequantize", *parts(record), record.shape, dtype).cpu()
+        return self.call("dequantize", record, dtype).cpu()
 
     def quantize(self, weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> PackedWeight:
         """(N, K) float -> record."""
-        record = self.call("quantize", weight, global_scale)
-        return PackedWeight(*(part.cpu() for part in parts(record)), record.shape)
+        return moved(self.call("quantize", weight, global_scale), "cpu")
 
     def call(self, function: str, *arguments):
         """Call on the device, then look at the guards of all memory that ``torch.empty`` gave out meanwhile."""
         self.guarded.clear()
-        moved = (value.to(self.device) if isinstance(value, torch.Tensor) else value for value in arguments)
-        result = getattr(self.module, function)(*moved)
+        result = self.function(function)(*(moved(value, self.device) for value in arguments))
         assert self.guarded or self.name == "reference", "nothing came from torch.empty, so nothing was poisoned"
         for buffer in self.guarded:
             stray = torch.cat((buffer[:_GUARD], buffer[-_GUARD:])) != _poison(buffer.dtype)
             assert not stray.any(), f"{int(stray.sum())} stores outside an output"
         return result
+
+
+def moved(value, device: str):
+    """A tensor or a record on the device; anything else as it is."""
+    if isinstance(value, PackedWeight):
+        return PackedWeight(*(part.to(device) for part in value.parts), value.shape)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _poison(integer: torch.dtype) -> int:
@@ -87,25 +92,17 @@ def guarded_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         return buffers[-1][_GUARD:-_GUARD].view(dtype).view(shape)
 
     implementation = Kernels(*request.param, buffers)
-    assert implementation.module  # imported, Triton with it, before the patch
+    assert implementation.function("dequantize")  # imported, Triton with it, before the patch
     monkeypatch.setattr(torch, "empty", guarded)
     return implementation
 
 
-def tensor_core_kernels(module: str) -> object:
-    """The fixture ``guarded_kernels`` for functions whose Triton version is in ``module`` and multiplies BF16."""
-
-    @pytest.fixture(params=implementations())
-    def kernels(request, monkeypatch):
-        found = guarded_kernels(request, monkeypatch)
-        if found.name == "triton":
-            if found.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-                pytest.skip("the tensor cores take no BF16")
-            monkeypatch.setitem(_MODULES, "triton", module)
-            assert found.module
-        return found
-
-    return kernels
+def tensor_core_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """The fixture ``guarded_kernels`` for functions that multiply BF16."""
+    found = guarded_kernels(request, monkeypatch)
+    if (found.name, found.device) == ("triton", "cuda") and torch.cuda.get_device_capability() < BF16_CAPABILITY:
+        pytest.skip("the tensor cores take no BF16")
+    return found
 
 
 def fresh_generator(request: pytest.FixtureRequest) -> torch.Generator:
@@ -113,11 +110,6 @@ def fresh_generator(request: pytest.FixtureRequest) -> torch.Generator:
     seed = int(os.environ.get("NVFP4_TEST_SEED", random.SystemRandom().randrange(2**31)))
     request.node.add_report_section("setup", "seed", f"NVFP4_TEST_SEED={seed}")
     return torch.Generator().manual_seed(seed)
-
-
-def parts(record: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three tensors, in the order of every function's arguments."""
-    return record.packed, record.block_scale, record.global_scale
 
 
 def scalar(value: float) -> torch.Tensor:
@@ -183,5 +175,5 @@ def assert_same_bits(result: torch.Tensor, expected: torch.Tensor) -> None:
 def assert_same_record(result: PackedWeight, expected: PackedWeight) -> None:
     """Equal bytes and logical shape."""
     assert result.shape == expected.shape
-    for one, other in zip(parts(result), parts(expected), strict=True):
+    for one, other in zip(result.parts, expected.parts, strict=True):
         assert_same_bits(one, other)

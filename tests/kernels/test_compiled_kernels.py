@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ def test_the_kernels_compile_from_turing_to_blackwell(tmp_path: Path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), "75", "80", "89", "90", "100", "120"]
     run = subprocess.run(
-        command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=300
+        command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr[-2000:]
     sizes = json.loads(run.stdout)
-    assert len(sizes) == 6 * 17 + 5 * 8 + 4 * 4, "all; BF16 tensor cores from 8.0 on; E4M3 conversions from 8.9 on"
+    # BF16 tensor cores from 8.0 on, E4M3 conversions from 8.9 on; all variants of the first and the last, one between.
+    assert Counter(name.split()[0] for name in sizes) == {"75": 17, "80": 4, "89": 6, "90": 6, "100": 6, "120": 29}
     assert all(size > 1000 for size in sizes.values())

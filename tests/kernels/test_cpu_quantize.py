@@ -6,11 +6,16 @@ import threading
 
 import pytest
 import torch
-from kernel_harness import DTYPES, assert_same_record, fresh_generator, parts, scalar
-from nvfp4_video.kernels import backends, cpu_quantize, reference
+from kernel_harness import assert_same_record, fresh_generator, scalar
+from nvfp4_video.kernels import cpu_quantize, dispatch, reference
+from nvfp4_video.kernels.format import OUTPUT_DTYPES
 
 generator = pytest.fixture(fresh_generator)
 SEARCHES = [("amax", False), ("mse", False), ("mse", True)]
+SHAPES = [  # one piece; several, the last one short, with padding and without; pieces of one row
+    *[((1, 16), torch.bfloat16), ((30, 100), torch.float16), ((257, 256), torch.bfloat16)],
+    *[((129, 1040), torch.float32), ((16, 2048), torch.float16)],
+]
 _empty = torch.empty
 
 
@@ -46,8 +51,7 @@ def uneven(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("search", "weighted"), SEARCHES, ids=["amax", "mse", "weighted"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 16), (30, 100), (129, 1040), (257, 256), (16, 2048)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
 def test_the_bytes_are_those_of_the_reference(shape, dtype, search, weighted, threads, small_pieces, generator):
     weight = uneven(shape, generator).to(dtype)
     column_weight = 10.0 ** torch.randint(-4, 5, (shape[1],), generator=generator) if weighted else None
@@ -92,7 +96,7 @@ def test_a_parameter_can_be_quantised_inside_and_outside_inference_mode(small_pi
     with torch.inference_mode():
         record = cpu_quantize.quantize(weight * 1, None, "mse", columns * 1)
     assert_same_record(record, expected)
-    assert not any(part.is_inference() or part.requires_grad for part in parts(record))
+    assert not any(part.is_inference() or part.requires_grad for part in record.parts)
 
 
 def test_torch_s_number_of_threads_is_the_same_afterwards_even_after_an_error(small_pieces, threads):
@@ -141,12 +145,12 @@ def test_the_dispatch_takes_the_fast_path_on_a_cpu_and_passes_every_argument_on(
     seen = []
     monkeypatch.setattr(cpu_quantize, "quantize", lambda *arguments: seen.append(arguments))
     weight, global_scale, columns = torch.ones(16, 32), scalar(1.0), torch.ones(32)
-    backends.quantize(weight, global_scale, search="mse", column_weight=columns, backend="torch")
+    dispatch.quantize(weight, global_scale, search="mse", column_weight=columns, backend="torch")
     assert seen == [(weight, global_scale, "mse", columns)]
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", OUTPUT_DTYPES, ids=str)
 def test_a_gpu_gives_the_bytes_of_the_cpu_for_a_layer_of_real_size(dtype, generator):
     weight = uneven((2048, 4096), generator).to(dtype)
     weight[:1024] = torch.randn((1024, 4096), generator=generator)
@@ -155,7 +159,7 @@ def test_a_gpu_gives_the_bytes_of_the_cpu_for_a_layer_of_real_size(dtype, genera
         for global_scale in (None, scalar(1e-3)):
             expected = cpu_quantize.quantize(weight, global_scale, "mse", column_weight)
             there, columns_there = (part if part is None else part.cuda() for part in (global_scale, column_weight))
-            record = backends.quantize(weight.cuda(), there, "mse", columns_there, backend="triton")
+            record = dispatch.quantize(weight.cuda(), there, "mse", columns_there, backend="triton")
             assert torch.equal(record.packed.cpu(), expected.packed)
             scales = record.block_scale.cpu().view(torch.uint8)
             assert torch.equal(scales, expected.block_scale.view(torch.uint8))

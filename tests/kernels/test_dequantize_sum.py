@@ -5,13 +5,15 @@ from __future__ import annotations
 import kernel_harness as harness
 import pytest
 import torch
-from kernel_harness import parts
-from nvfp4_video.kernels import backends, reference
+from nvfp4_video.kernels import dispatch, reference
 
-SHAPES = [(16, 16), (1, 16), (129, 48), (30, 112), (128, 256), (256, 128)]
-RANKS = [1, 16, 64, 72, 130]
+CASES = [
+    *[((128, 256), 64, torch.bfloat16), ((64, 128), 128, torch.float16)],  # no edge: one step of the rank, and two
+    *[((256, 128), 72, torch.bfloat16), ((64, 128), 1, torch.float16)],  # edges of the rank only
+    *[((129, 48), 130, torch.bfloat16), ((30, 112), 16, torch.float16), ((1, 16), 64, torch.bfloat16)],  # of the tile
+]
 generator = pytest.fixture(harness.fresh_generator)
-kernels = harness.tensor_core_kernels("triton.dequantize_sum")
+kernels = pytest.fixture(harness.tensor_core_kernels, params=harness.implementations())
 
 
 def random_case(shape, rank, dtype, generator):
@@ -21,13 +23,11 @@ def random_case(shape, rank, dtype, generator):
     return record, up, down
 
 
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "rank", "dtype"), CASES, ids=str)
 def test_the_sum_is_the_exact_one_rounded_once(shape, rank, dtype, kernels, generator):
     record, up, down = random_case(shape, rank, dtype, generator)
-    found = kernels.call("dequantize_sum", *parts(record), shape, up, down).cpu()
-    right = reference.dequantize(*parts(record), shape, torch.float32).double() + up.double() @ down.double()
+    found = kernels.call("dequantize_sum", record, up, down).cpu()
+    right = reference.dequantize(record, torch.float32).double() + up.double() @ down.double()
     assert (found.dtype, found.shape) == (dtype, shape)
     step = 2**-8 if dtype == torch.bfloat16 else 2**-11
     torch.testing.assert_close(found.double(), right, rtol=step * 1.01, atol=1e-6)
@@ -35,23 +35,25 @@ def test_the_sum_is_the_exact_one_rounded_once(shape, rank, dtype, kernels, gene
 
 def test_factors_of_zeros_leave_the_decoded_weight_bit_for_bit(kernels, generator):
     record, up, down = random_case((144, 80), 8, torch.bfloat16, generator)
-    found = kernels.call("dequantize_sum", *parts(record), record.shape, up * 0, down).cpu()
-    assert torch.equal(found, reference.dequantize(*parts(record), record.shape))
+    found = kernels.call("dequantize_sum", record, up * 0, down).cpu()
+    assert torch.equal(found, reference.dequantize(record))
 
 
 def test_factors_of_another_shape_or_dtype_are_refused(generator):
-    triton_lora = pytest.importorskip("nvfp4_video.kernels.triton.dequantize_sum")
+    pytest.importorskip("triton")
+    from nvfp4_video.kernels.triton.dequantize_sum import dequantize_sum
+
     record, up, down = random_case((16, 32), 4, torch.float16, generator)
     with pytest.raises(ValueError, match=r"found up \(16, 4\) torch.float16, down \(4, 16\)"):
-        triton_lora.dequantize_sum(*parts(record), record.shape, up, down[:, :16])
+        dequantize_sum(record, up, down[:, :16])
     with pytest.raises(ValueError, match="down .* torch.float32; expected"):
-        triton_lora.dequantize_sum(*parts(record), record.shape, up, down.float())
+        dequantize_sum(record, up, down.float())
 
 
 def test_without_triton_it_takes_two_passes_and_one_more_rounding(generator):
     record, up, down = random_case((48, 80), 8, torch.bfloat16, generator)
-    found = backends.dequantize_sum(*parts(record), record.shape, up, down)
-    right = reference.dequantize(*parts(record), record.shape).addmm(up, down)
+    found = dispatch.dequantize_sum(record, up, down)
+    right = reference.dequantize(record).addmm(up, down)
     assert torch.equal(found, right)
-    exact = reference.dequantize_sum(*parts(record), record.shape, up, down).float()
+    exact = reference.dequantize_sum(record, up, down).float()
     assert 0 < (found.float() - exact).norm() < 4e-3 * exact.norm()

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import kernel_harness as harness
 import pytest
 import torch
-from kernel_harness import parts
-from nvfp4_video.kernels import gemv, reference
+from nvfp4_video.kernels import dispatch, reference
 from nvfp4_video.kernels.format import PackedWeight
 
-SHAPES = [(16, 16), (1, 16), (129, 48), (30, 112), (128, 256), (16, 1040)]
-CONFIGS = [(16, 1, 1), (16, 2, 1), (32, 2, 2), (64, 4, 1)]
+CASES = [
+    *[((128, 256), 1, torch.bfloat16), ((128, 256), 16, torch.float16)],  # no edge
+    *[((129, 48), 9, torch.bfloat16), ((30, 112), 8, torch.float16), ((1, 16), 1, torch.bfloat16)],  # edges of rows
+    *[((16, 1040), 16, torch.float16), ((16, 16), 16, torch.bfloat16)],  # of columns, over several steps and one
+]
+# (ROWS, UNROLL, SPLIT); the last shape has edges, where nothing is unrolled.
+DIVISIONS = [
+    *[((16, 1, 1), (128, 512), 1), ((16, 2, 1), (128, 512), 11), ((64, 4, 1), (128, 512), 1)],
+    *[((32, 2, 2), (128, 512), 11), ((32, 2, 2), (30, 112), 3)],
+]
 # What is left when the exact sum is rounded once: at most half a unit in the last place.
 TOLERANCE = {torch.bfloat16: 2**-8 * 1.01, torch.float16: 2**-11 * 1.01, torch.float32: 1e-6}
 generator = pytest.fixture(harness.fresh_generator)
-kernels = harness.tensor_core_kernels("triton.gemv")
+kernels = pytest.fixture(harness.tensor_core_kernels, params=harness.implementations())
 
 
 def exact(x: torch.Tensor, record: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """FP64 product with the decoded weight."""
-    one = torch.ones(())
-    weight = reference.dequantize(record.packed, record.block_scale, one, record.shape, torch.float32).double()
+    unscaled = dataclasses.replace(record, global_scale=torch.ones(()))
+    weight = reference.dequantize(unscaled, torch.float32).double()
     out = x.double() @ (weight * record.global_scale.double()).t()
     return out if bias is None else out + bias.double()
 
@@ -35,26 +44,22 @@ def random_case(shape, rows, dtype, generator):
     return record, x, torch.randn(shape[0], generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "rows", "dtype"), CASES, ids=str)
 def test_the_result_is_the_exact_one_rounded_once(shape, rows, dtype, kernels, generator):
     record, x, bias = random_case(shape, rows, dtype, generator)
-    found = kernels.call("gemv", x, *parts(record), shape, bias).cpu()
+    found = kernels.call("gemv", x, record, bias).cpu()
     assert (found.dtype, found.shape) == (dtype, (rows, shape[0]))
     assert relative(found, exact(x, record, bias)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("shape", [(30, 112), (128, 512)], ids=str)
-@pytest.mark.parametrize("rows", [1, 11])
+@pytest.mark.parametrize(("config", "shape", "rows"), DIVISIONS, ids=str)
 def test_every_division_of_the_work_gives_it_and_the_same_bits_twice(config, shape, rows, generator):
     triton_gemv = pytest.importorskip("nvfp4_video.kernels.triton.gemv")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float16):
         record, x, _ = random_case(shape, rows, dtype, generator)
-        run = triton_gemv.gemv_function(shape, dtype, device, config)
-        arguments = [part.to(device) for part in (x, *parts(record))]
+        run = triton_gemv.prepare(shape, dtype, device, config)
+        arguments = [part.to(device) for part in (x, *record.parts)]
         found, again = run(*arguments).cpu(), run(*arguments).cpu()
         assert relative(found, exact(x, record, None)) < TOLERANCE[dtype]
         assert torch.equal(found, again)
@@ -63,10 +68,10 @@ def test_every_division_of_the_work_gives_it_and_the_same_bits_twice(config, sha
 def test_it_is_nearer_to_the_exact_product_than_a_matmul_with_rounded_weights(generator):
     record, x, _ = random_case((256, 512), 8, torch.bfloat16, generator)
     right = exact(x, record, None)
-    weight = reference.dequantize(*parts(record), record.shape)
+    weight = reference.dequantize(record)
     rounded = x.double() @ weight.double().t()
-    assert relative(reference.gemv(x, *parts(record), record.shape), right) < 2.5e-3
-    assert relative(rounded.bfloat16(), right) > relative(reference.gemv(x, *parts(record), record.shape), right)
+    assert relative(reference.gemv(x, record), right) < 2.5e-3
+    assert relative(rounded.bfloat16(), right) > relative(reference.gemv(x, record), right)
 
 
 def test_all_codes_and_scales_count_in_full(kernels):
@@ -77,7 +82,7 @@ def test_all_codes_and_scales_count_in_full(kernels):
         scales = torch.zeros(128, 4)
         scales[:16, 0] = value
         record = PackedWeight(packed, reference.swizzle(scales.to(torch.float8_e4m3fn)), torch.tensor(1.0), (16, 16))
-        found = kernels.call("gemv", torch.eye(16, dtype=torch.bfloat16), *parts(record), (16, 16), None).cpu()
+        found = kernels.call("gemv", torch.eye(16, dtype=torch.bfloat16), record, None).cpu()
         values = torch.tensor(harness.CODES)[codes] * value
         assert torch.equal(found.float(), values.t())
 
@@ -85,7 +90,7 @@ def test_all_codes_and_scales_count_in_full(kernels):
 def test_a_nan_scale_shows_in_its_rows_and_nowhere_else(kernels, generator):
     record, x, _ = random_case((128, 256), 3, torch.bfloat16, generator)
     record.block_scale.view(torch.uint8)[0, 0] = 0x7F  # row 0, block 0
-    found = kernels.call("gemv", x, *parts(record), record.shape, None).cpu()
+    found = kernels.call("gemv", x, record, None).cpu()
     assert found.isnan().sum(0).tolist() == [3] + [0] * 127
 
 
@@ -93,7 +98,7 @@ def test_a_nan_scale_shows_in_its_rows_and_nowhere_else(kernels, generator):
 def test_leading_dimensions_are_kept(lead, kernels, generator):
     record, _, bias = random_case((48, 80), 1, torch.bfloat16, generator)
     x = torch.randn(*lead, 80, generator=generator).bfloat16()
-    found = kernels.call("gemv", x, *parts(record), record.shape, bias).cpu()
+    found = kernels.call("gemv", x, record, bias).cpu()
     assert found.shape == (*lead, 48)
     assert relative(found, exact(x, record, bias)) < TOLERANCE[torch.bfloat16]
 
@@ -102,19 +107,19 @@ def test_more_rows_and_other_dtypes_are_refused_by_the_kernel(generator):
     triton_gemv = pytest.importorskip("nvfp4_video.kernels.triton.gemv")
     record, x, _ = random_case((16, 32), 17, torch.bfloat16, generator)
     with pytest.raises(ValueError, match=r"found x \(17, 32\); expected at most 16 rows of 32"):
-        triton_gemv.gemv(x, *parts(record), record.shape)
+        triton_gemv.gemv(x, record)
     with pytest.raises(ValueError, match="found torch.float32"):
-        triton_gemv.gemv(x[:1].float(), *parts(record), record.shape)
+        triton_gemv.gemv(x[:1].float(), record)
     with pytest.raises(ValueError, match="do not belong to a weight of shape"):
-        triton_gemv.gemv(x[:1, :16], *parts(record), (16, 16))
+        triton_gemv.gemv(x[:1, :16], record)
 
 
 def test_where_the_kernel_cannot_run_the_weight_is_dequantised(generator):
     record, x, bias = random_case((48, 80), 2, torch.bfloat16, generator)
     cpu = torch.device("cpu")
-    assert gemv.gemv_function((48, 80), torch.bfloat16, cpu) is None
-    right = reference.linear(x, *parts(record), record.shape, bias)
-    assert torch.equal(gemv.gemv(x, *parts(record), record.shape, bias), right)
+    assert dispatch.prepare("gemv", (48, 80), torch.bfloat16, cpu) is None
+    right = reference.linear(x, record, bias)
+    assert torch.equal(dispatch.gemv(x, record, bias), right)
 
 
 def test_programs_multiply_until_the_gpu_is_full():
@@ -128,8 +133,8 @@ def test_programs_multiply_until_the_gpu_is_full():
 
 def test_a_fused_kernel_that_is_wrong_on_this_gpu_is_not_used(monkeypatch, caplog):
     wrong = lambda shape, dtype, device: lambda x, *_: x.new_ones(len(x), shape[0])  # noqa: E731
-    right = lambda shape, dtype, device: lambda x, *p: gemv.backends.linear(x, *p[:3], shape, p[3], "torch")  # noqa: E731
+    right = lambda shape, dtype, device: lambda x, *p: dispatch.linear(x, PackedWeight(*p[:3], shape), p[3], "torch")  # noqa: E731
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    assert not gemv._sound(wrong, torch.bfloat16, torch.device("cpu"))
+    assert not dispatch._sound(wrong, torch.bfloat16, torch.device("cpu"))
     assert "dequantised instead" in caplog.text
-    assert gemv._sound(right, torch.bfloat16, torch.device("cpu"))
+    assert dispatch._sound(right, torch.bfloat16, torch.device("cpu"))

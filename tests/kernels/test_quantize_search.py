@@ -9,7 +9,6 @@ import pytest
 import torch
 from kernel_harness import (
     CODES,
-    DTYPES,
     Kernels,
     assert_same_bits,
     assert_same_record,
@@ -17,10 +16,10 @@ from kernel_harness import (
     fresh_generator,
     guarded_kernels,
     implementations,
-    parts,
+    moved,
     scalar,
 )
-from nvfp4_video.kernels import backends, reference
+from nvfp4_video.kernels import dispatch, reference
 from nvfp4_video.kernels.format import PackedWeight, unswizzle
 
 kernels = pytest.fixture(guarded_kernels, params=implementations())
@@ -30,12 +29,11 @@ STEPS = (*range(9, 16), *range(16, 34, 2))
 
 def search(kernels: Kernels, weight: torch.Tensor, global_scale=None, column_weight=None) -> PackedWeight:
     """``quantize`` with the search, on the implementation's device; the record returns to the CPU."""
-    record = kernels.call("quantize", weight, global_scale, "mse", column_weight)
-    return PackedWeight(*(part.cpu() for part in parts(record)), record.shape)
+    return moved(kernels.call("quantize", weight, global_scale, "mse", column_weight), "cpu")
 
 
 def values(record: PackedWeight) -> torch.Tensor:
-    return reference.dequantize(*parts(record), record.shape, torch.float32)
+    return reference.dequantize(record, torch.float32)
 
 
 def scale_bytes(record: PackedWeight) -> list[int]:
@@ -44,7 +42,7 @@ def scale_bytes(record: PackedWeight) -> list[int]:
 
 
 def squared_error(weight: torch.Tensor, search: str, column_weight: torch.Tensor | None = None) -> float:
-    difference = (values(backends.quantize(weight, None, search, column_weight)) - weight.float()).double()
+    difference = (values(dispatch.quantize(weight, None, search, column_weight)) - weight.float()).double()
     return float((difference.square() * (1 if column_weight is None else column_weight.double())).sum())
 
 
@@ -110,9 +108,13 @@ def test_the_scales_are_those_of_the_definition_in_whole_numbers(kernels: Kernel
         assert unswizzle(record.block_scale, rows, 4).float().tolist() == expected
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 16), (30, 100), (3, 1040)], ids=str)
+CASES = [
+    *[((1, 16), torch.bfloat16, False), ((30, 100), torch.float16, True), ((30, 100), torch.bfloat16, False)],
+    *[((2, 1040), torch.float32, True), ((2, 1040), torch.float16, False)],  # two programs a row
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "weighted"), CASES, ids=str)
 def test_every_implementation_gives_the_bytes_of_the_reference(kernels: Kernels, shape, dtype, weighted, generator):
     weight = uneven(shape, generator).to(dtype)
     column_weight = 10.0 ** torch.randint(-4, 5, (shape[1],), generator=generator) if weighted else None
@@ -135,7 +137,7 @@ def test_the_codes_are_the_nearest_under_the_chosen_scale_with_ties_to_even(kern
 
 def test_no_e4m3_scale_beats_the_search_by_more_than_its_grid(generator):
     weight = torch.randn((128, 256), generator=generator)
-    record = backends.quantize(weight, search="mse")
+    record = dispatch.quantize(weight, search="mse")
     blocks = weight.view(-1, 16).double()
     best = torch.full((len(blocks),), torch.inf, dtype=torch.float64)
     for scale in sorted(SCALES - {0.0}):
@@ -218,7 +220,7 @@ def test_a_block_too_large_for_the_global_scale_gets_the_largest_block_scale(ker
 
 
 def test_zero_blocks_and_weights_of_zeros_stay_zero_bytes(kernels: Kernels, generator):
-    assert not any(part.float().any() for part in parts(search(kernels, torch.zeros(16, 32))))
+    assert not any(part.float().any() for part in search(kernels, torch.zeros(16, 32)).parts)
     weight = torch.randn((16, 64), generator=generator)
     weight[:, 16:32] = 0
     weight[3, 16:32] = -0.0
@@ -226,7 +228,7 @@ def test_zero_blocks_and_weights_of_zeros_stay_zero_bytes(kernels: Kernels, gene
     assert not record.packed[:, 8:16].any()
     assert not unswizzle(record.block_scale, 16, 4).float()[:, 1].any()
     given = search(kernels, torch.zeros(16, 32), scalar(0.0))
-    assert not any(part.float().any() for part in parts(given))
+    assert not any(part.float().any() for part in given.parts)
 
 
 def test_zero_keeps_its_sign_beside_other_values(kernels: Kernels):
@@ -248,7 +250,7 @@ def test_column_weights_lower_the_error_they_weigh(generator):
     weight = torch.randn((128, 512), generator=generator)
     column_weight = torch.randn(512, generator=generator).square() ** 3
     weighed = squared_error(weight, "mse", column_weight)
-    difference = (values(backends.quantize(weight, search="mse")) - weight).double()
+    difference = (values(dispatch.quantize(weight, search="mse")) - weight).double()
     assert weighed < 0.9 * float((difference.square() * column_weight).sum())
 
 

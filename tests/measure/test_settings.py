@@ -5,16 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nvfp4_video.measure.settings import (
-    ONE_STAGE,
-    STAGES,
-    TWO_STAGES,
-    VERSIONS,
-    audio_latents,
-    distilled_settings,
-    latent_size,
-    mel_frames,
-)
+from nvfp4_video.measure.ltx import VERSIONS, audio_latents, latent_size, mel_frames
+from nvfp4_video.measure.settings import ONE_STAGE, STAGES, TWO_STAGES, distilled_settings
 
 
 @pytest.mark.parametrize(("fps", "latents"), [(24, 126), (25, 121), (30, 101), (50, 60), (23.976, 126)])

@@ -97,7 +97,8 @@ def test_the_panel_shows_findings_models_launch_and_facts(visit):
         for part in (finding["title"], finding["why"], finding["remedy"]):
             assert part.replace("`", "") in text
     for model in REPORT["models"]:
-        assert model["name"] in text and model["text"] in text and "Fast path" in text
+        assert model["name"] in text and model["text"] in text
+    assert "Fast path" in text and "No NVFP4 layers" in text
     assert COMMAND in text and REPORT["launch"]["flags"][0]["why"] in text
     assert "(measured by us, H200)" in text
     for fact in REPORT["facts"]:
@@ -105,6 +106,19 @@ def test_the_panel_shows_findings_models_launch_and_facts(visit):
     assert REPORT["findings"][0]["title"] not in text, "the host's finding repeats the workflow's"
     assert page.panel.locator("dd[title='torch.version.cuda']").inner_text() == "13.0"
     page.shot("panel")
+
+
+def test_flags_that_nobody_recommends_are_shown_on_demand_with_what_they_do(visit):
+    others = [{"flag": "--disable-comfy-compiler", "what": "switches off `it` all"}]
+    report = REPORT | {"launch": REPORT["launch"] | {"others": others}}
+    page, _ = visit(routes={"/nvfp4/report": report, "/nvfp4/check": {"findings": FINDINGS}})
+    page.open_panel()
+    shown = page.panel.locator("details", has_text="Other flags of this ComfyUI")
+    assert not shown.locator("dd").is_visible()
+    shown.locator("summary").click()
+    assert shown.locator("dt").inner_text() == "--disable-comfy-compiler"
+    assert shown.locator("dd").inner_text() == "Switches off it all"
+    page.shot("flags")
 
 
 def test_the_check_gets_the_prompt_of_the_open_workflow(visit):

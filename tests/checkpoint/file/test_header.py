@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nvfp4_video.checkpoint.file import header as header_module
 from nvfp4_video.checkpoint.file.container import TensorReader
 from nvfp4_video.checkpoint.file.header import DTYPES, CheckpointError, Header, TensorInfo, read_header
 
@@ -166,6 +167,66 @@ def test_missing_files_folders_and_pipes_are_refused(tmp_path):
         os.mkfifo(tmp_path / "pipe.safetensors")
         with pytest.raises(CheckpointError, match="not a regular file"):
             read_header(tmp_path / "pipe.safetensors")
+
+
+def test_a_pipe_that_took_the_file_s_place_after_it_was_looked_at_is_not_waited_for(tmp_path, monkeypatch):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("there are no named pipes")
+    (tmp_path / "plain").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe")
+    plain, original = os.stat(tmp_path / "plain"), os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **how: plain if str(path).endswith("pipe") else original(path, **how))
+    with pytest.raises(CheckpointError, match="not a regular file"), header_module.open_regular(tmp_path / "pipe"):
+        pass
+
+
+def test_entries_in_another_order_or_with_further_fields_are_read_alike(tmp_path):
+    path = tmp_path / "other.safetensors"
+    plain = {"a": entry(), "b": entry(shape=[0, 3], offsets=[4, 4])}
+    read = []
+    for change in (lambda e: e, lambda e: dict(reversed(e.items())), lambda e: e | {"more": {"dtype": "U8"}}):
+        content = pack({name: change(fields) for name, fields in plain.items()}, bytes(4))
+        path.write_bytes(content)
+        data = len(content) - 4
+        infos = read_header(path).tensors.items()
+        read.append({name: info._replace(start=info.start - data, end=info.end - data) for name, info in infos})
+    assert read[0] == read[1] == read[2] == {"a": TensorInfo("U8", (4,), 0, 4), "b": TensorInfo("U8", (0, 3), 4, 4)}
+
+
+def test_a_true_that_equals_a_size_read_before_is_still_no_size(tmp_path):
+    path = tmp_path / "true.safetensors"
+    path.write_bytes(pack({"a": entry(shape=[1], offsets=[0, 1]), "b": entry(shape=[True], offsets=[1, 2])}, b"12"))
+    with pytest.raises(CheckpointError, match="tensor 'b' has the shape"):
+        read_header(path)
+
+
+def test_tensors_of_one_shape_share_it(tmp_path):
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(pack({f"t{i}": entry(shape=[2, 2], offsets=[4 * i, 4 * i + 4]) for i in range(9)}, bytes(36)))
+    infos = list(read_header(path).tensors.values())
+    assert len({id(info.shape) for info in infos}) == len({id(info.dtype) for info in infos}) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a":[' + "[]," * 1_000_001 + "[]]}", '{"a":[' + "10," * 1_000_001 + "1]}",
+     '{"__metadata__":{' + ",".join(f'"{i}":""' for i in range(1_000_002)) + "}}"],
+    ids=["lists", "numbers", "metadata"],
+)  # fmt: skip
+def test_a_header_of_more_values_than_its_tensors_need_is_refused_before_it_is_parsed(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(header_module.json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    path = tmp_path / "dense.safetensors"
+    path.write_bytes(pack(text))
+    with pytest.raises(CheckpointError, match="far more values than its 0 tensors need"):
+        read_header(path)
+
+
+def test_objects_that_are_no_entries_are_not_collected_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(header_module, "_MOST_UNUSUAL", 5)
+    path = tmp_path / "objects.safetensors"
+    path.write_bytes(pack('{"a":[' + "{}," * 6 + "{}]}"))
+    with pytest.raises(CheckpointError, match="more than 5 objects are no sound entries"):
+        read_header(path)
 
 
 def test_the_missing_bytes_of_a_truncated_file_are_counted(tmp_path):

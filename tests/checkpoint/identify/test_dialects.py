@@ -241,7 +241,7 @@ def test_a_wrong_reading_costs_what_the_measured_facts_say_and_raises_nothing():
     record = quantize(weight)
 
     def error(packed: torch.Tensor, scale: torch.Tensor) -> float:
-        values = dequantize(packed, scale, record.global_scale, record.shape, torch.float32)
+        values = dequantize(PackedWeight(packed, scale, record.global_scale, record.shape), torch.float32)
         return ((values - weight).norm() / weight.norm()).item()
 
     assert error(record.packed, record.block_scale) == pytest.approx(0.095, abs=0.002)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError, Header
-from nvfp4_video.checkpoint.identify.dialects import DIALECTS, Plan, detect, host_layer
+from nvfp4_video.checkpoint.identify.dialects import DIALECTS, DialectPlan, detect, host_layer
 from nvfp4_video.tests.support.header_by_hand import (
     ENTRY,
     LIGHTRICKS,
@@ -121,7 +121,7 @@ def test_a_damaged_layer_is_refused_by_file_and_layer(how: str):
     assert "download it again or choose another dialect" in message
 
 
-def planned(dialect: str) -> Plan:
+def planned(dialect: str) -> DialectPlan:
     names = {key for keys, _ in DIALECTS[dialect].global_scales[:1] for key in keys}
     layer = comfy_layer() if DIALECTS[dialect].weight == "weight" else {"weight_packed": entry("U8", 128, 32)}
     layer.pop("weight_scale_2", None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.verify.verify import blocks_and_kinds, summary, verify
-from nvfp4_video.checkpoint.write.plan import AMAX, Settings
+from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.cli import main
 from nvfp4_video.draw.verify import colour_of, verification_picture
@@ -17,7 +17,7 @@ from nvfp4_video.kernels import reference
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.support.quantize_sources import PREFIX, linears, load, metadata, save, tiny, to_fp8
 
-FAST = Settings(search=AMAX)
+FAST = QuantizeSettings(search=AMAX)
 LAYER = "transformer_blocks.1.ff.net.0.proj"
 
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("verify")
     source = save(path / "source.safetensors", tiny())
     quantize_checkpoint(source, path / "whole.safetensors", FAST)
-    quantize_checkpoint(source, path / "model.safetensors", Settings(search=AMAX, only_model=True))
+    quantize_checkpoint(source, path / "model.safetensors", QuantizeSettings(search=AMAX, only_model=True))
     return path
 
 
@@ -61,9 +61,7 @@ def test_errors_are_those_of_the_layers_and_everything_else_is_found_identical(f
     for check in found.layers:
         original = tensors[f"{PREFIX}{check.layer}.weight"].float()
         packed = reference.quantize(original)
-        decoded = reference.dequantize(
-            packed.packed, packed.block_scale, packed.global_scale, original.shape, torch.float32
-        )
+        decoded = reference.dequantize(packed, torch.float32)
         error = float((decoded - original).norm() / original.norm())
         assert math.isclose(check.error, error, rel_tol=1e-4)
         assert math.isclose(check.allowed, 1.25 * error, rel_tol=1e-4)

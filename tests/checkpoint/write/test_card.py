@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 from nvfp4_video.checkpoint.write.card import PROVENANCE, model_card, provenance, text_of, tool_version, write_card
-from nvfp4_video.checkpoint.write.plan import AMAX, Settings
+from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.checkpoint.write.recipes import Options
 from nvfp4_video.tests.support.quantize_sources import metadata, save, tiny
@@ -13,7 +15,7 @@ from nvfp4_video.tests.support.quantize_sources import metadata, save, tiny
 
 def make(tmp_path, **settings) -> tuple[dict, str]:
     source = save(tmp_path / "source.safetensors", tiny())
-    record = quantize_checkpoint(source, tmp_path / "t.safetensors", Settings(search=AMAX, **settings))
+    record = quantize_checkpoint(source, tmp_path / "t.safetensors", QuantizeSettings(search=AMAX, **settings))
     return record, (tmp_path / "t.md").read_text(encoding="utf-8")
 
 
@@ -25,6 +27,12 @@ def test_the_traps_come_before_the_file(tmp_path):
         assert traps < text.index(trap) < text.index("## The file"), trap
     assert "It is in this file" in text
     assert text == model_card(record)
+
+
+def test_the_tool_is_named_with_the_version_in_pyproject_toml():
+    text = (Path(__file__).resolve().parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1]
+    assert tool_version() == f"NVFP4 Video {version}"
 
 
 def test_it_names_hashes_source_recipe_licence_and_the_layers_that_were_kept(tmp_path):

@@ -11,7 +11,7 @@ from nvfp4_video.checkpoint.file.header import CheckpointError, read_header
 from nvfp4_video.checkpoint.identify.dialects import detect
 from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
 from nvfp4_video.checkpoint.verify.verify import verify
-from nvfp4_video.checkpoint.write.plan import AMAX, Settings
+from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.checkpoint.write.recipes import Options
 from nvfp4_video.checkpoint.write.repair import repair
@@ -73,7 +73,7 @@ def test_a_file_with_fp8_is_called_what_it_is_quantised_from_its_values_and_veri
     source, meant = fp8_file(tmp_path, kind, model)
     assert TITLES[kind] in inspect_checkpoint(source).formats
     target = tmp_path / "target.safetensors"
-    settings = Settings(search=AMAX, options=Options(keep=(KEPT,)))
+    settings = QuantizeSettings(search=AMAX, options=Options(keep=(KEPT,)))
     quantize_checkpoint(source, target, settings)
     assert (decoded(target, TALL) - meant[TALL]).norm() < 0.01 * meant[TALL].norm()
     found = verify(target, source)

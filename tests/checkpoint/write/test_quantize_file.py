@@ -15,11 +15,12 @@ from nvfp4_video.checkpoint.write import quantize as quantize_module
 from nvfp4_video.checkpoint.write import weights
 from nvfp4_video.checkpoint.write.card import PROVENANCE
 from nvfp4_video.checkpoint.write.estimate import estimate
-from nvfp4_video.checkpoint.write.plan import AMAX, MSE, Settings
+from nvfp4_video.checkpoint.write.plan import AMAX, MSE, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.checkpoint.write.recipes import Options
 from nvfp4_video.cli import main
 from nvfp4_video.kernels import reference
+from nvfp4_video.kernels.format import PackedWeight
 from nvfp4_video.tests.support.quantize_sources import (
     CONFIG,
     METADATA,
@@ -33,7 +34,7 @@ from nvfp4_video.tests.support.quantize_sources import (
     to_fp8,
 )
 
-FAST = Settings(search=AMAX)
+FAST = QuantizeSettings(search=AMAX)
 LAYER = PREFIX + "transformer_blocks.1.attn1.to_q"
 GATE = PREFIX + "transformer_blocks.1.attn1.to_gate_logits"
 MARKER = b'{"format": "nvfp4"}'
@@ -55,7 +56,7 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 def decoded(found: dict, layer: str, shape) -> torch.Tensor:
     parts = (found[f"{layer}.{key}"] for key in ("weight", "weight_scale", "weight_scale_2"))
-    return reference.dequantize(*parts, tuple(shape), torch.float32)
+    return reference.dequantize(PackedWeight(*parts, tuple(shape)), torch.float32)
 
 
 def check_layer(found: dict, layer: str, original: torch.Tensor, search: str = AMAX) -> None:
@@ -101,7 +102,7 @@ def test_the_file_is_aligned_hashed_and_tells_where_it_comes_from(source, tmp_pa
 def test_the_search_is_the_default_and_has_less_error_than_block_maxima(tmp_path, tensors):
     few = {n: t for n, t in tensors.items() if "transformer_blocks" not in n or ".0.attn1." in n}
     source = save(tmp_path / "few.safetensors", few)
-    assert Settings().search == MSE
+    assert QuantizeSettings().search == MSE
     quantize_checkpoint(source, tmp_path / "best.safetensors")
     quantize_checkpoint(source, tmp_path / "fast.safetensors", FAST)
     best, fast = load(tmp_path / "best.safetensors"), load(tmp_path / "fast.safetensors")
@@ -121,7 +122,7 @@ def test_a_matrix_taken_in_pieces_gives_the_bytes_of_the_whole_one(tmp_path, mon
     tensors = tiny(blocks=1) | {LAYER.replace(".1.", ".0.") + ".weight": weight}
     source = save(tmp_path / "s.safetensors", tensors)
     options = Options(keep=(r"^(?!.*attn1\.to_q)",))
-    record = quantize_checkpoint(source, tmp_path / "t.safetensors", Settings(search=search, options=options))
+    record = quantize_checkpoint(source, tmp_path / "t.safetensors", QuantizeSettings(search=search, options=options))
     assert record["layers"] == 2  # attn1.to_q and audio_attn1.to_q
     check_layer(load(tmp_path / "t.safetensors"), LAYER.replace(".1.", ".0."), weight, search)
 
@@ -212,7 +213,7 @@ def test_a_header_entry_keeps_what_it_says_of_layers_outside_the_model(tmp_path,
 
 
 def test_only_the_diffusion_model_loses_its_prefix_and_keeps_the_metadata(source, tensors, tmp_path):
-    quantize_checkpoint(source, tmp_path / "t.safetensors", Settings(search=AMAX, only_model=True))
+    quantize_checkpoint(source, tmp_path / "t.safetensors", QuantizeSettings(search=AMAX, only_model=True))
     found = load(tmp_path / "t.safetensors")
     assert not any(name.startswith(("vae.", "vocoder.", PREFIX)) for name in found)
     check_layer(found, LAYER.removeprefix(PREFIX), tensors[f"{LAYER}.weight"])
@@ -263,7 +264,7 @@ def test_activation_statistics_weight_the_columns_and_must_fit(source, tensors, 
     options = Options(keep=(r"^(?!.*1\.attn1\.to_q)",))
     energy = torch.linspace(0, 4, 64).square()
     statistics = save(tmp_path / "stats.safetensors", {layer: energy}, {})
-    quantize_checkpoint(source, tmp_path / "t.safetensors", Settings(options=options, calibration=statistics))
+    quantize_checkpoint(source, tmp_path / "t.safetensors", QuantizeSettings(options=options, calibration=statistics))
     found, original = load(tmp_path / "t.safetensors"), tensors[f"{LAYER}.weight"].float()
     wanted = reference.quantize(original, search=MSE, column_weight=energy)
     assert torch.equal(found[f"{LAYER}.weight"], wanted.packed)
@@ -275,14 +276,14 @@ def test_activation_statistics_weight_the_columns_and_must_fit(source, tensors, 
     ):
         file = save(tmp_path / f"{name}.safetensors", stats, {})
         with pytest.raises(CheckpointError, match=words):
-            quantize_checkpoint(source, tmp_path / "u.safetensors", Settings(options=options, calibration=file))
+            quantize_checkpoint(source, tmp_path / "u.safetensors", QuantizeSettings(options=options, calibration=file))
     with pytest.raises(CheckpointError, match="block maxima take no"):
-        quantize_checkpoint(source, tmp_path / "u.safetensors", Settings(search=AMAX, calibration=statistics))
+        quantize_checkpoint(source, tmp_path / "u.safetensors", QuantizeSettings(search=AMAX, calibration=statistics))
 
 
 def test_a_config_is_taken_from_another_file(tmp_path, tensors, source):
     bare = save(tmp_path / "bare.safetensors", tensors, {})
-    quantize_checkpoint(bare, tmp_path / "t.safetensors", Settings(search=AMAX, config_from=source))
+    quantize_checkpoint(bare, tmp_path / "t.safetensors", QuantizeSettings(search=AMAX, config_from=source))
     assert metadata(tmp_path / "t.safetensors")["config"] == CONFIG
 
 
@@ -302,7 +303,7 @@ def test_a_full_size_ltx23_fp8_checkpoint_shrinks_by_a_third(tmp_path):
     assert 19.4e9 < found["nbytes"] < 19.6e9
     assert 0.32 <= found["shrinks_by"] <= 0.34
     assert found["layers"] == 48 * 28
-    published = estimate(source, tmp_path / "t.safetensors", Settings(options=Options(keep_first_last=2)))
+    published = estimate(source, tmp_path / "t.safetensors", QuantizeSettings(options=Options(keep_first_last=2)))
     assert 2.1e9 < published["nbytes"] - found["nbytes"] < 2.3e9
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -16,13 +16,13 @@ import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.file.resume import JOURNAL, PART, PartFile
-from nvfp4_video.checkpoint.write.plan import AMAX, Settings
+from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.checkpoint.write.recipes import Options
 from nvfp4_video.tests.support.quantize_sources import save, tiny
 
 ROOT = Path(__file__).resolve().parents[3]
-FAST = Settings(search=AMAX)
+FAST = QuantizeSettings(search=AMAX)
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL, no fork on Windows")
 
 # Reads requests from stdin; a child of its own quantises each and may be killed. A fork is quicker than a new Python.
@@ -33,13 +33,13 @@ package.__path__ = [{str(ROOT)!r}]
 sys.modules["nvfp4_video"] = package
 import torch
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
-from nvfp4_video.checkpoint.write.plan import AMAX, Settings
+from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 torch.set_num_threads(1)
 for line in sys.stdin:
     source, target, pause = json.loads(line)
     child = os.fork()
     if child == 0:
-        quantize_checkpoint(source, target, Settings(search=AMAX), overwrite=True,
+        quantize_checkpoint(source, target, QuantizeSettings(search=AMAX), overwrite=True,
                             on_step=lambda done, total: time.sleep(pause))
         os._exit(0)
     print(child, flush=True)
@@ -128,7 +128,7 @@ def stop_after(calls: int):
     return step
 
 
-def interrupt(source: Path, target: Path, calls: int, settings: Settings = FAST) -> None:
+def interrupt(source: Path, target: Path, calls: int, settings: QuantizeSettings = FAST) -> None:
     with pytest.raises(Stop):
         quantize_checkpoint(source, target, settings, on_step=stop_after(calls))
 
@@ -197,7 +197,7 @@ def test_what_was_lost_or_torn_on_disk_is_made_anew(source, wanted, tmp_path, ha
 
 def test_an_unfinished_file_of_other_settings_or_of_an_older_source_is_begun_anew(source, wanted, tmp_path, caplog):
     target = tmp_path / "t.safetensors"
-    interrupt(source, target, 60, Settings(search=AMAX, options=Options(protect_audio=True)))
+    interrupt(source, target, 60, QuantizeSettings(search=AMAX, options=Options(protect_audio=True)))
     assert quantize_checkpoint(source, target, FAST)["resumed"] == 0
     assert "begun anew" in caplog.text
     assert target.read_bytes() == wanted
@@ -244,6 +244,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished_for_the_next_run(source, wa
 
 
 def test_a_file_that_may_not_grow_further_leaves_nothing_half_named(source, wanted, tmp_path):
+    resource = importlib.import_module("resource")  # which Windows has not
     target = tmp_path / "t.safetensors"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(wanted) // 2, hard))

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
-from nvfp4_video.checkpoint.write.plan import AMAX, Settings
+from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.support.quantize_sources import PREFIX, load, save, tiny
 
-FAST = Settings(search=AMAX)
+FAST = QuantizeSettings(search=AMAX)
 LAYER = PREFIX + "transformer_blocks.1.attn1.to_q"
 
 
@@ -37,7 +37,7 @@ def test_layers_with_nan_or_infinity_are_all_named_and_kept_only_on_request(tmp_
     with pytest.raises(CheckpointError, match=r"in 2 layers: .*1\.attn1\.to_q, .*3\.ff\.net\.0\.proj.*keep-non-finite"):
         quantize_checkpoint(source, target, FAST)
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
-    record = quantize_checkpoint(source, target, Settings(search=AMAX, keep_non_finite=True))
+    record = quantize_checkpoint(source, target, QuantizeSettings(search=AMAX, keep_non_finite=True))
     found = load(target)
     assert torch.equal(found[f"{LAYER}.weight"].view(torch.uint8), bad[f"{LAYER}.weight"].view(torch.uint8))
     assert record["layers"] == 18 and record["kept"]["NaN or infinity in it, kept on request"] == 2

@@ -11,6 +11,7 @@ from nvfp4_video.checkpoint.file.container import PlannedTensor, TensorReader, w
 from nvfp4_video.checkpoint.file.header import DTYPES, CheckpointError, read_header
 from nvfp4_video.checkpoint.identify import dialects
 from nvfp4_video.checkpoint.write.repair import BACKUP_ENDING, repair, restore_header
+from nvfp4_video.kernels.format import PackedWeight
 from nvfp4_video.kernels.reference import dequantize
 from nvfp4_video.samples import synthetic
 
@@ -55,7 +56,7 @@ def decoded(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
         packed, scale, factor = (tensors.pop(f"{layer}.{key}") for key in ("weight", "weight_scale", "weight_scale_2"))
         if f"{layer}.input_scale" in tensors:
             assert tensors.pop(f"{layer}.input_scale").item() == synthetic.INPUT_SCALE
-        tensors[f"{layer}.weight"] = dequantize(packed, scale, factor, plan.nvfp4[layer])
+        tensors[f"{layer}.weight"] = dequantize(PackedWeight(packed, scale, factor, plan.nvfp4[layer]))
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -152,7 +152,7 @@ def nvfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def decoded(weight: torch.Tensor) -> torch.Tensor:
     packed = reference.quantize(weight.flatten(1))
-    flat = reference.dequantize(packed.packed, packed.block_scale, packed.global_scale, weight.flatten(1).shape)
+    flat = reference.dequantize(packed)
     return flat.reshape(weight.shape)
 
 
@@ -317,6 +317,7 @@ def test_progress_counts_all_files_and_an_interrupt_leaves_only_complete_ones(fu
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit on Windows")
 def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_half_written(full, targets, tmp_path):
+    resource = importlib.import_module("resource")  # which Windows has not
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:

@@ -1,0 +1,177 @@
+"""What the kernels share, as tiles: decoding packed words and scales, encoding numbers, and where a scale lies.
+
+No FP4 or FP8 instruction is needed, and no BF16 one below compute capability 8.0: E2M1 codes and E4M3 scales are
+decoded by shifting their bits into an FP16 number's. One 32-bit word of ``packed`` holds eight neighbouring columns,
+half a block, hence one scale: byte k has column 2k in its high nibble and 2k + 1 in its low one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tiled_offset(row, block, scale_cols):
+    """Offset of the scale of (row, block) in the tiled layout; see kernels/format.py."""
+    tile = (row // 128).to(tl.int64) * (scale_cols // 4) + block // 4
+    return tile * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + block % 4
+
+
+@triton.jit
+def e4m3_to_f32(byte):
+    """E4M3 bits -> fp32 of the value times 2**-8, subnormals and NaN included."""
+    bits = byte.to(tl.int32)
+    half = (((bits & 0x7F) << 7) | ((bits & 0x80) << 8)).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32))
+
+
+@triton.jit
+def _halves_to_f32(pair):
+    """int32 -> fp32 of its low and of its high 16 bits, each read as FP16."""
+    low = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    high = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def decode_words(word, scale_byte, global_scale):
+    """int32 words [...] + their E4M3 scale bytes [...] + fp32 scalar -> fp32 values [..., 2, 2, 2], columns in order.
+
+    The exponent and mantissa bits of a code, moved to bits 9-11 of an FP16 number, make its value times 2**-14 (0.5
+    becomes a subnormal); two codes, 16 bits apart, are moved by the same shift. That 2**-14 and the scale's 2**-8 are
+    made good in ``global_scale``: powers of two change no rounding.
+    """
+    scale = e4m3_to_f32(scale_byte) * (global_scale * 4194304.0)
+    c1, c5 = _halves_to_f32(((word << 9) & 0x0E000E00) | ((word << 12) & -0x7FFF8000))
+    c0, c4 = _halves_to_f32(((word << 5) & 0x0E000E00) | ((word << 8) & -0x7FFF8000))
+    c3, c7 = _halves_to_f32(((word << 1) & 0x0E000E00) | ((word << 4) & -0x7FFF8000))
+    c2, c6 = _halves_to_f32(((word >> 3) & 0x0E000E00) | (word & -0x7FFF8000))
+    even = tl.join(tl.join(c0 * scale, c4 * scale), tl.join(c2 * scale, c6 * scale))
+    odd = tl.join(tl.join(c1 * scale, c5 * scale), tl.join(c3 * scale, c7 * scale))
+    return tl.join(even, odd)
+
+
+# One word -> eight numbers, two an instruction, in the order of decode_words: the bits of a code, moved to where BF16
+# has its lowest two exponent bits and highest mantissa bit, are its value times 2**-126 (FP16: 2**-14, see
+# decode_words); times the scale, 2**118 (2**7) too large. Subnormal operands count in full.
+_MOVE = """
+{{
+.reg .b32 a, b, s;
+mov.b32 s, {{$9, $9}};
+shl.b32 a, $8, {odd_low};
+and.b32 a, a, {mask};
+shl.b32 b, $8, 12;
+lop3.b32 a, b, 0x80008000, a, 0xEA;
+{multiply}
+mov.b32 {{$1, $5}}, a;
+shl.b32 a, $8, {even_low};
+and.b32 a, a, {mask};
+shl.b32 b, $8, 8;
+lop3.b32 a, b, 0x80008000, a, 0xEA;
+{multiply}
+mov.b32 {{$0, $4}}, a;
+{odd_high} a, $8, {odd_high_by};
+and.b32 a, a, {mask};
+shl.b32 b, $8, 4;
+lop3.b32 a, b, 0x80008000, a, 0xEA;
+{multiply}
+mov.b32 {{$3, $7}}, a;
+shr.u32 a, $8, {even_high};
+and.b32 a, a, {mask};
+lop3.b32 a, $8, 0x80008000, a, 0xEA;
+{multiply}
+mov.b32 {{$2, $6}}, a;
+}}
+"""
+_BF16 = tl.constexpr(
+    _MOVE.format(
+        odd_low=6,
+        even_low=2,
+        odd_high="shr.u32",
+        odd_high_by=2,
+        even_high=6,
+        mask="0x01C001C0",
+        multiply="{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 a, a, s, z; }",
+    )
+)
+_FP16 = tl.constexpr(
+    _MOVE.format(
+        odd_low=9,
+        even_low=5,
+        odd_high="shl.b32",
+        odd_high_by=1,
+        even_high=3,
+        mask="0x0E000E00",
+        multiply="mul.f16x2 a, a, s;",
+    )
+)
+
+
+@triton.jit
+def decode_operand(word, scale_byte, PACKED: tl.constexpr, dtype: tl.constexpr):
+    """int32 words [...] + their scales' E4M3 bytes -> [..., 2, 2, 2] of ``dtype``, times 2**-8 (BF16) or 2**-7 (FP16).
+
+    PACKED: two numbers an instruction. Triton's interpreter has neither assembly nor BF16 products and gets the same
+    values in FP32: nothing is rounded in either.
+    """
+    if PACKED:
+        if dtype == tl.bfloat16:
+            scale = (e4m3_to_f32(scale_byte) * 8.507059173023462e37).to(tl.bfloat16)  # 2**126
+            asm: tl.constexpr = _BF16
+        else:
+            scale = (e4m3_to_f32(scale_byte) * 32768.0).to(tl.float16)
+            asm: tl.constexpr = _FP16
+        word, scale = tl.broadcast(word, scale)
+        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+            asm,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
+            [word, scale],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+        odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+        return tl.join(even, odd).to(dtype, bitcast=True)
+    else:
+        factor: tl.constexpr = 0.00390625 if dtype == tl.bfloat16 else 0.0078125
+        return decode_words(word, scale_byte, factor)
+
+
+@triton.jit
+def to_e4m3_bits(value):
+    """fp32 in [0, 448] -> int32 E4M3 bits, nearest with ties to even, subnormals included."""
+    bits = value.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2**-6 the step is 2**-9; adding 2**23 leaves exactly that many integer bits, rounded to even by the adder.
+    subnormal = (value * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xF
+    return tl.where(value < 0.015625, subnormal, normal)
+
+
+@triton.jit
+def to_e2m1_code(value):
+    """fp32 in [-6, 6] -> int32 code 0..15, nearest with ties to even, the sign of zero kept."""
+    size = tl.abs(value)
+    code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
+    code += (size >= 1.75).to(tl.int32) + (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
+    code += (size > 5.0).to(tl.int32)
+    return code | ((value.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def to_e4m3(values, dtype: tl.constexpr):
+    """fp32 in [-448, 448] or NaN -> E4M3, or its bits where ``dtype`` is uint8: Triton's interpreter misrounds ties."""
+    if dtype == tl.uint8:
+        sign = (values.to(tl.int32, bitcast=True) >> 24) & 0x80
+        return tl.where(values != values, 0x7F, to_e4m3_bits(tl.abs(values)) | sign).to(tl.uint8)
+    else:
+        return values.to(tl.float8e4nv)
+
+
+@triton.jit
+def round_to_bf16_bits(value):
+    """fp32 -> int16 bits of the nearest bf16, ties to even, in integers: for hardware without BF16 conversions."""
+    bits = value.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(value != value, 0x7FC0, rounded).to(tl.int16)  # the sum would carry a NaN's bits into the sign
