@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.format import BLOCK, PackedWeight, block_scale_shape, round_up, swap_nibbles, swizzle
+from ...kernels.format import BLOCK, PackedWeight, round_up, swap_nibbles, swizzle
 from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header, quote
 from .declarations import SIDECAR, declared_of, match_entries, modelopt_declaration, quantization
 from .formats import LOW_RANK, OLD_FP8, Group, kind_of, weight_suffix
 from .layers import Layer, account, group_tensors, read_layer
-from .scale_order import ROW_MAJOR, TILED, Order, Read, measure
+from .scale_order import ROW_MAJOR, TILED, Order, Read, measure, proven_layouts, scale_shapes
 from .signatures import transformer_config
 from .values import check_input_scale, check_packed
 
@@ -236,7 +236,7 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
         raise error("it has no `weight_scale`", "the block scales")
     if scale.dtype not in ("F8_E4M3", "U8"):
         raise error(f"its `weight_scale` is {scale.dtype}", "F8_E4M3 (or its bytes as U8)")
-    shapes = _scale_shapes((rows, 2 * width))
+    shapes = scale_shapes((rows, 2 * width))
     if scale.shape not in shapes.values():
         expected = f"{shapes[TILED]} (tiled) or {shapes[ROW_MAJOR]} (row-major)"
         raise error(f"its `weight_scale` has shape {scale.shape} for {rows} x {2 * width} weights", expected)
@@ -249,28 +249,9 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
     return rows, 2 * width
 
 
-def _scale_shapes(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    return {TILED: block_scale_shape(shape), ROW_MAJOR: (shape[0], shape[1] // BLOCK)}
-
-
-def _scale_layouts(packed: Mapping[str, Group]) -> dict[str, str]:
-    """Layouts that padding proves, each with a layer that proves it."""
-    proofs: dict[str, str] = {}
-    for layer, group in packed.items():
-        info = group[weight_suffix(group)]
-        scale = group.get("weight_scale")
-        if scale is None:
-            continue
-        shapes = _scale_shapes((info.shape[0], info.shape[1] * 2))
-        fitting = [layout for layout, shape in shapes.items() if shape == scale.shape]
-        if len(fitting) == 1:
-            proofs.setdefault(fitting[0], layer)
-    return proofs
-
-
 def _check_scale_layout(name: str, packed: Mapping[str, Group], kind: Dialect, dialect: str) -> None:
     wrong = ROW_MAJOR if kind.tiled_scales else TILED
-    proof = _scale_layouts(packed).get(wrong)
+    proof = proven_layouts(packed).get(wrong)
     if proof is not None:
         found = f"its `weight_scale` has the shape of {wrong} scales"
         expected = f"{'tiled' if kind.tiled_scales else 'row-major'} ones, as {dialect} has"
@@ -295,7 +276,7 @@ def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) ->
     if "alpha" in group or "weight_global_scale" in group:
         keys = "keys `alpha` + `input_global_scale`" if "alpha" in group else "key `weight_global_scale`"
         return "lightx2v", keys, None
-    layouts = _scale_layouts(packed)
+    layouts = proven_layouts(packed)
     modelopt = modelopt_declaration(header)
     if any(MARKER in group for group in packed.values()):
         return "comfy", "`comfy_quant` markers", None
@@ -349,7 +330,7 @@ def _measured(
     header: Header, packed: Mapping[str, Group], dialect: str, read: Read | None
 ) -> tuple[str, Order | None]:
     """The user's word and what the block scales say to it. CheckpointError where they clearly say otherwise."""
-    if _scale_layouts(packed) or read is None:
+    if proven_layouts(packed) or read is None:
         return STATED, None
     order = measure(header, packed, read)
     wanted = TILED if DIALECTS[dialect].tiled_scales else ROW_MAJOR

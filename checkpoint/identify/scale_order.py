@@ -1,4 +1,4 @@
-"""Are block scales of aligned shape row-major or tiled? Their order shows in what rows and columns have in common.
+"""Are block scales row-major or tiled? Padding proves it; without, it shows in what rows and columns have in common.
 
 The rows of a trained weight differ in size, and so do its columns. In the right order the logarithm of a block scale
 is, to a part, a sum of what its row and what its column contribute; tiles read row by row, or rows read as tiles, mix
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.format import unswizzle
+from ...kernels.format import BLOCK, block_scale_shape, unswizzle
 from ..file.header import Header
 from .formats import Group, weight_suffix
 
@@ -57,6 +57,25 @@ class Order:
         )
 
 
+def scale_shapes(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    return {TILED: block_scale_shape(shape), ROW_MAJOR: (shape[0], shape[1] // BLOCK)}
+
+
+def proven_layouts(packed: Mapping[str, Group]) -> dict[str, str]:
+    """Layouts that padding proves, each with a layer that proves it."""
+    proofs: dict[str, str] = {}
+    for layer, group in packed.items():
+        info = group[weight_suffix(group)]
+        scale = group.get("weight_scale")
+        if scale is None:
+            continue
+        shapes = scale_shapes((info.shape[0], info.shape[1] * 2))
+        fitting = [layout for layout, shape in shapes.items() if shape == scale.shape]
+        if len(fitting) == 1:
+            proofs.setdefault(fitting[0], layer)
+    return proofs
+
+
 def measure(header: Header, packed: Mapping[str, Group], read: Read) -> Order:
     """Header, NVFP4 layers whose scales have the same shape in either order, reader -> Order, from a few of them."""
     names = [layer for layer, members in packed.items() if _large(members)]
@@ -95,4 +114,4 @@ def _explained(scale: torch.Tensor) -> float:
     return (values.mean(0).square().mean().item() + values.mean(1).square().mean().item()) / total
 
 
-__all__ = ["ROW_MAJOR", "TILED", "Order", "Read", "measure"]
+__all__ = ["ROW_MAJOR", "TILED", "Order", "Read", "measure", "proven_layouts", "scale_shapes"]
