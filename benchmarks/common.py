@@ -30,10 +30,13 @@ def import_pack() -> None:
         sys.modules[PACK] = importlib.util.module_from_spec(spec)
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Parser with the options every benchmark has: --out."""
+def make_parser(description: str | None, shapes: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Parser with the options every benchmark has: --out, and with default ``shapes`` --shapes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/<name>.json")
+    if shapes:
+        text = "OUTxIN, separated by commas; default %(default)s"
+        parser.add_argument("--shapes", default=",".join(shapes), help=text)
     return parser
 
 
@@ -44,6 +47,21 @@ def need_cuda() -> None:
     if not torch.cuda.is_available():
         print("No CUDA device: this benchmark measures GPU kernels and has nothing to do here.")
         raise SystemExit(0)
+
+
+def begin_on_gpu() -> tuple[dict[str, Any], float]:
+    """-> (``facts``, bytes a second of a copy), both printed; leaves where there is no CUDA device."""
+    need_cuda()
+    found = facts()
+    print_facts(found)
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s (bytes read + written)", flush=True)
+    return found, bandwidth
+
+
+def shapes_of(text: str) -> list[tuple[int, ...]]:
+    """"2048x4096,..." -> [(2048, 4096), ...]."""
+    return [tuple(map(int, shape.split("x"))) for shape in text.split(",") if shape]
 
 
 def facts() -> dict[str, Any]:

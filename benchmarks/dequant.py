@@ -80,20 +80,14 @@ def measure(shape: tuple[int, int], calls: dict[str, Callable], bandwidth: float
 
 def main() -> int:
     """Returns 1 if our kernel disagrees with the reference anywhere."""
-    parser = common.make_parser(__doc__)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="OUTxIN, separated by commas; default %(default)s")
+    parser = common.make_parser(__doc__, SHAPES)
     parser.add_argument("--backend", default="triton", choices=("triton", "torch", "auto"), help="default %(default)s")
     options = parser.parse_args()
-    common.need_cuda()
-    common.import_pack()
-    found = common.facts()
-    common.print_facts(found)
-    bandwidth = common.copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s (bytes read + written)", flush=True)
+    found, bandwidth = common.begin_on_gpu()
     calls = contenders(options.backend)
     rows = []
-    for text in options.shapes.split(","):
-        rows.append(measure(tuple(map(int, text.split("x"))), calls, bandwidth))
+    for shape in common.shapes_of(options.shapes):
+        rows.append(measure(shape, calls, bandwidth))
         print(f"{rows[-1]['out x in']} done", flush=True)
     ratios = {name: ".2f" for name in rows[0] if "x floor" in name}
     common.print_table(rows, ratios | {name: ".1f" for name in rows[0] if "%" in name})

@@ -121,25 +121,18 @@ def launch_cost(shape: tuple[int, int]) -> dict[str, float]:
 
 def main() -> int:
     """Returns 1 if a conversion differs from the reference or a product is off by more than BF16's rounding."""
-    parser = common.make_parser(__doc__)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="OUTxIN, separated by commas; default %(default)s")
+    parser = common.make_parser(__doc__, SHAPES)
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="default %(default)s")
     parser.add_argument("--tiles", action="store_true", help="also time tiles of the weight's conversion")
     options = parser.parse_args()
-    common.need_cuda()
+    found, bandwidth = common.begin_on_gpu()
     import torch
-
-    common.import_pack()
     from nvfp4_video.kernels import fp8
 
-    found = common.facts()
-    common.print_facts(found)
     if reason := fp8.obstacle(torch.device("cuda:0")):
         print(f"FP8 cannot run here: {reason}")
         return 0
-    bandwidth = common.copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s (bytes read + written)", flush=True)
-    shapes = [tuple(map(int, text.split("x"))) for text in options.shapes.split(",")]
+    shapes = common.shapes_of(options.shapes)
     checks = [check(shape) for shape in [*shapes, (32, 4096), (144, 1040)]]
     common.print_table(checks, {name: ".2e" for name in checks[0] if "rror" in name or "against" in name})
     tile_rows = [row for shape in shapes[:2] * options.tiles for row in tiles(shape, bandwidth)]

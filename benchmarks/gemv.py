@@ -115,18 +115,12 @@ def launch_cost(shape: tuple[int, int] = (2048, 2048)) -> dict[str, float]:
 
 def main() -> int:
     """Returns 1 if a result is further from the exact one than its rounding explains, or not repeatable."""
-    parser = common.make_parser(__doc__)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="OUTxIN, separated by commas; default %(default)s")
+    parser = common.make_parser(__doc__, SHAPES)
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="default %(default)s")
     parser.add_argument("--configs", action="store_true", help="time every configuration with one row")
     options = parser.parse_args()
-    common.need_cuda()
-    common.import_pack()
-    found = common.facts()
-    common.print_facts(found)
-    bandwidth = common.copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s (bytes read + written)", flush=True)
-    shapes = [tuple(map(int, text.split("x"))) for text in options.shapes.split(",")]
+    found, bandwidth = common.begin_on_gpu()
+    shapes = common.shapes_of(options.shapes)
     counts = list(map(int, options.rows.split(",")))
     checks = [check(shape, rows) for shape in (*shapes[:4], *ODD) for rows in (1, 7, 16)]
     if options.configs:

@@ -17,8 +17,8 @@ from nvfp4_video.host.session import FRAME_RATE, end_of_node, latent_shapes, sam
 from nvfp4_video.measure.ltx import SIGMAS  # noqa: E402
 
 __all__ = [
-    "FRAME_RATE", "SIGMAS", "add_options", "compiled", "end_of_node", "latent_shapes", "launch_cost", "parse_options",
-    "sample", "start_host", "without_graphs",
+    "FRAME_RATE", "SIGMAS", "add_options", "begin", "compiled", "end_of_node", "latent_shapes", "launch_cost",
+    "parse_options", "sample", "save", "start_host", "without_graphs",
 ]  # fmt: skip
 
 
@@ -35,6 +35,21 @@ def start_host(folder: str | None, flags: Sequence[str] = (), dynamic: bool = Tr
     except session.SessionError:
         common.need_cuda()
         raise
+
+
+def begin(options: argparse.Namespace) -> dict[str, Any]:
+    """Start ComfyUI as the options say -> ``common.facts`` and its version, printed."""
+    flags = options.flags.split() + ["--cpu"] * options.cpu
+    version = start_host(options.comfyui, flags, dynamic=not options.no_dynamic)
+    found = common.facts() | {"comfyui": version}
+    common.print_facts(found)
+    return found
+
+
+def save(name: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write the result file; of a run on the CPU only where --out asks for it."""
+    if not options.cpu or options.out:
+        common.save(name, options.out, result)
 
 
 def add_options(parser: argparse.ArgumentParser, rows: str) -> None:

@@ -218,17 +218,12 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
     result |= {"DynamicVRAM": dynamic, "latents": latent_errors(patched, expected, config, options)}
     result["linears"] = layer_errors(patched, layers, keys, lora, device)
     result["adapters"] = {name: adapter_bytes(patched[name]) for name in names if name != "stock"}
-    _save(options, result)
+    in_process.save("lora", options, result)
     rows = {ROWS[name] + end: patchers[name] for name in names for end, patchers in (("", plain), (WITH, patched))}
     for size in options.sizes:
         result["sizes"][size] = measure_size(size, rows, config, options)
-        _save(options, result)
+        in_process.save("lora", options, result)
     return result
-
-
-def _save(options: Namespace, result: dict[str, Any]) -> None:
-    if not options.cpu or options.out:
-        common.save("lora", options.out, result)
 
 
 def parse() -> Namespace:
@@ -245,13 +240,9 @@ def parse() -> Namespace:
 def main() -> int:
     """Returns 1 if latents of ours are not finite, or farther from the decoded model with the LoRA than stock's."""
     options = parse()
-    flags = options.flags.split() + ["--cpu"] * options.cpu
-    host = in_process.start_host(options.comfyui, flags, dynamic=not options.no_dynamic)
+    found = in_process.begin(options)
     import torch
 
-    common.import_pack()
-    found = common.facts() | {"comfyui": host}
-    common.print_facts(found)
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         result = run(options, found, Path(scratch))
     common.print_table(result["linears"])

@@ -178,18 +178,15 @@ def main() -> int:
     content: dict[str, Any] = {"facts": found}
     torch.manual_seed(0)
 
-    def parsed(text: str) -> list[tuple[int, int]]:
-        return [tuple(map(int, shape.split("x"))) for shape in text.split(",") if shape]
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         bandwidth = content["copy_bandwidth"] = common.copy_bandwidth()
         print(f"GPU, GB/s of BF16 source; copy bandwidth {bandwidth / 1e12:.3f} TB/s, read + written", flush=True)
-        content["gpu"] = [on_gpu(shape, bandwidth) for shape in parsed(options.shapes)]
+        content["gpu"] = [on_gpu(shape, bandwidth) for shape in common.shapes_of(options.shapes)]
         common.print_table(content["gpu"], {name: ".0f" for name in content["gpu"][0]})
     calls = contenders()
     print(f"CPU, {found['cpu_threads']} threads", flush=True)
-    content["cpu"] = [on_cpu(shape, calls, options.rounds) for shape in parsed(options.cpu_shapes)]
+    content["cpu"] = [on_cpu(shape, calls, options.rounds) for shape in common.shapes_of(options.cpu_shapes)]
     if content["cpu"]:
         common.print_table(content["cpu"], {name: ".2f" for name in content["cpu"][0]})
     content["errors"] = [{"weights": name} | errors(weights) for name, weights in samples(device).items()]

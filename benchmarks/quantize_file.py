@@ -13,7 +13,6 @@ had. Source and target need 49 GB of disk together, 66 GB with --bf16. --scale s
 from __future__ import annotations
 
 import functools
-import gzip
 import json
 import math
 import os
@@ -34,12 +33,10 @@ POOL = 2**27  # numbers, from which every tensor is a slice
 MARKER = b'{"format": "float8_e4m3fn"}'
 
 
-def recorded(name: str) -> dict[str, Any]:
-    return json.loads(gzip.decompress((common.ROOT / "samples" / "data" / f"{name}.json.gz").read_bytes()))
-
-
 def shapes(small: bool, model_only: bool) -> dict[str, tuple[int, ...]]:
     """Every tensor of a full LTX-2.3 checkpoint; small: sizes from 64 on divided by 16."""
+    from nvfp4_video.samples.recorded import recorded
+
     found = {PREFIX + name: tuple(shape) for name, shape in recorded("ltxav_keys")["keys"].items()}
     if not model_only:
         vae = recorded("ltx_vae_keys")
@@ -57,6 +54,7 @@ def write_source(path: Path, fp8: bool, small: bool, model_only: bool) -> None:
     import numpy as np
     import torch
     from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
+    from nvfp4_video.samples.recorded import recorded
 
     pool = POOL // 64 if small else POOL
     noise = torch.randn(pool, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -82,8 +80,7 @@ def write_source(path: Path, fp8: bool, small: bool, model_only: bool) -> None:
             planned.append(PlannedTensor(f"{layer}.weight_scale", "F32", (), lambda: scale))
             planned.append(PlannedTensor(f"{layer}.comfy_quant", "U8", (len(MARKER),), lambda: memoryview(MARKER)))
     planned.sort(key=lambda tensor: {"F32": 0, "BF16": 1}.get(tensor.dtype, 2))
-    config = gzip.decompress((common.ROOT / "samples" / "data" / "ltx23_config.json.gz").read_bytes()).decode()
-    write_checkpoint(path, planned, {"config": config, "license": "random numbers"})
+    write_checkpoint(path, planned, {"config": json.dumps(recorded("ltx23_config")), "license": "random numbers"})
 
 
 def quantize_once(source: str, target: str, device: str, search: str) -> dict[str, Any]:

@@ -4,12 +4,13 @@ usage: python benchmarks/scaling.py [--most N] [--repeats N] [--out FILE]
 
 Prompts and headers come from samples/shapes.py, in sizes that double. A figure is the least CPU time of the repeats, so
 that other work on the machine counts little. ``growth``: time per item at the largest size by that at a quarter of it,
-1 where a reader is linear; small sizes have a share that is the same for all. The guard runs without a host, over
-tests/stub_comfy, and asks for files that are not there.
+1 where a reader is linear and 4 where it is quadratic; small sizes have a share that is the same for all. The guard
+runs without a host, over tests/stub_comfy, and asks for files that are not there.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -72,7 +73,8 @@ def measure(sizes: list[int], repeats: int) -> list[dict[str, Any]]:
     for (reader, shape), took in seconds.items():
         us = {size: value / size * 1e6 for size, value in took.items()}
         growth = us[sizes[-1]] / us[sizes[-3]]
-        rows.append({"reader": reader, "shape": shape, **{f"{n:,}": v for n, v in us.items()}, "growth": growth})
+        row = {f"{n:,}": value for n, value in us.items()} | {"growth": growth}
+        rows.append({"reader": reader, "shape": shape} | {name: round(value, 3) for name, value in row.items()})
     return rows
 
 
@@ -87,7 +89,7 @@ def main() -> None:
     while sizes[-1] * 2 <= arguments.most:
         sizes.append(sizes[-1] * 2)
     rows = measure(sizes, arguments.repeats)
-    facts = common.facts()
+    facts = common.facts() | {"cpu_cores": os.cpu_count()}
     common.print_facts(facts)
     print("microseconds per item")
     common.print_table(rows, {f"{size:,}": ".1f" for size in sizes} | {"growth": ".2f"})

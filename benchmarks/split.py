@@ -12,7 +12,6 @@ and as BF16, since it is there twice; the speed of restoring is that of converti
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import os
@@ -34,7 +33,9 @@ MEMORY = Path("/dev/shm")  # noqa: S108  (a private folder is made in it)
 
 
 def sizes() -> dict[str, list[int]]:
-    keys = json.loads(gzip.decompress((common.ROOT / "samples" / "data" / "ltx_vae_keys.json.gz").read_bytes()))
+    from nvfp4_video.samples.recorded import recorded
+
+    keys = recorded("ltx_vae_keys")
     return {f"vae.{name}": shape for name, shape in keys["video_vae"].items()} | keys["audio_vae"]
 
 
@@ -42,6 +43,7 @@ def write_source(path: Path, gigabytes: float, fp8: bool) -> None:
     """A full checkpoint; with ``fp8`` only its video VAE, large kernels as scaled FP8."""
     import numpy as np
     from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
+    from nvfp4_video.samples.recorded import recorded
 
     noise = memoryview(np.random.default_rng(0).integers(0, 256, 512 * MIB, np.uint8))
     one = memoryview(np.ones(1, np.float32).tobytes())
@@ -68,9 +70,8 @@ def write_source(path: Path, gigabytes: float, fp8: bool) -> None:
         add(f"{layer}.weight_scale", "F8_E4M3", (4096, 256), 2 * ROW_BYTES // 16)
         add(f"{layer}.weight_scale_2", "F32", (), 4)
         block += 1
-    config = gzip.decompress((common.ROOT / "samples" / "data" / "ltx23_config.json.gz").read_bytes()).decode()
     planned.sort(key=lambda tensor: tensor.dtype != "F32")
-    write_checkpoint(path, planned, {"config": config})
+    write_checkpoint(path, planned, {"config": json.dumps(recorded("ltx23_config"))})
 
 
 def split_once(source: Path, folder: Path, parts: list[str]) -> dict[str, float]:

@@ -256,7 +256,7 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
         result["memory"][name] |= first_sampling(ROWS[name], patchers[name], config, options)
     for size in options.sizes:
         result["sizes"][size] = measure_size(size, patchers, config, options)
-        _save(options, result)
+        in_process.save("step", options, result)
     for name, patcher in patchers.items():
         result["launch_us"][name] = in_process.launch_cost(patcher, layers)
         say(f"{ROWS[name]}: {result['launch_us'][name]:.1f} us of CPU time to launch a Linear of the quantised blocks")
@@ -266,13 +266,8 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
             work = functools.partial(in_process.sample, patchers[name], size, config, options.frames)
             seconds = kernel_seconds(f"{size} {ROWS[name]}", lambda work=work: work(seed=0, steps=2), steps=2)
             result["kernel_s"].setdefault(size, {})[name] = seconds
-    _save(options, result)
+    in_process.save("step", options, result)
     return result
-
-
-def _save(options: Namespace, result: dict[str, Any]) -> None:
-    if not options.cpu or options.out:
-        common.save("step", options.out, result)
 
 
 def parse() -> Namespace:
@@ -289,13 +284,9 @@ def parse() -> Namespace:
 def main() -> int:
     """Returns 1 if latents that must be equal differ on a GPU."""
     options = parse()
-    flags = options.flags.split() + ["--cpu"] * options.cpu
-    host = in_process.start_host(options.comfyui, flags, dynamic=not options.no_dynamic)
+    found = in_process.begin(options)
     import torch
 
-    common.import_pack()
-    found = common.facts() | {"comfyui": host}
-    common.print_facts(found)
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         result = run(options, found, Path(scratch))
     common.print_table(

@@ -319,15 +319,10 @@ def parse() -> Namespace:
 
 def main() -> None:
     options = parse()
-    flags = options.flags.split() + ["--cpu"] * options.cpu
-    version = comfyui.start_host(options.comfyui, flags, dynamic=not options.no_dynamic)
+    found, flags = comfyui.begin(options), options.flags.split() + ["--cpu"] * options.cpu
     import torch
-
-    common.import_pack()
     from nvfp4_video.tests.host import small_gemma
 
-    found = common.facts() | {"comfyui": version}
-    common.print_facts(found)
     sizes = Sizes()
     if options.tiny:
         small = small_gemma
@@ -368,8 +363,7 @@ def main() -> None:
     for row, facts in result.get("agreement", {}).items():
         print(f"{ROWS[row]} against stock: {facts}")
     result |= {"rows": rows, "floor_ms": floor * 1e3, "bytes_a_token": read}
-    if options.out or not options.cpu:
-        common.save("text_encoder", options.out, result)
+    comfyui.save("text_encoder", options, result)
 
 
 if __name__ == "__main__":

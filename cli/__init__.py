@@ -1,4 +1,4 @@
-"""The commands of ``python <pack folder> <command>``, and what they have in common.
+"""The commands of `python <pack folder> <command>`, and what they have in common.
 
 A command is a function of the module that ``COMMANDS`` names; it gives the parser its arguments and says what to run
 (``parser.set_defaults(run=...)``). That function takes (args, console) and returns (record, ok): the record is what

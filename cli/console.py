@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
@@ -9,7 +10,10 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TextIO
+
+from ..measure.text import size_text
 
 MAX_WIDTH = 100
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
@@ -20,10 +24,17 @@ _LOG_SECONDS = 10.0
 _ESTIMATE_AFTER_SECONDS = 2.0
 
 Cell = str | tuple[str, str]  # text, or (text, style)
+size = functools.partial(size_text, decimals=2)  # columns of sizes line up
 
 
 class CommandError(Exception):
     """A request that cannot be met, in one line for the user."""
+
+
+def check_ending(out: Path | None, ending: str) -> None:
+    """Refuse to write an output under a name of another kind."""
+    if out and out.suffix.lower() != ending:
+        raise CommandError(f"the output {out} does not end in {ending}")
 
 
 class Console:
@@ -152,11 +163,3 @@ def _takes_colour(stream: TextIO) -> bool:
     """Whether ``stream`` is a terminal that shows colours and its user wants them (https://no-color.org)."""
     shows = os.environ.get("TERM", "dumb") != "dumb" if os.name == "posix" else "WT_SESSION" in os.environ
     return stream.isatty() and shows and not os.environ.get("NO_COLOR")
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people, in decimal units."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
-    return f"{nbytes} B"

@@ -11,15 +11,15 @@ from typing import Any
 from ..checkpoint.file.shards import open_checkpoint
 from ..checkpoint.identify.components import COMPONENTS, find_components
 from ..checkpoint.identify.diagnosis import Fault
-from ..checkpoint.identify.dialects import AUTO, DIALECTS
 from ..checkpoint.identify.report import inspect_checkpoint
 from ..checkpoint.write.repair import BACKUP_ENDING, Repaired, restore_header
 from ..checkpoint.write.repair import repair as repair_checkpoint
 from ..checkpoint.write.split import BF16, KEEP
 from ..checkpoint.write.split import split as split_checkpoint
-from .console import CommandError, Console, size
+from .console import CommandError, Console, check_ending, size
+from .options import add_dialect, add_source, add_target
 
-_SOURCE = "a .safetensors file, its .index.json, one of its shards, or a quoted wildcard"
+_OPEN = "for a file that leaves it open: "
 # What a file of a sharded checkpoint has in its name beside that of the checkpoint.
 _NOT_THE_NAME = re.compile(r"-\d{5}-of-\d{5}|\.safetensors.*$|[*?\[\]]")
 
@@ -30,9 +30,9 @@ def inspect(parser: argparse.ArgumentParser) -> None:
         "What is in a checkpoint, what it lacks, which node loads it and what stock ComfyUI does with it, from its "
         "header alone. Exits with 1 if something is missing."
     )
-    parser.add_argument("source", metavar="CHECKPOINT", help=_SOURCE)
+    add_source(parser)
     parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the bytes by component and block")
-    _add_dialect(parser)
+    add_dialect(parser, _OPEN)
     parser.set_defaults(run=run_inspect)
 
 
@@ -42,7 +42,7 @@ def split(parser: argparse.ArgumentParser) -> None:
         "Writes components of a checkpoint to files of their own, <name>_<component>.safetensors, with the names and "
         "the metadata that ComfyUI's loaders want. Quantised VAE weights become BF16. No unfinished file stays."
     )
-    parser.add_argument("source", metavar="CHECKPOINT", help=_SOURCE)
+    add_source(parser)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the new files go; made if need be")
     parser.add_argument(
         "--only", nargs="+", choices=list(COMPONENTS), metavar="COMPONENT", help=f"some of {', '.join(COMPONENTS)}"
@@ -50,9 +50,8 @@ def split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="beginning of the new names, by default that of the checkpoint")
     parser.add_argument("--dtype", choices=(KEEP, BF16), default=KEEP, help="bf16 converts plain floats of other types")
     parser.add_argument("--vae-prefix", metavar="PREFIX", help="which VAE, where the checkpoint has several")
-    _add_config(parser)
-    _add_overwrite(parser)
-    _add_dialect(parser)
+    add_target(parser, "files that exist")
+    add_dialect(parser, _OPEN)
     parser.set_defaults(run=run_split)
 
 
@@ -62,7 +61,7 @@ def repair(parser: argparse.ArgumentParser) -> None:
         "Makes a quantised checkpoint loadable by stock ComfyUI: adds what its header lacks, mends names, and converts "
         "foreign dialects. Exits with 1 if a fault remains."
     )
-    parser.add_argument("source", metavar="CHECKPOINT", help=_SOURCE)
+    add_source(parser)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("target", nargs="?", type=Path, metavar="TARGET", help="the repaired copy")
     where.add_argument(
@@ -71,30 +70,14 @@ def repair(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--undo", action="store_true", help="put back the header that --in-place has kept, if only that was changed"
     )
-    _add_config(parser)
-    _add_overwrite(parser)
-    _add_dialect(parser)
+    add_target(parser, "files that exist")
+    add_dialect(parser, _OPEN)
     parser.set_defaults(run=run_repair)
-
-
-def _add_dialect(parser: argparse.ArgumentParser) -> None:
-    choices = (AUTO, *DIALECTS)
-    text = f"for a file that leaves it open: {', '.join(choices)}"
-    parser.add_argument("--dialect", choices=choices, default=AUTO, metavar="NAME", help=text)
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config-from", metavar="FILE", help="a checkpoint of the same model, whose `config` is taken")
-
-
-def _add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def run_inspect(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the inspection, whether nothing is missing)."""
-    if args.png and args.png.suffix.lower() != ".png":
-        raise CommandError(f"the output {args.png} does not end in .png")
+    check_ending(args.png, ".png")
     found = inspect_checkpoint(args.source, args.dialect)
     if args.png:
         from ..draw.inspect import inspection_picture  # Pillow, which only the picture needs

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..measure import media
 from ..measure.compare import Comparison, compare_clips
 from ..measure.sharpness import REFERENCE_RATIO, Sharpness, measure_sharpness
-from .console import CommandError, Console
+from .console import CommandError, Console, check_ending
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,8 +130,7 @@ def _check_output(out: Path, inputs: list[Path]) -> None:
 def run_compare(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (record, whether both are about equally sharp)."""
     for out, suffix in ((args.png, ".png"), (args.out, ".json")):
-        if out and out.suffix.lower() != suffix:
-            raise CommandError(f"the output {out} does not end in {suffix}")
+        check_ending(out, suffix)
         if out:
             _check_output(out, [args.a, args.b])
     a, b = (_read(path, args.max_frames, console) for path in (args.a, args.b))

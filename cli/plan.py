@@ -11,7 +11,7 @@ from ..checkpoint.identify.components import find_components
 from ..measure.gpus import DETECTED, GPUS, pick_gpu
 from ..measure.plan import make_plan
 from ..measure.roofline import MODES, Clip
-from .console import CommandError, Console
+from .console import CommandError, Console, check_ending
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
 
 def run_plan(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the plan, whether it runs without streaming)."""
-    if args.picture and args.picture.suffix.lower() != ".png":
-        raise CommandError(f"the output {args.picture} does not end in .png")
+    check_ending(args.picture, ".png")
     header = open_checkpoint(args.source).header
     clip = Clip(args.width, args.height, args.frames, args.fps)
     encoder = args.text_encoder and args.text_encoder * 1e9

@@ -11,16 +11,15 @@ import torch
 
 from ..checkpoint.file.resume import PART
 from ..checkpoint.identify.components import DIFFUSION_MODEL
-from ..checkpoint.identify.dialects import AUTO, DIALECTS
+from ..checkpoint.identify.dialects import AUTO
 from ..checkpoint.verify.verify import Verification, summary
 from ..checkpoint.verify.verify import verify as verify_files
 from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import FAMILIES, Options
-from .console import CommandError, Console, size
-
-_SOURCE = "a .safetensors file, its .index.json, one of its shards, or a quoted wildcard"
+from .console import CommandError, Console, check_ending, size
+from .options import add_dialect, add_source, add_target
 
 
 def quantize(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
         "Writes a BF16, FP16, FP32 or FP8 checkpoint as NVFP4 in ComfyUI's own layout, with a model card beside it. "
         "Needs memory for one tensor, not for the model. An interrupted run is gone on with by the same command."
     )
-    parser.add_argument("source", metavar="CHECKPOINT", help=_SOURCE)
+    add_source(parser)
     parser.add_argument("target", type=Path, metavar="TARGET", help="the new .safetensors file")
     parser.add_argument("--estimate", action="store_true", help="only tell size and time; nothing is written")
     parser.add_argument("--recipe", choices=FAMILIES, default=AUTO, metavar="NAME", help=f"{', '.join(FAMILIES)}")
@@ -50,8 +49,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="mean squares of each layer's inputs, as safetensors"
     )
-    parser.add_argument("--config-from", metavar="FILE", help="a checkpoint of the same model, whose `config` is taken")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    add_target(parser, "a file that exists")
     _add_device(parser)
     parser.set_defaults(run=run_quantize)
 
@@ -63,11 +61,10 @@ def verify(parser: argparse.ArgumentParser) -> None:
         "layer is worse than its format allows, is read in the wrong dialect, or something else was changed."
     )
     parser.add_argument("file", metavar="FILE", help="the quantised checkpoint")
-    parser.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    add_source(parser, "SOURCE")
     parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the errors by block and layer type")
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="how many layers to list (default 10)")
-    choices = (AUTO, *DIALECTS)
-    parser.add_argument("--dialect", choices=choices, default=AUTO, metavar="NAME", help=", ".join(choices))
+    add_dialect(parser)
     _add_device(parser)
     parser.set_defaults(run=run_verify)
 
@@ -156,8 +153,7 @@ def _less(record: dict[str, Any]) -> str:
 
 def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the verification, whether nothing is wrong)."""
-    if args.png and args.png.suffix.lower() != ".png":
-        raise CommandError(f"the output {args.png} does not end in .png")
+    check_ending(args.png, ".png")
     with console.progress(f"Verifying {Path(args.file).name}", amount=size) as progress:
         found = verify_files(
             args.file, args.source, dialect=args.dialect, device=_device(args.device), on_step=progress.of

@@ -1,1 +1,1 @@
-"""Every picture, of records that checkpoint/ and measure/ make. Pillow is imported here and nowhere else."""
+"""Every picture, drawn of what checkpoint/ and measure/ found. Pillow is imported here alone."""

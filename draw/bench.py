@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..measure.bench import RANDOM_NOTE, clip_text, machine_text, remarks, size_text
+from ..measure.bench import RANDOM_NOTE, clip_text, machine_text, remarks
+from ..measure.text import size_text
 from .canvas import FAINT, GRID, INK, ORANGE, RED, SMOOTH, Canvas, Colour
 
 _WIDTH, _MARGIN, _HEAD, _LINE = 1800, 40, 206, 74
@@ -136,7 +137,7 @@ def _pale(colour: Colour) -> Colour:
 
 def _panels(result: Mapping[str, Any]) -> list[_Panel]:
     rows = [row for row in result["rows"] if row["summary"]]
-    size = {row["key"]: (row["file_bytes"], size_text(row["file_bytes"])) for row in result["rows"]}
+    size = {row["key"]: (row["file_bytes"], size_text(row["file_bytes"], 2)) for row in result["rows"]}
     steps = {row["key"]: row["summary"]["step_s"] for row in rows}
     clips = {row["key"]: row["summary"]["warm_clip_s"] for row in rows}
     memory = "peak_gpu_gb" if any(row["summary"]["peak_gpu_gb"] for row in rows) else "peak_host_gb"

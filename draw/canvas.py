@@ -23,11 +23,15 @@ _LONGEST = 4000  # characters; what comes from a file may have millions
 
 
 class Canvas:
-    """A white picture with text, lines and pasted pixels; drawn ``oversample`` times larger and reduced."""
+    """A white picture with text, lines and pasted pixels; drawn ``oversample`` times larger and reduced.
 
-    def __init__(self, width: int, height: int, oversample: int = 1) -> None:
-        self.scale = oversample
-        self.image = Image.new("RGB", (width * oversample, height * oversample), PAPER)
+    It has ``density`` pixels a unit of length, for what is shown at ``width`` or larger.
+    """
+
+    def __init__(self, width: int, height: int, oversample: int = 1, density: int = 1) -> None:
+        self.size = (width * density, height * density)
+        self.scale = oversample * density
+        self.image = Image.new("RGB", (width * self.scale, height * self.scale), PAPER)
         self.draw = ImageDraw.Draw(self.image)
 
     def text(
@@ -61,13 +65,12 @@ class Canvas:
             self.draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), colour)
 
     def paste(self, x: float, y: float, pixels: np.ndarray) -> None:
-        self.image.paste(Image.fromarray(pixels), (round(x), round(y)))
+        """Put pixels as they are; of an oversampled canvas they would be reduced with it."""
+        self.image.paste(Image.fromarray(pixels), (round(x * self.scale), round(y * self.scale)))
 
     def pixels(self) -> np.ndarray:
-        image = self.image
-        if self.scale > 1:
-            image = image.resize((image.width // self.scale, image.height // self.scale), Image.Resampling.LANCZOS)
-        return np.asarray(image)
+        same = self.image.size == self.size
+        return np.asarray(self.image if same else self.image.resize(self.size, Image.Resampling.LANCZOS))
 
 
 def text_width(text: str, size: int) -> float:

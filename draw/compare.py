@@ -48,7 +48,7 @@ def curves(
     canvas.text(0, 0, title, 20, bold=True)
     values = [v for s in series.values() for v in s] + [value for _, value, _ in lines]
     low, high = limits or (0.0, max(values) * 1.08 or 1.0)
-    ticks = _ticks(low, high)
+    marks = ticks(low, high)
     left, right, top, bottom = 72, width - 12, 44, height - 56
     count = max(len(s) for s in series.values())
 
@@ -58,11 +58,11 @@ def curves(
     def y_of(value: float) -> float:
         return bottom - (bottom - top) * (value - low) / (high - low)
 
-    for tick in ticks:
+    for tick in marks:
         canvas.line([(left, y_of(tick)), (right, y_of(tick))], GRID, 1)
         canvas.text(left - 10, y_of(tick), f"{tick:g}", 15, FAINT, anchor="rm")
     canvas.line([(left, bottom), (right, bottom)], FAINT, 1)
-    for tick in _ticks(0, max(count - 1, 1), whole=True):
+    for tick in ticks(0, max(count - 1, 1), whole=True):
         if tick < count:
             canvas.text(x_of(tick), bottom + 8, f"{tick:g}", 15, FAINT, anchor="mt")
     canvas.text((left + right) / 2, height - 4, "frame", 15, FAINT, anchor="ms")
@@ -216,7 +216,7 @@ def _crops(comparison: Comparison, a: np.ndarray, b: np.ndarray, width: int) -> 
     return canvas.pixels()
 
 
-def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """About five round numbers from ``low`` to ``high``."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))

@@ -9,7 +9,8 @@ from itertools import islice
 import numpy as np
 
 from ..checkpoint.identify.components import AUDIO_VAE, DIFFUSION_MODEL, REST, TEXT_PROJECTION, VIDEO_VAE
-from ..checkpoint.identify.report import OUTSIDE, ComponentSize, Inspection, size_text
+from ..checkpoint.identify.report import OUTSIDE, ComponentSize, Inspection
+from ..measure.text import size_text
 from .canvas import (
     FAINT,
     GREY,
@@ -27,14 +28,14 @@ from .canvas import (
     wrap,
 )
 
-_COMPONENT_COLOURS: dict[str, Colour] = {
+COMPONENT_COLOURS: dict[str, Colour] = {
     DIFFUSION_MODEL: (52, 96, 160),
     VIDEO_VAE: (214, 118, 32),
     AUDIO_VAE: PURPLE,
     TEXT_PROJECTION: TEAL,
     REST: GREY,
 }
-_FORMAT_COLOURS: dict[str, Colour] = {
+FORMAT_COLOURS: dict[str, Colour] = {
     "NVFP4": (86, 158, 60),
     "scaled FP8": (222, 160, 40),
     "FP8": (236, 192, 110),
@@ -43,7 +44,7 @@ _FORMAT_COLOURS: dict[str, Colour] = {
     "F16": (90, 140, 196),
     "F32": (128, 84, 150),
 }
-_OTHER_FORMAT = GREY
+OTHER_FORMAT = GREY
 _CHART, _BAR, _LINE = 360, 54, 30
 _MOST_COLUMNS = 1000  # thinner ones would not be seen
 
@@ -75,14 +76,14 @@ def _components(page: Canvas, y: float, parts: tuple[ComponentSize, ...]) -> flo
     x = float(MARGIN)
     for part in parts:
         wide = INNER * part.nbytes / total
-        page.box(x, y, x + max(wide - 2, 1), y + _BAR, _COMPONENT_COLOURS[part.name])
+        page.box(x, y, x + max(wide - 2, 1), y + _BAR, COMPONENT_COLOURS[part.name])
         label = f"{100 * part.nbytes / total:.0f} %"
         if wide > 70:
             page.text(x + wide / 2, y + _BAR / 2, label, 20, PAPER, anchor="mm")
         x += wide
     y += _BAR + 22
     for part in sorted(parts, key=lambda part: -part.nbytes):
-        page.box(MARGIN, y + 4, MARGIN + 18, y + 22, _COMPONENT_COLOURS[part.name])
+        page.box(MARGIN, y + 4, MARGIN + 18, y + 22, COMPONENT_COLOURS[part.name])
         page.text(MARGIN + 32, y + 13, part.title, 21, anchor="lm")
         page.text(MARGIN + 520, y + 13, size_text(part.nbytes), 21, anchor="rm", bold=True)
         page.text(MARGIN + 560, y + 13, f"{part.parameters / 1e6:,.1f} M parameters", 21, FAINT, anchor="lm")
@@ -101,7 +102,7 @@ def _blocks(page: Canvas, y: float, blocks: Mapping[str, Mapping[str, tuple[int,
     x = MARGIN + INNER
     for name in reversed(names):
         x -= text_width(name, 19) + 50
-        page.box(x, y + 4, x + 18, y + 22, _FORMAT_COLOURS.get(name, _OTHER_FORMAT))
+        page.box(x, y + 4, x + 18, y + 22, FORMAT_COLOURS.get(name, OTHER_FORMAT))
         page.text(x + 26, y + 13, name, 19, FAINT, anchor="lm")
     columns = {label: sizes for label, sizes in blocks.items() if label != OUTSIDE} or blocks
     columns = dict(islice(columns.items(), _MOST_COLUMNS))
@@ -117,7 +118,7 @@ def _blocks(page: Canvas, y: float, blocks: Mapping[str, Mapping[str, tuple[int,
         start, level = left + pitch * index, base
         for name in names:
             tall = _CHART * sizes.get(name, (0, 0))[1] / top
-            colour = _FORMAT_COLOURS.get(name, _OTHER_FORMAT)
+            colour = FORMAT_COLOURS.get(name, OTHER_FORMAT)
             page.box(start + 0.12 * pitch, level - tall, start + 0.88 * pitch, level, colour)
             level -= tall
         if index % every == 0:

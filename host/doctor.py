@@ -16,6 +16,9 @@ from .profiles import launch_profile
 
 SCHEMA = 1
 NO_NVFP4 = "none"
+_PATHS = {
+    "fast": "on the fast path", "slow": "on a slow path", "unknown": "on an unknown path", NO_NVFP4: "without NVFP4",
+}  # fmt: skip
 _RESIDENT = 0.95  # of a model's bytes; the rest may be what the host keeps back for itself
 
 
@@ -34,7 +37,7 @@ def report(facts: Mapping[str, Fact] | None = None, findings: Iterable = ()) -> 
 
 def text(report: Mapping) -> str:
     """The report as lines for a terminal, a node or a bug report."""
-    lines = []
+    lines = [headline(report), ""]
     for group, facts in groupby(report["facts"], key=lambda fact: fact["group"]):
         lines += [group, *(f"  {fact['label']}: {fact['text']}" for fact in facts), ""]
     lines.append("Loaded models")
@@ -54,6 +57,15 @@ def text(report: Mapping) -> str:
     lines += ["", "Other flags of this ComfyUI"] if launch["others"] else []
     lines += [f"  {flag['flag']}: {flag['what']}" for flag in launch["others"]]
     return "\n".join(lines)
+
+
+def headline(report: Mapping) -> str:
+    """What the report comes to: how many findings of each severity, how many models on which path."""
+    findings = Counter(finding["severity"] for finding in report["findings"])
+    paths = Counter(model["verdict"] for model in report["models"])
+    found = ", ".join(f"{count} {severity}{'s' * (count > 1)}" for severity, count in findings.items())
+    models = ", ".join(f"{count} {_PATHS[verdict]}" for verdict, count in paths.items())
+    return f"{found or 'nothing'} found; models: {models or 'none loaded'}"
 
 
 def models(facts: Mapping[str, Fact]) -> list[dict[str, str]]:

@@ -47,7 +47,7 @@ def check(
     late: list[str] = []
     reference, more = "", False
     try:
-        graph = prompt if isinstance(prompt, PromptGraph) else PromptGraph(prompt)
+        graph = _graph(prompt)
         outputs = _outputs(graph, targets)
         view = View(graph if outputs is None else graph.restricted_to(outputs), facts, until)
     except Exception as error:
@@ -76,6 +76,10 @@ def check(
     if late:
         found.append(not_in_time(limit, late))
     return found
+
+
+def _graph(prompt: Any) -> PromptGraph:
+    return prompt if isinstance(prompt, PromptGraph) else PromptGraph(prompt)
 
 
 def not_in_time(limit: float, left_out: Iterable[str] = ()) -> Finding:
@@ -164,8 +168,9 @@ def check_host(facts: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def policy_in_graph(graph: PromptGraph) -> str | None:
-    """The strictest policy among a prompt's NVFP4LaunchGuard nodes, or None without such a node."""
+def policy_in_graph(prompt: Any) -> str | None:
+    """The strictest policy among the NVFP4LaunchGuard nodes of a prompt or its graph, or None without such a node."""
+    graph = _graph(prompt)
     found = {graph.value(node.id, "policy") for node in graph.of_kind(GUARD_NODE)}
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Where the guard meets the host's server: one line at start-up, the handler of queued prompts, two read-only routes.
+"""Where the guard meets the host's server: one line at start-up, the handler of queued prompts, three read-only routes.
 
 The handler sees every prompt before the host validates it, whoever queued it. It logs the findings, sends them to the
 client that queued the prompt, and puts them into the prompt's extra_data, so that they stand in the history. Under
@@ -25,10 +25,11 @@ from .guard_limit import within
 from .guard_view import GUARD_NODE
 from .probe import probe
 from .prompt_graph import PromptGraph
+from .show import reports
 
 logger = logging.getLogger(__name__)
 
-REPORT_ROUTE, CHECK_ROUTE = "/nvfp4/report", "/nvfp4/check"
+REPORT_ROUTE, CHECK_ROUTE, REPORTS_ROUTE = "/nvfp4/report", "/nvfp4/check", "/nvfp4/reports"
 EVENT = "nvfp4.findings"
 IN_HISTORY = "nvfp4_findings"
 ENABLED, POLICY = "NVFP4.guard.enabled", "NVFP4.guard.policy"
@@ -47,6 +48,7 @@ def start() -> None:
         return
     server.routes.get(REPORT_ROUTE)(get_report)
     server.routes.post(CHECK_ROUTE)(post_check)
+    server.routes.get(REPORTS_ROUTE)(get_reports)
     server.add_on_prompt_handler(on_prompt)
     try:
         findings = guard.check_host(probe())
@@ -91,6 +93,15 @@ async def post_check(request: Any) -> Any:
     if findings is None:
         return web.json_response({"error": 'expected {"prompt": <a prompt in API form>}'}, status=400)
     return web.json_response({"findings": [finding.as_dict() for finding in findings]})
+
+
+async def get_reports(request: Any) -> Any:
+    """GET ?workflow=<id>&node=<id> <class>&node=... -> {"reports": node id -> what it last reported}."""
+    from aiohttp import web
+
+    history = PromptServer.instance.prompt_queue.get_history()
+    nodes = dict(node.split(" ", 1) for node in request.query.getall("node", []) if " " in node)
+    return web.json_response({"reports": reports(history, request.query.get("workflow", ""), nodes)})
 
 
 def on_prompt(data: Any) -> Any:

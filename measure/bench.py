@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from .text import markdown_table, size_text
+
 OK, REFUSED, FAILED, WAITING = "ok", "refused", "failed", "waiting"
 STOCK, OURS = "stock", "ours"
 FORMATS = {"bf16": "BF16", "fp8": "FP8", "nvfp4": "NVFP4"}
@@ -133,7 +135,7 @@ def cost_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Cells of ``COST`` for every row; a row that did not run says so in its fourth cell."""
     found = []
     for row in result["rows"]:
-        summary, nbytes = row["summary"], size_text(row["file_bytes"])
+        summary, nbytes = row["summary"], size_text(row["file_bytes"], 2)
         if summary is None:
             found.append([row["label"], nbytes, "-", row["status"], "-", "-", "-", "-"])
             continue
@@ -166,11 +168,6 @@ def quality_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return found
 
 
-def size_text(nbytes: int) -> str:
-    """Bytes of a file for people."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
-
-
 def _middle(spread: Mapping[str, float] | None, form: str) -> str:
     return "-" if spread is None else format(spread["median"], form)
 
@@ -191,8 +188,8 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     found = [f"{row['label']}: {row['status']}, {row['reason']}" for row in result["rows"] if row["reason"]]
     found += [f"{row['label']}: {note}" for row in result["rows"] for note in row["notes"]]
     found += [
-        f"{row['file']} holds more than the model, which is {size_text(row['model_bytes'])} of its "
-        f"{size_text(row['file_bytes'])}."
+        f"{row['file']} holds more than the model, which is {size_text(row['model_bytes'], 2)} of its "
+        f"{size_text(row['file_bytes'], 2)}."
         for row in {row["file"]: row for row in result["rows"]}.values()
         if row["model_bytes"] < 0.9 * row["file_bytes"]
     ]
@@ -218,12 +215,8 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 def markdown(result: Mapping[str, Any]) -> str:
     """The tables as Markdown, ready for a README."""
     lines = [f"{headline(result)}.", "", f"{machine_text(result)}.", ""]
-    lines += _markdown_table(COST, cost_rows(result))
+    lines += markdown_table(COST, cost_rows(result))
     rows = quality_rows(result)
     if rows:
-        lines += ["", *_markdown_table(QUALITY, rows)]
+        lines += ["", *markdown_table(QUALITY, rows)]
     return "\n".join([*lines, "", *(f"- {text}" for text in remarks(result)), ""])
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] + ["---:"] * (len(head) - 1), *rows)]

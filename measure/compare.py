@@ -108,12 +108,12 @@ class Comparison:
 
     @property
     def text(self) -> str:
-        """The numbers and the verdict, one a line."""
+        """The verdict and the numbers, one a line."""
         a = self.sharpness[0]
         head = f"{self.names[0]} (A) and {self.names[1]} (B): {self.frames} frames of {a.width}x{a.height}."
         if any(self.left_out):
             head += f" Compared over the common part; left out: {self.left_out[0]} of A, {self.left_out[1]} of B."
-        return "\n".join([head, *(f"{label}: {value}" for label, value in self.rows()), self.verdict])
+        return "\n".join([self.verdict, head, *(f"{label}: {value}" for label, value in self.rows())])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready record without NaN or infinity."""

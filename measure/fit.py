@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 
 from .gpus import Gpu
 from .roofline import QUANTISED, Clip, Transformer, multiplied_as
+from .text import gb
 
 ENCODE, SAMPLE, DECODE = "encode", "sample", "decode"
 RESIDENT, SWAPPING, STREAMING, TOO_LARGE = "resident", "swapping", "streaming", "too large"
@@ -162,12 +163,12 @@ def advice(found: Fit) -> list[str]:
         lines.append("launch flags: none. Parts are dropped between the phases and read from the disk again.")
     elif found.verdict == SWAPPING:
         lines.append(
-            f"launch flags: none. ComfyUI moves whole models between the phases; keep {_gb(found.total)} of RAM free. "
+            f"launch flags: none. ComfyUI moves whole models between the phases; keep {gb(found.total)} of RAM free. "
             "`--highvram` and `--gpu-only` would run out of memory."
         )
     elif found.verdict == STREAMING:
         lines.append(
-            f"launch flags: none, and not `--disable-dynamic-vram`. {_gb(found.streamed)} of the diffusion model cross "
+            f"launch flags: none, and not `--disable-dynamic-vram`. {gb(found.streamed)} of the diffusion model cross "
             f"the bus in every step: {found.stream_seconds:.2f} s at least over PCIe 4.0 x16. "
             "`--highvram` and `--gpu-only` would run out of memory."
         )
@@ -176,23 +177,19 @@ def advice(found: Fit) -> list[str]:
     if not encode.alone and not found.unified:
         lines.append("the text encoder does not fit by itself: part of it is streamed, or choose `cpu` in its loader.")
     if found.tiled_decode:
-        lines.append(f"use VAE Decode (Tiled): a decode in one piece reserves {_gb(decode.working)}.")
+        lines.append(f"use VAE Decode (Tiled): a decode in one piece reserves {gb(decode.working)}.")
     crowded = [one for one in (encode, decode) if one.alone and not one.beside_the_rest and sample.beside_the_rest]
     for one in crowded:
         avoid = "; VAE Decode (Tiled) avoids that" if one is decode else ""
         lines.append(
-            f"to {one.name}, ComfyUI reserves {_gb(one.working)}, more than is left beside all weights: it moves a "
+            f"to {one.name}, ComfyUI reserves {gb(one.working)}, more than is left beside all weights: it moves a "
             f"model out and back, which takes time but no flag{avoid}."
         )
     if found.with_page_cache is not None:
         beyond = found.with_page_cache > found.memory
         lines.append(
             f"unified memory: right after loading, the file's cached pages count as used, "
-            f"{_gb(found.with_page_cache)} in all{', more than there is' if beyond else ''}. Linux gives them back "
+            f"{gb(found.with_page_cache)} in all{', more than there is' if beyond else ''}. Linux gives them back "
             "under pressure, but CUDA reports them as used, so ComfyUI sees too little free memory."
         )
     return lines
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB"

@@ -25,6 +25,7 @@ from .roofline import (
     step,
     vae_decode,
 )
+from .text import gb, table
 
 # A step that takes less than this share of BF16's is called faster.
 _FASTER = 0.9
@@ -166,26 +167,26 @@ def _changes(choices: tuple[Choice, ...]):
 def _lines(plan: RenderPlan):
     clip, gpu, found = plan.clip, plan.gpu, plan.fit
     tokens = clip.tokens
+    yield f"{_VERDICTS[found.verdict]} ({gb(found.total)} of weights, {gb(gpu.memory)} of memory)"
+    yield from (f"  {line}" for line in advice(found))
+    yield ""
     yield f"{plan.file} on {gpu.name}, {plan.mode} compute"
     yield (
         f"{clip.width}x{clip.height}, {clip.frames} frames at {clip.fps:g} fps: {tokens['video']:,} video tokens, "
         f"{tokens['audio']:,} audio tokens"
     )
     yield ""
-    yield f"{_VERDICTS[found.verdict]} ({_gb(found.total)} of weights, {_gb(gpu.memory)} of memory)"
-    yield from (f"  {line}" for line in advice(found))
-    yield ""
     rows = [("weights", "size", "")]
     for name, title in _TITLES.items():
         if name in found.sizes:
-            rows.append((title, _gb(found.sizes[name]), "assumed: not in this file" if name in found.assumed else ""))
-    yield from _table(rows)
+            rows.append((title, gb(found.sizes[name]), "assumed: not in this file" if name in found.assumed else ""))
+    yield from table(rows)
     yield ""
     rows = [("phase", "weights", "working", "always free", "in all", "fits alone", "fits beside the rest")]
     for one in found.phases:
-        numbers = (_gb(value) for value in (one.weights, one.working, RESERVE, one.needs))
+        numbers = (gb(value) for value in (one.weights, one.working, RESERVE, one.needs))
         rows.append((one.name, *numbers, "yes" if one.alone else "no", "yes" if one.beside_the_rest else "no"))
-    yield from _table(rows)
+    yield from table(rows)
     if plan.step:
         yield ""
         yield from _times(plan, plan.step)
@@ -217,18 +218,9 @@ def _times(plan: RenderPlan, now: Step):
     yield ""
     rows = [("format", "compute", "diffusion model", "step", "at least", "memory", "bound")]
     for one in plan.choices:
-        numbers = _gb(one.size), f"{one.seconds:.2f} s", f"{one.floor:.2f} s"
+        numbers = gb(one.size), f"{one.seconds:.2f} s", f"{one.floor:.2f} s"
         rows.append((one.stored, one.mode, *numbers, one.verdict, one.bound))
-    yield from _table(rows)
+    yield from table(rows)
     yield ""
     yield "what NVFP4 changes here:"
     yield from (f"  {line}" for line in plan.changes)
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB"

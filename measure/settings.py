@@ -10,19 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from .ltx import (
-    AUDIO_LATENTS_PER_SECOND,
-    CFG,
-    MAX_SECONDS,
-    MAX_SIDE,
-    SIGMAS,
-    SIGMAS_STAGE_2,
-    SPATIAL,
-    TEMPORAL,
-    VERSIONS,
-    audio_latents,
-    mel_frames,
-)
+from . import ltx
 
 ONE_STAGE, TWO_STAGES = "one stage", "two stages"
 STAGES = (ONE_STAGE, TWO_STAGES)
@@ -74,7 +62,7 @@ class RenderSettings:
         lines = [
             f"LTX-{self.version} distilled: {self.final_width}x{self.final_height}, {self.frames} frames at "
             f"{self.fps:g} fps, {self.seconds:.2f} s; {stages}; cfg {self.cfg:g}",
-            f"audio: {self.audio_latents} latents, {self.audio_latents / AUDIO_LATENTS_PER_SECOND:.2f} s",
+            f"audio: {self.audio_latents} latents, {self.audio_latents / ltx.AUDIO_LATENTS_PER_SECOND:.2f} s",
             f"sigmas: {', '.join(f'{sigma:g}' for sigma in self.sigmas)}",
         ]
         if self.stages == TWO_STAGES:
@@ -91,7 +79,7 @@ def distilled_settings(
     seconds: float = 0.0,
     stages: str = ONE_STAGE,
     version: str = "2.3",
-    count_audio: Callable[[int, float], int] = audio_latents,
+    count_audio: Callable[[int, float], int] = ltx.audio_latents,
 ) -> RenderSettings:
     """Wishes -> RenderSettings the model can make, each wish moved to the nearest possible value (of two, the smaller).
 
@@ -100,24 +88,24 @@ def distilled_settings(
     value that means nothing.
     """
     _check(width, height, frames, fps, seconds, stages, version)
-    step = SPATIAL * (2 if stages == TWO_STAGES else 1)
-    final_width, final_height = (_nearest(side, step, _SMALLEST_SIDE * step // SPATIAL) for side in (width, height))
+    step = ltx.SPATIAL * (2 if stages == TWO_STAGES else 1)
+    final_width, final_height = (_nearest(side, step, _SMALLEST_SIDE * step // ltx.SPATIAL) for side in (width, height))
     wanted = seconds * fps if seconds > 0 else frames
-    count = max(TEMPORAL * math.ceil((wanted - 1) / TEMPORAL - 0.5), 0) + 1
+    count = max(ltx.TEMPORAL * math.ceil((wanted - 1) / ltx.TEMPORAL - 0.5), 0) + 1
     latents = count_audio(count, fps)
     notes = []
     if (final_width, final_height) != (width, height):
-        why = "both stages need sides that are multiples of 32, so the final ones" if step > SPATIAL else "sides"
+        why = "both stages need sides that are multiples of 32, so the final ones" if step > ltx.SPATIAL else "sides"
         notes.append(f"size: {width}x{height} -> {final_width}x{final_height}; {why} are multiples of {step}")
     if seconds > 0:
         notes.append(f"frames: {seconds:g} s at {fps:g} fps are {wanted:g} frames -> {count}, the nearest 8k + 1")
     elif count != frames:
         notes.append(f"frames: {frames} -> {count}; the VAE makes 8k + 1, and ComfyUI would cut down in silence")
     notes += _cautions(final_width, final_height, count, fps, latents)
-    scale = step // SPATIAL
+    scale = step // ltx.SPATIAL
     return RenderSettings(
         version, stages, final_width // scale, final_height // scale, final_width, final_height, count, fps, latents,
-        SIGMAS, SIGMAS_STAGE_2[version], CFG, tuple(notes),
+        ltx.SIGMAS, ltx.SIGMAS_STAGE_2[version], ltx.CFG, tuple(notes),
     )  # fmt: skip
 
 
@@ -127,7 +115,7 @@ def _check(width: int, height: int, frames: int, fps: float, seconds: float, sta
             raise ValueError(f"{name} is {value}; expected a number above 0")
     if not (math.isfinite(seconds) and seconds >= 0):
         raise ValueError(f"seconds is {seconds}; expected 0 (frames decides) or a length above it")
-    for name, value, known in (("stages", stages, STAGES), ("version", version, VERSIONS)):
+    for name, value, known in (("stages", stages, STAGES), ("version", version, ltx.VERSIONS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
 
@@ -144,17 +132,17 @@ def _cautions(width: int, height: int, frames: int, fps: float, latents: int) ->
             f"fps: {fps:g} is not whole; `frame_rate` is {max(round(fps), 1)} and makes the sound drift, so connect "
             "`fps`. A ComfyUI whose empty audio latent takes whole numbers only cannot make this clip in sync"
         )
-    if frames / fps > MAX_SECONDS:
-        notes.append(f"length: {frames / fps:.1f} s; the model's positions end at {MAX_SECONDS:g} s")
-    if max(width, height) > MAX_SIDE:
-        notes.append(f"size: the model's positions end at {MAX_SIDE} pixels")
+    if frames / fps > ltx.MAX_SECONDS:
+        notes.append(f"length: {frames / fps:.1f} s; the model's positions end at {ltx.MAX_SECONDS:g} s")
+    if max(width, height) > ltx.MAX_SIDE:
+        notes.append(f"size: the model's positions end at {ltx.MAX_SIDE} pixels")
     if frames > MAX_AUDIO_FRAMES:
         notes.append(f"frames: LTXV Empty Latent Audio takes {MAX_AUDIO_FRAMES} at most")
-    as_mel = mel_frames(frames)
+    as_mel = ltx.mel_frames(frames)
     notes.append(
         f'the often quoted "frames*4-3" ({as_mel} for {frames} frames) counts MEL frames, not latents: n latents '
         f"decode to 4n - 3 MEL frames, and at 25 fps a clip has as many latents as frames. Allocated as latents it "
-        f"gives {as_mel / AUDIO_LATENTS_PER_SECOND:.1f} s of sound for {frames / fps:.1f} s of picture; here it is "
+        f"gives {as_mel / ltx.AUDIO_LATENTS_PER_SECOND:.1f} s of sound for {frames / fps:.1f} s of picture; here it is "
         f"{latents}"
     )
     return notes

@@ -110,12 +110,12 @@ class Sharpness:
 
     @property
     def text(self) -> str:
-        """The numbers, the verdict, and what it rests on, in a few lines."""
+        """The verdict, the numbers, and what it rests on, in a few lines."""
         count = len(self.values)
         lines = [
+            f"Verdict: {self.verdict}. {_MEANING[self.verdict]}",
             f"Sharpness (variance of the Laplacian, 8-bit grey): median {self.median:.1f}, min {self.min:.1f}, "
             f"max {self.max:.1f} over {count} frame{'s' * (count != 1)} of {self.width}x{self.height}.",
-            f"Verdict: {self.verdict}. {_MEANING[self.verdict]}",
         ]
         if self.reference_ratio is not None:
             lines.append(

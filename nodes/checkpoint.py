@@ -8,6 +8,7 @@ from ..checkpoint.identify.components import COMPONENTS, VIDEO_VAE
 from ..checkpoint.identify.dialects import AUTO, DIALECTS
 from ..checkpoint.identify.report import inspect_checkpoint
 from ..checkpoint.write.split import BF16, KEEP, split
+from ..draw.compact import compact_inspection
 from ..draw.inspect import inspection_picture
 from ..host import files
 from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
@@ -47,7 +48,8 @@ class NVFP4Inspect(io.ComfyNode):
     def execute(cls, file_name, dialect=AUTO) -> io.NodeOutput:
         found = inspect_checkpoint(file_path(file_name, ALL_FOLDERS), dialect)
         picture = to_image(inspection_picture(found))
-        return io.NodeOutput(str(found), picture, ui=show(cls, str(found), picture))
+        shown = show(cls, str(found), to_image(compact_inspection(found)), picture)
+        return io.NodeOutput(str(found), picture, ui=shown)
 
 
 class NVFP4Split(io.ComfyNode):

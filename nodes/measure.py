@@ -6,6 +6,7 @@ import json
 
 from comfy_api.v0_0_2 import io
 
+from ..draw.compact import compact_comparison, compact_sharpness
 from ..draw.compare import comparison_card, sharpness_plot
 from ..host.files import progress
 from ..host.show import show, to_image
@@ -51,7 +52,8 @@ class NVFP4Sharpness(io.ComfyNode):
         on_step = progress()
         found = measure_sharpness(images, reference or None, lambda done: on_step(done, len(images)))
         plot = to_image(sharpness_plot(found))
-        return io.NodeOutput(images, found.median, found.text, plot, ui=show(cls, found.text, plot))
+        shown = show(cls, found.text, to_image(compact_sharpness(found)), plot)
+        return io.NodeOutput(images, found.median, found.text, plot, ui=shown)
 
 
 class NVFP4Compare(io.ComfyNode):
@@ -88,4 +90,5 @@ class NVFP4Compare(io.ComfyNode):
     def execute(cls, images_a, images_b, common_prefix, audio_a=None, audio_b=None) -> io.NodeOutput:
         found = compare_clips(images_a, images_b, audio_a, audio_b, common_prefix=common_prefix, on_frame=progress())
         card = to_image(comparison_card(found, images_a, images_b))
-        return io.NodeOutput(card, found.text, json.dumps(found.to_dict()), ui=show(cls, found.text, card))
+        shown = show(cls, found.text, to_image(compact_comparison(found, images_a, images_b)), card)
+        return io.NodeOutput(card, found.text, json.dumps(found.to_dict()), ui=shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from ..draw.compact import compact_plan
 from ..draw.planner import roofline_picture
 from ..host.files import file_names, file_path, fingerprint
 from ..host.settings import distilled, plan_file
@@ -110,4 +111,4 @@ class NVFP4Planner(io.ComfyNode):
         clip = Clip(width, height, frames, fps)
         plan = plan_file(file_path(file_name, FOLDERS), clip, gpu, compute, text_encoder_gb)
         picture = to_image(roofline_picture(plan))
-        return io.NodeOutput(str(plan), picture, ui=show(cls, str(plan), picture))
+        return io.NodeOutput(str(plan), picture, ui=show(cls, str(plan), to_image(compact_plan(plan)), picture))

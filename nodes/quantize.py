@@ -7,7 +7,6 @@ import time
 from comfy_api.v0_0_2 import io
 
 from ..checkpoint.identify.components import DIFFUSION_MODEL, REST
-from ..checkpoint.identify.report import size_text
 from ..checkpoint.write.card import text_of
 from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
@@ -15,7 +14,8 @@ from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import AUTO, FAMILIES, Options
 from ..host import files
 from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
-from ..host.show import show
+from ..host.show import show, tell
+from ..measure.text import size_text
 
 WHOLE, MODEL_ONLY = "whole checkpoint", "diffusion model only"
 SEARCHES = {"best": MSE, "fast": AMAX}
@@ -112,6 +112,6 @@ class NVFP4Quantize(io.ComfyNode):
             if done and now - shown > 1:
                 shown, rate = now, done / (now - started)
                 left = (total - done) / rate
-                show(cls, f"{size_text(done)} of {size_text(total)}, {size_text(int(rate))}/s, {left:.0f} s left")
+                tell(cls, f"{size_text(done)} of {size_text(total)}, {size_text(int(rate))}/s, {left:.0f} s left")
 
         return step

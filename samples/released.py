@@ -8,13 +8,11 @@ model hold one set of weights: FP8 and NVFP4 are made from the BF16 file, the fi
 from __future__ import annotations
 
 import functools
-import gzip
 import json
 import math
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,17 +20,12 @@ from ..checkpoint.file.container import PlannedTensor, TensorReader, write_check
 from ..checkpoint.file.header import read_header
 from ..checkpoint.identify.dialects import detect
 from ..checkpoint.write.quantize import quantize_checkpoint
+from .recorded import recorded
 from .synthetic import fp8_tensors
 
 Shapes = dict[str, list[int]]
 OnStep = Callable[[int, int], None]
 FORMATS = ("bf16", "fp8", "nvfp4")
-_DATA = Path(__file__).parent / "data"
-
-
-def recorded(name: str) -> dict[str, Any]:
-    """A file of ``data/`` by its name without suffixes."""
-    return json.loads(gzip.decompress((_DATA / f"{name}.json.gz").read_bytes()))
 
 
 def recorded_model(layers: int | None = None, small: bool = False) -> tuple[Shapes, dict]:

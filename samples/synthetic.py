@@ -28,22 +28,20 @@ Kinds of file (``KINDS``); layouts are those of kernels/format.py unless said ot
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from ..checkpoint.file.container import PlannedTensor, write_checkpoint
-from ..checkpoint.file.header import DTYPES
+from ..checkpoint.file.container import planned, write_checkpoint
+from ..checkpoint.file.header import HEADER_ENTRY, layers_entry
 from ..kernels.format import BLOCK, PackedWeight, swap_nibbles, unswizzle
 from ..kernels.reference import amax_global_scale, dequantize, quantize
+from .recorded import recorded
 
 DIT_PREFIX = "model.diffusion_model."
 INPUT_SCALE = 1 / 128
-_DATA = Path(__file__).parent / "data"
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 Tensors = dict[str, torch.Tensor]
@@ -60,10 +58,10 @@ def small_ltx20(seed: int = 0) -> tuple[Tensors, dict]:
 
 
 def _small(name: str, seed: int) -> tuple[Tensors, dict]:
-    recorded = json.loads(gzip.decompress((_DATA / f"{name}.json.gz").read_bytes()))
+    model = recorded(name)
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for key, shape in recorded["keys"].items():
+    for key, shape in model["keys"].items():
         if len(shape) == 1 and "norm" in key and key.endswith("weight"):
             tensor = torch.ones(shape)
         else:
@@ -71,7 +69,7 @@ def _small(name: str, seed: int) -> tuple[Tensors, dict]:
             gain = 0.5 / shape[-1] ** 0.5 if len(shape) > 1 else 0.01
             tensor = torch.randn(shape, generator=generator) * gain
         state[key] = tensor.to(torch.bfloat16)
-    return state, recorded["config"]
+    return state, model["config"]
 
 
 def quantised_layers(state: Tensors, config: Mapping) -> list[str]:
@@ -223,7 +221,7 @@ def _metadata(kind: str, config: Mapping, layers: list[str], sidecar: bool) -> d
     entries = {"config": json.dumps({"transformer": config})}
     if kind in _LAYERWISE_HEADER and not (sidecar and kind in _MODELOPT_HEADER):  # ModelOpt writes both or neither
         named = {layer: {"format": "nvfp4"} for layer in layers}
-        entries["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": named})
+        entries[HEADER_ENTRY] = layers_entry(named)
     if kind in _MODELOPT_HEADER and not sidecar:
         quantization = {"quant_algo": "NVFP4", "quant_method": "modelopt", "group_size": BLOCK, "ignore": []}
         entries["quantization_config"] = json.dumps(quantization | {"producer": _PRODUCER})
@@ -258,14 +256,6 @@ def other_components() -> Tensors:
         "text_embedding_projection.audio_aggregate_embed.weight": (64, 1),
     }
     return {name: torch.full(shape, 0.5, dtype=torch.bfloat16) for name, shape in shapes.items()}
-
-
-def _save(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
-    planned = [
-        PlannedTensor(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), lambda tensor=tensor: tensor)
-        for name, tensor in tensors.items()
-    ]
-    write_checkpoint(path, planned, metadata)
 
 
 def write(
@@ -307,7 +297,8 @@ def write(
     if full:
         tensors |= other_components()
     header_prefix = "" if kind == "comfy_header_unprefixed" else prefix
-    _save(path, tensors, _metadata(kind, config, [header_prefix + layer for layer in layers], sidecar))
+    entries = _metadata(kind, config, [header_prefix + layer for layer in layers], sidecar)
+    write_checkpoint(path, planned(tensors), entries)
     beside = _sidecar(kind) if sidecar else None
     if beside is not None:
         path.with_name(beside[0]).write_text(json.dumps(beside[1], indent=2), encoding="utf-8")
@@ -330,11 +321,12 @@ def write_lora(path: Path | str, state: Tensors, config: Mapping, rank: int = 4,
         up = torch.randn(rows, rank, generator=generator) / rank**0.5
         tensors[f"diffusion_model.{layer}.lora_A.weight"] = down.to(torch.bfloat16)
         tensors[f"diffusion_model.{layer}.lora_B.weight"] = up.to(torch.bfloat16)
-    _save(Path(path), tensors, {})
+    write_checkpoint(path, planned(tensors), {})
     return layers
 
 
 def write_vae(path: Path | str) -> None:
     """Write a stand-in video VAE file (true names, cut shapes): what a user picks as the model by mistake."""
     tensors = {name.removeprefix("vae."): t for name, t in other_components().items() if name.startswith("vae.")}
-    _save(Path(path), tensors, {"config": json.dumps({"vae": {"_class_name": "CausalVideoAutoencoder"}})})
+    config = json.dumps({"vae": {"_class_name": "CausalVideoAutoencoder"}})
+    write_checkpoint(path, planned(tensors), {"config": config})

@@ -178,6 +178,16 @@ def test_a_host_that_keeps_no_list_of_models_has_none(monkeypatch):
     assert doctor.models(facts()) == []
 
 
+def test_the_first_line_of_the_report_counts_findings_and_models():
+    plain = doctor.report(facts())
+    assert doctor.text(plain | {"models": [], "findings": []}).startswith("nothing found; models: none loaded\n\n")
+    findings = [{"severity": severity} for severity in ("error", "warning", "warning")]
+    models = [{"verdict": verdict} for verdict in ("fast", "fast", "slow", "unknown", doctor.NO_NVFP4)]
+    counted = "2 on the fast path, 1 on a slow path, 1 on an unknown path, 1 without NVFP4"
+    found = doctor.headline({"findings": findings, "models": models})
+    assert found == f"1 error, 2 warnings found; models: {counted}"
+
+
 def test_the_report_is_json_of_the_agreed_shape(loaded):
     loaded(Patcher(LTXAV(OURS)))
     report = doctor.report(facts(), [FoundFault()])

@@ -261,7 +261,7 @@ def test_the_strictest_policy_of_the_guards_in_a_prompt_counts():
     assert guard.policy_in_graph(PromptGraph(clip())) is None
     for policies, strictest in ((["warn"], "warn"), (["cure", "warn"], "cure"), (["warn", "block"], "block")):
         nodes = {str(i): node("NVFP4LaunchGuard", policy=policy) for i, policy in enumerate(policies)}
-        assert guard.policy_in_graph(PromptGraph(nodes)) == strictest
+        assert guard.policy_in_graph(nodes) == strictest
     assert guard.policy_in_graph(PromptGraph({"1": node("NVFP4LaunchGuard", policy=["x", 0])})) == "warn"
 
 

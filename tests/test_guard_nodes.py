@@ -110,7 +110,6 @@ def test_warn_passes_the_model_on_and_shows_the_findings(run, model):
     assert out.args[0] is model
     assert "in the middle of joint audio and video sampling" in out.args[1]
     assert out.ui["text"] == (out.args[1],)
-    assert (out.args[1], "7") in PromptServer.instance.sent
 
 
 def test_on_a_healthy_host_no_policy_changes_the_model_or_finds_anything(run, model):
@@ -168,5 +167,5 @@ def test_the_host_report_is_a_text_and_runs_anew_every_time(stub_comfy, monkeypa
 def test_loading_the_pack_starts_the_guard(pack, stub_comfy):
     asyncio.run(pack.comfy_entrypoint())
     server = PromptServer.instance
-    assert [route.path for route in server.routes] == ["/nvfp4/report", "/nvfp4/check"]
+    assert [route.path for route in server.routes] == ["/nvfp4/report", "/nvfp4/check", "/nvfp4/reports"]
     assert len(server.on_prompt_handlers) == 1

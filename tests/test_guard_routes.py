@@ -62,6 +62,7 @@ def test_routes_and_handler_are_added_once_however_often_the_pack_is_loaded(host
     assert [(route.method, route.path) for route in host.routes] == [
         ("GET", "/nvfp4/report"),
         ("POST", "/nvfp4/check"),
+        ("GET", "/nvfp4/reports"),
     ]
     assert len(host.on_prompt_handlers) == 1
 

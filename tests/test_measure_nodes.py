@@ -71,7 +71,9 @@ def test_the_verdicts_are_those_a_person_would_give(photograph):
 def test_text_and_plot_are_shown_on_the_node(photograph):
     result = NVFP4Sharpness.execute(clip(photograph))
     assert result.ui["text"] == (result.args[2],)
-    assert result.ui["images"] == [{"size": tuple(result.args[3].shape[1:])}]
+    assert result.ui["text"][0].startswith("Verdict: sharp. ")
+    (shown,) = result.ui["images"]
+    assert shown["size"][1] == 620
 
 
 def test_alpha_one_channel_and_a_single_frame_are_taken(photograph):
@@ -92,7 +94,7 @@ def test_a_comparison_gives_card_text_and_json_of_the_same_numbers(photograph):
     card, text, record = result.args
     found = compare_clips(a, b, tone(), tone(gain=0.25))
     assert json.loads(record) == found.to_dict()
-    assert text == found.text and result.ui["text"] == (text,)
+    assert text == found.text and result.ui["text"] == (text,) and text.startswith(found.verdict)
     assert json.loads(record)["audio"]["level_difference_db"] == pytest.approx(-6.02, abs=0.01)
     assert card.shape[0] == 1 and card.shape[2] == 1600
     assert float(card.std()) > 0.05

@@ -14,7 +14,8 @@ from nvfp4_video.checkpoint.verify.verify import verify
 from nvfp4_video.checkpoint.write.recipes import FAMILIES
 from nvfp4_video.nodes import quantize as module
 from nvfp4_video.nodes.quantize import MODEL_ONLY, WHOLE, NVFP4Quantize
-from nvfp4_video.tests.support.quantize_sources import metadata, save, tiny
+from nvfp4_video.tests.support.files import metadata
+from nvfp4_video.tests.support.quantize_sources import save, tiny
 
 WIDGETS = {
     "file_name": "full.safetensors",
@@ -106,11 +107,11 @@ def test_how_far_and_how_fast_is_written_on_the_node(full, output, monkeypatch):
 
     clock = iter(range(0, 10_000, 2))
     monkeypatch.setattr(module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: next(clock))}))
-    Running.execute(**WIDGETS)
+    result = Running.execute(**WIDGETS)
     sent = [text for text, node in server.PromptServer.instance.sent if node == "7"]
     assert len(sent) > 10
-    assert "/s, " in sent[0] and sent[0].endswith(" s left")
-    assert "sha256" in sent[-1]
+    assert all("/s, " in text and text.endswith(" s left") for text in sent), "the report comes with the output"
+    assert "sha256" in result.ui["text"][0]
 
 
 def test_an_existing_file_stays_unless_overwriting_is_allowed(full, output):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import os
@@ -18,9 +17,9 @@ from nvfp4_video.host.files import SAME_FILE
 from nvfp4_video.host.vae import ResidentVAE, load_vae
 from nvfp4_video.kernels import reference
 from nvfp4_video.nodes.vae import NVFP4VAELoader
+from nvfp4_video.samples.recorded import recorded
 from safetensors.torch import save_file
 
-DATA = Path(__file__).parents[1] / "samples" / "data"
 CONFIG = {"vae": {"dims": 3}, "audio_vae": {"model": {}}, "vocoder": {"vocoder": {}, "bwe": {}}}
 METADATA = {"config": json.dumps(CONFIG), "license": "community"}
 KERNEL = "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"
@@ -29,7 +28,7 @@ SIGNATURES = ("decoder.up_blocks.0.res_blocks.0.conv1.", "encoder.down_blocks.7.
 
 def cut_down(part: str) -> dict[str, torch.Tensor]:
     """All names of a VAE, shapes cut to 16 where no signature reads them."""
-    keys = json.loads(gzip.decompress((DATA / "ltx_vae_keys.json.gz").read_bytes()))[part]
+    keys = recorded("ltx_vae_keys")[part]
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, shape in keys.items():

@@ -6,7 +6,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { createPanel } from "./doctor.js";
-import { translator } from "./texts.js";
+import { request, setting, texts } from "./host.js";
 
 const PANEL = "nvfp4-doctor";
 const EVENT = "nvfp4.findings";
@@ -17,31 +17,10 @@ const SEVERITIES = ["info", "warning", "error"];
 
 const state = { report: null, findings: null, problem: null };
 const panel = createPanel({ refresh, jump, nodeTitle });
-let messages = null;
 let latestRefresh = 0;
 let refreshing = false;
 let stale = false;
 let toastShown = null;
-
-/** A route of the host -> its JSON, or null if it does not answer, refuses, or lacks the route. */
-async function request(route, options) {
-  try {
-    const answer = await api.fetchApi(route, options);
-    return answer.ok ? await answer.json() : null;
-  } catch {
-    return null;
-  }
-}
-
-/** The function that looks a text up in the user's language; /i18n is asked once. */
-async function texts() {
-  messages ??= await request("/i18n");
-  return translator(messages, setting("Comfy.Locale"));
-}
-
-function setting(id) {
-  return app.extensionManager?.setting?.get(id);
-}
 
 /** Take over what changed in the state, and show it. */
 async function show(change) {

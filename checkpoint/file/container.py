@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from .header import (
+    DTYPE_NAMES,
     DTYPES,
     ITEM_BYTES,
     MAX_HEADER_BYTES,
@@ -54,6 +55,14 @@ class PlannedTensor:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def planned(tensors: Mapping[str, torch.Tensor]) -> list[PlannedTensor]:
+    """Tensors in memory, to be written as they are."""
+    return [
+        PlannedTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), lambda tensor=tensor: tensor)
+        for name, tensor in tensors.items()
+    ]
 
 
 class TensorReader:
@@ -179,13 +188,16 @@ def build_header(target: Path, tensors: Sequence[PlannedTensor], metadata: Mappi
     entries: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
     end = 0
     for tensor in tensors:
-        planned = f"a tensor was planned as {quote(tensor.name)}, {quote(tensor.dtype)}, {quote(tensor.shape)}"
+        expected = ""
         if not isinstance(tensor.name, str) or tensor.name in entries or tensor.name == METADATA_KEY:
-            raise error(planned, f"names that are strings, each used once, none {METADATA_KEY}")
-        if tensor.dtype not in DTYPES:
-            raise error(planned, f"a dtype among {', '.join(DTYPES)}")
-        if not all(map(is_size, tensor.shape)):
-            raise error(planned, "a shape of non-negative integers")
+            expected = f"names that are strings, each used once, none {METADATA_KEY}"
+        elif tensor.dtype not in DTYPES:
+            expected = f"a dtype among {', '.join(DTYPES)}"
+        elif not all(map(is_size, tensor.shape)):
+            expected = "a shape of non-negative integers"
+        if expected:  # quoted only now: repr of thousands of good ones takes seconds
+            plan = f"a tensor was planned as {quote(tensor.name)}, {quote(tensor.dtype)}, {quote(tensor.shape)}"
+            raise error(plan, expected)
         begin, end = end, end + tensor.nbytes
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     try:
@@ -250,7 +262,7 @@ def _write_tensor(
 def produce_bytes(tensor: PlannedTensor, target: Path) -> memoryview:
     """Produce a tensor, compare it with its plan, and return its bytes as one flat view on the CPU."""
     value = tensor.produce()
-    planned = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    plan = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
     if isinstance(value, torch.Tensor):
         if value.dtype == DTYPES[tensor.dtype] and tuple(value.shape) == tuple(tensor.shape):
             value = value.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
@@ -260,11 +272,11 @@ def produce_bytes(tensor: PlannedTensor, target: Path) -> memoryview:
         if value.nbytes == tensor.nbytes and value.c_contiguous:
             return value.cast("B") if value.nbytes else memoryview(b"")
         found = f"a memoryview of {value.nbytes:,} bytes"
-        planned = f"{tensor.nbytes:,} contiguous bytes for {planned}"
+        plan = f"{tensor.nbytes:,} contiguous bytes for {plan}"
     else:
-        found, planned = f"a {type(value).__name__}", f"a tensor or memoryview for {planned}"
+        found, plan = f"a {type(value).__name__}", f"a tensor or memoryview for {plan}"
     found = f"tensor {quote(tensor.name)} was produced as {found}"
-    raise CheckpointError(found, where=target.name, expected=planned, remedy="this is a bug in the producer, report it")
+    raise CheckpointError(found, where=target.name, expected=plan, remedy="this is a bug in the producer, report it")
 
 
 def _open_unnamed(folder: Path) -> BinaryIO | None:

@@ -66,6 +66,7 @@ _TORCH_NAMES = {
 }
 # Older torch lacks some of them: a file that uses such a dtype is then refused by name.
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of) for name, of in _TORCH_NAMES.items() if hasattr(torch, of)}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 ITEM_BYTES: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _CODES = {name: (name, size) for name, size in ITEM_BYTES.items()}  # with the one string that all tensors share
 
@@ -125,6 +126,21 @@ class Header:
     def of(self, tensors: Iterable[str]) -> Header:
         """The header of a part of the file."""
         return replace(self, tensors={name: self.tensors[name] for name in tensors})
+
+    def listed_layers(self) -> dict[str, Any]:
+        """Content of HEADER_ENTRY: layer as named there -> what it says; {} without it. Raises CheckpointError."""
+        try:
+            layers = json.loads(self.metadata.get(HEADER_ENTRY, '{"layers": {}}'))["layers"]
+            if not isinstance(layers, dict):
+                raise TypeError(f"layers is {quote(layers)}")
+            return layers
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self.unreadable(HEADER_ENTRY, error, '{"layers": {...}}') from error
+
+    def unreadable(self, key: str, error: Exception, expected: str) -> CheckpointError:
+        """The error for an entry of the metadata that is not what it should be."""
+        found = f"its header entry {key} cannot be read ({error})"
+        return CheckpointError(found, where=self.path.name, expected=expected)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -226,6 +242,11 @@ def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str
             file.seek(tensors[name].start)
             markers[name] = file.read(tensors[name].nbytes)
     return markers
+
+
+def layers_entry(layers: Mapping[str, Any], separators: tuple[str, str] | None = None) -> str:
+    """Layer -> what is to be said of it -> text of HEADER_ENTRY."""
+    return json.dumps({"format_version": "1.0", "layers": layers}, separators=separators)
 
 
 def quote(value: object) -> str:

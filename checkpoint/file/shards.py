@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .header import HEADER_ENTRY, CheckpointError, Header, open_regular, parse_header, quote, read_header
+from .header import HEADER_ENTRY, CheckpointError, Header, layers_entry, open_regular, parse_header, quote, read_header
 
 _SHARD = re.compile(r"(?P<stem>.+-)\d{5}-of-(?P<count>\d{5})(?P<end>\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
@@ -207,12 +207,7 @@ def _merge_metadata(files: list[Header]) -> dict[str, str]:
             merged.setdefault(key, text)
     layers: dict[str, object] = {}
     for header in files:
-        if HEADER_ENTRY in header.metadata:
-            try:
-                layers |= json.loads(header.metadata[HEADER_ENTRY])["layers"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                found = f"its header entry {HEADER_ENTRY} cannot be read ({error})"
-                raise CheckpointError(found, where=header.path.name, expected='{"layers": {...}}') from error
+        layers |= header.listed_layers()
     if layers:
-        merged[HEADER_ENTRY] = json.dumps({"format_version": "1.0", "layers": layers})
+        merged[HEADER_ENTRY] = layers_entry(layers)
     return merged

@@ -34,15 +34,7 @@ class Declared:
 
 def layer_entries(header: Header) -> dict[str, dict]:
     """Content of ComfyUI's header entry: layer name as written there -> marker content."""
-    text = header.metadata.get(HEADER_ENTRY)
-    if text is None:
-        return {}
-    where, expected = header.path.name, '{"layers": {name: {"format": ...}}}'
-    try:
-        layers = dict(json.loads(text)["layers"].items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        found = f"its header entry {HEADER_ENTRY} cannot be read ({error})"
-        raise CheckpointError(found, where=where, expected=expected) from error
+    layers, where = header.listed_layers(), header.path.name
     for layer, content in layers.items():
         if not isinstance(content, dict) or not isinstance(content.get("format"), str):
             found = f"its header entry {HEADER_ENTRY} says {quote(content)} of it"

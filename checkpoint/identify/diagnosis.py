@@ -7,7 +7,6 @@ few block scales where their order is open.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -155,18 +154,13 @@ def _unexpected(header: Header) -> tuple[str, str | None]:
 
 def _misnamed(header: Header, groups: Mapping[str, dialects.Group], prefix: str) -> dict[str, str]:
     """Layers that the header names without the model's prefix -> their names."""
-    text = header.metadata.get(dialects.HEADER_ENTRY)
-    if text is None:
-        return {}
-    named = json.loads(text)["layers"]  # detect has read it before
+    named = header.listed_layers()
     return {layer: prefix + layer for layer in named if layer not in groups and prefix and prefix + layer in groups}
 
 
 def _unmarked(header: Header, plan: dialects.DialectPlan, misnamed: Mapping[str, str]) -> dict[str, dict]:
     """Quantised layers that neither a marker nor the header declares -> what to declare."""
-    text = header.metadata.get(dialects.HEADER_ENTRY)
-    declared = set(json.loads(text)["layers"]) if text is not None else set()
-    declared |= set(misnamed.values())
+    declared = {*header.listed_layers(), *misnamed.values()}
     return {
         layer: content
         for layer, content in plan.formats.items()

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from ...measure.text import size_text, table
 from ..file.header import CheckpointError, Header
 from ..file.shards import open_checkpoint
 from . import dialects
@@ -244,7 +245,7 @@ def _lines(found: Inspection):
     for part in found.parts:
         sizes = f"{part.tensors:,}", _count(part.parameters), size_text(part.nbytes)
         rows.append((part.title, part.prefix or "-", *sizes))
-    yield from _table(rows, right=(2, 3, 4))
+    yield from table(rows, right=(2, 3, 4))
     if found.blocks:
         names = list(dict.fromkeys(name for sizes in found.blocks.values() for name in sizes))
         yield ""
@@ -253,7 +254,7 @@ def _lines(found: Inspection):
             total = sum(nbytes for _, nbytes in sizes.values())
             counts = [f"{sizes[name][0]:,}" if sizes.get(name, (0, 0))[0] else "-" for name in names]
             rows.append((label, *counts, size_text(total)))
-        yield from _table(rows, right=tuple(range(1, len(names) + 2)))
+        yield from table(rows, right=tuple(range(1, len(names) + 2)))
     titles = {part.name: part.title for part in found.parts}
     for heading, content in (("load with", found.loaders), ("stock ComfyUI", found.stock)):
         if content:
@@ -275,23 +276,6 @@ def _runs(blocks: Mapping[str, Mapping[str, tuple[int, int]]]) -> list[tuple[str
         else:
             runs.append(([block], sizes))
     return [(b[0] if len(b) == 1 else f"{b[0]} to {b[-1]}, each", sizes) for b, sizes in runs]
-
-
-def _table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    cells = (
-        [cell.rjust(width) if column in right else cell.ljust(width) for column, (cell, width) in enumerate(zipped)]
-        for zipped in (list(zip(row, widths, strict=True)) for row in rows)
-    )
-    return ["  ".join(line).rstrip() for line in cells]
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes in decimal units, as file managers and web pages give them."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.3g} {unit}" if nbytes < 999.5 * scale else f"{nbytes / scale:.0f} {unit}"
-    return f"{nbytes} B"
 
 
 def _count(number: int) -> str:

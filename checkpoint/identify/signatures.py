@@ -125,8 +125,7 @@ def transformer_config(header: Header) -> dict | None:
     try:
         section = json.loads(text).get("transformer")
     except (ValueError, AttributeError, RecursionError) as error:
-        found = f"its header entry `config` cannot be read ({error})"
-        raise CheckpointError(found, where=header.path.name, expected="a JSON object") from error
+        raise header.unreadable("`config`", error, "a JSON object") from error
     return section if isinstance(section, dict) else None
 
 

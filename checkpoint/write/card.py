@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ...measure.ltx import CFG, SIGMAS, sigmas_text
+from ...measure.text import size_text
 from ..file.container import sync_folder
 from ..file.header import Header
-from ..identify.report import size_text
 
 PROVENANCE = "nvfp4_video"
 CARD_ENDING = ".md"

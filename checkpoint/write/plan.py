@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor
-from ..file.header import ITEM_BYTES, CheckpointError, Header, read_header
+from ..file.header import HEADER_ENTRY, ITEM_BYTES, CheckpointError, Header, layers_entry, read_header
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, VIDEO_VAE, find_components
@@ -267,14 +267,11 @@ def _calibration(path, jobs: Mapping[str, FloatWeight], component) -> dict[str, 
 
 def _metadata(header: Header, own_layers: Mapping[str, str], only_model: bool) -> dict[str, str]:
     """All of the source's entries but those that describe how the diffusion model's layers are stored."""
-    metadata = {key: text for key, text in header.metadata.items() if key != "quantization_config"}
-    text = metadata.pop(dialects.HEADER_ENTRY, None)
-    if text is not None and not only_model:
-        ours = {*own_layers, *own_layers.values()}
-        others = {layer: content for layer, content in json.loads(text)["layers"].items() if layer not in ours}
-        if others:
-            metadata[dialects.HEADER_ENTRY] = json.dumps({"format_version": "1.0", "layers": others})
-    return metadata
+    about = ("quantization_config", HEADER_ENTRY)
+    metadata = {key: text for key, text in header.metadata.items() if key not in about}
+    ours = {*own_layers, *own_layers.values()}
+    others = {} if only_model else {key: said for key, said in header.listed_layers().items() if key not in ours}
+    return metadata | ({HEADER_ENTRY: layers_entry(others)} if others else {})
 
 
 def _record(

@@ -18,7 +18,7 @@ import torch
 
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor, write_checkpoint
-from ..file.header import ITEM_BYTES, METADATA_KEY, CheckpointError, Header, open_regular
+from ..file.header import HEADER_ENTRY, ITEM_BYTES, METADATA_KEY, CheckpointError, Header, layers_entry, open_regular
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL
@@ -208,8 +208,7 @@ def _column(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _metadata(found: Diagnosis, names: _Names) -> dict[str, str]:
     metadata = dict(found.checkpoint.header.metadata)
     if names.declared:
-        content = {"format_version": "1.0", "layers": names.declared}
-        metadata[dialects.HEADER_ENTRY] = json.dumps(content, separators=(",", ":"))
+        metadata[HEADER_ENTRY] = layers_entry(names.declared, (",", ":"))
     if found.plan.dialect is not None:
         metadata.pop("quantization_config", None)
     return metadata

@@ -8,7 +8,6 @@ the diffusion model stay as they are.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from ...measure.text import size_text
 from ..file.container import PlannedTensor, write_checkpoint
-from ..file.header import CheckpointError, Header, read_header
+from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry, read_header
 from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, REST, VIDEO_VAE, Component, find_components
@@ -42,7 +42,7 @@ class SplitFile:
 
     def __str__(self) -> str:
         restored = f", {self.restored} weights restored to BF16" if self.restored else ""
-        size = f"{self.nbytes / 1e9:.2f} GB, {self.tensors:,} tensors{restored}"
+        size = f"{size_text(self.nbytes, 2)}, {self.tensors:,} tensors{restored}"
         return f"{COMPONENTS[self.component]}: {self.path.name} ({size})"
 
 
@@ -125,22 +125,13 @@ def check_targets(
 
 def metadata_of(header: Header, component: Component) -> dict[str, str]:
     """The header entries for a component's own file: all of them, but of quantised layers only those it keeps."""
-    metadata = dict(header.metadata)
-    text = metadata.pop(dialects.HEADER_ENTRY, None)
+    metadata = {key: text for key, text in header.metadata.items() if key != HEADER_ENTRY}
     if component.name in (VIDEO_VAE, AUDIO_VAE):
         return {key: value for key, value in metadata.items() if key not in _ABOUT_LAYERS}
-    if text is None:
-        return metadata
     own = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in component.names.items()}
     own |= {new: new for new in own.values()} if component.name == DIFFUSION_MODEL else {}
-    try:
-        layers = {own[layer]: content for layer, content in json.loads(text)["layers"].items() if layer in own}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        found = f"its header entry {dialects.HEADER_ENTRY} cannot be read ({error})"
-        raise CheckpointError(found, where=header.path.name, expected='{"layers": {...}}') from error
-    if layers:
-        metadata[dialects.HEADER_ENTRY] = json.dumps({"format_version": "1.0", "layers": layers})
-    return metadata
+    layers = {own[layer]: content for layer, content in header.listed_layers().items() if layer in own}
+    return metadata | ({HEADER_ENTRY: layers_entry(layers)} if layers else {})
 
 
 def with_config(header: Header, config_from: str | os.PathLike[str] | None) -> Header:

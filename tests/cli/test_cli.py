@@ -112,12 +112,12 @@ def test_the_demo_keeps_its_files_where_asked_and_says_why_comfyui_was_left_out(
     assert "no tests/ folder" in record["comfyui"]["skipped"]
 
 
-def test_the_demo_does_not_write_into_a_folder_that_is_in_use(demo):
+def test_the_demo_does_not_write_into_a_folder_that_is_in_use(demo, capsys):
     _, kept = demo
-    done = run("demo", "--keep", kept)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "not an empty folder" in done.stderr
-    assert done.stdout == ""
+    assert main(["demo", "--keep", str(kept)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and "not an empty folder" in said.err
+    assert said.out == ""
 
 
 def test_the_demo_s_text_fits_a_terminal_and_asks_for_comfyui_path():

@@ -2,7 +2,8 @@
 
 Used by the tests marked ``host`` and by the command line's ``demo``; standard library only, because the host has an
 interpreter of its own. ``COMFYUI_PATH`` names the checkout; ``COMFYUI_PYTHON`` that interpreter, by default the one in
-the checkout's own ``.venv`` or ``venv``, else ``python3``.
+the checkout's own ``.venv`` or ``venv``, else ``python3``; ``COMFYUI_FRONTEND`` the folder of another front end than
+the installed one.
 
     with ComfyUI() as host:
         outputs = host.queue({"1": {"class_type": "PreviewAny", "inputs": {"source": "text"}}})["outputs"]
@@ -133,6 +134,7 @@ class ComfyUI:
             ("--base-directory", str(self.base)),
             ("--disable-api-nodes",),
             ("--database-url", f"sqlite:///{self.base / 'comfyui.db'}"),
+            *([("--front-end-root", os.environ["COMFYUI_FRONTEND"])] if os.environ.get("COMFYUI_FRONTEND") else []),
         ):
             if f'"{flag}"' in known:
                 command += [flag, *value]

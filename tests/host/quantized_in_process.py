@@ -49,16 +49,16 @@ def facts_of(scene, host, kind: str) -> dict:
     """Latents of every loader on every file, against the host's on the decoded weights."""
     torch = importlib.import_module("torch")
     quantize, plan = pack("checkpoint.write.quantize"), pack("checkpoint.write.plan")
-    sources, load = pack("tests.support.quantize_sources"), pack("host.load")
+    files_of, load = pack("tests.support.files"), pack("host.load")
     source = scene.folder / f"{kind}.safetensors"
     write_source(source, kind, scene.state, scene.config)
     files = {}
     for name, only in (("whole", False), ("model", True)):
         files[name] = str(scene.folder / f"{kind}_{name}.safetensors")
         record = quantize.quantize_checkpoint(source, files[name], plan.QuantizeSettings(only_model=only))
-    decoded = decode(sources.load(Path(files["model"])))
+    decoded = decode(files_of.load(Path(files["model"])))
     reference_file = scene.folder / f"{kind}_decoded.safetensors"
-    sources.save(reference_file, decoded, {"config": json.dumps({"transformer": scene.config})})
+    files_of.save(reference_file, decoded, {"config": json.dumps({"transformer": scene.config})})
     sd = host("sd")
     reference = scene.sample(sd.load_diffusion_model(str(reference_file)))
     loaders = {

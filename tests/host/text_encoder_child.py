@@ -200,32 +200,13 @@ def windowed(scene: Scene) -> dict:
     host = scene.stock("bf16")
     clip, report = scene.ours("comfy")
     model = clip.cond_stage_model.gemma3_12b.transformer.model
-    prefetch, scopes, buffers = comfy("model_prefetch"), [], []
-    compiler = hasattr(prefetch, "malloc_graph_enabled")
-    forced = {"_obstacle": (text_decode, lambda device: "")}
-    if compiler:
-        forced["malloc_graph_enabled"] = (prefetch, lambda device: True)
-        forced["malloc_graph_begin"] = (prefetch, lambda device: scopes.append("begin"))
-        forced["malloc_graph_end"] = (prefetch, lambda: scopes.append("end"))
-        make = model.init_decode_buffers
-        model.init_decode_buffers = lambda *sizes: buffers.append(make(*sizes)) or buffers[-1]
-    before = {name: getattr(module, name) for name, (module, _) in forced.items()}
     cpu = torch.device("cpu")
     eager = model.init_kv_cache(1, 99, cpu, torch.float32)
     states = {"host": logits_of(scene, host, seen)}
-    try:
-        for name, (module, value) in forced.items():
-            setattr(module, name, value)
-        for layer in model.layers:
-            layer._v_block = object()  # the host gives a block an allocation on the GPU only
+    with pack("tests.host.compiled_loop").forced(text_decode, model) as loop:
         states["ours"] = logits_of(scene, clip, seen)
         caches = model.init_kv_cache(1, 99, cpu, torch.float32)
         batch = model.init_kv_cache(2, 99, cpu, torch.float32)
-    finally:
-        for name, value in before.items():
-            setattr(forced[name][0], name, value)
-        for layer in model.layers:
-            del layer._v_block
     a, b = states["host"], states["ours"]
     prompt = len(clip.tokenize(scene.g.PROMPT, skip_template=False, min_length=1)["gemma3_12b"][0])
     return {
@@ -239,9 +220,9 @@ def windowed(scene: Scene) -> dict:
         "shared": len({id(c.slots) for c in caches}),
         "host_caches": [not isinstance(c[0], cache) for c in (batch, eager)],
         "units": len(clip.cond_stage_model.get_dynamic_vram__units()[0]),
-        "compiler": compiler,
-        "scopes": [scopes.count("begin"), scopes.count("end"), len(seen[1]) - 1],
-        "rotations": [list(rotation.shape) for _, rotation in buffers],
+        "compiler": loop.compiler,
+        "scopes": [loop.scopes.count("begin"), loop.scopes.count("end"), len(seen[1]) - 1],
+        "rotations": [list(rotation.shape) for _, rotation in loop.buffers],
     }
 
 

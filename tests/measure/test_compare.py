@@ -12,27 +12,20 @@ cv2 = pytest.importorskip("cv2")
 metrics = pytest.importorskip("skimage.metrics")
 data = pytest.importorskip("skimage.data")
 
-from nvfp4_video.draw import compare as plots  # noqa: E402
 from nvfp4_video.measure import media  # noqa: E402
 from nvfp4_video.measure.compare import compare_clips, ssim  # noqa: E402
 from nvfp4_video.measure.sound import compare_audio, level_dbfs, spectral_distance  # noqa: E402
-
-RATE = 24000
+from nvfp4_video.tests.support.clips import RATE, disturbed, noise_track, photograph_clip  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def clip() -> np.ndarray:
-    photograph = data.astronaut()
-    return np.stack([photograph[100 : 100 + 150, 2 * i : 2 * i + 200] for i in range(5)])
+    return photograph_clip()
 
 
 @pytest.fixture(scope="module")
 def noise() -> np.ndarray:
-    return np.random.default_rng(0).normal(0, 0.1, 2 * RATE).astype(np.float32)
-
-
-def disturbed(clip: np.ndarray, seed: int = 0) -> np.ndarray:
-    return np.clip(clip + np.random.default_rng(seed).normal(0, 9, clip.shape), 0, 255).astype(np.uint8)
+    return noise_track()
 
 
 @pytest.mark.parametrize("shape", [(150, 200), (11, 11), (12, 37), (63, 64)])
@@ -216,37 +209,6 @@ def test_sound_is_read_from_a_file_as_it_was_written(tmp_path, noise):
     sound, rate = media.read_audio(tmp_path / "sound.wav")
     assert rate == RATE
     assert np.array_equal(sound, pcm)
-
-
-def test_the_heat_map_is_brightest_where_the_clips_differ(clip):
-    other = clip.copy()
-    other[:, 40:90, 40:90] //= 2
-    colours, top = plots.heat_map(compare_clips(clip, other).difference)
-    assert top > 1.0
-    assert colours[45:85, 45:85].mean() > 5 * colours[100:, 100:].mean()
-
-
-def test_the_card_shows_both_clips_and_grows_with_the_sound(clip, noise):
-    other = disturbed(clip)
-    mute = plots.comparison_card(compare_clips(clip, other), clip, other)
-    sound = plots.comparison_card(compare_clips(clip, other, (noise, RATE), (noise, RATE)), clip, other)
-    assert mute.shape[1] == sound.shape[1] == 1600
-    assert sound.shape[0] > mute.shape[0]
-    decoded = cv2.imdecode(np.frombuffer(media.encode_png(sound), np.uint8), cv2.IMREAD_COLOR)
-    assert np.array_equal(decoded[..., ::-1], sound)
-    # The magnified crop holds the clip's own bytes.
-    crop = clip[compare_clips(clip, other).worst_frame].repeat(2, axis=0).repeat(2, axis=1)
-    patch = crop[100:160, 100:160]
-    _, _, (x, y), _ = cv2.minMaxLoc(cv2.matchTemplate(sound, patch, cv2.TM_SQDIFF))
-    assert np.array_equal(sound[y : y + 60, x : x + 60], patch)
-
-
-@pytest.mark.parametrize("shape", [(1, 11, 11), (1, 600, 40), (2, 16, 900)])
-def test_cards_of_odd_shapes_are_drawn(shape):
-    rng = np.random.default_rng(5)
-    a, b = (rng.integers(0, 256, (*shape, 3), np.uint8) for _ in range(2))
-    card = plots.comparison_card(compare_clips(a, b, names=("x" * 300, "\u4e2d.mp4")), a, b)
-    assert (card < 200).any(axis=2).mean() > 0.01
 
 
 def test_progress_is_reported_per_frame_and_may_interrupt(clip):

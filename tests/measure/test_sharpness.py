@@ -11,9 +11,9 @@ import torch
 cv2 = pytest.importorskip("cv2")
 data = pytest.importorskip("skimage.data")
 
-from nvfp4_video.draw import compare as plots  # noqa: E402
 from nvfp4_video.measure import media  # noqa: E402
 from nvfp4_video.measure.sharpness import DETAIL_RATIO, laplacian_variance, measure_sharpness  # noqa: E402
+from nvfp4_video.tests.support.clips import enlarged  # noqa: E402
 
 # All sharp photographs that ship inside scikit-image's wheel. Left out: drawings and charts, and what is soft to begin
 # with (retina, cell, clock_motion, microaneurysms).
@@ -28,14 +28,6 @@ def photographs() -> dict[str, np.ndarray]:
     left, right, _ = data.stereo_motorcycle()
     pair = {"motorcycle_left": left, "motorcycle_right": right}
     return {name: pair[name] if name in pair else getattr(data, name)() for name in NAMES}
-
-
-def enlarged(image: np.ndarray, factor: float, blur: float = 0.5) -> np.ndarray:
-    """What a preview decoder gives: ``factor`` times too few pixels, enlarged, slightly blurred."""
-    height, width = image.shape[:2]
-    small = cv2.resize(image, (round(width / factor), round(height / factor)), interpolation=cv2.INTER_AREA)
-    large = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
-    return cv2.GaussianBlur(large, (0, 0), blur) if blur else large
 
 
 def verdicts(images: dict[str, np.ndarray]) -> dict[str, str]:
@@ -204,18 +196,6 @@ def test_unreadable_inputs_name_the_file_and_the_remedy(tmp_path):
     media.write_png(tmp_path / "mixed" / "b.png", np.zeros((8, 9, 3), np.uint8))
     with pytest.raises(media.MediaError, match="9x8 after frames of 8x8"):
         media.read_frames(tmp_path / "mixed")
-
-
-def test_the_plot_draws_the_curve_and_the_reference_line():
-    camera = data.camera()
-    soft = measure_sharpness([enlarged(camera, 2)] * 30, reference=laplacian_variance(camera))
-    picture = plots.sharpness_plot(soft, 800, 400)
-    assert picture.shape == (400, 800, 3)
-    for colour in (plots.BLUE, plots.RED, plots.FAINT):
-        assert (np.abs(picture.astype(int) - colour).max(axis=2) < 12).sum() > 100
-    blue = np.abs(picture.astype(int) - plots.BLUE).max(axis=2) < 12
-    red = np.abs(picture.astype(int) - plots.RED).max(axis=2) < 12
-    assert np.nonzero(blue)[0].mean() > np.nonzero(red)[0].mean()  # the curve lies below the warning line
 
 
 def write_video(path, clip: np.ndarray, fps: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from nvfp4_video.samples import synthetic
+from nvfp4_video.samples.recorded import recorded
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-DATA = Path(__file__).parents[2] / "samples" / "data"
 PACKED_KINDS = [kind for kind in synthetic.KINDS if not kind.startswith("bf16") and kind != "mixed"]
 HIGH_FIRST = {"comfy_markers", "comfy_header", "comfy_header_unprefixed", "metadata_less"}
 LINEAR = {"modelopt", "modelopt_layerwise", "compressed_tensors"}
@@ -135,7 +134,7 @@ def test_four_bits_cost_the_error_that_nvfp4_costs(model):
 
 
 def test_the_small_model_has_the_released_model_s_names_but_for_the_number_of_blocks(model):
-    released = json.loads(gzip.decompress((DATA / "ltxav_keys.json.gz").read_bytes()))
+    released = recorded("ltxav_keys")
 
     def families(keys) -> set[str]:
         return {re.sub(r"\.\d+\.", ".#.", key) for key in keys}

@@ -36,6 +36,16 @@ class _Routes:
         return register
 
 
+class _Queue:
+    """As much of ``execution.PromptQueue`` as the routes read."""
+
+    def __init__(self):
+        self.history = {}
+
+    def get_history(self, prompt_id=None, max_items=None, offset=-1, map_function=None):
+        return self.history
+
+
 class PromptServer:
     """``sent`` collects (text, node id) and (event, data); ``on_prompt_handlers`` what was added."""
 
@@ -43,6 +53,7 @@ class PromptServer:
         self.loop = loop
         self.routes = _Routes()
         self.on_prompt_handlers = []
+        self.prompt_queue = _Queue()
         self.sent = []
         self.client_id = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import struct
@@ -10,14 +9,11 @@ from functools import cache
 from pathlib import Path
 
 from nvfp4_video.checkpoint.file.header import Header, TensorInfo
+from nvfp4_video.samples.recorded import recorded
 
-DATA = Path(__file__).resolve().parents[2] / "samples" / "data"
 ITEM_BYTES = {"BF16": 2, "F8_E4M3": 1, "U8": 1}
 
-
-@cache
-def recorded(name: str) -> dict:
-    return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
+recorded = cache(recorded)
 
 
 def transformer(stored: str = "NVFP4") -> dict[str, TensorInfo]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import re
@@ -10,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from nvfp4_video.checkpoint.file.container import PlannedTensor, TensorReader, build_header, write_checkpoint
+from nvfp4_video.checkpoint.file.container import PlannedTensor, build_header
 from nvfp4_video.checkpoint.file.header import DTYPES
+from nvfp4_video.samples.recorded import recorded
 
-DATA = Path(__file__).parents[2] / "samples" / "data"
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from . import files
+
 PREFIX = "model.diffusion_model."
 CONFIG = json.dumps({"transformer": {"_class_name": "AVTransformer3DModel"}, "vae": {}, "audio_vae": {}, "vocoder": {}})
 METADATA = {"config": CONFIG, "license": "community", "note": "kept"}
@@ -22,25 +22,8 @@ BLOCKS = 4
 Tensors = dict[str, torch.Tensor]
 
 
-def keys(name: str) -> dict:
-    """A recorded list of keys and shapes."""
-    return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
-
-
 def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    planned = [PlannedTensor(n, NAMES[t.dtype], tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]
-    write_checkpoint(path, planned, METADATA if metadata is None else metadata)
-    return path
-
-
-def load(path: Path) -> Tensors:
-    with TensorReader(path) as reader:
-        return {name: reader.get(name).clone() for name in reader.header.tensors}
-
-
-def metadata(path: Path) -> dict[str, str]:
-    with TensorReader(path) as reader:
-        return dict(reader.header.metadata)
+    return files.save(path, tensors, METADATA if metadata is None else metadata)
 
 
 def tiny(seed: int = 0, dtype: torch.dtype = torch.bfloat16, blocks: int = BLOCKS) -> Tensors:
@@ -98,7 +81,7 @@ def to_fp8(weight: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tu
 def sparse_ltx23(path: Path, fp8: bool = True) -> Path:
     """LTX-2.3's full checkpoint in true names and shapes, a header only; FP8: Linears of blocks 2 to 45, 29.1 GB."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, shape in keys("ltxav_keys")["keys"].items():
+    for name, shape in recorded("ltxav_keys")["keys"].items():
         block = re.match(r"transformer_blocks\.(\d+)\..+\.weight$", name)
         small = fp8 and block is not None and len(shape) == 2 and 2 <= int(block[1]) <= 45
         tensors[PREFIX + name] = ("F8_E4M3" if small else "BF16", tuple(shape))
@@ -106,7 +89,7 @@ def sparse_ltx23(path: Path, fp8: bool = True) -> Path:
             layer = PREFIX + name.removesuffix(".weight")
             tensors[f"{layer}.weight_scale"] = ("F32", ())
             tensors[f"{layer}.comfy_quant"] = ("U8", (27,))
-    vae = keys("ltx_vae_keys")
+    vae = recorded("ltx_vae_keys")
     others = {f"vae.{name}": shape for name, shape in vae["video_vae"].items()} | vae["audio_vae"]
     others["text_embedding_projection.video_aggregate_embed.weight"] = (4096, 188160)
     others["text_embedding_projection.audio_aggregate_embed.weight"] = (2048, 188160)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,10 @@ class DoctorPage:
     def send(self, event: str, data: dict) -> None:
         """Let the server's websocket say something."""
         self._sockets[-1].send(json.dumps({"type": event, "data": data}))
+
+    def send_progress(self, node: str, text: str) -> None:
+        """What ``PromptServer.send_progress_text`` sends to a client that announces no newer form."""
+        self._sockets[-1].send(struct.pack(">II", 3, len(node)) + node.encode() + text.encode())
 
     def find(self, findings: list[dict]) -> None:
         """What the guard sends when a prompt is queued."""

@@ -8,17 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
-from nvfp4_video.checkpoint.file.header import DTYPES, CheckpointError
+from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.file.shards import Source, open_checkpoint
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
-    planned = [PlannedTensor(n, NAMES[t.dtype], tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]
-    write_checkpoint(path, planned, metadata)
-    return path
+from nvfp4_video.tests.support.files import save
 
 
 def test_parts_are_read_as_one_checkpoint_and_their_declared_layers_put_together(tmp_path):

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from nvfp4_video.checkpoint.file.container import PlannedTensor, write_checkpoint
 from nvfp4_video.checkpoint.file.header import DTYPES, ITEM_BYTES, CheckpointError
 from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
-from nvfp4_video.draw.inspect import inspection_picture
 from nvfp4_video.kernels.format import block_scale_shape, packed_shape
 from nvfp4_video.samples import synthetic
-
-DATA = Path(__file__).parents[3] / "samples" / "data"
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def recorded(name: str) -> dict:
-    return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
+from nvfp4_video.samples.recorded import recorded
+from nvfp4_video.tests.support.files import save as save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +121,7 @@ def test_an_open_dialect_is_reported_with_the_widget_that_decides(tmp_path, mode
 
 def save(path: Path, shapes: dict[str, tuple], metadata: dict | None = None, dtypes: dict | None = None) -> Path:
     tensors = {n: torch.zeros(s, dtype=DTYPES[(dtypes or {}).get(n, "BF16")]) for n, s in shapes.items()}
-    planned = [PlannedTensor(n, NAMES[t.dtype], tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]
-    write_checkpoint(path, planned, metadata)
-    return path
+    return save_tensors(path, tensors, metadata)
 
 
 VIDEO = {
@@ -175,28 +164,5 @@ def test_a_lora_an_empty_file_and_something_unknown_are_called_by_name(tmp_path)
     assert "LoRA" in inspect_checkpoint(lora).kind
     empty = save(tmp_path / "e.safetensors", {})
     assert "no tensors" in inspect_checkpoint(empty).kind
-    assert inspection_picture(inspect_checkpoint(empty)).shape[1] == 1600
     with pytest.raises(CheckpointError, match="does not exist"):
         inspect_checkpoint(tmp_path / "gone.safetensors")
-
-
-def test_the_picture_gives_each_component_its_share_of_the_bar(published):
-    found = inspect_checkpoint(published)
-    picture = inspection_picture(found)
-    assert picture.dtype == np.uint8
-    row = picture[180, 48:-48]  # inside the bar, above the letters
-    share = (np.abs(row.astype(int) - (52, 96, 160)).max(-1) < 8).mean()
-    total = sum(part.nbytes for part in found.parts)
-    wanted = next(part.nbytes for part in found.parts if part.name == "diffusion_model") / total
-    assert share == pytest.approx(wanted, abs=0.01)
-
-
-def test_the_picture_stacks_each_block_by_format(published):
-    found = inspect_checkpoint(published)
-    picture = inspection_picture(found).astype(int)
-    green = np.abs(picture - (86, 158, 60)).max(-1) < 8
-    blue = np.abs(picture - (52, 96, 160)).max(-1) < 8
-    chart = slice(440, 812)
-    tall_green, tall_blue = green[chart].sum(0).max(), blue[chart].sum(0).max()
-    packed = found.blocks["2"]["NVFP4"][1] / sum(nbytes for _, nbytes in found.blocks["0"].values())
-    assert tall_green / tall_blue == pytest.approx(packed, abs=0.03)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 from nvfp4_video.checkpoint.file.header import CheckpointError, Header, TensorInfo, read_header
 from nvfp4_video.checkpoint.identify.signatures import Model, find_model, transformer_config
 from nvfp4_video.samples import synthetic
+from nvfp4_video.samples.recorded import recorded
 
-DATA = Path(__file__).parents[3] / "samples" / "data"
 DIT = "model.diffusion_model."
 OTHER_FAMILIES = {
     "LTX-Video": ("adaln_single.emb.timestep_embedder.linear_1.weight", "patchify_proj.weight", "proj_out.weight"),
@@ -22,10 +21,6 @@ OTHER_FAMILIES = {
     "Z-Image": ("noise_refiner.0.attention.qkv.weight", "cap_embedder.1.weight", "layers.0.attention.qkv.weight"),
     "HunyuanVideo": ("txt_in.individual_token_refiner.blocks.0.self_attn.qkv.weight", "img_in.proj.weight"),
 }
-
-
-def recorded(name: str) -> dict:
-    return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
 
 
 def header(names: Iterable[str], config: str | None = None) -> Header:

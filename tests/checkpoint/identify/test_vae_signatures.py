@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from nvfp4_video.checkpoint.identify.vae_signatures import (
     pick_vae,
     refusal,
 )
+from nvfp4_video.samples.recorded import recorded
 
-DATA = Path(__file__).parents[3] / "samples" / "data"
 CONFIG = json.dumps({"vae": {"dims": 3}, "audio_vae": {"model": {}}, "vocoder": {"vocoder": {}}})
 RESIDUAL = "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"
 LAST_DOWN = "encoder.down_blocks.7.conv.conv.weight"
@@ -30,9 +29,8 @@ TIMESTEPS = "decoder.last_time_embedder.timestep_embedder.linear_1.weight"
 STATISTICS = {"per_channel_statistics.mean-of-means": (128,), "per_channel_statistics.std-of-means": (128,)}
 
 
-def recorded(part: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads(gzip.decompress((DATA / "ltx_vae_keys.json.gz").read_bytes()))[part]
-    return {name: tuple(shape) for name, shape in keys.items()}
+def vae_shapes(part: str) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in recorded("ltx_vae_keys")[part].items()}
 
 
 def header(shapes: dict, dtypes: dict | None = None, config: str | None = CONFIG, prefix: str = "") -> Header:
@@ -123,7 +121,7 @@ def test_only_the_ltx_preview_passes_where_previews_are_allowed():
 
 
 def test_the_true_keys_of_ltx_2_3_are_its_video_and_audio_vae():
-    video, audio = only(header(recorded("video_vae"))), only(header(recorded("audio_vae")))
+    video, audio = only(header(vae_shapes("video_vae"))), only(header(vae_shapes("audio_vae")))
     assert (video.title, video.latent_channels, video.problems) == ("LTX 2.3 video VAE", 128, ())
     assert (audio.title, audio.latent_channels, audio.problems) == ("LTX 2.3 audio VAE", 8, ())
     assert audio.kind == AUDIO
@@ -132,17 +130,17 @@ def test_the_true_keys_of_ltx_2_3_are_its_video_and_audio_vae():
 
 
 def test_the_true_keys_of_taehv_are_a_preview():
-    vae = only(header(recorded("taehv_ltx2"), config=None))
+    vae = only(header(vae_shapes("taehv_ltx2"), config=None))
     assert (vae.kind, vae.family, vae.latent_channels, vae.problems) == (PREVIEW, "LTX-2", 128, ())
 
 
 def test_the_older_vocoder_is_that_of_ltx_2_0():
-    shapes = {name.replace("vocoder.vocoder.", "vocoder."): shape for name, shape in recorded("audio_vae").items()}
+    shapes = {name.replace("vocoder.vocoder.", "vocoder."): shape for name, shape in vae_shapes("audio_vae").items()}
     assert only(header(shapes)).version == "2.0"
 
 
 def test_a_full_checkpoint_holds_both_vaes_under_their_prefixes():
-    shapes = {f"vae.{name}": shape for name, shape in recorded("video_vae").items()} | recorded("audio_vae")
+    shapes = {f"vae.{name}": shape for name, shape in vae_shapes("video_vae").items()} | vae_shapes("audio_vae")
     shapes["model.diffusion_model.patchify_proj.weight"] = (4096, 128)
     found = identify(header(shapes))
     assert found.kind == FULL
@@ -152,7 +150,7 @@ def test_a_full_checkpoint_holds_both_vaes_under_their_prefixes():
 
 
 def test_a_prefix_left_on_is_found_and_named():
-    vae = only(header(recorded("video_vae"), prefix="vae."))
+    vae = only(header(vae_shapes("video_vae"), prefix="vae."))
     assert (vae.prefix, codes(vae), vae.final_decoder) == ("vae.", {"prefix"}, True)
 
 
@@ -167,18 +165,18 @@ def test_an_ltx_vae_in_diffusers_layout_is_not_taken_for_hunyuan():
     [(None, "no `config`"), ("{", "cannot be read"), ('{"scheduler": {}}', "no section vae"), ("[]", "no section vae")],
 )
 def test_a_config_that_is_missing_or_broken_is_a_reason_to_refuse(config, words):
-    vae = only(header(recorded("video_vae"), config=config))
+    vae = only(header(vae_shapes("video_vae"), config=config))
     assert codes(vae) == {"config"}
     assert words in refusal(vae)
 
 
 def test_a_config_from_elsewhere_counts():
-    (vae,) = find_vaes(header(recorded("video_vae"), config=None), config=CONFIG)
+    (vae,) = find_vaes(header(vae_shapes("video_vae"), config=None), config=CONFIG)
     assert vae.problems == ()
 
 
 def test_missing_statistics_are_a_reason_to_refuse():
-    shapes = {name: shape for name, shape in recorded("video_vae").items() if "std-of-means" not in name}
+    shapes = {name: shape for name, shape in vae_shapes("video_vae").items() if "std-of-means" not in name}
     vae = only(header(shapes))
     assert codes(vae) == {"statistics"}
     assert "`per_channel_statistics.std-of-means`" in refusal(vae)
@@ -186,14 +184,14 @@ def test_missing_statistics_are_a_reason_to_refuse():
 
 
 def test_an_audio_vae_without_vocoder_is_named_and_refused():
-    shapes = {name: shape for name, shape in recorded("audio_vae").items() if name.startswith("audio_vae.")}
+    shapes = {name: shape for name, shape in vae_shapes("audio_vae").items() if name.startswith("audio_vae.")}
     vae = only(header(shapes))
     assert "vocoder" in codes(vae)
     assert "vocoder" in refusal(vae, audio=True)
 
 
 def test_quantised_weights_are_counted_by_format_and_do_not_hide_the_signature():
-    shapes, dtypes = recorded("video_vae"), {}
+    shapes, dtypes = vae_shapes("video_vae"), {}
     shapes[RESIDUAL], dtypes[RESIDUAL] = (1024, 1024 * 27 // 2), "U8"
     shapes[RESIDUAL.replace("weight", "weight_scale")] = (1024, 1728)
     dtypes[LAST_DOWN] = "F8_E4M3"
@@ -208,7 +206,7 @@ def test_quantised_weights_are_counted_by_format_and_do_not_hide_the_signature()
 
 
 def test_weights_packed_under_the_name_of_compressed_tensors_keep_the_signature():
-    shapes = recorded("video_vae")
+    shapes = vae_shapes("video_vae")
     shapes[f"{RESIDUAL}_packed"] = (shapes.pop(RESIDUAL)[0], 1024 * 27 // 2)
     shapes[RESIDUAL.replace("weight", "weight_scale")] = (1024, 1728)
     assert only(header(shapes, {f"{RESIDUAL}_packed": "U8"}, prefix="vae.")).version == "2.3"
@@ -217,7 +215,7 @@ def test_weights_packed_under_the_name_of_compressed_tensors_keep_the_signature(
 def test_a_file_without_vae_and_one_with_two_are_refused_by_name():
     with pytest.raises(CheckpointError, match="there is no video VAE in it"):
         pick_vae(header({"model.diffusion_model.patchify_proj.weight": (1, 1)}))
-    video = recorded("video_vae")
+    video = vae_shapes("video_vae")
     double = header({f"{prefix}{name}": shape for prefix in ("vae.", "other.vae.") for name, shape in video.items()})
     with pytest.raises(CheckpointError, match=r"2 VAEs are in it: .*'vae\.\*'.*'other\.vae\.\*'.*name the prefix"):
         pick_vae(double)
@@ -225,8 +223,8 @@ def test_a_file_without_vae_and_one_with_two_are_refused_by_name():
 
 
 def test_a_preview_beside_the_full_vae_does_not_count():
-    shapes = {f"vae.{name}": shape for name, shape in recorded("video_vae").items()}
-    shapes |= {f"tae.{name}": shape for name, shape in recorded("taehv_ltx2").items()}
+    shapes = {f"vae.{name}": shape for name, shape in vae_shapes("video_vae").items()}
+    shapes |= {f"tae.{name}": shape for name, shape in vae_shapes("taehv_ltx2").items()}
     assert pick_vae(header(shapes)).prefix == "vae."
 
 

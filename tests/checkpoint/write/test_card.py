@@ -10,7 +10,8 @@ from nvfp4_video.checkpoint.write.card import PROVENANCE, model_card, provenance
 from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.checkpoint.write.recipes import Options
-from nvfp4_video.tests.support.quantize_sources import metadata, save, tiny
+from nvfp4_video.tests.support.files import metadata
+from nvfp4_video.tests.support.quantize_sources import save, tiny
 
 
 def make(tmp_path, **settings) -> tuple[dict, str]:

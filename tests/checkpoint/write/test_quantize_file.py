@@ -21,13 +21,12 @@ from nvfp4_video.checkpoint.write.recipes import Options
 from nvfp4_video.cli import main
 from nvfp4_video.kernels import reference
 from nvfp4_video.kernels.format import PackedWeight
+from nvfp4_video.tests.support.files import load, metadata
 from nvfp4_video.tests.support.quantize_sources import (
     CONFIG,
     METADATA,
     PREFIX,
     linears,
-    load,
-    metadata,
     save,
     sparse_ltx23,
     tiny,
@@ -38,16 +37,6 @@ FAST = QuantizeSettings(search=AMAX)
 LAYER = PREFIX + "transformer_blocks.1.attn1.to_q"
 GATE = PREFIX + "transformer_blocks.1.attn1.to_gate_logits"
 MARKER = b'{"format": "nvfp4"}'
-
-
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
-    return tiny()
-
-
-@pytest.fixture
-def source(tmp_path, tensors) -> Path:
-    return save(tmp_path / "source.safetensors", tensors)
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:

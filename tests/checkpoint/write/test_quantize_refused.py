@@ -12,20 +12,11 @@ from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.samples import synthetic
-from nvfp4_video.tests.support.quantize_sources import PREFIX, load, save, tiny
+from nvfp4_video.tests.support.files import load
+from nvfp4_video.tests.support.quantize_sources import PREFIX, save, tiny
 
 FAST = QuantizeSettings(search=AMAX)
 LAYER = PREFIX + "transformer_blocks.1.attn1.to_q"
-
-
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
-    return tiny()
-
-
-@pytest.fixture
-def source(tmp_path, tensors) -> Path:
-    return save(tmp_path / "source.safetensors", tensors)
 
 
 def test_layers_with_nan_or_infinity_are_all_named_and_kept_only_on_request(tmp_path, tensors):

@@ -10,9 +10,10 @@ import pytest
 from nvfp4_video.checkpoint.file.header import CheckpointError, Header, TensorInfo
 from nvfp4_video.checkpoint.write import recipes
 from nvfp4_video.checkpoint.write.recipes import RECIPES, Options, find_recipe, select
-from nvfp4_video.tests.support.quantize_sources import keys
+from nvfp4_video.samples.recorded import recorded
 
-LTX23 = {n.removesuffix(".weight"): tuple(s) for n, s in keys("ltxav_keys")["keys"].items() if n.endswith(".weight")}
+SHAPES = recorded("ltxav_keys")["keys"]
+LTX23 = {n.removesuffix(".weight"): tuple(s) for n, s in SHAPES.items() if n.endswith(".weight")}
 LTX23 = {layer: shape for layer, shape in LTX23.items() if len(shape) > 1}
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint.file.container import PlannedTensor, TensorReader, write_checkpoint
-from nvfp4_video.checkpoint.file.header import DTYPES, CheckpointError, read_header
+from nvfp4_video.checkpoint.file.header import CheckpointError, read_header
 from nvfp4_video.checkpoint.identify import dialects
 from nvfp4_video.checkpoint.write.repair import BACKUP_ENDING, repair, restore_header
 from nvfp4_video.kernels.format import PackedWeight
 from nvfp4_video.kernels.reference import dequantize
 from nvfp4_video.samples import synthetic
+from nvfp4_video.tests.support.files import load, save
 
 PREFIX = synthetic.DIT_PREFIX
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SOUND = ("bf16", "bf16_decoded", "comfy_markers", "comfy_header", "mixed")
 FOREIGN = ("modelopt", "modelopt_layerwise", "modelopt_swizzled", "compressed_tensors", "lightx2v", "lightx2v_absmax")
 
@@ -30,17 +29,6 @@ def model():
 
 def write(path: Path, kind: str, model, **options) -> Path:
     synthetic.write(path, kind, *model[:3], **options)
-    return path
-
-
-def load(path: Path) -> dict[str, torch.Tensor]:
-    with TensorReader(path) as reader:
-        return {name: reader.get(name).clone() for name in reader.header.tensors}
-
-
-def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
-    planned = [PlannedTensor(n, NAMES[t.dtype], tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]
-    write_checkpoint(path, planned, metadata)
     return path
 
 

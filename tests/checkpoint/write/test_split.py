@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import json
 import os
@@ -12,39 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint.file.container import PlannedTensor, TensorReader, write_checkpoint
-from nvfp4_video.checkpoint.file.header import DTYPES, CheckpointError
+from nvfp4_video.checkpoint.file.container import TensorReader
+from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.write.split import split
 from nvfp4_video.kernels import reference
 from nvfp4_video.kernels.format import swap_nibbles, unswizzle
 from nvfp4_video.samples import synthetic
+from nvfp4_video.samples.recorded import recorded
+from nvfp4_video.tests.support import files
+from nvfp4_video.tests.support.files import load, metadata
 
-DATA = Path(__file__).parents[3] / "samples" / "data"
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CONFIG = json.dumps({"vae": {"dims": 3}, "audio_vae": {}, "vocoder": {}, "transformer": {}})
 METADATA = {"config": CONFIG, "license": "community", "model_version": "2.3"}
 ALL = ("video_vae", "audio_vae", "text_projection", "diffusion_model", "rest")
 
 
 def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
-    planned = [PlannedTensor(n, NAMES[t.dtype], tuple(t.shape), lambda t=t: t) for n, t in tensors.items()]
-    write_checkpoint(path, planned, METADATA if metadata is None else metadata)
-    return path
-
-
-def load(path: Path) -> dict[str, torch.Tensor]:
-    with TensorReader(path) as reader:
-        return {name: reader.get(name).clone() for name in reader.header.tensors}
-
-
-def metadata(path: Path) -> dict[str, str]:
-    with TensorReader(path) as reader:
-        return reader.header.metadata
+    return files.save(path, tensors, METADATA if metadata is None else metadata)
 
 
 def true_names() -> dict[str, torch.Tensor]:
     """A full LTX-2.3 checkpoint with all its VAE names, shapes cut to 24 at most where no signature reads them."""
-    keys = json.loads(gzip.decompress((DATA / "ltx_vae_keys.json.gz").read_bytes()))
+    keys = recorded("ltx_vae_keys")
     generator = torch.Generator().manual_seed(0)
     shapes = {f"vae.{name}": shape for name, shape in keys["video_vae"].items()} | keys["audio_vae"]
     shapes["text_embedding_projection.video_aggregate_embed.weight"] = [16, 16]

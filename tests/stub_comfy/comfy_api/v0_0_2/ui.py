@@ -20,4 +20,5 @@ class PreviewImage:
         self.image, self.animated = image, animated
 
     def as_dict(self):
-        return {"images": [{"size": tuple(frame.shape)} for frame in self.image], "animated": (self.animated,)}
+        names = {"filename": "preview.png", "subfolder": "", "type": "temp"}
+        return {"images": [{"size": tuple(frame.shape)} | names for frame in self.image], "animated": (self.animated,)}
