@@ -37,9 +37,9 @@ COMPONENT_COLOURS: dict[str, Colour] = {
 }
 FORMAT_COLOURS: dict[str, Colour] = {
     "NVFP4": (86, 158, 60),
-    "FP8, scaled": (222, 160, 40),
+    "scaled FP8": (222, 160, 40),
     "FP8": (236, 192, 110),
-    "INT8, scaled": (190, 90, 60),
+    "scaled INT8": (190, 90, 60),
     "BF16": (52, 96, 160),
     "F16": (90, 140, 196),
     "F32": (128, 84, 150),

@@ -24,6 +24,7 @@ from ..kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
 from . import lora, residency
 from .compute import Compute
 from .fusions import shared_rows
+from .low_rank import LOW_RANK, add_low_rank
 
 LAYOUT = "TensorCoreNVFP4Layout"
 # Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
@@ -63,8 +64,11 @@ def weight_only_operations(
                 weight = state_dict.get(f"{prefix}weight")
                 if isinstance(weight, QuantizedTensor):
                     _unwrap(state_dict, prefix, weight, (self.out_features, self.in_features), source)
+                low_rank = [state_dict.pop(f"{prefix}{suffix}", None) for suffix in LOW_RANK]
                 super()._load_from_state_dict(state_dict, prefix, *args)
                 choose_mode(self, compute.of(prefix[:-1]))
+                if low_rank[0] is not None:
+                    add_low_rank(self, low_rank)
 
             def forward(self, input, *args, activation="", **kwargs):
                 # Looked up in the instance: a missing attribute of an nn.Module costs microseconds, a thousand times

@@ -21,20 +21,13 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
-from ..checkpoint.file.header import CheckpointError, read_header
-from ..checkpoint.identify.dialects import (
-    AUTO,
-    DIALECTS,
-    FP8_FORMATS,
-    MARKER,
-    STATED,
-    STORAGE_KEYS,
-    DialectPlan,
-    detect,
-    host_layer,
-    input_scale,
-)
+from ..checkpoint.file.container import TensorReader
+from ..checkpoint.file.header import MARKER, CheckpointError, Header, read_header
+from ..checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan, detect, host_layer, input_scale
+from ..checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
+from ..checkpoint.identify.layers import Layer, refuse
 from ..checkpoint.identify.signatures import Model, find_model, transformer_config
+from ..checkpoint.identify.values import Get, check_layer, expand, read_scale
 from ..kernels import backends
 from . import residency
 from .block_graphs import use_graphs
@@ -116,21 +109,19 @@ def load_model(
     backend_name, reason = backends.pick_backend(device, backend)
     header = read_header(path)
     model = find_model(header)
-    plan = detect(header, dialect, model.prefix)
+    plan = plan_file(header, dialect, model.prefix)
     how = _plan_compute(picked, overrides, plan, model)
     state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     metadata = dict(metadata or {})
     config_source = _complete_config(metadata, header, model, config_from)
     state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(model.prefix)}
-    if not plan.formats:  # the host's older FP8 files have a marker of their own
-        state_dict, metadata = comfy.utils.convert_old_quants(state_dict, model.prefix, metadata=metadata)
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
     compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
     operations = weight_only_operations(compute_dtype, device, backend, header.path.name, how)
     options = {"custom_operations": operations}
-    present = {key.rpartition(".")[0] for key in state_dict}
+    state_dict_keys = frozenset(state_dict)
     patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
-    _check_linears(patcher.model.diffusion_model, operations.Linear, present, header.path.name)
+    check_linears(patcher.model.diffusion_model, operations.Linear, state_dict_keys, header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
 
     def compute_on(other: torch.device) -> Compute:
@@ -182,105 +173,127 @@ def _complete_config(metadata: dict, header, model: Model, config_from: str | No
     return None
 
 
+def plan_file(header: Header, dialect: str = AUTO, prefix: str = "") -> DialectPlan:
+    """Header -> DialectPlan of what can be loaded. CheckpointError, which names the layer, for what cannot."""
+    with TensorReader(header) as reader:
+        plan = detect(header, dialect, prefix, reader.get)
+    refuse(header.path.name, plan.layers)
+    for layer, fault in plan.faults().items():
+        if not plan.stated:
+            raise CheckpointError(
+                f"its `{MARKER}` marker {fault}",
+                where=f"{header.path.name}, layer {layer}",
+                expected='{"format": "nvfp4"} or another format that fits its tensors and this ComfyUI',
+                remedy="download the file again, or state its `dialect` (comfy, if a tool for ComfyUI wrote it): "
+                "the markers are then made from the tensors",
+            )
+    for name, content in plan.formats.items():
+        if content["format"] not in QUANT_ALGOS:
+            where, found = f"{header.path.name}, layer {name}", f"its format is {content['format']!r}"
+            known = f"one that this ComfyUI knows: {', '.join(QUANT_ALGOS)}"
+            raise CheckpointError(found, where=where, expected=known, remedy="update ComfyUI")
+    if plan.absent:
+        text = "%s declares %d layers that it does not have, such as %s"
+        logger.warning(text, header.path.name, len(plan.absent), plan.absent[0])
+    return plan
+
+
 def rewrite(plan: DialectPlan, state_dict: dict) -> dict:
     """State dict as stored -> in the host's layout with markers, layer by layer and in place.
 
     NVFP4 weights become the host's QuantizedTensor; a converted layer's original is dropped before the next is read.
+    FP8 scaled in blocks, which the host does not have, becomes BF16. Raises CheckpointError for scales that are NaN.
     """
-    _check_markers(plan, state_dict)
-    for layer in plan.nvfp4:
-        get = functools.partial(_tensor_of, state_dict, layer)
-        record, activation = host_layer(plan, layer, get), input_scale(plan, layer, get)
-        for suffix in STORAGE_KEYS:
-            state_dict.pop(f"{layer}.{suffix}", None)
-        state_dict[f"{layer}.weight"] = wrap(record)
-        if activation is not None:
-            state_dict[f"{layer}.input_scale"] = activation
-        if f"{layer}.pre_quant_scale" in state_dict and not supports("pre_quant_scale"):
-            raise CheckpointError(
-                "it has AWQ smoothing (`pre_quant_scale`), which this ComfyUI would ignore",
-                where=f"{plan.header.path.name}, layer {layer}",
-                expected="a ComfyUI of August 2026 or later",
-                remedy="update ComfyUI",
-            )
-    for layer, content in plan.formats.items():
-        scale = state_dict.get(f"{layer}.weight_scale")
-        if content["format"] in FP8_FORMATS.values() and scale is not None and scale.numel() == 1:
-            state_dict[f"{layer}.weight_scale"] = scale.float().reshape(())  # the host wants a scalar
-        state_dict.setdefault(f"{layer}.{MARKER}", _marker(content))
+    for name, layer in plan.layers.items():
+        if f"{name}.{layer.weight}" not in state_dict:
+            continue  # of another part of the file
+        get = functools.partial(_tensor_of, state_dict, name)
+        check_layer(plan.header.path.name, layer, get)
+        new = _converted(plan, layer, get)
+        if layer.marker is not None:
+            new[MARKER] = torch.tensor(list(json.dumps(dict(layer.marker)).encode()), dtype=torch.uint8)
+        for suffix in (*layer.read, *layer.ignored):
+            if suffix not in _KEPT_KEYS or suffix in new:
+                state_dict.pop(f"{name}.{suffix}", None)
+        state_dict.update({f"{name}.{suffix}": tensor for suffix, tensor in new.items()})
+    for key in [key for key in state_dict if key.rpartition(".")[2] == OLD_FP8]:
+        del state_dict[key]
     return state_dict
 
 
-def _check_linears(model: torch.nn.Module, linear: type, present: set[str], name: str) -> None:
+def _converted(plan: DialectPlan, layer: Layer, get: Get) -> dict[str, torch.Tensor]:
+    """The tensors of one layer that the host wants otherwise, by key suffix; all others of it stay."""
+    where = f"{plan.header.path.name}, layer {layer.name}"
+    if layer.name in plan.nvfp4:
+        new = {"weight": wrap(host_layer(plan, layer.name, get))}
+        activation = input_scale(plan, layer.name, get)
+        if activation is not None:
+            new["input_scale"] = activation
+        if SMOOTHING in layer.read and not supports(SMOOTHING):
+            found = f"it has AWQ smoothing (`{SMOOTHING}`), which this ComfyUI would ignore"
+            expected = "a ComfyUI of August 2026 or later"
+            raise CheckpointError(found, where=where, expected=expected, remedy="update ComfyUI")
+        return new
+    if layer.scale is None or not layer.kind.startswith("fp8"):
+        # What the host reads by itself stays under its own names.
+        return {suffix: get(suffix) for suffix in layer.read if suffix != MARKER}
+    scale = expand(read_scale(plan.header.path.name, layer, get), layer)
+    if layer.kind == "fp8_blocks":
+        return {"weight": (get("weight").float() * scale).to(torch.bfloat16)}
+    new = {"weight": get("weight"), "weight_scale": scale}
+    old = next((get(suffix) for suffix in ("input_scale", "scale_input") if suffix in layer.read), None)
+    # The host, too, takes an input scale of one in its older files for none.
+    if old is not None and not (layer.scale == "scale_weight" and old.item() == 1):
+        new["input_scale"] = old.float().reshape(())
+    return new
+
+
+# Tensors of a layer that the host, or the pack's Linear, takes as they are.
+_KEPT_KEYS = (SMOOTHING, *LOW_RANK)
+
+
+def check_linears(model: torch.nn.Module, linear: type, keys: frozenset[str], name: str) -> None:
     """Refuse Linears that the host gave a weight of another shape, or none though the file has parts of them.
 
     A layer of which the file has nothing may be one that this host builds and the model does not use: a warning.
     """
     absent = []
+    present = {key.rpartition(".")[0] for key in keys}
     remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
     for layer, module in model.named_modules():
         if not isinstance(module, linear):
             continue
-        shape, weight = (module.out_features, module.in_features), module.weight
-        if weight is None and layer in present:
+        shape, stored = (module.out_features, module.in_features), stored_shape(module)
+        if stored is None and layer in present:
             found = "it has no `weight`"
-        elif weight is not None and tuple(weight.shape) != shape:
-            found = f"its `weight` has shape {tuple(weight.shape)}"
+        elif stored is not None and stored != shape:
+            found = f"its `weight` has shape {stored}"
+        elif layer in present and module.bias is not None and f"{layer}.bias" not in keys:
+            found, shape = "it has no `bias`", shape[:1]
         else:
-            absent += [layer] if weight is None else []
+            absent += [layer] if stored is None else []
             continue
-        where, expected = f"{name}, layer {layer}", f"a weight of shape {shape}"
+        where, expected = f"{name}, layer {layer}", f"one of shape {shape}"
         raise CheckpointError(found, where=where, expected=expected, remedy=remedy)
     if absent:
         logger.warning("%s has nothing of %d layers of the model, such as %s", name, len(absent), absent[0])
 
 
+def stored_shape(module: torch.nn.Module) -> tuple[int, ...] | None:
+    """Shape of a Linear's weight; of FP8 and INT8 that of the codes, since the host's tensor shows the model's."""
+    weight = module.weight
+    if weight is None:
+        return None
+    codes = getattr(weight, "_qdata", None)
+    by_code = codes is not None and module.__dict__.get("quant_format") in _ONE_BY_ONE
+    return tuple((codes if by_code else weight).shape)
+
+
+_ONE_BY_ONE = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # formats with a code for each number
+
+
 def _tensor_of(state_dict: dict, layer: str, suffix: str) -> torch.Tensor:
     return state_dict[f"{layer}.{suffix}"]
-
-
-def _marker(content: dict) -> torch.Tensor:
-    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
-
-
-def _check_markers(plan: DialectPlan, state_dict: dict) -> None:
-    """Refuse markers that say nothing or contradict their tensors, unless the user stated the dialect.
-
-    They are then written anew.
-    """
-    for layer, group in plan.groups.items():
-        where = f"{plan.header.path.name}, layer {layer}"
-        matrix = "weight" not in group or len(group["weight"].shape) == 2  # banks of experts are the host's business
-        packed = layer in plan.nvfp4 if matrix else None
-        if MARKER in group and f"{layer}.{MARKER}" in state_dict:
-            text = state_dict[f"{layer}.{MARKER}"].numpy().tobytes()
-            found = _fault(text, packed)
-            if found and (plan.evidence != STATED or layer not in plan.formats):
-                raise CheckpointError(
-                    f"its `{MARKER}` marker {found}",
-                    where=where,
-                    expected='{"format": "nvfp4"} or another format that fits its tensors and this ComfyUI',
-                    remedy="download the file again, or state its `dialect` (comfy, if a tool for ComfyUI wrote it): "
-                    "the markers are then made from the tensors",
-                )
-            if found:
-                del state_dict[f"{layer}.{MARKER}"]
-        elif layer in plan.formats and (found := _fault(json.dumps(plan.formats[layer]).encode(), packed)):
-            expected = "what fits its tensors and this ComfyUI"
-            raise CheckpointError(f"its entry in the header {found}", where=where, expected=expected)
-
-
-def _fault(text: bytes, packed: bool | None) -> str:
-    """What is wrong with a marker, or an empty string; ``packed``: whether its tensors are NVFP4, None if unknown."""
-    try:
-        name = json.loads(text)["format"]
-    except (ValueError, TypeError, KeyError):
-        return "holds nothing but NUL bytes" if not text.strip(b"\0") else "holds no JSON with a `format`"
-    if name not in QUANT_ALGOS:
-        return f"names the format {name!r}, which this ComfyUI does not know"
-    if packed is not None and (name == "nvfp4") != packed:
-        return f"says {name}, its tensors are {'' if packed else 'not '}NVFP4"
-    return ""
 
 
 def _compute_dtype(state_dict: dict, metadata: dict, device: torch.device, name: str) -> torch.dtype:
@@ -310,11 +323,18 @@ def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool
     return patcher
 
 
+def count_layers(plan: DialectPlan) -> Counter[str]:
+    """Format -> number of matrices."""
+    layers = Counter(content["format"] for content in plan.formats.values())
+    plain = [layer for name, layer in plan.layers.items() if name not in plan.formats and len(layer.shape) == 2]
+    names = {"fp8_blocks": "FP8 in blocks, restored to BF16"}
+    dtypes = (names.get(layer.kind) or plan.groups[layer.name][layer.weight].dtype for layer in plain)
+    return layers + Counter(dtypes)
+
+
 def _report(plan: DialectPlan, model: Model, compute: Compute, backend, device, patcher, config_source) -> LoadReport:
     tensors = {key: info for key, info in plan.header.tensors.items() if key.startswith(model.prefix)}
-    layers = Counter(content["format"] for content in plan.formats.values())
-    plain = {layer for layer, group in plan.groups.items() if "weight" in group and layer not in plan.formats}
-    layers.update(plan.groups[layer]["weight"].dtype for layer in plain if len(plan.groups[layer]["weight"].shape) == 2)
+    layers = count_layers(plan)
     modules = patcher.model.diffusion_model.modules()
     modes = Counter(mode for module in modules if (mode := module.__dict__.get("nvfp4_mode")))
     return LoadReport(

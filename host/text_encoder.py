@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..checkpoint.file.header import CheckpointError, Header, read_header
-from ..checkpoint.identify.dialects import AUTO, MARKER, DialectPlan, detect
+from ..checkpoint.identify.dialects import AUTO, MARKER, DialectPlan
 from ..checkpoint.identify.text_encoder_signatures import (
     CONNECTORS,
     EMBEDDING,
@@ -35,7 +34,7 @@ from ..checkpoint.identify.text_encoder_signatures import (
 from ..kernels import backends, dispatch
 from ..kernels.format import OUTPUT_DTYPES, PackedWeight
 from .linear import weight_only_operations
-from .load import rewrite
+from .load import count_layers, plan_file, rewrite, stored_shape
 from .lora_patcher import use_branches
 from .text_decode import use_graphs
 
@@ -103,7 +102,7 @@ def load_text_encoder(
     encoder = find_text_encoder(header)
     other = header if projection is None else read_header(projection)
     found = find_projection(other, encoder)
-    plan = detect(header, dialect)
+    plan = plan_file(header, dialect)
     tensors = _read(path, plan, lambda name: not name.startswith((PROJECTION, *CONNECTORS)))
     beside = _read_projection(path if projection is None else projection, other, dialect)
     norm = header.tensors["model.layers.0.input_layernorm.weight"].torch_dtype
@@ -126,7 +125,7 @@ def load_text_encoder(
         family=encoder.family,
         dialect=plan.dialect or "none",
         evidence=plan.evidence,
-        layers=_layers(plan),
+        layers=dict(count_layers(plan).most_common()),
         gigabytes=sum(info.nbytes for info in header.tensors.values()) / 1e9,
         projection=f"{found.family}, {' + '.join(map(str, found.widths))} wide, from {other.path.name}",
         backend=backend_name,
@@ -147,9 +146,7 @@ def _reload(path, projection, dialect, backend, device, graphs, disable_dynamic:
 
 def _read(path: str, plan: DialectPlan, wanted) -> dict[str, torch.Tensor]:
     """The wanted tensors of a file in the host's layout; native ones stay mapped."""
-    state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    if not plan.formats:  # the host's older FP8 files have a marker of their own
-        state_dict, _ = comfy.utils.convert_old_quants(state_dict, "", metadata=dict(metadata or {}))
+    state_dict = comfy.utils.load_torch_file(path)
     return rewrite(plan, {name: tensor for name, tensor in state_dict.items() if wanted(name)})
 
 
@@ -157,7 +154,7 @@ def _read_projection(path: str, header: Header, dialect: str) -> dict[str, torch
     """The text projection, and the connectors of a checkpoint so old that they belong to the text encoder."""
     state: dict[str, torch.Tensor] = {}
     for prefix in (PROJECTION, *CONNECTORS):
-        plan = detect(header, dialect, prefix)
+        plan = plan_file(header, dialect, prefix)
         state |= _read(path, plan, lambda name, prefix=prefix: name.startswith(prefix))
     return state
 
@@ -221,18 +218,11 @@ def _check(model: torch.nn.Module, encoder: TextEncoder, linear: type, name: str
     for layer, module in model.named_modules():
         if not isinstance(module, linear) or "vision" in layer or "audio_" in layer:
             continue
-        shape, weight = (module.out_features, module.in_features), module.weight
-        if weight is None or tuple(weight.shape) != shape:
-            found = "it has no `weight`" if weight is None else f"its `weight` has shape {tuple(weight.shape)}"
+        shape, stored = (module.out_features, module.in_features), stored_shape(module)
+        if stored != shape:
+            found = "it has no `weight`" if stored is None else f"its `weight` has shape {stored}"
             remedy = "the file is damaged, or of another size of the model: download it again"
             raise CheckpointError(found, where=f"{name}, layer {layer}", expected=f"shape {shape}", remedy=remedy)
-
-
-def _layers(plan: DialectPlan) -> dict[str, int]:
-    layers = Counter(content["format"] for content in plan.formats.values())
-    plain = [group["weight"] for layer, group in plan.groups.items() if "weight" in group and layer not in plan.formats]
-    layers.update(info.dtype for info in plain if len(info.shape) == 2)
-    return dict(layers.most_common())
 
 
 __all__ = ["DEVICES", "TextEncoderReport", "load_text_encoder"]

@@ -219,7 +219,7 @@ def _tensors_of(layer: str, kind: str, weight: torch.Tensor, packed: PackedWeigh
 def _metadata(kind: str, config: Mapping, layers: list[str], sidecar: bool) -> dict[str, str]:
     """Header entries of this kind of file; ``layers`` as the file's `_quantization_metadata` names them."""
     entries = {"config": json.dumps({"transformer": config})}
-    if kind in _LAYERWISE_HEADER:
+    if kind in _LAYERWISE_HEADER and not (sidecar and kind in _MODELOPT_HEADER):  # ModelOpt writes both or neither
         named = {layer: {"format": "nvfp4"} for layer in layers}
         entries[HEADER_ENTRY] = layers_entry(named)
     if kind in _MODELOPT_HEADER and not sidecar:
@@ -273,7 +273,7 @@ def write(
     ``packed``: from ``quantize_layers``, computed here when absent. ``prefix``: put before every model tensor; ``full``
     and ``comfy_header_unprefixed`` set it to ``model.diffusion_model.``, and ``full`` adds ``other_components()``.
     ``sidecar``: ModelOpt's and compressed-tensors' configuration goes into a JSON file beside the checkpoint, which
-    therefore wants a folder of its own, and ModelOpt's `quantization_config` is left out of the header.
+    therefore wants a folder of its own, and what ModelOpt writes into the header is left out there.
     Raises ValueError for an unknown kind.
     """
     path = Path(path)

@@ -21,8 +21,8 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -34,6 +34,9 @@ MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
 # The entry of the metadata that speaks of layers by name, ``{"layers": {...}}``: each shard has its own part of it.
 HEADER_ENTRY = "_quantization_metadata"
+# The tensor of a layer that holds the same declaration as JSON. Its few bytes are read with the header.
+MARKER = "comfy_quant"
+_MAX_MARKER_BYTES = 1 << 16
 
 _INT64_MAX = 2**63 - 1
 _MAX_DIMENSIONS = 64  # torch's own operators stop there
@@ -109,12 +112,20 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors cover the data without overlap; ``tensors`` keeps the header's order."""
+    """A checked header: the tensors cover the data without overlap; ``tensors`` keeps the header's order.
+
+    ``markers``: name of a `comfy_quant` tensor -> its bytes.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     file_size: int
+    markers: Mapping[str, bytes] = field(default_factory=dict)
+
+    def of(self, tensors: Iterable[str]) -> Header:
+        """The header of a part of the file."""
+        return replace(self, tensors={name: self.tensors[name] for name in tensors})
 
     def listed_layers(self) -> dict[str, Any]:
         """Content of HEADER_ENTRY: layer as named there -> what it says; {} without it. Raises CheckpointError."""
@@ -219,7 +230,18 @@ def _parse(file: BinaryIO, path: Path, length: int, size: int) -> Header:
         if type(entry) is not TensorInfo:
             entries[name] = _tensor_info(name, entry, data_start, where)
     _check_layout(entries, data_start, size, where)
-    return Header(path, entries, metadata, size)
+    return Header(path, entries, metadata, size, _read_markers(file, entries))
+
+
+def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str, bytes]:
+    """Contents of the `comfy_quant` tensors, in the order in which they lie in the file."""
+    markers = {}
+    names = [name for name in tensors if name.endswith(MARKER) and tensors[name].nbytes <= _MAX_MARKER_BYTES]
+    for name in sorted(names, key=lambda name: tensors[name].start):
+        if name.rpartition(".")[2] == MARKER:
+            file.seek(tensors[name].start)
+            markers[name] = file.read(tensors[name].nbytes)
+    return markers
 
 
 def layers_entry(layers: Mapping[str, Any], separators: tuple[str, str] | None = None) -> str:

@@ -63,7 +63,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 raise CheckpointError(found, where=path.name, expected="each tensor in one file", remedy=remedy)
             homes[name] = header
     tensors = {name: header.tensors[name] for name, header in homes.items()}
-    merged = Header(path, tensors, _merge_metadata(files), sum(header.file_size for header in files))
+    markers = {name: content for header in files for name, content in header.markers.items()}
+    size = sum(header.file_size for header in files)
+    merged = Header(path, tensors, _merge_metadata(files), size, markers)
     return Checkpoint(merged, homes, tuple(files))
 
 

@@ -1,19 +1,20 @@
-"""What keeps stock ComfyUI from loading a checkpoint's quantised layers, found without loading a tensor.
+"""What keeps stock ComfyUI from loading a checkpoint's quantised layers, found without loading a weight.
 
-Only `comfy_quant` markers are read beside the header, a few bytes each: files exist whose markers are all NUL.
+Beside the header only `comfy_quant` markers are read, a few bytes each (files exist whose markers are all NUL), and a
+few block scales where their order is open.
 ``inspect_checkpoint`` reports these faults, ``repair`` removes their causes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..file.header import CheckpointError, Header
+from ..file.header import HEADER_ENTRY, CheckpointError, Header
 from ..file.shards import Checkpoint, Source
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
+from .formats import FORMATS, FP8_FORMATS, OLD_FP8
 from .signatures import MODEL_PREFIXES, Model, families_under
 
 FULL_PREFIX = "model.diffusion_model."
@@ -67,18 +68,18 @@ def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
     header = checkpoint.header
     model, components, prefix = _model(header)
     vaes = {name for key in (VIDEO_VAE, AUDIO_VAE) if key in components for name in components[key].names}
-    rest = {name: info for name, info in header.tensors.items() if name not in vaes}
-    body = Header(header.path, rest, header.metadata, header.file_size)
-    plan, open_dialect = _plan(body, dialect)
+    body = header.of(name for name in header.tensors if name not in vaes)
+    with Source(checkpoint) as reader:
+        plan, open_dialect = _plan(body, dialect, reader.tensor)
     faults: list[Fault] = []
     unmarked, misnamed = {}, {}
     if plan is None:
         stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
         faults.append(Fault("open_dialect", open_dialect, stock, curable=False))
     else:
-        misnamed = _misnamed(header, plan.groups, prefix)
+        misnamed = dict(plan.misnamed) | _misnamed(header, plan.groups, prefix)
         unmarked = _unmarked(header, plan, misnamed)
-        faults += _layer_faults(checkpoint, plan, unmarked, misnamed)
+        faults += _layer_faults(header, plan, unmarked, misnamed)
     others = [key for key in components if key != DIFFUSION_MODEL]
     new_prefix = prefix
     if model is not None and (prefix not in _STRIPPED or (others and prefix != FULL_PREFIX)):
@@ -94,9 +95,9 @@ def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
     )
 
 
-def _plan(body: Header, dialect: str) -> tuple[dialects.DialectPlan | None, str | None]:
+def _plan(body: Header, dialect: str, read) -> tuple[dialects.DialectPlan | None, str | None]:
     try:
-        return dialects.detect(body, dialect), None
+        return dialects.detect(body, dialect, read=read), None
     except CheckpointError as error:
         if dialect != dialects.AUTO or not _is_open(body):
             raise
@@ -168,47 +169,51 @@ def _unmarked(header: Header, plan: dialects.DialectPlan, misnamed: Mapping[str,
 
 
 def _layer_faults(
-    checkpoint: Checkpoint, plan: dialects.DialectPlan, unmarked: Mapping[str, dict], misnamed: Mapping[str, str]
+    header: Header, plan: dialects.DialectPlan, unmarked: Mapping[str, dict], misnamed: Mapping[str, str]
 ) -> list[Fault]:
     faults = []
     if not plan.native:
         title = dialects.DIALECTS[plan.dialect].title
         text = f"{len(plan.nvfp4):,} layers are in the dialect {plan.dialect} ({title})"
         faults.append(Fault("foreign", text, _STOCK_ON_FOREIGN[plan.dialect]))
-    elif unmarked and not _old_fp8_only(checkpoint.header, unmarked):
+    elif unmarked and not _old_fp8_only(header, unmarked):
         text = f"{len(unmarked):,} quantised layers are declared neither by markers nor by the header"
         stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
+        if not any(content["format"] == "nvfp4" for content in unmarked.values()):
+            stock = "loads their codes without the scales: noise, without an error"
         faults.append(Fault("unmarked", text, stock))
     if misnamed:
-        text = f"the header names {len(misnamed):,} layers without the prefix of their tensors"
-        stock = "loads it with UNETLoader; checkpoint loaders do not find the quantised layers"
+        text = f"the header names {len(misnamed):,} layers with another prefix than their tensors have"
+        stock = "loads it with UNETLoader at best; checkpoint loaders do not find the quantised layers"
         faults.append(Fault("misnamed", text, stock))
-    if plan.native and not _first_marker_is_sound(checkpoint, plan):
-        text = "the `comfy_quant` markers are not JSON"
+    dropped = sorted(plan.markers_to_drop())
+    if dropped:
+        fault = plan.layers[dropped[0]].fault or "says nothing"
+        text = f"the `comfy_quant` markers of {len(dropped):,} layers are no JSON, that of {dropped[0]} {fault}"
         faults.append(Fault("markers", text, "stops with a JSONDecodeError"))
+    for kind in dict.fromkeys(layer.kind for layer in plan.layers.values()):
+        own = [layer for layer in plan.layers.values() if layer.kind == kind]
+        form, text = FORMATS[kind], f"{len(own):,} layers are {FORMATS[kind].title}"
+        if not form.loads or any(layer.undeclared for layer in own):
+            text += "" if not form.loads else ", and nothing declares how they are to be read"
+            stock = "does not read them, or takes their codes for numbers"
+            faults.append(Fault("format", text, stock, curable=False))
+        elif not form.repairs:
+            stock = "loads their codes without the scales: noise, without an error"
+            faults.append(Fault("format", f"{text}, which ComfyUI has no format for", stock, curable=False))
+    if any(layer.low_rank for layer in plan.layers.values()):
+        text = "a low-rank product is to be added to its NVFP4 layers (SVDQuant)"
+        faults.append(Fault("low_rank", text, "leaves it out, without an error", curable=False))
     return faults
 
 
 def _old_fp8_only(header: Header, unmarked: Mapping[str, dict]) -> bool:
-    """Whether the layers without a mark are those of the older FP8 files, which ComfyUI converts itself."""
-    return "scaled_fp8" in {name.rpartition(".")[2] for name in header.tensors} and not any(
-        content.get("format") == "nvfp4" for content in unmarked.values()
-    )
+    """Whether the layers without a mark are those of the older FP8 files, which ComfyUI converts itself.
 
-
-def marker_content(raw: bytes) -> dict | None:
-    """Bytes of a `comfy_quant` marker -> its JSON object, or None if it is none with a format."""
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) and isinstance(content.get("format"), str) else None
-
-
-def _first_marker_is_sound(checkpoint: Checkpoint, plan: dialects.DialectPlan) -> bool:
-    """Looks at one marker: a writer that spoils one spoils all, and on a slow disk a thousand reads take long."""
-    name = next((f"{layer}.{dialects.MARKER}" for layer in plan.nvfp4 if dialects.MARKER in plan.groups[layer]), None)
-    if name is None:
-        return True
-    with Source(checkpoint) as source:
-        return marker_content(bytes(source.view(name))) is not None
+    It takes them all for E4M3 with one scale.
+    """
+    old = all(header.tensors.keys() & {f"{layer}.scale_weight"} for layer in unmarked)
+    same = all(content["format"] == FP8_FORMATS["F8_E4M3"] for content in unmarked.values())
+    one = all(header.tensors[f"{layer}.scale_weight"].numel == 1 for layer in unmarked) if old else False
+    declared = OLD_FP8 in {name.rpartition(".")[2] for name in header.tensors}
+    return declared and old and same and one and HEADER_ENTRY not in header.metadata

@@ -17,19 +17,19 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.format import BLOCK, PackedWeight, block_scale_shape, round_up, swap_nibbles, swizzle
-from ..file.header import HEADER_ENTRY, CheckpointError, Header, TensorInfo, open_regular
+from ...kernels.format import BLOCK, PackedWeight, round_up, swap_nibbles, swizzle
+from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header, quote
+from .declarations import SIDECAR, declared_of, match_entries, modelopt_declaration, quantization
+from .formats import LOW_RANK, OLD_FP8, Group, kind_of, weight_suffix
+from .layers import Layer, account, group_tensors, read_layer
+from .scale_order import ROW_MAJOR, TILED, Order, Read, measure, proven_layouts, scale_shapes
 from .signatures import transformer_config
+from .values import check_input_scale, check_packed
 
 AUTO = "auto"
-FP8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-MARKER = "comfy_quant"
-_MOST_SIDECAR = 1 << 24
-SIDECAR = "hf_quant_config.json beside the file"
 STATED = "stated by the user"
 
 Get = Callable[[str], torch.Tensor]  # key suffix of one layer -> tensor
-Group = Mapping[str, TensorInfo]  # key suffix of one layer -> header entry
 
 
 def _scale_2(get: Get) -> torch.Tensor:
@@ -54,6 +54,13 @@ class Dialect:
     low_nibble_first: bool
     tiled_scales: bool
     global_scales: tuple[tuple[tuple[str, ...], Callable[[Get], torch.Tensor]], ...]  # first set of keys present counts
+    input_scales: tuple[str, ...] = ("input_scale",)  # keys of INPUT_SCALES, one of which a layer may have
+
+    def keys(self, group: Group) -> tuple[str, ...]:
+        """The key suffixes by which a layer of ``group`` is read."""
+        used = next((keys for keys, _ in self.global_scales if all(key in group for key in keys)), ())
+        inputs = [key for key in self.input_scales if key in group][:1]
+        return (self.weight, "weight_scale", "weight_shape", *used, *inputs)
 
     def global_scale(self, group: Group) -> Callable[[Get], torch.Tensor] | None:
         """The function that computes the multiplying global scale from the keys ``group`` has, or None."""
@@ -72,9 +79,14 @@ DIALECTS = {
         True,
         False,
         ((("weight_global_scale",), _reciprocal),),
+        ("input_global_scale",),
     ),
-    "lightx2v": Dialect("LightX2V", "weight", True, True, _LIGHTX2V),
+    "lightx2v": Dialect(
+        "LightX2V", "weight", True, True, _LIGHTX2V, ("input_scale", "input_global_scale", "input_absmax")
+    ),
 }
+# Of the same layout; NVFP4_AWQ has `pre_quant_scale`, NVFP4_SVD a low-rank part too. MIXED_PRECISION lists its layers.
+_MODELOPT_ALGORITHMS = (None, "NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "W4A16_NVFP4", "MIXED_PRECISION")
 _INPUT_SCALES = (
     ("input_scale", lambda value: value),
     ("input_global_scale", lambda value: 1.0 / value),
@@ -88,12 +100,16 @@ STORAGE_KEYS = (
 OLD_FP8_KEYS = ("scale_weight", "scale_input")
 # Key suffixes that only describe how a layer's weight is stored.
 AUXILIARY = (*STORAGE_KEYS, "pre_quant_scale", *OLD_FP8_KEYS, MARKER)
-_SUFFIXES = ("weight", *AUXILIARY)
 
 
 @dataclass(frozen=True)
 class DialectPlan:
-    """What ``detect`` found. ``nvfp4``: layer -> (N, K) as stored, padded or not. ``formats``: layer -> marker."""
+    """What ``detect`` found.
+
+    ``layers``: how every layer is stored. ``nvfp4``: layer -> (N, K) as stored, padded or not. ``formats``: layer ->
+    content of the marker that ComfyUI needs. ``misnamed``, ``absent``: names in the header entry that are a layer's but
+    for a prefix, or nobody's. ``stated``: the user named the dialect. ``order``: what the block scales show, if asked.
+    """
 
     header: Header
     dialect: str | None  # None: no NVFP4 layer
@@ -101,68 +117,102 @@ class DialectPlan:
     nvfp4: Mapping[str, tuple[int, int]]
     groups: Mapping[str, Group]
     formats: Mapping[str, dict]
+    layers: Mapping[str, Layer]
+    misnamed: Mapping[str, str]
+    absent: tuple[str, ...]
+    stated: bool
+    order: Order | None = None
 
     @property
     def native(self) -> bool:
-        """Whether the tensors already have the host's layout."""
+        """Whether the NVFP4 tensors already have the host's layout."""
         return self.dialect in (None, "comfy")
 
+    def faults(self) -> dict[str, str]:
+        """Layer -> what is wrong with its marker, though its tensors are clear."""
+        return {name: layer.fault for name, layer in self.layers.items() if layer.fault}
 
-def detect(header: Header, requested: str = AUTO, prefix: str = "") -> DialectPlan:
-    """Header -> DialectPlan for the tensors whose names start with ``prefix``; nothing but the header is read.
+    def markers_to_drop(self) -> set[str]:
+        """Layers whose marker says nothing or the wrong thing: damaged ones, and empty ones of plain weights."""
+        blank = {name for name, layer in self.layers.items() if layer.marker is None and MARKER in layer.read}
+        return blank | self.faults().keys()
 
-    ``requested``: "auto" or a name of DIALECTS, which then decides. Raises CheckpointError for a file that is damaged,
-    contradicts the dialect asked for, or leaves the dialect open.
+
+def detect(header: Header, requested: str = AUTO, prefix: str = "", read: Read | None = None) -> DialectPlan:
+    """Header -> DialectPlan for the tensors whose names start with ``prefix``.
+
+    ``requested``: "auto" or a name of DIALECTS, which then decides. ``read``: name -> tensor; with it, a few block
+    scales are looked at where their order is open. Raises CheckpointError for a file that is damaged, contradicts the
+    dialect asked for, leaves the dialect open, or has a tensor or a declaration that nobody reads.
     """
     name = header.path.name
     if requested not in (AUTO, *DIALECTS):
         raise CheckpointError(f"unknown dialect {requested!r}", where=name, expected=f"auto or {', '.join(DIALECTS)}")
-    groups = _group(header, prefix)
-    packed = {layer: group for layer, group in groups.items() if _packed_suffix(group)}
-    if packed and requested == AUTO:
-        dialect, evidence = _declared(header, packed)
-    elif packed:
+    groups = group_tensors(header, prefix)
+    account(name, header, groups, prefix)
+    packed = {layer: members for layer, members in groups.items() if _is_packed(members)}
+    stated, order = bool(packed) and requested != AUTO, None
+    if not packed:
+        dialect, evidence = None, "no NVFP4 layer"
+    elif stated:
         dialect, evidence = requested, STATED
     else:
-        dialect, evidence = None, "no NVFP4 layer"
-    nvfp4 = {layer: _check_layer(name, layer, group, dialect) for layer, group in packed.items()}
+        dialect, evidence, order = _declared(header, packed, read)
+    nvfp4 = {layer: _check_layer(name, layer, members, dialect) for layer, members in packed.items()}
     if dialect:
         _check_scale_layout(name, packed, DIALECTS[dialect], dialect)
-    formats = {layer: {"format": "nvfp4"} for layer in nvfp4}
-    formats |= {layer: {"format": FP8_FORMATS[group["weight"].dtype]} for layer, group in groups.items() if _fp8(group)}
-    for layer, content in _layer_metadata(header).items():
-        matches = [layer, prefix + layer]
-        match = next((candidate for candidate in matches if candidate in groups), None)
-        if match in nvfp4 and content["format"] != "nvfp4":
-            found = f"the header entry {HEADER_ENTRY} calls it {content['format']}, its tensors are packed as NVFP4"
-            raise CheckpointError(found, where=f"{name}, layer {match}", remedy="convert the file again")
-        if match is not None:
-            formats[match] = formats.get(match, {}) | content
-    return DialectPlan(header, dialect, evidence, nvfp4, groups, formats)
+    if stated:
+        evidence, order = _measured(header, packed, dialect, read)
+    entries = match_entries(header, groups, prefix)
+    old = {key.removesuffix(OLD_FP8): info for key, info in header.tensors.items() if key.split(".")[-1] == OLD_FP8}
+    asks = quantization(header, sidecar=False)
+    layers = {}
+    for layer, members in groups.items():
+        shapes = (nvfp4[layer], DIALECTS[dialect].keys(members)) if layer in nvfp4 else None
+        layers[layer] = read_layer(
+            name, layer, members, declared_of(header, layer, entries.layers.get(layer)), shapes,
+            stated=requested != AUTO, block_size=_block_size(asks),
+            weight_only=any(layer.startswith(start) and info.numel == 2 for start, info in old.items()),
+        )  # fmt: skip
+    svd = quantization(header).get("quant_algo") == "NVFP4_SVD" and (dialect or "").startswith("modelopt")
+    _check_together(name, layers, dialect, old, svd)
+    formats = {layer: dict(found.marker) for layer, found in layers.items() if found.marker is not None}
+    absent = tuple(entries.absent)
+    return DialectPlan(
+        header, dialect, evidence, nvfp4, groups, formats, layers, entries.misnamed, absent, requested != AUTO, order
+    )
 
 
-def _group(header: Header, prefix: str) -> dict[str, dict[str, TensorInfo]]:
-    groups: dict[str, dict[str, TensorInfo]] = {}
-    for key, info in header.tensors.items():
-        layer, _, suffix = key.rpartition(".")
-        if suffix in _SUFFIXES and key.startswith(prefix):
-            groups.setdefault(layer, {})[suffix] = info
-    return groups
+def _is_packed(members: Group) -> bool:
+    """Whether a layer's tensors are those of an NVFP4 matrix, in whatever dialect."""
+    weight = weight_suffix(members)
+    return weight is not None and len(members[weight].shape) == 2 and kind_of(members) == "nvfp4"
 
 
-def _packed_suffix(group: Group) -> str | None:
-    """Key suffix of the packed bytes if the layer is NVFP4, by its dtypes: bytes with one E4M3 scale per 16 columns."""
-    for suffix in ("weight_packed", "weight"):
-        info = group.get(suffix)
-        if info is not None and info.dtype == "U8" and len(info.shape) == 2:
-            return suffix
-    return None
+def _block_size(asks: Mapping) -> tuple[int, int] | None:
+    size = asks.get("weight_block_size")
+    whole = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    return tuple(size) if whole else None
 
 
-def _fp8(group: Group) -> bool:
-    """An FP8 weight with the one scale the host's own FP8 layers have."""
-    weight, scale = group.get("weight"), group.get("weight_scale")
-    return weight is not None and weight.dtype in FP8_FORMATS and scale is not None and scale.numel == 1
+def _check_together(name: str, layers: Mapping[str, Layer], dialect: str | None, old: Mapping, svd: bool) -> None:
+    """What a layer alone does not show: FP8 without scale in a file of scaled FP8, low-rank tensors of some layers."""
+    bare = next((layer for layer in layers.values() if layer.kind == "fp8_cast"), None)
+    scaled = next((layer.name for layer in layers.values() if layer.kind in ("fp8", "fp8_rows", "fp8_blocks")), None)
+    if bare is not None and (scaled is not None or any(bare.name.startswith(start) for start in old)):
+        found = f"its FP8 weight has no scale, though {f'{scaled} has one' if scaled else f'the file has `{OLD_FP8}`'}"
+        remedy = "the file is damaged: download or convert it again"
+        raise CheckpointError(found, where=f"{name}, layer {bare.name}", expected="`weight_scale`", remedy=remedy)
+    packed = [layer for layer in layers.values() if layer.kind == "nvfp4"]
+    without = next((layer for layer in packed if not layer.low_rank), None)
+    if without is not None and (svd or any(layer.low_rank for layer in packed)):
+        why = "the file is declared NVFP4_SVD" if svd else "other NVFP4 layers have them"
+        found = f"it has no low-rank tensors, {why}"
+        raise CheckpointError(found, where=f"{name}, layer {without.name}", expected=" and ".join(LOW_RANK))
+    bank = next((layer for layer in packed if len(layer.shape) == 3), None)
+    if bank is not None and dialect not in (None, "comfy"):
+        found = f"a bank of NVFP4 matrices in the dialect {dialect}"
+        raise CheckpointError(found, where=f"{name}, layer {bank.name}", expected="ComfyUI's own layout for banks")
 
 
 def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int, int]:
@@ -186,9 +236,9 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
         raise error("it has no `weight_scale`", "the block scales")
     if scale.dtype not in ("F8_E4M3", "U8"):
         raise error(f"its `weight_scale` is {scale.dtype}", "F8_E4M3 (or its bytes as U8)")
-    shapes = _scale_shapes((rows, 2 * width))
+    shapes = scale_shapes((rows, 2 * width))
     if scale.shape not in shapes.values():
-        expected = f"{shapes['tiled']} (tiled) or {shapes['row-major']} (row-major)"
+        expected = f"{shapes[TILED]} (tiled) or {shapes[ROW_MAJOR]} (row-major)"
         raise error(f"its `weight_scale` has shape {scale.shape} for {rows} x {2 * width} weights", expected)
     if kind.global_scale(group) is None:
         expected = " or ".join(" + ".join(f"`{key}`" for key in keys) for keys, _ in kind.global_scales)
@@ -199,57 +249,13 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
     return rows, 2 * width
 
 
-def _scale_shapes(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    return {"tiled": block_scale_shape(shape), "row-major": (shape[0], shape[1] // BLOCK)}
-
-
-def _scale_layouts(packed: Mapping[str, Group]) -> dict[str, str]:
-    """Layouts that padding proves, each with a layer that proves it."""
-    proofs: dict[str, str] = {}
-    for layer, group in packed.items():
-        info = group[_packed_suffix(group)]
-        scale = group.get("weight_scale")
-        if scale is None:
-            continue
-        shapes = _scale_shapes((info.shape[0], info.shape[1] * 2))
-        fitting = [layout for layout, shape in shapes.items() if shape == scale.shape]
-        if len(fitting) == 1:
-            proofs.setdefault(fitting[0], layer)
-    return proofs
-
-
 def _check_scale_layout(name: str, packed: Mapping[str, Group], kind: Dialect, dialect: str) -> None:
-    wrong = "row-major" if kind.tiled_scales else "tiled"
-    proof = _scale_layouts(packed).get(wrong)
+    wrong = ROW_MAJOR if kind.tiled_scales else TILED
+    proof = proven_layouts(packed).get(wrong)
     if proof is not None:
         found = f"its `weight_scale` has the shape of {wrong} scales"
         expected = f"{'tiled' if kind.tiled_scales else 'row-major'} ones, as {dialect} has"
         raise CheckpointError(found, where=f"{name}, layer {proof}", expected=expected, remedy="choose another dialect")
-
-
-def _layer_metadata(header: Header) -> dict[str, dict]:
-    """Content of ComfyUI's header entry: layer name as written there -> marker content."""
-    layers = header.listed_layers()
-    try:
-        if not all(isinstance(content["format"], str) for content in layers.values()):
-            raise TypeError("a format is no string")
-    except (KeyError, TypeError) as error:
-        raise header.unreadable(HEADER_ENTRY, error, '{"layers": {name: {"format": ...}}}') from error
-    return layers
-
-
-def modelopt_declaration(header: Header) -> str | None:
-    """Where ModelOpt declares itself the producer: in the header, in hf_quant_config.json beside the file, or None."""
-    entry = header.metadata.get("quantization_config")
-    if entry is not None and "modelopt" in entry.lower():
-        return "header entry quantization_config"
-    sidecar = header.path.with_name("hf_quant_config.json")
-    if sidecar.is_file():
-        with open_regular(sidecar) as file:
-            text = file.read(_MOST_SIDECAR)
-        if b"modelopt" in text.lower():
-            return SIDECAR
-    return None
 
 
 def _lightricks(header: Header) -> bool:
@@ -262,34 +268,34 @@ def _lightricks(header: Header) -> bool:
     return "Transformer3DModel" in str(transformer.get("_class_name", ""))
 
 
-def _declared(header: Header, packed: Mapping[str, Group]) -> tuple[str, str]:
-    """-> (dialect, evidence), the specific marks before the general ones."""
+def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) -> tuple[str, str, Order | None]:
+    """-> (dialect, evidence, what was measured), the specific marks before the general ones."""
     group = next(iter(packed.values()))
     if "weight_packed" in group:
-        return "compressed_tensors", "keys `weight_packed`"
+        return "compressed_tensors", "keys `weight_packed`", None
     if "alpha" in group or "weight_global_scale" in group:
-        return "lightx2v", "keys `alpha` + `input_global_scale`" if "alpha" in group else "key `weight_global_scale`"
-    layouts = _scale_layouts(packed)
+        keys = "keys `alpha` + `input_global_scale`" if "alpha" in group else "key `weight_global_scale`"
+        return "lightx2v", keys, None
+    layouts = proven_layouts(packed)
     modelopt = modelopt_declaration(header)
-    marked = any(MARKER in group for group in packed.values())
-    if modelopt == SIDECAR and marked and "row-major" not in layouts:
-        raise CheckpointError(
-            f"its layers have `{MARKER}` markers, which ModelOpt never writes, yet there is {SIDECAR}",
-            where=header.path.name,
-            expected="one declaration: the two differ in nibble order, which does not show in shapes",
-            remedy="set the loader's `dialect`: comfy if that file belongs to another model, modelopt or "
-            "modelopt_swizzled if somebody added the markers to a ModelOpt export",
-        )
+    if any(MARKER in group for group in packed.values()):
+        return "comfy", "`comfy_quant` markers", None
+    if modelopt == SIDECAR and HEADER_ENTRY in header.metadata:
+        modelopt = None  # ModelOpt writes that entry and its own into one header, or neither
     if modelopt:
-        return _modelopt_layout(header, layouts, modelopt)
-    if marked:
-        return "comfy", "`comfy_quant` markers"
+        algorithm = quantization(header).get("quant_algo")
+        if algorithm not in _MODELOPT_ALGORITHMS:
+            found = f"ModelOpt's quant_algo is {quote(algorithm)}, its tensors are NVFP4"
+            expected = ", ".join(name for name in _MODELOPT_ALGORITHMS if name)
+            remedy = "state the loader's `dialect` if that entry is left over from another file"
+            raise CheckpointError(found, where=header.path.name, expected=expected, remedy=remedy)
+        return _modelopt_layout(header, packed, layouts, modelopt, read)
     if HEADER_ENTRY in header.metadata:
-        return "comfy", f"header entry {HEADER_ENTRY}"
-    if "row-major" not in layouts and _lightricks(header):
-        proof = f", tiled scales in {layouts['tiled']}" if "tiled" in layouts else ""
-        return "comfy", f"no mark; Lightricks' own header, whose NVFP4 files have this layout{proof}"
-    if "row-major" in layouts:
+        return "comfy", f"header entry {HEADER_ENTRY}", None
+    if ROW_MAJOR not in layouts and _lightricks(header):
+        proof = f", tiled scales in {layouts[TILED]}" if TILED in layouts else ""
+        return "comfy", f"no mark; Lightricks' own header, whose NVFP4 files have this layout{proof}", None
+    if ROW_MAJOR in layouts:
         likely = "its scales are row-major, as ModelOpt's are by default: dialect modelopt is the likely one"
     else:
         likely = "comfy if ComfyUI or Lightricks' tools wrote it, modelopt or modelopt_swizzled if ModelOpt did"
@@ -301,50 +307,81 @@ def _declared(header: Header, packed: Mapping[str, Group]) -> tuple[str, str]:
     )
 
 
-def _modelopt_layout(header: Header, layouts: Mapping[str, str], evidence: str) -> tuple[str, str]:
-    """Tiled or row-major: by padding, else by ModelOpt's default. Tiling and layer metadata are separate options."""
-    if "row-major" in layouts:
-        return "modelopt", f"{evidence}, row-major scales in {layouts['row-major']}"
-    if "tiled" in layouts:
-        return "modelopt_swizzled", f"{evidence}, tiled scales in {layouts['tiled']}"
-    if HEADER_ENTRY not in header.metadata:
-        return "modelopt", f"{evidence}; row-major scales, its default"
+def _modelopt_layout(
+    header: Header, packed: Mapping[str, Group], layouts: Mapping[str, str], evidence: str, read: Read | None
+) -> tuple[str, str, Order | None]:
+    """Tiled or row-major: by padding, else by what the scales show. Tiling and layer metadata are separate options."""
+    if ROW_MAJOR in layouts:
+        return "modelopt", f"{evidence}, row-major scales in {layouts[ROW_MAJOR]}", None
+    if TILED in layouts:
+        return "modelopt_swizzled", f"{evidence}, tiled scales in {layouts[TILED]}", None
+    order = measure(header, packed, read) if read is not None else None
+    if order is not None and order.decided:
+        return "modelopt" if order.found == ROW_MAJOR else "modelopt_swizzled", f"{evidence}; {order}", order
     raise CheckpointError(
-        "ModelOpt wrote it for ComfyUI, with or without its option that tiles the block scales",
+        f"ModelOpt wrote it, with or without its option that tiles the block scales ({order or 'not measured'})",
         where=header.path.name,
         expected="a stated layout: no layer of this file has a shape that tells",
         remedy="set the loader's `dialect` to modelopt_swizzled if the export tiled its scales, else modelopt",
     )
 
 
-def host_layer(plan: DialectPlan, layer: str, get: Get) -> PackedWeight:
+def _measured(
+    header: Header, packed: Mapping[str, Group], dialect: str, read: Read | None
+) -> tuple[str, Order | None]:
+    """The user's word and what the block scales say to it. CheckpointError where they clearly say otherwise."""
+    if proven_layouts(packed) or read is None:
+        return STATED, None
+    order = measure(header, packed, read)
+    wanted = TILED if DIALECTS[dialect].tiled_scales else ROW_MAJOR
+    if order.decided and order.found != wanted:
+        raise CheckpointError(
+            f"its block scales are {order.found}, not {wanted} as {dialect} has them ({order})",
+            where=header.path.name,
+            expected="the dialect that the file has",
+            remedy="choose another dialect, or auto",
+        )
+    return f"{STATED}; {order}", order
+
+
+def host_layer(plan: DialectPlan, layer: str, get: Get, checked: bool = True) -> PackedWeight:
     """One NVFP4 layer of ``plan`` in the host's layout, on the device where ``get`` puts its tensors.
 
     ``get(suffix)`` returns the layer's tensor of that key suffix. The shape of the record is the stored one. Native
-    bytes are returned as they are. Raises CheckpointError if the global scale is not a finite number.
+    bytes are returned as they are. Raises CheckpointError for scales that are not finite or negative; ``checked``
+    False: only for such a global scale, for a caller that measures what the block scales make of the layer.
     """
-    kind = DIALECTS[plan.dialect]
-    group = plan.groups[layer]
-    global_scale = kind.global_scale(group)(get).reshape(())
-    if not torch.isfinite(global_scale) or global_scale < 0:
-        raise CheckpointError(
-            f"its global scale is {global_scale.item()}",
-            where=f"{plan.header.path.name}, layer {layer}",
-            expected="a finite number, not negative",
-            remedy="the file is damaged: download or quantise it again",
-        )
+    kind, factor = DIALECTS[plan.dialect], global_scale(plan, layer, get)
     rows, cols = plan.nvfp4[layer]
     packed, scale = get(kind.weight), get("weight_scale").view(torch.float8_e4m3fn)
     if kind.low_nibble_first:
         packed = swap_nibbles(packed)
     if rows % 16:
         packed = torch.nn.functional.pad(packed, (0, 0, 0, round_up(rows, 16) - rows))
-    return PackedWeight(packed, scale if kind.tiled_scales else swizzle(scale), global_scale, (rows, cols))
+    record = PackedWeight(packed, scale if kind.tiled_scales else swizzle(scale), factor, (rows, cols))
+    if checked:
+        check_packed(plan.header.path.name, layer, record.block_scale, factor, lambda: record.packed)
+    return record
+
+
+def global_scale(plan: DialectPlan, layer: str, get: Get) -> torch.Tensor:
+    """The multiplying scale of an NVFP4 layer, () fp32. Raises CheckpointError if it is not finite, or below zero."""
+    found = DIALECTS[plan.dialect].global_scale(plan.groups[layer])(get).reshape(())
+    if not torch.isfinite(found) or found < 0:
+        raise CheckpointError(
+            f"its global scale is {found.item()}",
+            where=f"{plan.header.path.name}, layer {layer}",
+            expected="a finite number, not negative",
+            remedy="the file is damaged: download or quantise it again",
+        )
+    return found
 
 
 def input_scale(plan: DialectPlan, layer: str, get: Get) -> torch.Tensor | None:
     """Static activation scale of a layer, () fp32, multiplying, whatever key and convention it has; None if dynamic."""
     for suffix, convert in _INPUT_SCALES:
-        if suffix in plan.groups[layer]:
-            return convert(get(suffix).float().reshape(()))
+        if suffix in plan.layers[layer].read:
+            value = get(suffix).float().reshape(())
+            check_input_scale(plan.header.path.name, layer, suffix, value)
+            return convert(value)
     return None

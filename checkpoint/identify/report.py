@@ -16,6 +16,8 @@ from ..file.shards import open_checkpoint
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, TEXT_PROJECTION, VIDEO_VAE, Component
 from .diagnosis import Diagnosis, diagnose
+from .formats import FORMATS, Group, kind_of, weight_suffix
+from .layers import group_tensors
 from .signatures import find_model
 from .vae_signatures import AUDIO, FULL, Identity, Vae, identify
 
@@ -118,14 +120,13 @@ def _add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 
 def _formats(header: Header, component: Component) -> dict[str, dict[str, tuple[int, int]]]:
     """Block -> format -> (layers, bytes); scales and markers count with their weight, single vectors by their dtype."""
-    stored = {}
-    for name in component.names:
-        layer, _, suffix = name.rpartition(".")
-        if suffix in _WEIGHTS:
-            stored[layer] = _format(header, layer, suffix)
+    groups = group_tensors(header.of(component.names))
+    stored = {layer: _title(members) for layer, members in groups.items() if weight_suffix(members)}
+    homes = {f"{layer}.{suffix}": layer for layer, members in groups.items() for suffix in members}
     result: dict[str, dict[str, tuple[int, int]]] = {}
     for name, own in component.names.items():
-        layer, _, suffix = name.rpartition(".")
+        layer = homes.get(name, name.rpartition(".")[0])
+        suffix = name[len(layer) + 1 :]
         info = header.tensors[name]
         quantised = layer in stored and stored[layer] != info.dtype and suffix != "bias"
         label = stored[layer] if quantised else info.dtype
@@ -137,14 +138,10 @@ def _formats(header: Header, component: Component) -> dict[str, dict[str, tuple[
     return result
 
 
-def _format(header: Header, layer: str, suffix: str) -> str:
-    info = header.tensors[f"{layer}.{suffix}"]
-    scaled = any(f"{layer}.{key}" in header.tensors for key in ("weight_scale", "scale_weight"))
-    if info.dtype == "U8" and scaled:
-        return "NVFP4"
-    if info.dtype.startswith("F8_E") or info.dtype == "I8":
-        return ("FP8" if info.dtype != "I8" else "INT8") + (", scaled" if scaled else "")
-    return info.dtype
+def _title(members: Group) -> str:
+    """A weight's format: plain floating point by its dtype."""
+    kind = kind_of(members)
+    return members[weight_suffix(members)].dtype if kind == "float" else FORMATS[kind].title
 
 
 def _parameters(header: Header, component: Component) -> int:

@@ -17,11 +17,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ...kernels.format import BLOCK, PackedWeight, round_up
-from ..file.header import CheckpointError, Header
+from ...kernels.format import BLOCK, round_up
+from ..file.header import CheckpointError
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, find_components
+from ..identify.formats import FP8_FORMATS, LOW_RANK, SMOOTHING
+from ..identify.layers import Layer, refuse
 from ..write.weights import FloatRows, FloatWeight, float_weight
 from .weight_error import energy, layer_error
 
@@ -106,6 +108,7 @@ def verify(
     """
     device, step = torch.device(device), on_step or (lambda done, total: None)
     ours, theirs = _Side(open_checkpoint(path)), _Side(open_checkpoint(source))
+    theirs.stored = dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix).layers
     with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original:
         layers = _Layers(ours, theirs, reader, original, device)
         plan = layers.plan(dialect)
@@ -126,7 +129,7 @@ def verify(
                     same = _equal(reader.view(name), original.view(theirs.full[own]))
                     identical += same
                     changed += [] if same else [own]
-                elif info.dtype in dialects.FP8_FORMATS and own.endswith(".weight"):
+                elif info.dtype in FP8_FORMATS and own.endswith(".weight"):
                     checks += layers.check_fp8(name, own.rpartition(".")[0])
         step(total, total)
     return Verification(
@@ -146,7 +149,9 @@ class _Side:
             raise CheckpointError("there is no diffusion model in it", where=self.header.path.name, remedy=remedy)
         self.names = {name: component.names.get(name, name) for name in self.header.tensors}
         self.full = {own: name for name, own in self.names.items()}
+        self.own = component.names
         self.prefix = component.prefix
+        self.stored: Mapping[str, Layer] = {}
 
     def layer(self, layer: str) -> str:
         """Layer as stored -> without prefix."""
@@ -154,8 +159,8 @@ class _Side:
 
     def weight(self, own: str) -> FloatWeight | None:
         """FloatWeight of a layer, or None."""
-        name = self.full.get(f"{own}.weight")
-        found = None if name is None else float_weight(self.header, name)
+        layer = self.stored.get(self.prefix + own)
+        found = None if layer is None else float_weight(self.header, layer)
         return None if isinstance(found, str) else found
 
 
@@ -164,11 +169,12 @@ class _Layers:
 
     def __init__(self, ours: _Side, theirs: _Side, reader: Source, original: Source, device: torch.device) -> None:
         self.ours, self.theirs, self.reader, self.original, self.device = ours, theirs, reader, original, device
-        self.evidence = ""
+        self.evidence, self._stated = "", ""
         self._plans: dict[str, dialects.DialectPlan | None] = {}
 
     def plan(self, dialect: str) -> dialects.DialectPlan:
         """The dialect that is declared or stated, or, where it is open, the one that fits the source."""
+        self._stated = dialect
         try:
             self._plan = self._detect(dialect)
             return self._plan
@@ -186,18 +192,18 @@ class _Layers:
     def check(self, layer: str, weight) -> LayerCheck:
         """One NVFP4 layer against its original."""
         rows = FloatRows(self.original, weight, self.device)
-        record, smooth = self._record(self._plan, layer)
+        record, *beside = self._record(self._plan, layer)
         (n, k), (stored_n, stored_k) = rows.shape, record.shape
         if (round_up(n, 16), round_up(k, BLOCK)) != (round_up(stored_n, 16), round_up(stored_k, BLOCK)):
             verdict = f"it is {stored_n} x {stored_k}, its original {n} x {k}"
             return self._made(layer, "NVFP4", (n, k), (math.inf, 0.1, 0.0, 0.0, 0), verdict)
-        numbers = layer_error(rows, record, smooth)
+        numbers = layer_error(rows, record, *beside)
         return self._made(layer, "NVFP4", (n, k), numbers, self._verdict(layer, weight, numbers))
 
     def check_fp8(self, name: str, own: str) -> list[LayerCheck]:
         """One FP8 layer that the source has in another format."""
-        weight, mine = self.theirs.weight(own), float_weight(self.ours.header, name)
-        if weight is None or isinstance(mine, str) or len(mine.info.shape) != 2 or mine.info.shape != weight.info.shape:
+        weight, mine = self.theirs.weight(own), self.ours.weight(own)
+        if weight is None or mine is None or len(mine.info.shape) != 2 or mine.info.shape != weight.info.shape:
             return []
         wanted, found = FloatRows(self.original, weight, self.device), FloatRows(self.reader, mine, self.device)
         off = size = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -230,8 +236,8 @@ class _Layers:
         for name in dialects.DIALECTS:
             other = self._other(name)
             if name != self._plan.dialect and other is not None and layer in other.nvfp4:
-                record, smooth = self._record(other, layer)
-                if layer_error(FloatRows(self.original, weight, self.device), record, smooth)[0] <= allowed:
+                found = self._record(other, layer)
+                if layer_error(FloatRows(self.original, weight, self.device), *found)[0] <= allowed:
                     return f"{text}; it is in the dialect {name}, not {self._plan.dialect} (`repair --dialect {name}`)"
         if 0.25 < error < 0.6:
             return f"{text}; 0.36 is the mark of block scales in the wrong order"
@@ -243,8 +249,8 @@ class _Layers:
         for layer in plan.nvfp4 if plan else ():
             weight = self.theirs.weight(self.ours.layer(layer))
             if weight is not None:
-                record, smooth = self._record(plan, layer)
-                return layer_error(FloatRows(self.original, weight, self.device), record, smooth)[0]
+                found = self._record(plan, layer)
+                return layer_error(FloatRows(self.original, weight, self.device), *found)[0]
         return None
 
     def _other(self, name: str) -> dialects.DialectPlan | None:
@@ -257,19 +263,24 @@ class _Layers:
 
     def _detect(self, dialect: str) -> dialects.DialectPlan:
         header = self.ours.header
-        body = {name: info for name, info in header.tensors.items() if name.startswith(self.ours.prefix)}
-        plan = dialects.detect(Header(header.path, body, header.metadata, header.file_size), dialect, self.ours.prefix)
+        read = self.reader.tensor if dialect in (dialects.AUTO, self._stated) else None  # a trial may be any dialect
+        plan = dialects.detect(header.of(self.ours.own), dialect, self.ours.prefix, read)
+        refuse(header.path.name, plan.layers)
+        self.ours.stored = plan.layers
         if plan.dialect is None:
             where, remedy = header.path.name, "name the quantised file first, its source second"
             raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
         return plan
 
-    def _record(self, plan: dialects.DialectPlan, layer: str) -> tuple[PackedWeight, torch.Tensor | None]:
-        """A layer in the host's layout, and what its input is multiplied by, if anything."""
-        record = dialects.host_layer(plan, layer, lambda suffix: self.reader.tensor(f"{layer}.{suffix}"))
-        smooth = f"{layer}.pre_quant_scale"
-        present = smooth in self.ours.header.tensors
-        return record, self.reader.tensor(smooth).float().reshape(-1).to(self.device) if present else None
+    def _record(self, plan: dialects.DialectPlan, layer: str) -> tuple:
+        """A layer in the host's layout, what its input is multiplied by, and its low-rank part, if any."""
+        get = lambda suffix: self.reader.tensor(f"{layer}.{suffix}")  # noqa: E731
+        record, read = dialects.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
+        smooth = get(SMOOTHING).float().reshape(-1).to(self.device) if SMOOTHING in read else None
+        low_rank = None
+        if plan.layers[layer].low_rank:
+            low_rank = tuple(get(suffix).float().to(self.device) for suffix in LOW_RANK)
+        return record, smooth, low_rank
 
 
 def _describes(name: str, plan: dialects.DialectPlan) -> bool:

@@ -17,9 +17,15 @@ FLOOR = 0.02  # allowed to any layer, also to one that block maxima represent ex
 
 
 def layer_error(
-    rows: FloatRows, record: PackedWeight, smooth: torch.Tensor | None
+    rows: FloatRows,
+    record: PackedWeight,
+    smooth: torch.Tensor | None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[float, float, float, float, int]:
-    """Original, layer -> error, allowed error, shares of saturated and of lost blocks, number of bad values."""
+    """Original, layer -> error, allowed error, shares of saturated and of lost blocks, number of bad values.
+
+    ``smooth``: what the layer's input is multiplied by; ``low_rank``: (r, K) and (N, r), whose product is added.
+    """
     device = rows.device
     off = plain = size = torch.zeros((), dtype=torch.float64, device=device)
     saturated = lost = bad = torch.zeros((), dtype=torch.int64, device=device)
@@ -37,6 +43,8 @@ def layer_error(
         decoded = _decoded(PackedWeight(packed, scale, global_scale, (height, width)))
         again = _decoded(dispatch.quantize(values, top / (E2M1_MAX * E4M3_MAX)))
         bad = bad + (~torch.isfinite(decoded)).sum()
+        if low_rank is not None:
+            decoded = decoded + low_rank[1][start : start + height] @ low_rank[0]
         if smooth is not None:
             decoded = decoded * smooth
         size, off, plain = size + energy(values), off + energy(decoded - values), plain + energy(again - values)

@@ -22,17 +22,19 @@ from ..file.header import HEADER_ENTRY, ITEM_BYTES, CheckpointError, Header, lay
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, VIDEO_VAE, find_components
+from ..identify.formats import FP8_SCALES, OLD_FP8
+from ..identify.layers import Layer, refuse
 from ..identify.signatures import find_model
 from .card import licence_of, tool_version
 from .recipes import AUTO, Options, Recipe, Selection, find_recipe, select
 from .split import with_config
-from .weights import FP8_SCALES, FloatWeight, float_weight, scale_of
+from .weights import FloatWeight, float_weight
 
 MSE, AMAX = "mse", "amax"
 NON_FINITE = "NaN or infinity in it, kept on request"
 _MARKER = b'{"format": "nvfp4"}'
 _REPLACED = ("weight", *FP8_SCALES, "input_scale", "scale_input", dialects.MARKER)
-_RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+_RENAMED = {"scale_weight": "weight_scale", "weight_scale_inv": "weight_scale", "scale_input": "input_scale"}
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ class QuantizeSettings:
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """``jobs``: source tensor -> the weight it is, to be quantised. ``copies``: source tensor -> tensor of the target.
+    """``jobs``: source tensor -> the weight it is, to be quantised. ``restored``: the same, to become BF16.
 
-    ``made``: tensor of the target -> its bytes. ``units``: what is finished together, by source tensor, or by target
-    tensor for ``made``. ``tensors``: the file, wide elements first, so that all are aligned.
+    ``kept``: coded layers that stay in their format. ``copies``: source tensor -> tensor of the target. ``made``:
+    tensor of the target -> its bytes. ``units``: what is finished together, by source tensor, or by target tensor for
+    ``made``. ``tensors``: the file, wide elements first, so that all are aligned.
     """
 
     checkpoint: Checkpoint
@@ -67,6 +70,8 @@ class QuantizePlan:
     family: str | None
     selection: Selection
     jobs: Mapping[str, FloatWeight]
+    restored: Mapping[str, FloatWeight]
+    kept: Mapping[str, Layer]
     copies: Mapping[str, str]
     made: Mapping[str, bytes]
     units: Mapping[str, tuple[PlannedTensor, ...]]
@@ -104,8 +109,10 @@ def plan_quantization(
         remedy = "name a file of the same model version that has it (config_from)"
         raise CheckpointError(found, where=header.path.name, remedy=remedy)
     _refuse_packed(header, component.names)
+    stored = dialects.detect(header.of(component.names), prefix=component.prefix)
+    refuse(header.path.name, stored.layers)
     recipe = find_recipe(header, settings.recipe)
-    weights, shapes, own_layers = _weights(header, component.names)
+    weights, shapes, own_layers = _weights(stored, component.names)
     selection = select(recipe, shapes, settings.options)
     kept = dict(selection.kept) | {layer: NON_FINITE for layer in selection.quantized if layer in non_finite}
     kept |= {layer: found for layer in selection.quantized if isinstance(found := weights[layer], str)}
@@ -117,11 +124,16 @@ def plan_quantization(
             expected=f"layers for the recipe {recipe.name}", remedy="choose another recipe or `quantize` patterns",
         )  # fmt: skip
     selection = Selection(tuple(layer for layer in selection.quantized if layer not in kept), kept, selection.warnings)
-    copies, made = _others(checkpoint, component.names, {job.layer for job in jobs.values()})
+    quantized = {job.layer for job in jobs.values()}
+    copies, made = _others(checkpoint, stored, component.names, quantized)
+    restored = _restored(header, stored, quantized)
+    gone = quantized | {weight.layer for weight in restored.values()}
+    still = {name: layer for name, layer in stored.layers.items() if layer.coded and name not in gone}
     names = dict(component.names) if settings.only_model else {name: name for name in header.tensors}
     copies = {name: _rename(names[name], new) for name, new in copies.items() if name in names}
     made = {_rename(names[f"{layer}.weight"], dialects.MARKER): content for layer, content in made.items()}
-    units = {name: (_planned(new, *_like(header, name)),) for name, new in copies.items()}
+    units = {name: (_planned(new, *_like(header, stored, name)),) for name, new in copies.items()}
+    units |= {name: (_planned(names[name], "BF16", weight.info.shape),) for name, weight in restored.items()}
     units |= {name: _layer_tensors(names[name].rpartition(".")[0], job.info.shape) for name, job in jobs.items()}
     units |= {name: (_planned(name, "U8", (len(content),)),) for name, content in made.items()}
     tensors = sorted((tensor for unit in units.values() for tensor in unit), key=lambda t: -ITEM_BYTES[t.dtype])
@@ -129,8 +141,8 @@ def plan_quantization(
     record = _record(checkpoint, settings, recipe, model.family, selection, len(jobs))
     metadata = _metadata(header, own_layers, settings.only_model)
     return QuantizePlan(
-        checkpoint, settings, recipe, model.family, selection, jobs, copies, made, units, tuple(tensors),
-        calibration, metadata, record,
+        checkpoint, settings, recipe, model.family, selection, jobs, restored, still, copies, made, units,
+        tuple(tensors), calibration, metadata, record,
     )  # fmt: skip
 
 
@@ -151,72 +163,67 @@ def _refuse_packed(header: Header, names: Mapping[str, str]) -> None:
 
 
 def _weights(
-    header: Header, names: Mapping[str, str]
+    stored: dialects.DialectPlan, names: Mapping[str, str]
 ) -> tuple[dict[str, FloatWeight | str], dict[str, tuple[int, ...]], dict[str, str]]:
     """-> layer without prefix: its weight, or why it cannot be read; its shape; and layer -> layer without prefix."""
-    weights, shapes, own_layers = {}, {}, {}
-    for name, own in names.items():
-        layer, _, suffix = own.rpartition(".")
-        if suffix == "weight" and len(header.tensors[name].shape) > 1:
-            weights[layer] = float_weight(header, name)
-            shapes[layer] = header.tensors[name].shape
-        own_layers[name.rpartition(".")[0]] = layer
-    return weights, shapes, own_layers
+    own_layers = {name.rpartition(".")[0]: own.rpartition(".")[0] for name, own in names.items()}
+    matrices = {name: layer for name, layer in stored.layers.items() if len(layer.shape) > 1}
+    weights = {own_layers[name]: float_weight(stored.header, layer) for name, layer in matrices.items()}
+    return weights, {own_layers[name]: layer.shape for name, layer in matrices.items()}, own_layers
+
+
+def _restored(header: Header, stored: dialects.DialectPlan, quantized: set[str]) -> dict[str, FloatWeight]:
+    """Weights that are not quantised and whose format ComfyUI does not have: FP8 scaled in blocks."""
+    blocks = [layer for name, layer in stored.layers.items() if layer.kind == "fp8_blocks" and name not in quantized]
+    return {weight.name: weight for layer in blocks if isinstance(weight := float_weight(header, layer), FloatWeight)}
 
 
 def _others(
-    checkpoint: Checkpoint, names: Mapping[str, str], quantized: set[str]
+    checkpoint: Checkpoint, stored: dialects.DialectPlan, names: Mapping[str, str], quantized: set[str]
 ) -> tuple[dict[str, str], dict[str, bytes]]:
-    """-> tensors to copy: new key suffix, "" for the old one; layers that need a marker: its content."""
+    """-> tensors to copy: new key suffix, "" for the old one; layers that need a marker: its content.
+
+    A kept layer's marker is written anew where it is damaged, missing, or more is known of the layer than it says.
+    """
     header = checkpoint.header
-    old_style = next((name for name, own in names.items() if own == "scaled_fp8"), None)
-    copies = {}
-    for name in header.tensors:
-        layer, _, suffix = name.rpartition(".")
-        if name not in names or not (name == old_style or layer in quantized):
-            copies[name] = _RENAMED.get(suffix, "") if name in names and _is_fp8(header, layer) else ""
+    copies = {name: "" for name in header.tensors if name not in names or name.rpartition(".")[2] != OLD_FP8}
+    made = {}
+    ones = _ones(checkpoint, [f"{layer}.scale_input" for layer in stored.layers])
+    for name, layer in stored.layers.items():
+        done = name in quantized or layer.kind == "fp8_blocks"
+        for suffix in (*layer.read, *layer.ignored):
+            key = f"{name}.{suffix}"
             # ComfyUI, too, takes an input scale of one in the old files for none.
-            if suffix == "scale_input" and copies[name] and _is_one(checkpoint, name):
-                del copies[name]
-        elif name != old_style and suffix not in _REPLACED:
-            copies[name] = ""
-    full = old_style is not None and header.tensors[old_style].numel == 2
-    declared, made = _declared(header, names), {}
-    for layer in {name.rpartition(".")[0] for name in names} - quantized:
-        content = declared.get(layer)
-        scale = scale_of(header.tensors, layer)
-        if content is None and scale and header.tensors[scale].numel == 1 and _is_fp8(header, layer):
-            content = {"format": dialects.FP8_FORMATS[header.tensors[f"{layer}.weight"].dtype]}
-            content |= {"full_precision_matrix_mult": True} if full else {}
-        if content is not None and f"{layer}.weight" in names and f"{layer}.{dialects.MARKER}" not in header.tensors:
-            made[layer] = json.dumps(content).encode()
+            if done and (suffix in _REPLACED or suffix in layer.ignored) or key in ones:
+                copies.pop(key, None)
+            elif suffix in _RENAMED:
+                copies[key] = _RENAMED[suffix]
+        if done or name in stored.markers_to_drop():
+            copies.pop(f"{name}.{dialects.MARKER}", None)
+        if not done and layer.marker is not None and f"{name}.{dialects.MARKER}" not in copies:
+            made[name] = json.dumps(dict(layer.marker)).encode()
     return copies, made
 
 
-def _is_fp8(header: Header, layer: str) -> bool:
-    weight = header.tensors.get(f"{layer}.weight")
-    return weight is not None and weight.dtype in dialects.FP8_FORMATS
-
-
-def _declared(header: Header, names: Mapping[str, str]) -> dict[str, dict]:
-    """Layer as stored -> content of the header entry, whichever of its two names is used there."""
-    listed = header.listed_layers()
-    both = {(name.rpartition(".")[0], own.rpartition(".")[0]) for name, own in names.items()}
-    return {layer: listed[key] for layer, own in both for key in (layer, own) if key in listed}
-
-
-def _is_one(checkpoint: Checkpoint, name: str) -> bool:
+def _ones(checkpoint: Checkpoint, names: list[str]) -> set[str]:
+    """Those of the tensors that hold the number one; each is a few bytes."""
+    present = [name for name in names if name in checkpoint.header.tensors]
+    if not present:
+        return set()
     with Source(checkpoint) as reader:
-        value = reader.tensor(name).float()
-    return value.numel() == 1 and value.item() == 1.0
+        return {name for name in present if (value := reader.tensor(name).float()).numel() == 1 and value.item() == 1}
 
 
 def _rename(name: str, suffix: str) -> str:
     return f"{name.rpartition('.')[0]}.{suffix}" if suffix else name
 
 
-def _like(header: Header, name: str) -> tuple[str, tuple[int, ...]]:
-    return header.tensors[name].dtype, header.tensors[name].shape
+def _like(header: Header, stored: dialects.DialectPlan, name: str) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of a copy: a scale a row gets a column of its own, or it would multiply columns."""
+    info, layer = header.tensors[name], stored.layers.get(name.rpartition(".")[0])
+    if layer is not None and layer.kind == "fp8_rows" and name == f"{layer.name}.{layer.scale}":
+        return info.dtype, (layer.shape[0], *[1] * (len(layer.shape) - 1))
+    return info.dtype, info.shape
 
 
 def _layer_tensors(layer: str, shape: tuple[int, ...]) -> tuple[PlannedTensor, ...]:

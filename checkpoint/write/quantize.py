@@ -26,6 +26,7 @@ from ..file.header import CheckpointError, Header, read_header
 from ..file.resume import PartFile, discard, left_behind
 from ..file.shards import Checkpoint, Source
 from ..identify import dialects
+from ..identify.values import check_layer
 from .card import PROVENANCE, provenance, write_card
 from .plan import QuantizePlan, QuantizeSettings, nvfp4_marker, plan_quantization
 from .split import check_targets
@@ -100,6 +101,11 @@ def _write(
     started = time.monotonic()
     total = sum(file.file_size for file in plan.checkpoint.files) + plan.nbytes
     metadata = dict(plan.metadata) | {PROVENANCE: provenance(plan.record)}
+    with Source(plan.checkpoint) as reader:
+        for layer in plan.kept.values():
+            check_layer(
+                plan.checkpoint.header.path.name, layer, lambda key, layer=layer: reader.tensor(f"{layer.name}.{key}")
+            )
     with (
         Source(plan.checkpoint) as reader,
         PartFile(path, plan.tensors, plan.units, metadata, request, lambda _: step(0, total)) as part,
@@ -143,9 +149,12 @@ def _stream(
             guard.check()
             view = reader.view(name)
             hashed = pool.submit(hashers[plan.checkpoint.homes[name].path].update, view)
-            if name in plan.units and name not in part.finished:
-                job = plan.jobs.get(name)
-                data = [view] if job is None else _quantised(plan, reader, job, view, device, columns, on_bytes, done)
+            if name in plan.units and name not in plan.made and name not in part.finished:
+                data = [view]
+                if (job := plan.jobs.get(name)) is not None:
+                    data = _quantised(plan, reader, job, view, device, columns, on_bytes, done)
+                elif (job := plan.restored.get(name)) is not None:
+                    data = [_restored(plan, FloatRows(reader, job, device, view))]
                 guard.check()
                 part.write(name, data)
             hashed.result()
@@ -169,6 +178,13 @@ def _quantised(plan, reader, job: FloatWeight, view, device, columns: Mapping[st
     marker = torch.tensor(list(nvfp4_marker()), dtype=torch.uint8)
     tensors = zip(plan.units[job.name], (*made, marker), strict=True)
     return [produce_bytes(replace(planned, produce=lambda t=made: t), Path(planned.name)) for planned, made in tensors]
+
+
+def _restored(plan: QuantizePlan, rows: FloatRows) -> memoryview:
+    """The bytes of a weight in BF16, for a layer that is kept but has a format ComfyUI does not know."""
+    made = torch.cat([values.to(torch.bfloat16).cpu() for _, values in rows])
+    (planned,) = plan.units[rows.weight.name]
+    return produce_bytes(replace(planned, produce=lambda: made), Path(planned.name))
 
 
 class _NonFinite(CheckpointError):

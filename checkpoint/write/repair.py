@@ -22,12 +22,15 @@ from ..file.header import HEADER_ENTRY, ITEM_BYTES, METADATA_KEY, CheckpointErro
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL
-from ..identify.diagnosis import Diagnosis, Fault, diagnose, marker_content
+from ..identify.declarations import layer_entries
+from ..identify.diagnosis import Diagnosis, Fault, diagnose
+from ..identify.formats import OLD_FP8, SMOOTHING
+from ..identify.layers import refuse
+from ..identify.values import check_layer, check_packed
 from .split import check_targets, with_config
 
 BACKUP_ENDING = ".header-backup"
-_REPLACED = ("weight", *dialects.STORAGE_KEYS, dialects.MARKER)
-_OLD_FP8 = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+_RENAMED = {"scale_weight": "weight_scale", "weight_scale_inv": "weight_scale", "scale_input": "input_scale"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Repaired:
     remaining: tuple[Fault, ...]
     converted: int
     backup: Path | None = None
+    evidence: str = ""  # of the dialect, where the user stated it or the block scales were measured
 
     def __str__(self) -> str:
         lines = [f"{self.path.name}: {'nothing to repair' if self.method == 'nothing' else 'repaired'}"]
@@ -47,8 +51,9 @@ class Repaired:
             lines[0] += f", header rewritten in place, the old one kept in {self.backup.name}"
         elif self.converted:
             lines[0] += f", {self.converted:,} layers converted"
-        lines += [f"  cured: {fault.text}" for fault in self.cured]
-        lines += [f"  remains: {fault.text}; stock ComfyUI {fault.stock}" for fault in self.remaining]
+        lines += [f"  dialect: {self.evidence}"] if self.evidence else []
+        lines += [f"  cured: {finding.text}" for finding in self.cured]
+        lines += [f"  remains: {finding.text}; stock ComfyUI {finding.stock}" for finding in self.remaining]
         return "\n".join(lines)
 
 
@@ -82,15 +87,19 @@ def repair(
     if found.plan is None:
         where = header.path.name
         raise CheckpointError(found.open_dialect, where=where, remedy="state the dialect; `auto` cannot decide")
-    cured = tuple(fault for fault in found.faults if fault.curable)
-    remaining = tuple(fault for fault in found.faults if not fault.curable)
+    refuse(header.path.name, found.plan.layers, repair=True)
+    evidence = f"{found.plan.dialect}, {found.plan.evidence}" if found.plan.stated or found.plan.order else ""
+    cured = tuple(finding for finding in found.faults if finding.curable)
+    remaining = tuple(finding for finding in found.faults if not finding.curable)
     path = header.path
     if target is not None:
         path = check_targets(header, {"": target}, [file.path for file in checkpoint.files], base, overwrite)[""]
     if not cured and checkpoint.header == header:
-        return Repaired(path, "nothing", (), remaining, 0)
+        return Repaired(path, "nothing", (), remaining, 0, None, evidence)
     _check_sidecar(path, found)
-    names = _names(found)
+    with Source(checkpoint) as reader:
+        _check_values(found.plan, reader)
+        names = _names(found, reader)
     metadata = _metadata(found, names)
     if base is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,11 +107,11 @@ def repair(
     new_header = _header_bytes(found, names, metadata) if in_place else None
     if new_header is not None:
         _overwrite(path, new_header)
-        return Repaired(path, "header", cured, remaining, 0, backup)
+        return Repaired(path, "header", cured, remaining, 0, backup, evidence)
     with Source(checkpoint) as reader:
         write_checkpoint(path, _plan(found, names, reader), metadata, on_bytes)
     converted = 0 if found.plan.native else len(found.plan.nvfp4)
-    return Repaired(path, "copy", cured, remaining, converted, backup)
+    return Repaired(path, "copy", cured, remaining, converted, backup, evidence)
 
 
 def restore_header(path: str | os.PathLike[str], backup: str | os.PathLike[str] | None = None) -> None:
@@ -129,50 +138,71 @@ def _check_sidecar(path: Path, found: Diagnosis) -> None:
         raise CheckpointError(found_there, where=path.name, remedy=remedy)
 
 
+def _check_values(plan: dialects.DialectPlan, reader: Source) -> None:
+    """The scales of every layer, also of those that are copied; CheckpointError names the layer."""
+    file = plan.header.path.name
+    for name, layer in plan.layers.items():
+        if layer.coded:
+            check_layer(file, layer, lambda suffix, name=name: reader.tensor(f"{name}.{suffix}"))
+        if name in plan.nvfp4:
+            scale = reader.tensor(f"{name}.weight_scale")
+            factor = dialects.global_scale(plan, name, lambda suffix, name=name: reader.tensor(f"{name}.{suffix}"))
+            weight = f"{name}.{layer.weight}"
+            check_packed(file, name, scale, factor, lambda weight=weight: reader.tensor(weight))
+
+
 @dataclass(frozen=True)
 class _Names:
-    """Old -> new names of tensors and layers, and what the header will declare of the layers."""
+    """Old -> new names of tensors and layers, and what the header will declare of the layers.
+
+    ``dropped``: tensors that are left out; ``shapes``: tensors that get another shape, of the same bytes.
+    """
 
     tensors: Mapping[str, str]
     layers: Mapping[str, str]
     declared: Mapping[str, dict]
-    dropped_markers: frozenset[str]
-    old_fp8: frozenset[str]  # layers whose scales have the names of older FP8 files
+    dropped: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
-def _names(found: Diagnosis) -> _Names:
+def _names(found: Diagnosis, reader: Source) -> _Names:
     header, plan = found.checkpoint.header, found.plan
     tensors = {name: name for name in header.tensors}
     if found.prefix != found.new_prefix and DIFFUSION_MODEL in found.components:
         own = found.components[DIFFUSION_MODEL].names
         tensors |= {name: found.new_prefix + name[len(found.prefix) :] for name in own}
     layers = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in tensors.items()}
-    old = {found.misnamed.get(layer, layer): content for layer, content in header.listed_layers().items()}
-    markers = _markers(found)
-    dropped = {layer for layer, content in markers.items() if content is None or not plan.native}
-    old |= {layer: plan.formats[layer] | (markers[layer] or {}) for layer in dropped}
-    old |= found.unmarked
-    old_fp8: set[str] = set()
-    if old:
-        old_fp8 = {layer for layer, group in plan.groups.items() if "scale_weight" in group}
-        full = any(name.endswith("scaled_fp8") and header.tensors[name].numel == 2 for name in tensors)
-        content = {"format": "float8_e4m3fn"} | ({"full_precision_matrix_mult": True} if full else {})
-        old |= dict.fromkeys(old_fp8, content)
-    declared = {layers.get(layer, layer): content for layer, content in old.items()}
-    return _Names(tensors, layers, declared, frozenset(dropped), frozenset(old_fp8))
+    wrong = plan.markers_to_drop()
+    dropped = {f"{name}.{dialects.MARKER}" for name in wrong}
+    shapes = {}
+    # Of the layers it speaks of, the header says all that is known; entries of other parts stay as they are.
+    declared = {found.misnamed.get(name, name): content for name, content in layer_entries(header).items()}
+    for name, layer in plan.layers.items():
+        if layer.marker is None:
+            continue
+        marker = f"{name}.{dialects.MARKER}"
+        if name in plan.nvfp4 and not plan.native and marker in tensors:
+            dropped.add(marker)
+        if marker not in tensors or marker in dropped or name in declared:
+            declared[name] = dict(layer.marker)
+        for suffix in layer.read:
+            if suffix in _RENAMED and name not in plan.nvfp4:
+                tensors[f"{name}.{suffix}"] = f"{layers.get(name, name)}.{_RENAMED[suffix]}"
+            # ComfyUI, too, takes an input scale of one in the old files for none.
+            if suffix == "scale_input" and reader.tensor(f"{name}.{suffix}").float().item() == 1:
+                dropped.add(f"{name}.{suffix}")
+        scale = f"{name}.{layer.scale}"
+        if layer.kind == "fp8_rows" and header.tensors[scale].shape != (wanted := _column(layer.shape)):
+            shapes[scale] = wanted
+    if declared:  # ComfyUI looks for this key only where the header declares nothing
+        dropped |= {name for name in tensors if name.rpartition(".")[2] == OLD_FP8}
+    declared = {layers.get(layer, layer): content for layer, content in declared.items()}
+    return _Names(tensors, layers, declared, frozenset(dropped), shapes)
 
 
-def _markers(found: Diagnosis) -> dict[str, dict | None]:
-    """Marked NVFP4 layer -> content of its marker, None if damaged; read only where a fault makes it matter."""
-    plan = found.plan
-    if plan.native and not found.has("markers"):
-        return {}
-    with Source(found.checkpoint) as source:
-        return {
-            layer: marker_content(bytes(source.view(f"{layer}.{dialects.MARKER}")))
-            for layer in plan.nvfp4
-            if dialects.MARKER in plan.groups[layer]
-        }
+def _column(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a scale a row that multiplies a weight of ``shape``."""
+    return (shape[0], *[1] * (len(shape) - 1))
 
 
 def _metadata(found: Diagnosis, names: _Names) -> dict[str, str]:
@@ -191,17 +221,15 @@ def _plan(found: Diagnosis, names: _Names, reader: Source) -> list[PlannedTensor
     planned = []
     for name in sorted(header.tensors, key=reader.place):
         layer, _, suffix = name.rpartition(".")
-        if layer in convert and suffix in _REPLACED:
+        if layer in convert and suffix in plan.layers[layer].read and suffix != SMOOTHING:
             if suffix == dialects.DIALECTS[plan.dialect].weight:
                 planned += _converted(found, layer, names.layers[layer], reader)
             continue
-        if suffix == dialects.MARKER and layer in names.dropped_markers or suffix == "scaled_fp8" and names.old_fp8:
+        if name in names.dropped:
             continue
-        new = names.tensors[name]
-        if layer in names.old_fp8 and suffix in _OLD_FP8:
-            new = f"{names.layers[layer]}.{_OLD_FP8[suffix]}"
         info = header.tensors[name]
-        planned.append(PlannedTensor(new, info.dtype, info.shape, _copied(reader, name)))
+        shape = names.shapes.get(name, info.shape)
+        planned.append(PlannedTensor(names.tensors[name], info.dtype, shape, _copied(reader, name)))
     return sorted(planned, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
 
 
@@ -228,19 +256,16 @@ def _converted(found: Diagnosis, layer: str, new: str, reader: Source) -> Iterat
     shape = plan.nvfp4[layer]
     yield PlannedTensor(f"{new}.weight", "U8", packed_shape(shape), lambda: record("packed"))
     yield PlannedTensor(f"{new}.weight_scale", "F8_E4M3", block_scale_shape(shape), lambda: record("block_scale"))
-    yield PlannedTensor(f"{new}.weight_scale_2", "F32", (), lambda: _global_scale(plan, layer, get))
+    yield PlannedTensor(f"{new}.weight_scale_2", "F32", (), lambda: dialects.global_scale(plan, layer, get))
     if any(key in plan.groups[layer] for key in ("input_scale", "input_global_scale", "input_absmax")):
         yield PlannedTensor(f"{new}.input_scale", "F32", (), lambda: dialects.input_scale(plan, layer, get))
-
-
-def _global_scale(plan: dialects.DialectPlan, layer: str, get: dialects.Get) -> torch.Tensor:
-    return dialects.DIALECTS[plan.dialect].global_scale(plan.groups[layer])(get).reshape(())
 
 
 def _header_bytes(found: Diagnosis, names: _Names, metadata: Mapping[str, str]) -> bytes | None:
     """The new header at the old one's length, or None if the data would have to move or the text does not fit."""
     header = found.checkpoint.header
-    if not found.plan.native or names.old_fp8:
+    plain = {f"{name}.{dialects.MARKER}" for name, layer in found.plan.layers.items() if layer.marker is not None}
+    if not found.plan.native or names.dropped - plain or names.shapes or _renames_scales(names):
         return None
     data_start = min((info.start for info in header.tensors.values()), default=header.file_size)
     entries: dict = {METADATA_KEY: dict(metadata)} if metadata else {}
@@ -250,6 +275,10 @@ def _header_bytes(found: Diagnosis, names: _Names, metadata: Mapping[str, str]) 
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     room = data_start - 8
     return None if len(text) > room else room.to_bytes(8, "little") + text.ljust(room)
+
+
+def _renames_scales(names: _Names) -> bool:
+    return any(old.rpartition(".")[2] != new.rpartition(".")[2] for old, new in names.tensors.items())
 
 
 def _back_up(header: Header, overwrite: bool) -> Path:

@@ -15,13 +15,14 @@ import torch
 
 from ...kernels.dispatch import dequantize
 from ...kernels.format import BLOCK, PackedWeight, round_up, swizzle, unswizzle
-from ..file.header import CheckpointError, Header, TensorInfo
+from ..file.header import CheckpointError, Header
 from ..identify import dialects
-from .weights import FLOATS, scale_fits, scale_of
+from ..identify.formats import OLD_FP8
+from ..identify.layers import Layer
+from ..identify.values import check_cast, expand, read_scale
 
 Get = Callable[[str], torch.Tensor]  # name in the checkpoint -> tensor
 
-_WEIGHTS = ("weight", "weight_packed")
 _SLAB, _TILE = 2**19, 4096  # elements converted at once; columns dequantised at once
 
 
@@ -47,75 +48,70 @@ def plan_restoration(header: Header, names: Mapping[str, str], dialect: str = di
 
     Raises CheckpointError for a quantised weight whose layout or shape cannot be told.
     """
-    part = {name: header.tensors[name] for name in names}
-    packed = [name for name in part if name.endswith(tuple(f".{w}" for w in _WEIGHTS)) and part[name].dtype == "U8"]
-    plan = _detect(header, part, dialect) if packed else None
+    plan = _detect(header.of(names), header, dialect)
     weights: dict[str, Restored] = {}
-    leftover: set[str] = {name for name in part if name.rpartition(".")[2] == "scaled_fp8"}
-    for name, info in part.items():
-        layer, _, suffix = name.rpartition(".")
-        if suffix not in _WEIGHTS or info.dtype in FLOATS:
+    leftover: set[str] = {name for name in names if name.rpartition(".")[2] == OLD_FP8}
+    for layer, stored in plan.layers.items():
+        if stored.kind == "float":
+            leftover |= {f"{layer}.{suffix}" for suffix in stored.read if suffix == dialects.MARKER}
             continue
-        if plan is not None and layer in plan.nvfp4:
-            restored = _packed(plan, layer, names[name])
-        elif suffix == "weight" and info.dtype.startswith("F8_E") and info.dtype != "F8_E8M0" or info.dtype == "I8":
-            restored = _scaled(header, part, layer, info)
+        if layer in plan.nvfp4:
+            restored = _packed(plan, layer, names[f"{layer}.{stored.weight}"])
+        elif stored.kind.startswith("fp8") or stored.kind == "int8" and not _rotated(stored):
+            restored = _scaled(header, stored)
         else:
-            found = f"its {suffix} is {info.dtype} of shape {info.shape}"
+            found = f"its weight is {stored.title}"
             expected = "NVFP4, FP8 or INT8 with a scale, or floating point"
             remedy = "take another version of the model for its VAE"
-            where = f"{header.path.name}, layer {layer}"
-            raise CheckpointError(found, where=where, expected=expected, remedy=remedy)
+            raise CheckpointError(found, where=f"{header.path.name}, layer {layer}", expected=expected, remedy=remedy)
         weights[f"{layer}.weight"] = restored
-        leftover |= {f"{layer}.{key}" for key in dialects.AUXILIARY if f"{layer}.{key}" in part}
+        leftover |= {f"{layer}.{suffix}" for suffix in (*stored.read, *stored.ignored) if suffix != "weight"}
     return Restoration(weights, frozenset(leftover))
 
 
-def _detect(header: Header, part: Mapping[str, TensorInfo], dialect: str) -> dialects.DialectPlan:
+def _detect(own: Header, whole: Header, dialect: str) -> dialects.DialectPlan:
     """Dialect of the VAE's layers; where they do not declare it, that of the whole file, which one writer made."""
-    own = Header(header.path, dict(part), header.metadata, header.file_size)
     try:
         return dialects.detect(own, dialect)
     except CheckpointError:
         if dialect != dialects.AUTO:
             raise
-        return dialects.detect(own, dialects.detect(header).dialect)
+        try:
+            of_all = dialects.detect(whole).dialect
+        except CheckpointError:
+            of_all = None
+        if of_all is None:
+            raise
+    return dialects.detect(own, of_all)
 
 
-def _scaled(header: Header, part: Mapping[str, TensorInfo], layer: str, info: TensorInfo) -> Restored:
-    """FP8 or INT8, one scale per tensor or per row; bare FP8 is a plain cast."""
-    weight = f"{layer}.weight"
-    scale = scale_of(part, layer)
-    where = f"{header.path.name}, layer {layer}"
-    if scale is None and info.dtype == "I8":
-        found, remedy = "its weight is INT8 without a scale", "the file is damaged: take another version of the model"
-        raise CheckpointError(found, where=where, expected="`weight_scale`", remedy=remedy)
-    if scale is not None:
-        found = part[scale]
-        if not scale_fits(found, info.shape):
-            text = f"its scale is {found.dtype} of shape {found.shape}"
-            expected = f"one number, or one per row of {info.shape}"
-            remedy = "take another version of the model for its VAE"
-            raise CheckpointError(text, where=where, expected=expected, remedy=remedy)
+def _rotated(stored: Layer) -> bool:
+    """Whether the marker of an INT8 layer says that its columns were rotated."""
+    marker = dict(stored.marker or {})
+    params = marker.get("params")
+    return bool(marker.get("convrot") or (isinstance(params, dict) and params.get("convrot")))
+
+
+def _scaled(header: Header, stored: Layer) -> Restored:
+    """FP8 or INT8, one scale per tensor, row or block; FP8 of a file without scales is a plain cast."""
+    where, shape = header.path.name, stored.shape
 
     def produce(get: Get) -> torch.Tensor:
-        value = get(weight).reshape(info.shape or (1,))
-        factor = torch.ones(()) if scale is None else get(scale)
-        factor = factor.to(value.device, torch.float32).reshape(-1)
-        if not torch.isfinite(factor).all():
-            remedy = "the file is damaged: download or convert it again"
-            raise CheckpointError("its scale is not finite", where=where, expected="finite numbers", remedy=remedy)
+        of = lambda suffix: get(f"{stored.name}.{suffix}")  # noqa: E731
+        value = of(stored.weight).reshape(shape or (1,))
+        if stored.scale is None:
+            check_cast(where, stored, value)
+        factor = torch.ones(()) if stored.scale is None else expand(read_scale(where, stored, of), stored)
+        factor = factor.to(value.device, torch.float32)
         restored = torch.empty(value.shape, dtype=torch.bfloat16, device=value.device)
-        if factor.numel() == 1:
-            _look_up(value.contiguous(), factor, restored)
-            return restored.reshape(info.shape)
-        factor = factor.reshape(-1, *[1] * (value.ndim - 1))
+        if not factor.shape:
+            _look_up(value.contiguous(), factor.reshape(1), restored)
+            return restored.reshape(shape)
         for rows in _slabs(value):
             restored[rows] = (value[rows].float() * factor[rows]).to(torch.bfloat16)
-        return restored.reshape(info.shape)
+        return restored.reshape(shape)
 
-    kind = "INT8" if info.dtype == "I8" else "scaled FP8" if scale else "FP8"
-    return Restored(info.shape, kind, produce)
+    return Restored(shape, stored.title, produce)
 
 
 def _packed(plan: dialects.DialectPlan, layer: str, own_name: str) -> Restored:

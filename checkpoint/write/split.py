@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -141,7 +141,7 @@ def with_config(header: Header, config_from: str | os.PathLike[str] | None) -> H
     if config is None:
         remedy = "name a file of the same model that has it"
         raise CheckpointError("its header has no `config`", where=Path(config_from).name, remedy=remedy)
-    return Header(header.path, header.tensors, header.metadata | {"config": config}, header.file_size)
+    return replace(header, metadata=header.metadata | {"config": config})
 
 
 def _choose(header: Header, wanted: list[str], vae_prefix: str | None) -> dict[str, Component]:

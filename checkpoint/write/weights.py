@@ -1,73 +1,58 @@
 """Weights of a checkpoint that are still floating point, FP8 with its scale among them, as FP32 rows.
 
 The quantiser and the verifier read through this module, so that both take the same numbers for the original: an FP8
-weight is multiplied by its scale in FP32, never used bare, and never rounded to BF16 on the way. Scales of FP8 files
-multiply, whether they are called `weight_scale` or, in older files, `scale_weight`.
+weight is multiplied by its scale, one number or one a row or a block, in FP32, never used bare, and never rounded to
+BF16 on the way. Scales of FP8 files multiply, whether they are called `weight_scale`, `weight_scale_inv` or, in older
+files, `scale_weight`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from ..file.header import CheckpointError, Header, TensorInfo
+from ..file.header import Header, TensorInfo
 from ..file.shards import Source
-from ..identify import dialects
+from ..identify.formats import FORMATS, FP8_FORMATS
+from ..identify.layers import Layer
+from ..identify.values import check_cast, expand, read_scale
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 TILE = 128  # rows whose block scales are contiguous in the host's layout
-FP8_SCALES = ("weight_scale", "scale_weight")
 # Elements handled at once, and what is kept between two passes: bytes as stored on a GPU, where with all temporaries
 # they stay below 2 GiB, and FP32 elements on a CPU, where converting costs more than remembering.
 _CHUNK = {"cpu": 2**22, "cuda": 2**25}
 _RESIDENT_BYTES = 2**29
+_SAMPLE = 2**16
 _CPU_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True)
 class FloatWeight:
-    """One weight. ``name``: of its tensor; ``scale``: of the tensor that multiplies it, one number or one a row."""
+    """One weight: its tensor, and how it is stored."""
 
     name: str
     info: TensorInfo
-    scale: str | None
+    stored: Layer
 
     @property
     def layer(self) -> str:
         """The layer's name in the checkpoint."""
-        return self.name.rpartition(".")[0]
+        return self.stored.name
 
     @property
     def fp8(self) -> bool:
         """Whether it is stored in eight bits."""
-        return self.info.dtype in dialects.FP8_FORMATS
+        return self.info.dtype in FP8_FORMATS
 
 
-def float_weight(header: Header, name: str) -> FloatWeight | str:
-    """Header, name of a `.weight` -> FloatWeight, or why its values cannot be told."""
-    info, layer = header.tensors[name], name.rpartition(".")[0]
-    if info.dtype in FLOATS:
-        return FloatWeight(name, info, None)
-    if info.dtype not in dialects.FP8_FORMATS:
-        return f"stored as {info.dtype}"
-    scale = scale_of(header.tensors, layer)
-    if scale is not None and not scale_fits(found := header.tensors[scale], info.shape):
-        return f"FP8 with a scale of another kind, {found.dtype} of shape {found.shape}"
-    return FloatWeight(name, info, scale)
-
-
-def scale_of(tensors: Container[str], layer: str) -> str | None:
-    """Name of the tensor that multiplies a layer's FP8 or INT8 weight; None if there is none."""
-    return next((f"{layer}.{key}" for key in FP8_SCALES if f"{layer}.{key}" in tensors), None)
-
-
-def scale_fits(scale: TensorInfo, shape: tuple[int, ...]) -> bool:
-    """Whether a scale is floating point and one number, or one for each row of a weight of this shape."""
-    rows = shape[0] if shape else 1
-    by_row = scale.numel == rows and all(size in (1, rows) for size in scale.shape)
-    return scale.dtype in FLOATS and (scale.numel == 1 or by_row)
+def float_weight(header: Header, layer: Layer) -> FloatWeight | str:
+    """Header, a layer of its plan -> FloatWeight, or why its values are not read here."""
+    if not FORMATS[layer.kind].quantises:
+        return f"stored as {layer.title}"
+    name = f"{layer.name}.{layer.weight}"
+    return FloatWeight(name, header.tensors[name], layer)
 
 
 class FloatRows:
@@ -81,8 +66,11 @@ class FloatRows:
     ) -> None:
         self.weight, self.device = weight, device
         self.shape = weight.info.shape
-        self._scale = None if weight.scale is None else self._read_scale(reader)
+        self._scale = self._read_scale(reader)
         self._view = reader.view(weight.name) if view is None else view
+        if weight.stored.kind == "fp8_cast" and weight.info.nbytes:
+            start = torch.frombuffer(bytearray(self._view[:_SAMPLE]), dtype=torch.uint8).view(weight.info.torch_dtype)
+            check_cast(reader.checkpoint.header.path.name, weight.stored, start)
         self._row_bytes = weight.info.nbytes // max(self.shape[0], 1)
         self._resident = self._values = None
         if device.type != "cpu" and weight.info.nbytes <= _RESIDENT_BYTES:
@@ -116,16 +104,24 @@ class FloatRows:
 
     def _converted(self, start: int, stop: int) -> torch.Tensor:
         stored = self._stored(start, stop).to(self.device) if self._resident is None else self._resident[start:stop]
-        by_row = self._scale is not None and self._scale.numel() > 1
-        if self.weight.fp8 and not by_row and self.device.type == "cpu":
+        one = self._scale is None or not self._scale.shape
+        if self.weight.fp8 and one and self.device.type == "cpu":
             # One product for each of the 256 codes: the same numbers, in a third of the time.
             codes = torch.arange(256, dtype=torch.uint8).view(stored.dtype).float()
             table = codes if self._scale is None else codes * self._scale
             return torch.index_select(table, 0, stored.view(torch.uint8).view(-1).int()).view(stored.shape)
         values = stored.float()
-        if self._scale is None:
-            return values
-        return values * (self._scale[start:stop, None] if by_row else self._scale)
+        return values if self._scale is None else values * self._factor(start, stop)
+
+    def _factor(self, start: int, stop: int) -> torch.Tensor:
+        """The scale of rows ``start`` to ``stop``, of a shape that multiplies them."""
+        if not self._scale.shape:
+            return self._scale
+        if self.weight.stored.block is None:
+            return self._scale[start:stop]
+        height, width = self.weight.stored.block
+        rows = self._scale[torch.arange(start, stop, device=self._scale.device) // height]
+        return rows.repeat_interleave(width, 1)[:, : self.shape[1]]
 
     def _stored(self, start: int, stop: int) -> torch.Tensor:
         """A copy of rows in their stored dtype: the file's mapping is read-only, and torch wants what it can write."""
@@ -133,13 +129,13 @@ class FloatRows:
         memoryview(flat.numpy())[:] = self._view[start * self._row_bytes : stop * self._row_bytes]
         return flat.view(self.weight.info.torch_dtype).view(stop - start, *self.shape[1:])
 
-    def _read_scale(self, reader: Source) -> torch.Tensor:
-        scale = reader.tensor(self.weight.scale).float().reshape(-1)
-        if not torch.isfinite(scale).all():
-            where = f"{reader.checkpoint.header.path.name}, layer {self.weight.layer}"
-            remedy = "the file is damaged: download or convert it again"
-            raise CheckpointError("its scale is not finite", where=where, expected="finite numbers", remedy=remedy)
-        return scale.to(self.device)
+    def _read_scale(self, reader: Source) -> torch.Tensor | None:
+        """None, () for one number, (N, 1) for one a row, as stored for blocks."""
+        stored, file = self.weight.stored, reader.checkpoint.header.path.name
+        if stored.scale is None:
+            return None
+        scale = read_scale(file, stored, lambda suffix: reader.tensor(f"{stored.name}.{suffix}"))
+        return (scale if stored.block is not None else expand(scale, stored)).to(self.device)
 
 
 def non_finite(

@@ -32,7 +32,8 @@ def row_major_layer(rows: int = 32, cols: int = 32) -> dict[str, TensorInfo]:
 def header(metadata: dict[str, str] | None = None, **layers: dict[str, TensorInfo]) -> Header:
     """A header by hand; nothing but it is needed to detect a dialect."""
     tensors = {f"{layer}.{suffix}": info for layer, group in layers.items() for suffix, info in group.items()}
-    return Header(Path("some.safetensors"), tensors, metadata or {}, 0)
+    markers = {name: b'{"format": "nvfp4"}' for name in tensors if name.endswith(".comfy_quant")}
+    return Header(Path("some.safetensors"), tensors, metadata or {}, 0, markers)
 
 
 def marked(layer: dict[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -160,7 +160,7 @@ def test_header_entries_reach_their_layer_with_and_without_the_prefix(written: s
 
 
 def test_layers_outside_the_prefix_are_none_of_the_model_s_business():
-    broken = {"weight": entry("U8", 16, 12)}
+    broken = {"weight": entry("U8", 16, 12), "weight_scale_2": entry("F32")}
     head = header(LIGHTRICKS, **{f"{DIT}q": comfy_layer(), "text_encoders.q": broken, "vae.q": row_major_layer()})
     assert list(detect(head, prefix=DIT).nvfp4) == [f"{DIT}q"]
     assert "text_encoders.q" in refusal(head, "comfy")
@@ -193,7 +193,7 @@ def test_the_dialect_asked_for_decides_how_the_same_bytes_are_read(dialect: str)
 
 def test_the_dialect_asked_for_overrides_what_the_header_declares():
     for metadata, requested in ((MODELOPT, "comfy"), ({ENTRY: '{"layers": {}}'}, "modelopt"), (LIGHTRICKS, "modelopt")):
-        head = header(metadata, q=comfy_layer())
+        head = header(metadata, q=comfy_layer(32, 32) if metadata is MODELOPT else comfy_layer())
         assert detect(head).dialect != requested
         assert (detect(head, requested).dialect, detect(head, requested).evidence) == (requested, "stated by the user")
 
@@ -211,20 +211,17 @@ def test_a_file_without_a_mark_is_accepted_from_lightricks(class_name: str):
     assert plan.evidence == "no mark; Lightricks' own header, whose NVFP4 files have this layout"
 
 
-def test_modelopt_with_only_aligned_shapes_has_its_default_row_major_scales():
-    plan = detect(header(MODELOPT, q=comfy_layer()))
-    assert (plan.dialect, plan.evidence) == (
-        "modelopt",
-        "header entry quantization_config; row-major scales, its default",
-    )
+def test_modelopt_with_only_aligned_shapes_is_a_question_where_the_scales_cannot_be_looked_at():
+    message = refusal(header(MODELOPT, q=comfy_layer()))
+    assert "not measured" in message and "set the loader's `dialect` to modelopt_swizzled" in message
 
 
 def test_a_file_beside_the_checkpoint_counts_only_if_modelopt_wrote_it(tmp_path: Path):
-    head = Header(tmp_path / "some.safetensors", header(q=comfy_layer()).tensors, {}, 0)
+    head = Header(tmp_path / "some.safetensors", header(q=row_major_layer()).tensors, {}, 0)
     (tmp_path / "hf_quant_config.json").write_text('{"producer": {"name": "somebody"}}')
     refusal(head)
     (tmp_path / "hf_quant_config.json").write_text('{"producer": {"name": "ModelOpt"}}')
-    assert detect(head).evidence == "hf_quant_config.json beside the file; row-major scales, its default"
+    assert detect(head).evidence == "hf_quant_config.json beside the file, row-major scales in q"
 
 
 def test_block_scales_may_be_stored_as_bytes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,14 +50,15 @@ def test_modelopt_with_layer_entries_and_only_aligned_shapes_is_left_to_the_user
     assert "set the loader's `dialect` to modelopt_swizzled if the export " in message
 
 
-def test_markers_in_a_folder_with_another_model_s_modelopt_file_are_not_guessed(tmp_path: Path):
-    """The markers may be right, or stuck on a ModelOpt file; read the wrong way, the model is noise."""
+def test_a_file_beside_the_checkpoint_never_decides_over_markers_or_header_entries(tmp_path: Path):
     (tmp_path / "hf_quant_config.json").write_text('{"producer": {"name": "modelopt"}}')
-    for layer in (comfy_layer(), comfy_layer(32, 32)):
-        head = Header(tmp_path / "some.safetensors", header(q=marked(layer)).tensors, {}, 0)
-        message = refusal(head)
-        assert "`dialect`" in message and "hf_quant_config.json" in message
-        assert detect(head, "comfy").dialect == "comfy"
+    layers = header({ENTRY: '{"layers": {}}'}, q=comfy_layer()), header(q=marked(comfy_layer(32, 32)))
+    for head in (replace(layer, path=tmp_path / "some.safetensors") for layer in layers):
+        assert detect(head).dialect == "comfy"
+
+
+def test_markers_win_over_a_quantization_config_that_modelopt_left_in_the_header():
+    assert detect(header(MODELOPT, q=marked(comfy_layer()))).dialect == "comfy"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,7 @@ def test_a_damaged_layer_is_refused_by_file_and_layer(how: str):
 def planned(dialect: str) -> DialectPlan:
     names = {key for keys, _ in DIALECTS[dialect].global_scales[:1] for key in keys}
     layer = comfy_layer() if DIALECTS[dialect].weight == "weight" else {"weight_packed": entry("U8", 128, 32)}
+    layer.pop("weight_scale_2", None)
     layer |= {"weight_scale": entry("F8_E4M3", 128, 4)} | {name: entry("F32") for name in names}
     return detect(header(q=layer), dialect)
 

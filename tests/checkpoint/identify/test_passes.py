@@ -41,8 +41,8 @@ class Counting(dict):
 
 def header_of(names: list[str], metadata: dict[str, str] | None = None) -> Header:
     Counting.passes = 0
-    tensors = Counting({name: TensorInfo("I8", (2, 2), 0, 4) for name in names})
-    return Header(Path("x.safetensors"), tensors, metadata or {}, 4)
+    tensors = Counting({name: TensorInfo("BF16", (2, 2), 0, 8) for name in names})
+    return Header(Path("x.safetensors"), tensors, metadata or {}, 8)
 
 
 @pytest.mark.parametrize("shape", ["vae_prefixes", "shared_beginnings", "models"])

@@ -186,7 +186,7 @@ def test_fp8_layers_that_the_recipe_keeps_stay_fp8_and_are_declared_by_a_marker(
     key = "scale_weight" if how == "old" else "weight_scale"
     assert torch.equal(found[f"{GATE}.weight_scale"], stored[f"{GATE}.{key}"])
     marker = json.loads(bytes(found[f"{GATE}.comfy_quant"].tolist()))
-    full = {"full_precision_matrix_mult": True} if how == "old" else {}
+    full = {"full_precision_matrix_mult": True} if how in ("old", "rows") else {}
     assert marker == {"format": "float8_e4m3fn"} | full
     assert (f"{GATE}.input_scale" in found) == (how == "markers")
     assert f"{GATE}.scale_input" not in found

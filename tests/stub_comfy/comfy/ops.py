@@ -105,7 +105,7 @@ class manual_cast(disable_weight_init):
 def _scales(quant_format, take):
     """The layout's scale arguments from one layer's tensors. Raises ValueError if one is missing."""
     scales = {"scale": take("weight_scale_2"), "block_scale": take("weight_scale")}
-    if quant_format == "float8_e4m3fn":
+    if quant_format in ("float8_e4m3fn", "float8_e5m2"):
         return {"scale": scales["block_scale"]}
     if None in scales.values():
         raise ValueError("Missing NVFP4 scales")

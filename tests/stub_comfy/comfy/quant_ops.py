@@ -18,6 +18,11 @@ class TensorCoreFP8E4M3Layout(TensorCoreFP8Layout):
     """The host registers comfy-kitchen's FP8 layout under names of its own."""
 
 
+class TensorCoreFP8E5M2Layout(TensorCoreFP8Layout):
+    """As for E4M3; the codes are of another dtype."""
+
+
+register_layout_class("TensorCoreFP8E5M2Layout", TensorCoreFP8E5M2Layout)
 register_layout_class("TensorCoreNVFP4Layout", TensorCoreNVFP4Layout)
 register_layout_class("TensorCoreFP8E4M3Layout", TensorCoreFP8E4M3Layout)
 
@@ -26,6 +31,11 @@ QUANT_ALGOS = {
         "storage_t": torch.float8_e4m3fn,
         "parameters": {"weight_scale", "input_scale"},
         "comfy_tensor_layout": "TensorCoreFP8E4M3Layout",
+    },
+    "float8_e5m2": {
+        "storage_t": torch.float8_e5m2,
+        "parameters": {"weight_scale", "input_scale"},
+        "comfy_tensor_layout": "TensorCoreFP8E5M2Layout",
     },
     "nvfp4": {
         "storage_t": torch.uint8,
