@@ -21,7 +21,7 @@ ALL_FOLDERS = ("checkpoints", "diffusion_models", "vae", "text_encoders", "loras
 # Component -> folder below output/ whose files ComfyUI lists among the models.
 OUTPUT_FOLDERS = {
     VIDEO_VAE: "vae",
-    AUDIO_VAE: "checkpoints",  # the only folder that LTXVAudioVAELoader lists
+    AUDIO_VAE: "checkpoints",  # every host's LTXVAudioVAELoader lists it; since 0.38 `vae` too
     TEXT_PROJECTION: "checkpoints",
     DIFFUSION_MODEL: "diffusion_models",
     REST: "checkpoints",

@@ -20,8 +20,8 @@ from . import residency
 
 # What may stand in the options: these have no say in what a block computes ...
 _WITHOUT_EFFECT = frozenset((
-    "callbacks", "cond_or_uncond", "multigpu_thread_device", "patches_replace", "sample_sigmas", "sigmas", "uuids",
-    "wrappers", residency.PREFETCH_FLAG,
+    "callbacks", "cond_or_uncond", "patches_replace", "sample_sigmas", "sigmas", "uuids", "wrappers",
+    residency.PREFETCH_FLAG,
 ))  # fmt: skip
 _EFFECTIVE = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn", "stg_skip_self_attn")  # ... and these do.
 _EMPTY: dict = {}

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ import torch
 from . import graph_key, residency
 
 logger = logging.getLogger(__name__)
+
+_IS_CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
+_kept: list[BaseException] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +88,8 @@ class Plan:
                     if own is not tensor:
                         own.copy_(tensor)
                 del out
-            except BaseException:
+            except BaseException as error:
+                _let_go(error, stream)
                 with contextlib.suppress(RuntimeError):  # the first error is the one to tell
                     graph.capture_end()
                 raise
@@ -101,6 +106,24 @@ class Plan:
         self.graphs.clear()
         self.inputs.clear()
         self.stream, self.arguments, self._seen = (), {}, []
+
+
+def _let_go(error: BaseException, stream: torch.cuda.Stream) -> None:
+    """Drop the tensors of a failing capture, which the frames of the error's traceback hold, while that can be done.
+
+    With cudaMallocAsync, which ComfyUI uses, an address of a capture that came to nothing cannot be freed after it, nor
+    in one that the driver has given up: torch ends the process over that. There the error is kept, and the addresses
+    with it; memory they have none before a graph is launched.
+    """
+    status = ctypes.c_int()
+    try:
+        failed = _driver().cuStreamIsCapturing(ctypes.c_void_p(stream.cuda_stream), ctypes.byref(status))
+    except (OSError, AttributeError):
+        failed = True
+    if not failed and status.value == _IS_CAPTURING:
+        traceback.clear_frames(error.__traceback__)
+    else:
+        _kept.append(error)
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,7 @@ _LATENT_IN = {
     UPSAMPLER: "samples",
     "LTXVImgToVideoInplace": "latent",
     "LTXVAddGuide": "latent",
+    "LTXVAddLatentGuide": "latent",
     "LTXVCropGuides": "latent",
     "SetLatentNoiseMask": "samples",
 }

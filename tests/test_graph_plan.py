@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import types
+import weakref
 
 import comfy.model_management
 import pytest
@@ -14,7 +16,7 @@ from nvfp4_video.host import block_graphs, graph_key, graph_plan, residency
 from nvfp4_video.host.load import LoadReport
 from nvfp4_video.tests.support.graph_fakes import CPU, Block, Compressed, Model, inputs, patcher_of, run
 
-GPU = torch.device("cuda", 1)
+GPU = torch.device("cuda", 0)
 SWITCHES = {"disable_cuda_graphs": False, "disable_comfy_compiler": False, "assert_graph_breaks": False}
 
 
@@ -67,6 +69,11 @@ def test_a_host_without_block_prefetch_or_with_other_books_has_no_graphs_and_the
     assert "CUDA graphs" not in str(LoadReport(**fields))
 
 
+def test_a_model_on_a_second_gpu_or_split_over_several_has_no_graphs(switches):
+    assert "on the first GPU only" in block_graphs.obstacle(Model(), torch.device("cuda", 1))
+    assert graph_key.strange({"multigpu_thread_device": torch.device("cuda", 0)}) == ["multigpu_thread_device"]
+
+
 def test_nothing_is_said_of_graphs_for_other_models_and_devices(switches):
     for patcher in (patcher_of(torch.nn.Linear(1, 1), GPU), patcher_of(Model(), CPU)):
         assert block_graphs.use_graphs(patcher) == ""
@@ -116,6 +123,8 @@ def test_with_gradients_blocks_run_themselves(switches, monkeypatch):
 
 
 class Stream:
+    cuda_stream = 7
+
     def wait_stream(self, other):
         pass
 
@@ -168,6 +177,31 @@ def test_a_capture_that_fails_is_ended_and_the_first_error_is_the_one_told(error
     assert found.value is error and ended == made and not plan.graphs[0]
 
 
+@pytest.mark.parametrize(("status", "alive"), [(1, False), (2, True), (0, True)])
+def test_tensors_of_a_failed_capture_are_freed_inside_it_or_never(status, alive, plan, monkeypatch):
+    plan, _ = plan
+    seen: list = []
+
+    def is_capturing(stream, found):
+        assert stream.value == Stream.cuda_stream
+        ctypes.cast(found, ctypes.POINTER(ctypes.c_int))[0] = status
+        return 0
+
+    def original(arguments):
+        made = torch.zeros(3)
+        seen.append(weakref.ref(made))
+        raise RuntimeError("a kernel that cannot be loaded")
+
+    monkeypatch.setattr(graph_plan, "_driver", lambda: types.SimpleNamespace(cuStreamIsCapturing=is_capturing))
+    monkeypatch.setattr(graph_plan, "_kept", [])
+    monkeypatch.setattr(Graph, "capture_end", lambda self: seen.append(seen[0]() is not None))
+    with pytest.raises(RuntimeError, match="cannot be loaded"):
+        plan.capture(0, (), (), {}, original)
+    assert seen[1:] == [alive]
+    gc.collect()
+    assert (seen[0]() is not None) == alive
+
+
 def test_a_block_that_hands_on_new_tensors_has_them_copied_to_the_plan_s(plan):
     plan, _ = plan
     new = tuple(torch.randn_like(tensor) for tensor in plan.stream)
@@ -206,7 +240,7 @@ def test_memory_goes_back_to_the_card_of_the_graphs_and_what_keeps_it_is_logged(
     driver = Driver()
     monkeypatch.setattr(graph_plan, "_driver", lambda: driver)
     graph_plan.give_back(GPU)
-    assert emptied == [True] and driver.trimmed == [41] and caplog.text == ""
+    assert emptied == [True] and driver.trimmed == [40] and caplog.text == ""
     monkeypatch.setattr(graph_plan, "_driver", lambda: Driver(201))
     graph_plan.give_back(GPU)
     assert "error 201 of cuDeviceGraphMemTrim" in caplog.text

@@ -73,6 +73,13 @@ def test_sound_of_another_length_than_the_picture_is_told_in_seconds(frames, cou
     assert ("mel frames" in finding.why) == (count == 4 * frames - 3)
 
 
+@pytest.mark.parametrize("kind", ["LTXVAddGuide", "LTXVAddLatentGuide"])
+def test_the_picture_s_length_is_that_of_the_latent_a_guide_is_pinned_onto(kind: str, stub_comfy):
+    guide = node(kind, latent=["video", 0], positive=["conditioning", 0], negative=["conditioning", 1])
+    prompt = clip(guide=guide, latent={"video_latent": ["guide", 2]}, audio={"frames_number": 97})
+    assert only(prompt).nodes == ("audio", "video")
+
+
 def test_sound_for_the_snapped_number_of_frames_fits(stub_comfy):
     assert ids(clip(video={"length": 125}, audio={"frames_number": 121})) == {"frames": "warning"}
 

@@ -86,7 +86,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "change", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "change", "dtype"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_quantising_gives_the_bytes_of_comfy_kitchen(kernels: Kernels, shape, change, dtype, generator):
     kitchen = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
     weight = change(torch.randn(shape, generator=generator)).to(dtype)
