@@ -2,7 +2,7 @@
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from .host import routes
+from .host.guard import routes
 from .nodes import NODES
 
 WEB_DIRECTORY = "./web"

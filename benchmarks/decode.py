@@ -2,7 +2,7 @@
 
 usage: python benchmarks/decode.py [--comfyui DIR] [--frames N] [--size WxH] [--folder DIR] [--out FILE]
 
-LTX-2.3's VAEs in their true shapes with random weights (tests/host/vae_in_process.py), DynamicVRAM on as ComfyUI's
+LTX-2.3's VAEs in their true shapes with random weights (tests/real/vae_in_process.py), DynamicVRAM on as ComfyUI's
 main.py sets it. Each side decodes the same latent three times; the first time includes the way of the weights to the
 GPU. "parameters" is where a node finds the weights that infers the device from them, before and after a decode. Then
 the decodes of split, embedded, FP8 and NVFP4 files and of the audio VAE are compared bit for bit with the host's; the
@@ -59,7 +59,7 @@ def main() -> None:
     version = comfyui.start_host(args.comfyui)
     common.import_pack()
     sys.modules.pop("in_process")  # the scene's own module of that name
-    sys.path.insert(0, str(common.ROOT / "tests" / "host"))
+    sys.path.insert(0, str(common.ROOT / "tests" / "real"))
     import vae_in_process
     from comfy import memory_management, model_management
 

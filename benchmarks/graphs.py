@@ -123,7 +123,7 @@ def free_bytes(patcher: Any) -> float:
 
 def graph_counts(patcher: Any) -> Mapping[str, int]:
     """What the pack has counted of a model's blocks so far."""
-    from nvfp4_video.host import block_graphs
+    from nvfp4_video.host.compute import block_graphs
 
     model = patcher.model.diffusion_model
     return block_graphs.blocks_of(model).counts.copy() if hasattr(model, "transformer_blocks") else {}
@@ -182,7 +182,7 @@ def without_graphs(patcher: Any) -> Any:
 
 def capturing(patcher: Any, options: Namespace) -> Any:
     """The same patcher; with --waiting its blocks count as seen waiting."""
-    from nvfp4_video.host import block_graphs
+    from nvfp4_video.host.compute import block_graphs
 
     if options.waiting:
         block_graphs.blocks_of(patcher.model.diffusion_model).waits_for_cpu = Everything()
@@ -286,7 +286,7 @@ def write(result: dict, options: Namespace) -> None:
 def run(options: Namespace, found: dict, scratch: Path) -> dict[str, Any]:
     """Everything between writing the file and the table; the result so far is saved after each row."""
     import torch
-    from nvfp4_video.host.compute import obstacle
+    from nvfp4_video.host.compute.modes import obstacle
     from nvfp4_video.samples.released import recorded_model
 
     device = "cpu" if options.cpu else "cuda"

@@ -1,4 +1,4 @@
-"""ComfyUI in this process for the benchmarks: host/session.py, left with a message where nothing can be measured."""
+"""ComfyUI in this process for the benchmarks: host/bench/session.py, left with a message where it cannot measure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import common
 
 common.import_pack()
-from nvfp4_video.host import session  # noqa: E402  (the pack has to be importable first)
-from nvfp4_video.host.session import FRAME_RATE, end_of_node, latent_shapes, sample  # noqa: E402
+from nvfp4_video.host.bench import session  # noqa: E402  (the pack has to be importable first)
+from nvfp4_video.host.bench.session import FRAME_RATE, end_of_node, latent_shapes, sample  # noqa: E402
 from nvfp4_video.measure.ltx import SIGMAS  # noqa: E402
 
 __all__ = [
@@ -113,7 +113,7 @@ def launch_cost(patcher: Any, layers: list[str], rounds: int = 5) -> float:
 def without_graphs(patcher: Any) -> None:
     """Take the pack's CUDA graphs off a loaded model."""
     from comfy.patcher_extension import WrappersMP
-    from nvfp4_video.host import block_graphs
+    from nvfp4_video.host.compute import block_graphs
 
     patcher.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, block_graphs.KEY)
 

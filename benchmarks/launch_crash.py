@@ -85,7 +85,9 @@ def run_case(name: str, kind: str, path: Path) -> dict[str, Any]:
     import torch
     from nvfp4_video.checkpoint.file.header import read_header
     from nvfp4_video.checkpoint.identify.signatures import transformer_config
-    from nvfp4_video.host import cure, load, probe
+    from nvfp4_video.host.doctor import probe
+    from nvfp4_video.host.guard import cure
+    from nvfp4_video.host.load import model as load
 
     facts = probe.probe()
     found["probe"] = {name: facts[name].value for name in FACTS}

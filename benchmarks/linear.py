@@ -3,8 +3,8 @@
 GPU part: a weight of 16384 x 4096 against several token counts: dense BF16, comfy-kitchen's dequantisation (its CUDA
 and eager kernels) followed by a matmul, the host's QuantizedTensor through its tensor-subclass dispatch, and ours.
 CPU part, with a ComfyUI checkout: every Linear of a transformer block of a scaled-down LTX-2.3, loaded by the host and
-by host/load.py, resident on the GPU without DynamicVRAM, called with one token and not waited for. step.py measures the
-same on the whole model with DynamicVRAM.
+by host/load/model.py, resident on the GPU without DynamicVRAM, called with one token and not waited for. step.py
+measures the same on the whole model with DynamicVRAM.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def cpu_part(backend: str) -> list[dict[str, Any]]:
     """Microseconds of CPU time to launch one Linear of the model's third block, by way of loading."""
     import comfy.sd
     import torch
-    from nvfp4_video.host import load
+    from nvfp4_video.host.load import model as load
     from nvfp4_video.samples import synthetic
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -82,7 +82,7 @@ def load_row(name: str, path: Path, options: Namespace) -> Any:
 
     if name == "stock":
         return comfy.sd.load_diffusion_model(str(path))
-    from nvfp4_video.host import load
+    from nvfp4_video.host.load import model as load
 
     patcher, report = load.load_model(str(path), "fp8" if name == "fp8" else "bf16", backend=options.backend)
     say(str(report))
@@ -192,7 +192,7 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
     """Everything between writing the file and the tables; the result so far is saved after each stage."""
     import comfy.model_management
     import torch
-    from nvfp4_video.host.compute import obstacle
+    from nvfp4_video.host.compute.modes import obstacle
     from nvfp4_video.samples.released import recorded_model
 
     device = "cpu" if options.cpu else "cuda"

@@ -51,8 +51,8 @@ def header_readers(path: Path) -> dict[str, Callable[[], Any]]:
 
 
 def measure(sizes: list[int], repeats: int) -> list[dict[str, Any]]:
-    from nvfp4_video.host import guard
-    from nvfp4_video.host.probe import Fact
+    from nvfp4_video.host.doctor.probe import Fact
+    from nvfp4_video.host.guard import check as guard
     from nvfp4_video.samples import shapes
 
     values = {"prefetch_crash": True, "dynamic_vram": True, "async_offload_streams": 2, "capability": (9, 0)}

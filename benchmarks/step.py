@@ -107,7 +107,7 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
         return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=options.no_dynamic)
     if row == "stock":
         return comfy.sd.load_diffusion_model(str(path))
-    from nvfp4_video.host import load
+    from nvfp4_video.host.load import model as load
 
     compute = "fp8" if row.startswith("fp8") else "bf16"
     patcher, report = load.load_model(
@@ -130,7 +130,7 @@ def _empty_cache() -> None:
 def first_sampling(name: str, patcher: Any, config: Mapping, options: Namespace) -> dict[str, Any]:
     """Sample two steps, which brings the weights to the GPU; returns what that cost in memory."""
     import torch
-    from nvfp4_video.host.meter import PeakMemory, memory
+    from nvfp4_video.host.bench.meter import PeakMemory, memory
 
     before = memory()
     with PeakMemory() as peak:
@@ -231,7 +231,7 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
 
 def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Everything between building the weights and the tables; the result so far is saved after each stage."""
-    from nvfp4_video.host.meter import memory
+    from nvfp4_video.host.bench.meter import memory
     from nvfp4_video.samples.released import recorded_model
 
     device = "cpu" if options.cpu else "cuda"

@@ -145,7 +145,7 @@ def load_row(row: str, gemma: Path, projection: Path, backend: str) -> Any:
         import comfy.sd
 
         return comfy.sd.load_clip([str(gemma), str(projection)], clip_type=comfy.sd.CLIPType.LTXV)
-    from nvfp4_video.host.text_encoder import load_text_encoder
+    from nvfp4_video.host.load.text_encoder import load_text_encoder
 
     clip, report = load_text_encoder(str(gemma), str(projection), backend=backend, graphs=row == "ours")
     say(str(report))
@@ -321,7 +321,7 @@ def main() -> None:
     options = parse()
     found, flags = comfyui.begin(options), options.flags.split() + ["--cpu"] * options.cpu
     import torch
-    from nvfp4_video.tests.host import small_gemma
+    from nvfp4_video.tests.real import small_gemma
 
     sizes = Sizes()
     if options.tiny:

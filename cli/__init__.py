@@ -95,7 +95,7 @@ def _expected() -> tuple[type[Exception], ...]:
     names = {
         "checkpoint.file.header": "CheckpointError",
         "measure.media": "MediaError",
-        "tests.host.harness": "HostError",
+        "tests.real.harness": "HostError",
     }
     loaded = {sys.modules.get(f"{__package__.rpartition('.')[0]}.{module}"): name for module, name in names.items()}
     found = [getattr(module, name) for module, name in loaded.items() if module is not None]

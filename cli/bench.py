@@ -61,7 +61,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the result, whether no row failed)."""
     if args.row_job:
-        from ..host.bench_row import main
+        from ..host.bench.row import main
 
         return {}, main(args.row_job)
     if args.out is None:
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], boo
 
 def comfyui_folder(named: Path | None) -> Path:
     """The checkout of --comfyui, COMFYUI_PATH, or that in which the pack lies. Raises CommandError without one."""
-    from ..host.session import is_checkout
+    from ..host.bench.session import is_checkout
 
     pack = Path(__file__).resolve().parent.parent
     path = (named or Path(os.environ.get("COMFYUI_PATH") or pack.parent.parent)).expanduser().resolve()

@@ -1,4 +1,4 @@
-"""The processes of ``bench``: one job each (host/bench_row.py), its messages read, its end made sure of."""
+"""The processes of ``bench``: one job each (host/bench/row.py), its messages read, its end made sure of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..host.bench_row import MARK
+from ..host.bench.row import MARK
 
 PACK = Path(__file__).resolve().parent.parent
 _PATIENCE_SECONDS = 10

@@ -17,7 +17,7 @@ from ..checkpoint.file.header import Header, read_header
 from ..checkpoint.identify.components import DIFFUSION_MODEL, find_components
 from ..checkpoint.identify.signatures import context_width, find_model, transformer_config
 from ..checkpoint.identify.vae_signatures import AUDIO, find_vaes
-from ..host.bench_row import MAKE
+from ..host.bench.row import MAKE
 from ..measure import bench
 from ..measure.clip_quality import clip_quality
 from ..measure.ltx import CFG, SIGMAS, SPATIAL, TEMPORAL, whole_schedule
@@ -222,7 +222,7 @@ def _measure(args, result, jobs: dict[str, dict], work: Path, out: Path, begun: 
 def _run_row(args, result, row: dict[str, Any], job: dict[str, Any], work: Path, out: Path, stage) -> None:
     """One repetition of a row, into the row."""
     if args.drop_cache:
-        from ..host import page_cache
+        from ..host.doctor import page_cache
 
         page_cache.release(job["path"])
     told, error = bench_child.run_job(job, work, out / LOGS / f"{row['key']}.log", stage)

@@ -1,6 +1,6 @@
 """The part of ``demo`` that boots a real ComfyUI and samples the small model in it through NVFP4ModelLoader.
 
-It uses the harness of tests/host, which the repository has and the published pack leaves out.
+It uses the harness of tests/real, which the repository has and the published pack leaves out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from ..samples import synthetic
 from .console import Cell, Console
 
-HARNESS = Path(__file__).resolve().parent.parent / "tests" / "host"
+HARNESS = Path(__file__).resolve().parent.parent / "tests" / "real"
 FAMILIES = {"ltx23": "LTX-2.3", "ltx20": "LTX-2"}
 STOCK = "UNETLoader"
 OURS = "NVFP4ModelLoader"
@@ -32,7 +32,7 @@ def sample_in_comfyui(base: Path, gpu: bool, console: Console) -> dict[str, Any]
     if obstacle:
         console.say(obstacle, indent=2)
         return {"skipped": obstacle}
-    harness = import_module("..tests.host.harness", __package__)
+    harness = import_module("..tests.real.harness", __package__)
     try:
         nodes = [HARNESS / "standin_nodes"]
         # One thread for the same reason as in demo.py.
@@ -94,7 +94,7 @@ def _write_files(folder: Path, model: str) -> dict:
 
 
 def _sample_all(host, config: dict, console: Console) -> list[dict[str, Any]]:
-    graphs = import_module("..tests.host.graphs", __package__)
+    graphs = import_module("..tests.real.graphs", __package__)
     plans = [(STOCK, kind) for kind in STOCK_KINDS] + [(OURS, kind) for kind in KINDS]
     runs = []
     with console.progress(f"Sampling in ComfyUI {host.version}", len(plans)) as progress:

@@ -43,12 +43,12 @@ def run_doctor(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
     if prompt is not None and not connected:
         raise CommandError("a prompt is checked against the files of a ComfyUI: set COMFYUI_PATH to its folder")
     # Imported here, after _connect has made that ComfyUI importable.
-    from ..host import doctor as host_doctor
-    from ..host.probe import probe
+    from ..host.doctor import report as host_doctor
+    from ..host.doctor.probe import probe
 
     facts, findings = probe(), []
     if connected:
-        from ..host import guard
+        from ..host.guard import check as guard
 
         findings = [*guard.check_host(facts), *(guard.check(prompt, facts) if prompt is not None else ())]
     report = host_doctor.report(facts, findings)
@@ -59,7 +59,7 @@ def run_doctor(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
 
 
 def _release(path: Path, console: Console) -> dict[str, Any]:
-    from ..host import page_cache
+    from ..host.doctor import page_cache
 
     done = page_cache.release(path)
     console.say(f"{path.name}, {size(done.size)}: {size(done.before)} were cached, {size(done.after)} are now.")

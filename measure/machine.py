@@ -1,4 +1,4 @@
-"""Hardware and versions that a measured number depends on. torch is imported in the functions, see host/session.py."""
+"""Hardware and versions that a measured number depends on. torch is imported late, see host/bench/session.py."""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ import time
 
 from comfy_api.v0_0_2 import io
 
-from ..host import doctor, guard
-from ..host.cure import guard_model
-from ..host.probe import probe
-from ..host.routes import REFUSED
+from ..host.doctor import report as doctor
+from ..host.doctor.probe import probe
+from ..host.guard import check as guard
+from ..host.guard.cure import guard_model
+from ..host.guard.routes import REFUSED
 from ..host.show import show
 
 

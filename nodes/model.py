@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..host.files import SAME_FILE, file_names, file_path, fingerprint, optional_path
-from ..host.load import COMPUTE_MODES, DIALECTS, load_model
+from ..host.load.model import COMPUTE_MODES, DIALECTS, load_model
 from ..kernels.backends import BACKENDS
 
 FOLDERS = ("diffusion_models", "checkpoints")

@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from ..draw.compact import compact_plan
 from ..draw.planner import roofline_picture
 from ..host.files import file_names, file_path, fingerprint
-from ..host.settings import distilled, plan_file
+from ..host.planning import distilled, plan_file
 from ..host.show import show, to_image
 from ..measure.gpus import DETECTED, GPUS
 from ..measure.ltx import VERSIONS

@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ..checkpoint.identify.dialects import AUTO, DIALECTS
 from ..host.files import SAME_FILE, file_names, file_path, fingerprint, optional_path
-from ..host.text_encoder import DEVICES, load_text_encoder
+from ..host.load.text_encoder import DEVICES, load_text_encoder
 from ..kernels.backends import BACKENDS
 
 FOLDERS = ("text_encoders",)

@@ -6,7 +6,7 @@ from comfy_api.v0_0_2 import io
 
 from ..checkpoint.identify.dialects import AUTO, DIALECTS
 from ..host.files import SAME_FILE, VAE_FOLDERS, file_names, file_path, fingerprint, optional_path
-from ..host.vae import KINDS, load_vae
+from ..host.load.vae import KINDS, load_vae
 
 
 class NVFP4VAELoader(io.ComfyNode):

@@ -108,6 +108,6 @@ if __name__ == "__main__":
     else:
         sys.path.insert(0, str(TESTS))
         importlib.import_module("conftest")
-        with importlib.import_module("nvfp4_video.tests.host.harness").ComfyUI() as host:
+        with importlib.import_module("nvfp4_video.tests.real.harness").ComfyUI() as host:
             stand_ins(host.base / "models")
             main(host.url)

@@ -40,7 +40,7 @@ def bare_inputs(inputs: dict) -> dict:
 
 def record(names: set[str]) -> dict[str, dict]:
     """Boot the ComfyUI that COMFYUI_PATH names -> these of its nodes."""
-    harness = importlib.import_module("nvfp4_video.tests.host.harness")
+    harness = importlib.import_module("nvfp4_video.tests.real.harness")
     with harness.ComfyUI(pack=None) as host:
         info = host.get("/object_info")
     keys = ("output", "output_name", "display_name")
@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> None:
     """Write all files."""
     sys.path.insert(0, str(TESTS))
     importlib.import_module("conftest")  # makes this repository importable as nvfp4_video, over the stubbed host
-    graphs = importlib.import_module("nvfp4_video.tests.workflow_graphs")
-    form = importlib.import_module("nvfp4_video.tests.workflow_format")
+    graphs = importlib.import_module("nvfp4_video.tests.workflows.workflow_graphs")
+    form = importlib.import_module("nvfp4_video.tests.workflows.workflow_format")
     own = importlib.import_module("nvfp4_video.nodes").NODES
     if "--record" in arguments:
         found = record(set(form.recorded()))

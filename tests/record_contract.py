@@ -148,7 +148,7 @@ def _resolve(name: str) -> Any:
 
 def record_host() -> tuple[str, dict]:
     """(version, record) of the host that COMFYUI_PATH names. Raises RuntimeError with its output if that fails."""
-    from nvfp4_video.tests.host.harness import run_in_host
+    from nvfp4_video.tests.real.harness import run_in_host
 
     result = run_in_host(__file__, json.dumps(stub_names()))
     lines = [line for line in result.stdout.splitlines() if line.startswith(MARK)]
@@ -160,8 +160,8 @@ def record_host() -> tuple[str, dict]:
 
 def record_layers() -> tuple[str, dict]:
     """(version, names that the host's DynamicVRAM writes into layers, by its own functions; {} where it has none)."""
-    from nvfp4_video.tests.host import dynamic_in_process
-    from nvfp4_video.tests.host.harness import run_in_host
+    from nvfp4_video.tests.real import dynamic_in_process
+    from nvfp4_video.tests.real.harness import run_in_host
 
     with tempfile.TemporaryDirectory() as folder:
         result = run_in_host(dynamic_in_process.__file__, folder)

@@ -1,6 +1,6 @@
 // NVFP4 Video in the front end: a toast when the guard finds something at queue time, and the tab "NVFP4 Doctor".
 //
-// The server's part is host/routes.py: GET /nvfp4/report, POST /nvfp4/check and the websocket event "nvfp4.findings".
+// The server's part is host/guard/routes.py: GET /nvfp4/report, POST /nvfp4/check and the websocket event "nvfp4.findings".
 // Nothing is requested before the panel opens or a finding arrives, so a server without these routes sees no calls.
 
 import { app } from "../../scripts/app.js";

@@ -3,7 +3,7 @@
 // Front ends draw progress texts while a job runs, and newer ones drop them when it ends; none draws `ui.text` on
 // nodes of a pack. So a report is drawn here, from three sources: a node that has just run or was cached (onExecuted),
 // outputs that the front end brings back when a tab is shown again (onNodeOutputsUpdated), and the host's history for
-// a workflow that was opened anew (GET /nvfp4/reports, host/routes.py). While a node reports progress its old report
+// a workflow that was opened anew (GET /nvfp4/reports, host/guard/routes.py). While a node reports progress its old report
 // is taken off, and with a report the front end's progress text is: one text a node.
 
 import { app } from "../../scripts/app.js";

@@ -30,6 +30,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
+from .mistaken import AGAIN, what_it_is
+
 MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
 # The entry of the metadata that speaks of layers by name, ``{"layers": {...}}``: each shard has its own part of it.
@@ -70,7 +72,6 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 ITEM_BYTES: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _CODES = {name: (name, size) for name, size in ITEM_BYTES.items()}  # with the one string that all tensors share
 
-_AGAIN = "download it again"
 _CUT_SHORT = "the file is cut short: download it again"
 _REWRITE = "the file is damaged or its writer is faulty: download or convert it again"
 
@@ -184,7 +185,7 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
     head = file.read(512)
     length = int.from_bytes(head[:8], "little")
     if not head:
-        raise CheckpointError("the file is empty", where=where, expected="a safetensors file", remedy=_AGAIN)
+        raise CheckpointError("the file is empty", where=where, expected="a safetensors file", remedy=AGAIN)
     if len(head) < 8 or length > MAX_HEADER_BYTES:
         raise _not_safetensors(head, where)
     if length == 0:
@@ -260,27 +261,7 @@ def is_size(value: object) -> bool:
 
 
 def _not_safetensors(head: bytes, where: str) -> CheckpointError:
-    """Say what a file is whose first 8 bytes cannot be a header length; ``head`` is its beginning."""
-    start = head.lstrip()[:64].lower()
-    readable = head.isascii() and all(char.isprintable() or char.isspace() for char in head.decode("ascii"))
-    expected = "a safetensors file"
-    if start.startswith(b"version https://git-lfs"):
-        found, remedy = "this is a git-LFS pointer, not the model", "run `git lfs pull`, or download the file itself"
-    elif start.startswith((b"<!doctype html", b"<html", b"<?xml")):
-        found, remedy = "this is a web page, not the model", "download the file itself, logged in where that is needed"
-    elif readable:
-        found = f"this is a text that begins {head.decode('ascii')[:60]!r}"
-        remedy = "if a site sent it instead of the model, log in there, accept its terms and download again"
-    elif head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        found, remedy = "this is a pickle (.ckpt, .pt), which can run code", "convert it to safetensors first"
-    elif head.startswith(b"GGUF"):
-        found, remedy = "this is a GGUF file", "choose the safetensors version of the model"
-    elif len(head) < 8:
-        found, remedy = f"the file is only {len(head)} bytes long", _AGAIN
-    else:
-        found = f"its header claims a length of {int.from_bytes(head[:8], 'little'):,} bytes"
-        expected = f"at most {MAX_HEADER_BYTES:,}"
-        remedy = "this is not a safetensors file, or a damaged one: download it again"
+    found, expected, remedy = what_it_is(head, MAX_HEADER_BYTES)
     return CheckpointError(found, where=where, expected=expected, remedy=remedy)
 
 

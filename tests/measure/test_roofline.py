@@ -24,7 +24,7 @@ from nvfp4_video.tests.support import full_size
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 H200 = GPUS["H200"]
-# The prompt of host/session.py has 256 tokens, its clips 121 frames at 25 fps.
+# The prompt of host/bench/session.py has 256 tokens, its clips 121 frames at 25 fps.
 BENCHMARK = {"768x512": Clip(768, 512, 121, 25.0, 256), "1280x704": Clip(1280, 704, 121, 25.0, 256)}
 ROWS = {
     "stock BF16": ("BF16", "bf16", "BF16"),

@@ -11,8 +11,8 @@ import dataclasses
 import pytest
 import torch
 from comfy.patcher_extension import WrapperExecutor
-from nvfp4_video.host import block_graphs, graph_key, graph_plan
-from nvfp4_video.host.lora import Branch
+from nvfp4_video.host.compute import block_graphs, graph_key, graph_plan
+from nvfp4_video.host.compute.lora import Branch
 
 STEPS = torch.linspace(1, 0, 9)
 CPU = torch.device("cpu")

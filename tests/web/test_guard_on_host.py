@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nvfp4_video.tests.host.harness import ComfyUI
+from nvfp4_video.tests.real.harness import ComfyUI
 from nvfp4_video.tests.web.doctor_page import DoctorPage, chromium
 
 pytestmark = pytest.mark.host

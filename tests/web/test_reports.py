@@ -1,7 +1,7 @@
 """Reports on nodes in a real Chromium with the real front end: after a job, when they come back, and how they read.
 
 The host is stubbed (frontend_server.py); COMFYUI_FRONTEND names the folder of another front end than the installed one.
-tests/host/test_reports_in_browser.py runs every reporting node in a real ComfyUI.
+tests/real/test_reports_in_browser.py runs every reporting node in a real ComfyUI.
 """
 
 from __future__ import annotations

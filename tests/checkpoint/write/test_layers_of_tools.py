@@ -16,7 +16,7 @@ from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.checkpoint.write.recipes import Options
 from nvfp4_video.checkpoint.write.repair import repair
 from nvfp4_video.samples import synthetic
-from nvfp4_video.tests.test_load_layers import LAYER, TALL, replaced, stored
+from nvfp4_video.tests.host.load.test_load_layers import LAYER, TALL, replaced, stored
 from safetensors.torch import load_file, save_file
 
 KEPT = r"\.2\.ff\.net\.0\.proj$"

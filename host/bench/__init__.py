@@ -1,0 +1,1 @@
+"""ComfyUI in a process of its own, measured."""

@@ -1,0 +1,1 @@
+"""How a Linear, a block and a token are computed."""

@@ -1,0 +1,302 @@
+"""Replaying the blocks of LTX's joint audio and video transformer as CUDA graphs, where a step waits for the CPU.
+
+A block queues some 250 kernels, most of which take the CPU longer to launch than the GPU to run as long as the clip is
+small. A captured block is queued by one call. The host's own loop over the blocks stays in charge: it finds ``run`` as
+block replacements in its options, and what it does between two blocks, DynamicVRAM's prefetch above all, it still
+does.
+
+``Blocks.run`` decides anew for each call of a block, from what it is called with: it is replayed if a graph of exactly
+such a call exists (graph_key.py); else it runs itself; and it is captured if it has run itself in such a call before,
+so that every kernel is loaded, and the GPU has been seen waiting for the CPU. Graphs are made in a sampling's first
+steps and dropped at its end. Whatever is not as known makes the block run itself, with the reason in the log.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy import patcher_extension
+
+from .. import residency
+from . import graph_key, graph_plan
+
+logger = logging.getLogger(__name__)
+
+KEY = "nvfp4_video.graphs"
+_FEWEST_STEPS = 4  # with fewer, capturing takes longer than replaying saves
+_MOST_PLANS = 2
+_MOST_BRANCHES = 4  # LoRAs and hooks for which one block is captured; as many stay on the GPU (lora_patcher.py)
+_MOST_RECAPTURES = 2  # of one block in a sampling: weights that keep moving are not worth it
+_KNOWN_CALLS = 2 * _MOST_PLANS * _MOST_BRANCHES
+_SPARE_BYTES = 2 << 30  # GPU memory that stays free, besides what the next graph may take
+_models: weakref.WeakKeyDictionary[torch.nn.Module, Blocks] = weakref.WeakKeyDictionary()
+
+
+def use_graphs(patcher: Any) -> str:
+    """Let this model's blocks be captured where that is possible and pays -> what to expect, for the load report.
+
+    Nothing is said of models and devices of which nobody would expect it.
+    """
+    if _is_out_of_question(patcher.model.diffusion_model, patcher.load_device):
+        return ""
+    if reason := obstacle(patcher.model.diffusion_model, patcher.load_device):
+        return f"none, {reason}"
+    wrappers, callbacks = patcher_extension.WrappersMP.DIFFUSION_MODEL, patcher_extension.CallbacksMP.ON_CLEANUP
+    patcher.add_wrapper_with_key(wrappers, KEY, with_graphs)
+    patcher.add_callback_with_key(callbacks, KEY, drop_graphs)
+    return "one a block, where a step waits for the CPU"
+
+
+def _is_out_of_question(model: torch.nn.Module, device: torch.device) -> bool:
+    """Whether it is no audio and video transformer of LTX, or not on an NVIDIA GPU."""
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return not nvidia or type(model) is not graph_key.host_class("LTXAVModel")
+
+
+def obstacle(model: torch.nn.Module, device: torch.device) -> str:
+    """Why no block of this model can be captured on this device, or an empty string."""
+    if _is_out_of_question(model, device):
+        return "they are made for LTX's audio and video transformer on an NVIDIA GPU"
+    if device.index:
+        return "they are made on the first GPU only; on a second one a capture failed where that was tried"
+    if not residency.has_block_prefetch():
+        return "this ComfyUI does not say in its options which model it samples"
+    if residency.option("disable_comfy_compiler"):
+        return "ComfyUI runs with --disable-comfy-compiler, which switches CUDA graphs off too"
+    if residency.option("assert_graph_breaks"):
+        return "ComfyUI runs with --assert-graph-breaks, and a block that is replayed allocates otherwise than before"
+    if residency.option("disable_cuda_graphs") is not False:  # without that switch nobody could turn them off
+        return "ComfyUI runs with --disable-cuda-graphs, or is too old to have that switch"
+    return str(residency.check())
+
+
+def with_graphs(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """A DIFFUSION_MODEL wrapper that puts ``Blocks.run`` in the place of the blocks, in the options of this call."""
+    if torch.compiler.is_compiling():
+        return executor(*args, **kwargs)
+    model, flag = executor.class_obj, residency.PREFETCH_FLAG
+    options = next((one for one in (*args, *kwargs.values()) if isinstance(one, dict) and flag in one), None)
+    if options is None or obstacle(model, _device_of(args)):
+        return executor(*args, **kwargs)
+    blocks = blocks_of(model)
+    if not blocks.may_pay(options):
+        return executor(*args, **kwargs)
+    options["patches_replace"] = {**options.get("patches_replace", {}), "dit": dict(blocks.replacements)}
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        blocks.end_of_step()
+
+
+def _device_of(args: tuple) -> torch.device:
+    """Where the latents, the first argument, are."""
+    latents = args[0] if args else None
+    latents = latents[0] if isinstance(latents, list | tuple) and latents else latents
+    return latents.device if isinstance(latents, torch.Tensor) else torch.device("cpu")
+
+
+def drop_graphs(patcher: Any) -> None:
+    """The host's ON_CLEANUP: sampling is over, and its memory is wanted for the decode."""
+    blocks = _models.get(patcher.model.diffusion_model)
+    if blocks is not None:
+        blocks.drop()
+
+
+def blocks_of(model: torch.nn.Module) -> Blocks:
+    """What is known of a loaded model's blocks."""
+    if model not in _models:
+        _models[model] = Blocks(model)
+    return _models[model]
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of a block as graph_key.py describes it; ``tensors`` are its arguments' but the streams."""
+
+    key: tuple
+    branches: tuple
+    weights: tuple
+    tensors: list[torch.Tensor]
+    device: torch.device
+
+    def __hash__(self) -> int:
+        return hash((self.key, self.branches, self.weights))
+
+
+class Blocks:
+    """The graphs of one model, and what is known of the calls it has seen.
+
+    ``counts``: calls of blocks that were "replayed" or ran themselves ("eager"), blocks "captured", and "recaptured".
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.blocks = model.transformer_blocks
+        self.module = type(model).__module__
+        self.plans: dict[tuple, graph_plan.Plan] = {}
+        self.waits_for_cpu: set[tuple] = set()
+        self.counts: Counter[str] = Counter()
+        self.replacements = {("double_block", i): functools.partial(self.run, i) for i in range(len(self.blocks))}
+        self._passes: Counter[tuple] = Counter()
+        self._ran: list[dict[int, None]] = [{} for _ in self.blocks]  # calls of each block, the latest last
+        self._said: set[str] = set()
+        self._most_bytes = 0  # GPU memory that one graph took
+        self._last_block: tuple[tuple, torch.cuda.Event] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """What holds for one sampling only."""
+        self._stopped = ""
+        self._closed: set[tuple] = set()  # kinds of calls of which no more blocks are captured
+        self._recaptures: Counter[int] = Counter()
+        self._kept: list[tuple[torch.Tensor, ...]] = []
+
+    def may_pay(self, options: Mapping) -> bool:
+        """Whether the sampling is long enough, and nobody else replaces blocks."""
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None or len(sigmas) <= _FEWEST_STEPS:
+            return False
+        return not options.get("patches_replace", {}).get("dit") or self._say(
+            "something else in the workflow changes blocks: patches_replace"
+        )
+
+    def run(self, number: int, arguments: dict, extra: Mapping) -> dict:
+        """The replacement of block ``number``: the host's arguments and original -> what the original would return."""
+        original = extra["original_block"]
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        call = self._describe(number, arguments, original)
+        if call is None:
+            self.counts["eager"] += 1
+            return original(arguments)
+        plan, free = self.plans.get(call.key), 0
+        captured = plan and plan.graphs.get(number, {}).get(call.branches)
+        if captured is None or captured.weights != call.weights:
+            moved = captured is not None
+            free = self._room(number, call, moved)
+            captured = self._capture(number, call, arguments, original, moved) if free else None
+            if captured is None:
+                return self._run_itself(number, call, arguments, original)
+            plan = self.plans[call.key]
+        self.counts["replayed"] += 1
+        plan.replay(captured, arguments, call.tensors)
+        if free:  # the driver takes a graph's memory when it is launched first
+            self._most_bytes = max(self._most_bytes, free - torch.cuda.mem_get_info(call.device)[0])
+        return {"img": plan.stream}
+
+    def _describe(self, number: int, arguments: Mapping, original: Any) -> _Call | None:
+        """A call that a graph could stand for, None if the block has to run itself whatever is captured."""
+        device = arguments["img"][0].device
+        if self._stopped or torch.is_grad_enabled():
+            return None
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # inside somebody's own graph
+        if getattr(original, "__module__", None) != self.module:
+            return self._say("something else in the workflow stands between ComfyUI and its blocks") or None
+        if names := graph_key.strange(arguments["transformer_options"]):
+            return self._say(f"something else in the workflow changes blocks: {', '.join(names)}") or None
+        tensors: list[torch.Tensor] = []
+        key = graph_key.of_call(arguments, tensors)
+        block = None if key is None else graph_key.of_block(self.blocks[number], device)
+        return block and _Call(key, *block, tensors, device)
+
+    def _run_itself(self, number: int, call: _Call, arguments: dict, original: Any) -> dict:
+        """Run the block, note that it ran in such a call, and find out whether the GPU waits for the CPU."""
+        self.counts["eager"] += 1
+        if number == 0:
+            self._passes[call.key] += 1
+        # The first pass loads and compiles kernels and says nothing.
+        if number == len(self.blocks) - 1 and call.key not in self.waits_for_cpu and self._passes[call.key] > 1:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(call.device))
+            self._last_block = call.key, event
+        out = original(arguments)
+        ran = self._ran[number]
+        ran.pop(hash(call), None)
+        ran[hash(call)] = None
+        if len(ran) > _KNOWN_CALLS:
+            del ran[next(iter(ran))]
+        return out
+
+    def end_of_step(self) -> None:
+        """The CPU has queued the whole step: has the GPU come to the last block already?"""
+        if self._last_block is not None:
+            key, event = self._last_block
+            self._last_block = None
+            if event.query():
+                self.waits_for_cpu.add(key)
+        for plan in self.plans.values():
+            plan.forget()
+
+    def _room(self, number: int, call: _Call, moved: bool) -> int:
+        """Bytes that are free on the GPU if the block may be captured now, else 0; ``moved``: its weights were."""
+        if call.key not in self.waits_for_cpu or hash(call) not in self._ran[number] or call.key in self._closed:
+            return 0
+        if moved and self._recaptures[number] >= _MOST_RECAPTURES:
+            self._stopped = f"the weights of block {number} keep moving in GPU memory"
+            self._say(f"{self._stopped}; the rest of the sampling runs without graphs")
+            return 0
+        plan = self.plans.get(call.key)
+        blocks = plan.graphs if plan else {}
+        if plan is None and len(self.plans) >= _MOST_PLANS:
+            return 0
+        if not moved and len(blocks.get(number, ())) >= _MOST_BRANCHES:
+            return 0
+        free = torch.cuda.mem_get_info(call.device)[0]
+        if free >= _SPARE_BYTES + 2 * self._most_bytes:
+            return free
+        self._closed.add(call.key)
+        self._say(f"after {len(blocks)} blocks only {free / 1e9:.1f} GB of GPU memory are free")
+        return 0
+
+    def _capture(self, number: int, call: _Call, arguments: dict, original: Any, moved: bool) -> Any:
+        """Capture a block -> what can be replayed, or None; then there are no graphs of its kind in this sampling."""
+        try:
+            with graph_plan.apart(call.device):
+                if call.key not in self.plans:
+                    self.plans[call.key] = graph_plan.Plan(arguments, call.tensors)
+                options = arguments["transformer_options"]
+                captured = self.plans[call.key].capture(number, call.branches, call.weights, options, original)
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:  # whatever a block cannot do while it is captured, it can do by itself
+            self._closed.add(call.key)
+            self._say(f"block {number} could not be captured: {_in_a_line(error)}. The sampling goes on without graphs")
+            self._free({call.key}, call.device)
+            return None
+        self._recaptures[number] += moved
+        self.counts.update(captured=1, recaptured=int(moved))
+        return captured
+
+    def drop(self) -> None:
+        """The sampling is over: free the graphs and all their memory."""
+        devices = {plan.device for plan in self.plans.values()}
+        for device in devices:
+            self._free({key for key, plan in self.plans.items() if plan.device == device}, device)
+        self._begin()
+
+    def _free(self, keys: set[tuple], device: torch.device) -> None:
+        plans = [self.plans.pop(key) for key in keys & self.plans.keys()]
+        self._kept += [plan.stream for plan in plans]  # the host's loop may still hand them on
+        if plans:
+            with graph_plan.apart(device):
+                for plan in plans:
+                    plan.free()
+                graph_plan.give_back(device)
+
+    def _say(self, reason: str) -> bool:
+        """Log once why graphs are not used -> False."""
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.info("CUDA graphs of the blocks are not used: %s", reason)
+        return False
+
+
+def _in_a_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -1,0 +1,126 @@
+"""What a captured block depends on, so that a graph is replayed only for calls that would do exactly what it did.
+
+A graph repeats kernels with the addresses and numbers they were captured with. What chooses kernels, addresses or
+numbers is in one of three parts of a key: ``of_call``, the same for all blocks of a step (shapes, strides and types of
+the arguments, their plain values, the options that have a say); and of each block its LoRA branches and where all of
+its weights and scales lie. Whatever cannot be described has no key, and its block runs itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from .. import residency
+
+# What may stand in the options: these have no say in what a block computes ...
+_WITHOUT_EFFECT = frozenset((
+    "callbacks", "cond_or_uncond", "patches_replace", "sample_sigmas", "sigmas", "uuids", "wrappers",
+    residency.PREFETCH_FLAG,
+))  # fmt: skip
+_EFFECTIVE = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn", "stg_skip_self_attn")  # ... and these do.
+_EMPTY: dict = {}
+
+
+def host_class(name: str) -> type | None:
+    """A class of the host's module with LTX's audio and video transformer, None where it has none."""
+    try:
+        return getattr(importlib.import_module("comfy.ldm.lightricks.av_model"), name, None)
+    except ImportError:
+        return None
+
+
+def strange(options: Mapping) -> list[str]:
+    """Names of the options that might change what a block computes in a way this module does not see."""
+    known = (*_WITHOUT_EFFECT, *_EFFECTIVE)
+    found = [name for name, value in options.items() if name not in known and not _is_nothing(value)]
+    found += [name for name in _EFFECTIVE if not isinstance(options.get(name), bool | int | None)]
+    replaced = options.get("patches_replace", _EMPTY)
+    return found + [f"patches_replace of {kind}" for kind, value in replaced.items() if kind != "dit" and value]
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False or isinstance(value, dict | list | tuple | set) and not value
+
+
+def of_call(arguments: Mapping, tensors: list[torch.Tensor]) -> tuple | None:
+    """A block's arguments -> what a graph of them depends on, or None; ``tensors`` receives those but ``img``."""
+    options = arguments["transformer_options"]
+    found: list[Any] = [tuple(options.get(name) for name in _EFFECTIVE), *_attention()]
+    found += [_kind(tensor, []) for tensor in arguments["img"]]
+    for name, value in arguments.items():
+        if name not in ("img", "transformer_options"):
+            found.append(name)
+            found.append(_kind(value, tensors))
+    return None if None in found[1:] else tuple(found)
+
+
+def _attention() -> tuple:
+    """The host's attention functions, which other packs exchange at run time."""
+    module = sys.modules.get("comfy.ldm.modules.attention")
+    names = ("optimized_attention", "optimized_attention_masked")
+    return tuple(getattr(module, name, name) for name in names)
+
+
+def _kind(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """One argument -> what a graph depends on in it, None if that cannot be said; ``tensors`` receives its tensors."""
+    if type(value) is torch.Tensor or type(value) is torch.nn.Parameter:
+        tensors.append(value)
+        return tuple(value.shape), value.stride(), value.dtype, value.device
+    if value is None or isinstance(value, bool | int | float | str):
+        return type(value), value
+    if type(value) in (list, tuple):
+        kinds = tuple(_kind(item, tensors) for item in value)
+        return None if None in kinds else (type(value), kinds)
+    if type(value) is host_class("CompressedTimestep"):
+        data = _kind(value.data, tensors)
+        rest = value.batch_size, value.num_frames, value.patches_per_frame, value.feature_dim
+        return data and (type(value), data, rest)
+    return None
+
+
+def rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """An argument as ``of_call`` has read it, with the next of ``tensors`` in place of each tensor."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    if isinstance(value, list | tuple):
+        return type(value)(rebuild(item, tensors) for item in value)
+    if type(value) is host_class("CompressedTimestep"):
+        own = copy.copy(value)
+        own.data = next(tensors)
+        return own
+    return value
+
+
+def of_block(block: torch.nn.Module, device: torch.device) -> tuple[tuple, tuple] | None:
+    """A block -> (its LoRA branches, all that its weights and layers are), None if it has to run itself.
+
+    That is if somebody's function stands in it, if it is compiled, or if a weight is not on the GPU or is computed
+    anew in every call. Branches are told by where they lie and by their ranks: LoRA of the model, of a hook, or none.
+    """
+    if type(block) is not host_class("BasicAVTransformerBlock"):
+        return None
+    branches: list[Any] = []
+    found: list[Any] = []
+    waiting = [block]
+    while waiting:  # as block.modules(), at a tenth of its cost
+        module = waiting.pop()
+        own = module.__dict__
+        if residency.taken_over(own):
+            return None
+        found += (type(module), own.get("nvfp4_mode"))
+        if not residency.addresses(own, device, found):
+            return None
+        branch = own.get("nvfp4_lora")
+        if branch is not None:
+            if branch.down.device != device:
+                return None
+            down, up = branch.down, branch.up
+            branches += (len(found), down.data_ptr(), up.data_ptr(), tuple(down.shape), tuple(up.shape), down.dtype)
+        waiting += [child for child in own["_modules"].values() if child is not None]
+    return tuple(branches), tuple(found)

@@ -1,0 +1,180 @@
+"""Capturing blocks as CUDA graphs over tensors at fixed addresses, and giving all their memory back.
+
+All of it happens outside the host's own recording of allocations, since a plan outlives the block in which it is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import residency
+from . import graph_key
+
+logger = logging.getLogger(__name__)
+
+_IS_CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
+_kept: list[BaseException] = []
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A block's graph, and what its weights and layers were (``graph_key.of_block``)."""
+
+    graph: torch.cuda.CUDAGraph
+    weights: tuple
+
+
+class Plan:
+    """Captured blocks for calls of one kind, and the tensors that they read and write.
+
+    ``inputs`` has every argument that all blocks of a step share, ``arguments`` the dict a block gets. ``stream`` (two
+    tensors, video and audio) is what the blocks hand on; they change it in place. ``graphs``: number of the block ->
+    its branches -> Captured.
+    """
+
+    def __init__(self, arguments: Mapping, tensors: list[torch.Tensor]):
+        self.inputs = [_like(tensor) for tensor in tensors]
+        self.stream = tuple(torch.empty_like(tensor) for tensor in arguments["img"])
+        given = iter(self.inputs)
+        self.arguments = {
+            name: value if name in ("img", "transformer_options") else graph_key.rebuild(value, given)
+            for name, value in arguments.items()
+        }
+        self.arguments["img"] = self.stream
+        self.graphs: dict[int, dict[tuple, Captured]] = {}
+        self.device = self.stream[0].device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.forget()
+
+    def forget(self) -> None:
+        """The tensors of a finished step need not be kept."""
+        self._seen: list[torch.Tensor | None] = [None] * len(self.inputs)
+
+    def replay(self, captured: Captured, arguments: Mapping, tensors: list[torch.Tensor]) -> None:
+        """Bring a block's inputs to their places, those that all blocks share once a step, and queue the block."""
+        for place, (own, tensor) in enumerate(zip(self.inputs, tensors, strict=True)):
+            if self._seen[place] is not tensor:
+                own.copy_(tensor)
+                self._seen[place] = tensor
+        for own, tensor in zip(self.stream, arguments["img"], strict=True):
+            if own is not tensor:
+                own.copy_(tensor)
+        captured.graph.replay()
+
+    def capture(self, number: int, branches: tuple, weights: tuple, options: Any, original: Callable) -> Captured:
+        """Record what ``original``, the host's call of a block, queues for this plan's tensors; nothing is computed.
+
+        Raises what the block raises, or RuntimeError; the GPU can be used afterwards as before.
+        """
+        known = self.graphs.setdefault(number, {})
+        if branches in known:
+            known.pop(branches).graph.reset()  # its weights have moved
+        stream, graph = _capture_stream(self.device), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                out = original({**self.arguments, "transformer_options": options})["img"]
+                for own, tensor in zip(self.stream, out, strict=True):
+                    if own is not tensor:
+                        own.copy_(tensor)
+                del out
+            except BaseException as error:
+                _let_go(error, stream)
+                with contextlib.suppress(RuntimeError):  # the first error is the one to tell
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        known[branches] = Captured(graph, weights)
+        return known[branches]
+
+    def free(self) -> None:
+        """Destroy the graphs, none of which may still run, and let go of the tensors."""
+        for known in self.graphs.values():
+            for captured in known.values():
+                captured.graph.reset()
+        self.graphs.clear()
+        self.inputs.clear()
+        self.stream, self.arguments, self._seen = (), {}, []
+
+
+def _let_go(error: BaseException, stream: torch.cuda.Stream) -> None:
+    """Drop the tensors of a failing capture, which the frames of the error's traceback hold, while that can be done.
+
+    With cudaMallocAsync, which ComfyUI uses, an address of a capture that came to nothing cannot be freed after it, nor
+    in one that the driver has given up: torch ends the process over that. There the error is kept, and the addresses
+    with it; memory they have none before a graph is launched.
+    """
+    status = ctypes.c_int()
+    try:
+        failed = _driver().cuStreamIsCapturing(ctypes.c_void_p(stream.cuda_stream), ctypes.byref(status))
+    except (OSError, AttributeError):
+        failed = True
+    if not failed and status.value == _IS_CAPTURING:
+        traceback.clear_frames(error.__traceback__)
+    else:
+        _kept.append(error)
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor with its strides, by which kernels are chosen; but one that is written to has no overlaps."""
+    if 0 in tensor.stride():
+        return torch.empty_like(tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+@contextlib.contextmanager
+def apart(device: torch.device):
+    """Where graphs are made and destroyed: the GPU has come to rest, and the host records no allocation."""
+    torch.cuda.synchronize(device)
+    with residency.outside_host_graph(synchronize=True), torch.cuda.device(device):
+        yield
+
+
+def give_back(device: torch.device) -> None:
+    """Return the memory of destroyed graphs to the card, where the VAE and other programs find it.
+
+    torch's own allocator keeps what was a graph's in its cache; the driver keeps that of graphs whose allocations it
+    made itself (cudaMallocAsync, which ComfyUI uses) until it is told to trim.
+    """
+    torch.cuda.empty_cache()
+    if reason := _trim(device):
+        logger.info("the driver may keep memory of finished CUDA graphs: %s", reason)
+
+
+def _trim(device: torch.device) -> str:
+    """cuDeviceGraphMemTrim -> why it was not possible, or an empty string."""
+    try:
+        driver, handle = _driver(), ctypes.c_int()
+        status = driver.cuDeviceGet(ctypes.byref(handle), device.index or 0)
+        status = status or driver.cuDeviceGraphMemTrim(handle)
+    except (OSError, AttributeError) as error:
+        return str(error)
+    return f"error {status} of cuDeviceGraphMemTrim" if status else ""
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream a device for all captures: cuBLAS keeps a workspace for each, made here, outside any graph."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        one = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+        torch.nn.functional.linear(one, one, one[0])
+        stream.synchronize()
+    return stream

@@ -1,0 +1,256 @@
+"""The operations class with which ComfyUI builds a model whose NVFP4 Linears compute from packed weights.
+
+It derives from the host's own mixed-precision operations, so loading, LoRA, offload, DynamicVRAM and saving stay the
+host's. Only ``Linear.forward`` gains a path of its own, without tensor-subclass dispatch: few rows go to the fused
+kernel, a layer in FP8 mode to the FP8 tensor cores, the rest is dequantised on the device and multiplied. Plain LoRAs
+are a branch beside the packed weight (lora.py). Whatever that path does not cover (weight functions, low-VRAM
+patches, training, odd inputs, layers in FP4 mode) goes to the host's forward, which is weight-only too but for the FP4
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
+
+from ...checkpoint.file.header import CheckpointError
+from ...kernels import dispatch, reference
+from ...kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
+from .. import residency
+from . import lora
+from .fusions import shared_rows
+from .low_rank import LOW_RANK, add_low_rank
+from .modes import Compute
+
+LAYOUT = "TensorCoreNVFP4Layout"
+# Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
+FP8_MIN_TOKENS = 256
+_OWN_MODES = ("bf16", "fp8")
+_WEIGHT_ONLY = Compute()
+
+
+def supports(parameter: str) -> bool:
+    """Whether this host's NVFP4 Linear reads the extra tensor ``parameter``, such as ``pre_quant_scale``."""
+    return parameter in QUANT_ALGOS.get("nvfp4", {}).get("parameters", ())
+
+
+def weight_only_operations(
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    backend: str = "auto",
+    source: str = "the file",
+    compute: Compute = _WEIGHT_ONLY,
+) -> type:
+    """Operations class for a model with NVFP4 layers that computes in ``compute_dtype``; FP8 files stay the host's.
+
+    Weight-only unless ``compute`` says otherwise.
+    """
+    marked = SimpleNamespace(quant_config={"mixed_ops": True})
+    host = comfy.ops.pick_operations(None, compute_dtype, device, model_config=marked)
+    # A disabled format is one the host computes from full-precision weights instead of quantising the activations.
+    disabled = {*host._disabled} if compute.uses("fp4") else {*host._disabled, "nvfp4"}
+    base = comfy.ops.mixed_precision_ops(host._quant_config, compute_dtype, disabled=disabled)
+    books = residency.check()
+    patched = residency.patched if books.patches else _always
+    resident = residency.resident if books.places else _nowhere
+
+    class WeightOnlyOperations(base):
+        class Linear(base.Linear):
+            def _load_from_state_dict(self, state_dict, prefix, *args):
+                weight = state_dict.get(f"{prefix}weight")
+                if isinstance(weight, QuantizedTensor):
+                    _unwrap(state_dict, prefix, weight, (self.out_features, self.in_features), source)
+                low_rank = [state_dict.pop(f"{prefix}{suffix}", None) for suffix in LOW_RANK]
+                super()._load_from_state_dict(state_dict, prefix, *args)
+                choose_mode(self, compute.of(prefix[:-1]))
+                if low_rank[0] is not None:
+                    add_low_rank(self, low_rank)
+
+            def forward(self, input, *args, activation="", **kwargs):
+                # Looked up in the instance: a missing attribute of an nn.Module costs microseconds, a thousand times
+                # a step.
+                own = self.__dict__
+                parameters = own["_parameters"]
+                weight = parameters.get("weight")
+                if not (
+                    own.get("nvfp4_mode") in _OWN_MODES
+                    and isinstance(weight, QuantizedTensor)
+                    and not patched(self)
+                    and type(input) is torch.Tensor
+                    and input.dtype in OUTPUT_DTYPES
+                    and not (input.requires_grad and torch.is_grad_enabled())
+                ):
+                    input = reference.activate(input, activation)
+                    out, branch = super().forward(input, *args, **kwargs), own.get("nvfp4_lora")
+                    return out if branch is None else lora.beside(parameters, out, input, branch)
+                device = input.device
+                matmul = _matmul if own.get("nvfp4_lora") is None else _matmul_with_lora
+                smoothed = "pre_quant_scale" in parameters  # ModelOpt's AWQ
+                if activation and (smoothed or matmul is not _matmul or own["nvfp4_mode"] != "fp8"):
+                    input, activation = reference.activate(input, activation), ""
+                if smoothed:
+                    smoothing = parameters["pre_quant_scale"]
+                    input = input * comfy.model_management.cast_to_device(smoothing, device, input.dtype)
+                found = resident(own, device)
+                if found is None:
+                    return _streamed(self, input, weight, backend, matmul, activation)
+                return matmul(own, input, *found, device, backend, activation)
+
+    return WeightOnlyOperations
+
+
+def _always(module: torch.nn.Module) -> bool:
+    """What stands for ``residency.patched`` where the host's patches cannot be seen: its forward knows them."""
+    return True
+
+
+def _nowhere(own: dict, device: torch.device) -> None:
+    """What stands for ``residency.resident`` where that cannot be told: ``cast_bias_weight`` brings the weight."""
+
+
+def choose_mode(module, mode: str) -> None:
+    """Note how a Linear computes: ``nvfp4_mode``, None if its weight is not NVFP4.
+
+    FP4 can be had again only by a layer that was loaded for it.
+    """
+    own = module.__dict__
+    if own.get("quant_format") != "nvfp4":
+        own["nvfp4_mode"] = None
+        return
+    if own.get("_full_precision_mm_config"):  # its file asks for weight-only
+        mode = "bf16"
+    if mode != "fp4":
+        module._full_precision_mm = True
+    elif own.get("nvfp4_mode"):  # it is not being loaded
+        module._full_precision_mm = False
+    own["nvfp4_mode"] = mode
+
+
+def wrap(record: PackedWeight) -> QuantizedTensor:
+    """PackedWeight -> the host's tensor; it shows the logical shape, from which the host detects architectures.
+
+    Its dtype is provisional: the layer that loads it computes in its own.
+    """
+    params = get_layout_class(LAYOUT).Params(
+        scale=record.global_scale, orig_dtype=torch.bfloat16, orig_shape=record.shape, block_scale=record.block_scale
+    )
+    return QuantizedTensor(record.packed, LAYOUT, params)
+
+
+def _unwrap(state_dict: dict, prefix: str, weight: QuantizedTensor, shape: tuple[int, int], source: str) -> None:
+    """Give the host the tensors it expects to find in a file; refuse a weight of another layer's size."""
+    packed, params = weight._qdata, weight._params
+    if tuple(packed.shape) != packed_shape(shape):
+        raise CheckpointError(
+            f"its NVFP4 weight is {(packed.shape[0], packed.shape[1] * 2)} (padded)",
+            where=f"{source}, layer {prefix[:-1]}",
+            expected=f"{shape}, as the model has",
+            remedy="the file is damaged, or of another version of the model than its `config` says: download it again",
+        )
+    state_dict[f"{prefix}weight"] = packed
+    state_dict[f"{prefix}weight_scale"] = params.block_scale
+    state_dict[f"{prefix}weight_scale_2"] = params.scale
+
+
+def _streamed(
+    module, input: torch.Tensor, weight: QuantizedTensor, backend: str, matmul: Callable, activation: str
+) -> torch.Tensor:
+    """The weight is offloaded, or DynamicVRAM owns it: the host brings it, and takes it back afterwards."""
+    comfy.ops.run_every_op()
+    # Asking for the weight's own dtype keeps the host from dequantising it.
+    dtype = weight._params.orig_dtype
+    weight, bias, stream = comfy.ops.cast_bias_weight(
+        module, dtype=dtype, device=input.device, bias_dtype=input.dtype, offloadable=True
+    )
+    try:
+        if isinstance(weight, QuantizedTensor):
+            return matmul(module.__dict__, input, weight, bias, input.device, backend, activation)
+        input, branch = reference.activate(input, activation), module.__dict__.get("nvfp4_lora")
+        out = torch.nn.functional.linear(input, weight.to(input.dtype), bias)
+        return out if branch is None else lora.add(out, input, branch)
+    finally:
+        comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+def _matmul(
+    own: dict,
+    input: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None,
+    device: torch.device,
+    backend: str,
+    activation: str,
+) -> torch.Tensor:
+    params, packed, dtype = weight._params, weight._qdata, input.dtype
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    if torch.compiler.is_compiling():
+        return _compiled_matmul(own, reference.activate(input, activation), packed, params, bias, backend)
+    functions = own.get("_nvfp4_functions")
+    if functions is None or functions[0] is not dtype or functions[1] != device or functions[2] != backend:
+        with residency.outside_host_graph():  # some keep tensors of their own
+            functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
+    _, _, _, few, many, dequantize = functions
+    if few is not None or many is not None:
+        shape = input.shape
+        cols = shape[-1] if shape else 0
+        rows = input.numel() // cols if cols else 0
+        if many is not None and rows >= FP8_MIN_TOKENS:
+            return many(input, packed, params.block_scale, params.scale, bias, activation, shared_rows(own))
+        if activation:
+            input = reference.activate(input, activation)
+        if few is not None and 0 < rows <= reference.MAX_TOKENS:
+            if len(shape) == 2:
+                return few(input, packed, params.block_scale, params.scale, bias)
+            out = few(input.reshape(rows, cols), packed, params.block_scale, params.scale, bias)
+            return out.view(*shape[:-1], out.shape[1])
+    return torch.nn.functional.linear(input, dequantize(packed, params.block_scale, params.scale), bias)
+
+
+def _matmul_with_lora(
+    own: dict,
+    input: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None,
+    device: torch.device,
+    backend: str,
+    activation: str = "",
+) -> torch.Tensor:
+    """As ``_matmul`` with the layer's branch; where the weight is decoded, it is decoded with the LoRA added.
+
+    The branch takes the input too, so an activation has been computed before.
+    """
+    branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
+    rows = input.numel() // cols if cols else 0
+    if own.get("nvfp4_mode") != "bf16" or rows <= reference.MAX_TOKENS:
+        return lora.add(_matmul(own, input, weight, bias, device, backend, activation), input, branch)
+    params = weight._params
+    down, up = lora.tensors(branch, input)
+    record = PackedWeight(weight._qdata, params.block_scale, params.scale, params.orig_shape)
+    merged = dispatch.dequantize_sum(record, up, down, backend)
+    return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
+
+
+def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:
+    """What this layer calls for inputs of ``dtype`` on ``device``, which led the tuple: few rows, many, any number."""
+    few = dispatch.prepare("gemv", shape, dtype, device, backend)
+    many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if own.get("nvfp4_mode") == "fp8" else None
+    return dtype, device, backend, few, many, dispatch.prepare("dequantize", shape, dtype, device, backend)
+
+
+def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> torch.Tensor:
+    """As ``_matmul`` with operators that torch.compile takes whole; the number of rows is a guard of the graph."""
+    weight = packed, params.block_scale, params.scale, *params.orig_shape
+    cols = input.shape[-1] if input.ndim else 0
+    rows = input.numel() // cols if cols else 0
+    if own.get("nvfp4_mode") == "fp8" and rows >= FP8_MIN_TOKENS:
+        return torch.ops.nvfp4_video.linear_fp8(input, *weight, bias, backend)
+    if 0 < rows <= reference.MAX_TOKENS:
+        return torch.ops.nvfp4_video.gemv(input, *weight, bias, backend)
+    decoded = torch.ops.nvfp4_video.dequantize(*weight, input.dtype, backend)
+    return torch.nn.functional.linear(input, decoded, bias)

@@ -1,0 +1,1 @@
+"""Facts about the running host, and what follows from them."""

@@ -1,0 +1,1 @@
+"""A prompt and facts in, findings out; and where they speak."""

@@ -1,0 +1,97 @@
+"""What the guard has to know of a model file that a loader node names: from its name and its header, remembered.
+
+Nothing but the header is read, and a file that is missing or cannot be read is simply unknown: its loader will say why.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import folder_paths
+
+from ...checkpoint.file.header import CheckpointError, Header, read_header
+from ...checkpoint.identify.signatures import find_model
+from ...checkpoint.identify.vae_signatures import AUDIO, LTX, Vae, count_quantised, find_vaes
+from ..files import SUFFIXES
+
+_MOST_REMEMBERED = 128
+_LONGEST_NAME = 4096  # PATH_MAX
+_LONGEST_ENTRY = 4096  # `config` and the like say nothing about it and may be large
+_DISTILLED = "distill"
+_remembered: dict[tuple[str, int, int], FileFacts] = {}
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """``family``: of the diffusion model in it. ``distilled``: what says that it is a distilled one, or None.
+
+    ``vae``: the first one in it that makes pictures; ``full_vae``: whether any one in it decodes LTX in full quality.
+    """
+
+    name: str
+    family: str | None
+    vae: Vae | None
+    full_vae: bool
+    nvfp4: bool
+    distilled: str | None
+
+
+def file_facts(name: object, folders: tuple[str, ...]) -> FileFacts | None:
+    """A loader's file name -> facts, or None if it is no readable safetensors file in one of these model folders."""
+    path = find_file(name, folders)
+    if path is None or not path.lower().endswith(SUFFIXES):
+        return None
+    try:
+        stat = os.stat(path)
+        key = (path, stat.st_mtime_ns, stat.st_size)
+        if key not in _remembered:
+            while len(_remembered) >= _MOST_REMEMBERED:
+                _remembered.pop(next(iter(_remembered), None), None)
+            _remembered[key] = _read(str(name), path)
+        return _remembered[key]
+    except (OSError, ValueError, KeyError):  # CheckpointError is a ValueError
+        return None
+
+
+def find_file(name: object, folders: tuple[str, ...]) -> str | None:
+    """The file's path in the first folder that has it; None for a name that is no text, or leads nowhere."""
+    if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME or "\0" in name:
+        return None
+    for folder in folders:
+        if folder in folder_paths.folder_names_and_paths:
+            path = folder_paths.get_full_path(folder, name)
+            if path is not None:
+                return path
+    return None
+
+
+def name_says_distilled(name: object) -> bool:
+    """Whether a file's name says that the model, or what a LoRA makes of it, is a distilled one."""
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        return False
+    return _DISTILLED in os.path.basename(name.replace("\\", "/")).lower()
+
+
+def _read(name: str, path: str) -> FileFacts:
+    header = read_header(path)
+    visual = [vae for vae in find_vaes(header) if vae.kind != AUDIO]
+    full = any(vae.family == LTX and not vae.preview for vae in visual)
+    nvfp4 = "NVFP4" in count_quantised(header.tensors)
+    return FileFacts(name, _family(header), visual[0] if visual else None, full, nvfp4, _distilled(name, header))
+
+
+def _family(header: Header) -> str | None:
+    try:
+        return find_model(header).family
+    except CheckpointError:
+        return None
+
+
+def _distilled(name: str, header: Header) -> str | None:
+    if name_says_distilled(name):
+        return "its file name"
+    for key, text in header.metadata.items():
+        if len(text) <= _LONGEST_ENTRY and _DISTILLED in text.lower():
+            return f"its header entry `{key}`"
+    return None

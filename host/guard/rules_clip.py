@@ -1,0 +1,131 @@
+"""The guard's rules on the size, the length and the timing of a clip.
+
+LTX latents: one holds 32 x 32 pixels and eight frames, the first one a single frame; 25 audio latents last a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...measure.ltx import AUDIO_LATENTS_PER_SECOND
+from . import view as seen
+from .view import WARNING, Finding, View
+
+_MOST_GROUPS, _MOST_NAMED, _MOST_NODES = 8, 8, 64
+
+
+def frames(view: View) -> Iterator[Finding]:
+    """A number of frames that the host rounds down in silence."""
+    for node, _ in view.sized:
+        length = view.graph.number(node.id, "length")
+        if length is None or length < 1 or (length - 1) % 8 == 0:
+            continue
+        lower = snapped(length)
+        yield Finding(
+            "frames",
+            WARNING,
+            f"{length:g} frames are not 8k + 1; ComfyUI makes {lower} of them.",
+            "One latent frame holds eight frames of the clip, and the first one holds one.",
+            f"Set `length` to {lower} or {lower + 8}, and the same in LTXV Empty Latent Audio.",
+            (node.id,),
+        )
+
+
+def size(view: View) -> Iterator[Finding]:
+    """A width or height that the host rounds down in silence."""
+    upscaled: set[str] = set()
+    if upsamplers := view.graph.of_kind(seen.UPSAMPLER):
+        upscaled = view.graph.upstream(node.id for node in upsamplers)
+    for node, sampler in view.sized:
+        width, height = (view.graph.number(node.id, name) for name in ("width", "height"))
+        wrong = [value for value in (width, height) if value is not None and value >= 32 and value % 32]
+        if not wrong:
+            continue
+        two_stages = sampler.node.id in upscaled
+        why = "One latent pixel covers 32 x 32 pixels of the clip."
+        if two_stages:
+            why += " The spatial upscaler doubles this size, so the final one is a multiple of 64."
+        given = " x ".join("?" if value is None else f"{value:g}" for value in (width, height))
+        made = " x ".join("?" if value is None else str(int(value) // 32 * 32) for value in (width, height))
+        near = ", ".join(f"{value:g} -> {int(value) // 32 * 32} or {int(value) // 32 * 32 + 32}" for value in wrong)
+        title = f"{given} is not a multiple of 32; ComfyUI makes {made} of it."
+        yield Finding("size", WARNING, title, why, f"Set {near}.", (node.id,))
+
+
+def snapped(length: float) -> int:
+    """The number of frames the host makes of ``length``."""
+    return (int(length) - 1) // 8 * 8 + 1
+
+
+def frame_rates(view: View) -> Iterator[Finding]:
+    """Different frame rates where the model, the sound and the video are told theirs."""
+    graph = view.graph
+    rated = graph.of_kind(seen.CONDITIONING, seen.EMPTY_AUDIO)
+    rates = {node.id: rate for node in rated if (rate := graph.number(node.id, "frame_rate")) is not None}
+    samplers = [sampler.node.id for sampler in view.samplers]
+    if not rates or not samplers:
+        return
+    sampled = graph.downstream(samplers)
+    videos = {node.id: node for node in graph.of_kind(seen.CREATE_VIDEO) if node.id in sampled}
+    inner = graph.upstream(graph.before([*videos, *samplers]))
+    two = graph.two_values_of(rates)
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    untold: list[set[str]] = []  # for each finding the nodes that need a rate which it does not name
+    for end in [*videos, *(sampler for sampler in samplers if sampler not in inner)]:
+        fps = graph.number(end, "fps") if end in videos and view.keeps_time(graph.source(end, "images")) else None
+        known = two.get(end, set())
+        differ = len(known) > 1 or (fps is not None and bool(known - {fps}))
+        if not differ or (fps is None and any(end not in others for others in untold)):
+            continue
+        needed = graph.upstream([end])
+        group = {node: rate for node, rate in rates.items() if node in needed}
+        untold.append(graph.downstream(rates.keys() - group.keys()))
+        if fps is not None:
+            group[end] = fps
+        nodes = sorted(group, key=order.__getitem__)
+        named = [f"{group[node]:g} in {graph.nodes[node].kind}" for node in nodes[:_MOST_NAMED]]
+        yield Finding(
+            "fps",
+            WARNING,
+            f"The frame rates differ: {', '.join(named)}{', ...' if len(nodes) > len(named) else ''}.",
+            "LTXVConditioning spaces the frames for the model, LTXV Empty Latent Audio sets how long the sound is, "
+            "Create Video how fast the frames are shown; where they differ, sound and picture drift apart.",
+            "Set the same frame rate in all three.",
+            tuple(nodes[:_MOST_NODES]),
+        )
+        if len(untold) == _MOST_GROUPS:
+            return
+
+
+def audio_length(view: View) -> Iterator[Finding]:
+    """An audio latent that lasts longer or shorter than the video latent it is joined with."""
+    graph = view.graph
+    done = set()
+    for sampler in view.samplers:
+        concat = sampler.latent.root
+        if sampler.latent.kind != seen.JOINT or concat is None or concat.id in done:
+            continue
+        done.add(concat.id)
+        video = view.latent(graph.source(concat.id, "video_latent")).root
+        audio = view.latent(graph.source(concat.id, "audio_latent")).root
+        if video is None or video.kind not in seen.SIZED or audio is None or audio.kind != seen.EMPTY_AUDIO:
+            continue
+        length, count = graph.number(video.id, "length"), graph.number(audio.id, "frames_number")
+        rate = graph.number(audio.id, "frame_rate")
+        if not (length and count and rate) or length < 1 or rate <= 0:
+            continue
+        wanted = round(snapped(length) / rate * AUDIO_LATENTS_PER_SECOND)
+        got = round(count / rate * AUDIO_LATENTS_PER_SECOND)
+        if wanted == got:
+            continue
+        why = f"{count:g} frames at {rate:g} fps are {got} audio latents; {snapped(length)} of picture need {wanted}."
+        if count == 4 * length - 3:
+            why += " frames*4 - 3 is the number of mel frames of that many latents at 25 fps, not a number of latents."
+        yield Finding(
+            "audio_length",
+            WARNING,
+            f"The sound lasts {got / AUDIO_LATENTS_PER_SECOND:.2f} s, the picture {snapped(length) / rate:.2f} s.",
+            why,
+            f"Set `frames_number` in LTXV Empty Latent Audio to {snapped(length)}.",
+            (audio.id, video.id),
+        )

@@ -1,0 +1,241 @@
+"""The guard's rules on models, VAEs and schedules: a prompt's view -> findings, each with its reason and remedy.
+
+``RULES`` has all of them, those on size and time of the clip (guard_clip.py) too. A rule speaks only of what it knows:
+a value that another node computes, a file that is not there, a fact that the host does not tell give no finding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from ...checkpoint.identify.vae_signatures import PREVIEW, Vae, refusal
+from ...measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
+from . import view as seen
+from .prompt_graph import Node
+from .rules_clip import audio_length, frame_rates, frames, size
+from .view import ERROR, WARNING, Decode, Finding, Sampler, View, ids_of
+
+STAGE_2 = SIGMAS_STAGE_2["2.3"]  # and 2.5's
+_SIGMA_TOLERANCE = 1e-3
+_LTX2 = ("LTX-2", "LTX-2.3")
+# Nodes that make a schedule of their own; what other nodes put out is unknown.
+_SCHEDULERS = (
+    "LTXVScheduler", "BasicScheduler", "KarrasScheduler", "ExponentialScheduler", "PolyexponentialScheduler",
+    "LaplaceScheduler", "SDTurboScheduler", "BetaSamplingScheduler", "VPScheduler", "KSampler", "KSamplerAdvanced",
+)  # fmt: skip
+_CFG_INPUTS = ("cfg", "video_cfg", "audio_cfg", "cfg_conds")
+_SIGMA = re.compile(r"[-+]?(?:\d*\.*\d+)")  # ManualSigmas' own way of finding numbers
+_LONGEST_SCHEDULE = 2000
+_FULL_VAE = "Take the full VAE of the LTX checkpoint: NVFP4 VAE Loader finds it inside, NVFP4 Split extracts it."
+
+
+def prefetch_crash(view: View) -> Iterator[Finding]:
+    """Joint audio and video through a dynamic model on a host whose prefetch fails once the weights are on the GPU.
+
+    A video-only prompt runs there (benchmarks/launch_crash.py): the audio branch's weights are never used, so no block
+    ever counts as resident. LTX-2's model is the only one that this host prefetches.
+    """
+    dynamic, streams = view.fact("dynamic_vram"), view.fact("async_offload_streams")
+    if view.fact("prefetch_crash") is not True or dynamic is False or streams == 0:
+        return
+    certain = dynamic is True and bool(streams)
+    for sampler in view.samplers:
+        family = _family(view, sampler)
+        if sampler.model.cured or sampler.latent.kind != seen.JOINT or not (family is None or family in _LTX2):
+            continue
+        yield Finding(
+            "prefetch_crash",
+            ERROR if certain else WARNING,
+            f"This ComfyUI {'stops' if certain else 'may stop'} in the middle of joint audio and video sampling.",
+            "Its prefetch (commit 783782d5, May 2026) waits on a stream that does not exist once a block's weights are "
+            "all on the GPU: AttributeError, 'NoneType' object has no attribute 'wait_stream'. It concerns models "
+            "under DynamicVRAM with asynchronous offload on.",
+            "Put NVFP4 Launch Guard with policy `cure` between the model and this sampler, or update ComfyUI (fixed by "
+            "commit c47633f3, two days later), or start it with --disable-async-offload.",
+            ids_of(sampler.node, sampler.guided_by, sampler.model.loader),
+        )
+
+
+def no_audio_latent(view: View) -> Iterator[Finding]:
+    """An audio+video model without an audio latent, where the host cannot do that."""
+    if view.fact("ltxav_needs_audio") is not True:
+        return
+    for sampler in view.samplers:
+        if sampler.latent.kind == seen.VIDEO and _family(view, sampler) in _LTX2:
+            yield Finding(
+                "no_audio_latent",
+                ERROR,
+                "This ComfyUI cannot sample an audio and video model without an audio latent.",
+                f"{_file_of(view, sampler).name} is {_family(view, sampler)}; this ComfyUI stops in the first step on "
+                "the empty sound that it then assumes. ComfyUI 0.29.0 does that, 0.30.0 no longer.",
+                "Join an LTXV Empty Latent Audio of the same frames and frame rate with LTXV Concat AV Latent, and "
+                "take the video from LTXV Separate AV Latent behind the sampler; or update ComfyUI.",
+                ids_of(sampler.node, sampler.latent.root),
+            )
+
+
+def slow_nvfp4(view: View) -> Iterator[Finding]:
+    """NVFP4 through ComfyUI's own loaders on an installation that computes it without comfy-kitchen's CUDA backend."""
+    cuda, kitchen = view.fact("torch_cuda"), view.fact("kitchen_backends")
+    if view.fact("capability") is None:  # no NVIDIA GPU: nothing here is about speed
+        return
+    old = isinstance(cuda, tuple) and cuda < (13, 0)
+    off = kitchen.get("cuda") if isinstance(kitchen, dict) else None
+    if not old and off in (None, True):
+        return
+    why = "comfy-kitchen's CUDA backend is off"
+    if isinstance(off, str):
+        why += f" ({off})"
+    if old:
+        why = f"PyTorch here is built for CUDA {'.'.join(map(str, cuda))}, and comfy-kitchen's NVFP4 kernels need 13"
+    tables = {**seen.MODEL_LOADERS, **seen.TEXT_LOADERS}
+    for loader in view.graph.of_kind(*tables):
+        file = None if loader.kind == seen.OUR_MODEL_LOADER else view.file(loader, tables)
+        if file is not None and file.nvfp4:
+            ours = "Load it with NVFP4 Model Loader, which dequantises with Triton, or install"
+            yield Finding(
+                "slow_nvfp4",
+                WARNING,
+                f"{file.name} is NVFP4, which this installation computes slowly.",
+                f"{why}; the fallback in plain PyTorch takes five times as long per weight (measured on an H200).",
+                f"{ours if loader.kind in seen.MODEL_LOADERS else 'Install'} PyTorch for CUDA 13.",
+                (loader.id,),
+            )
+
+
+def wrong_vae(view: View) -> Iterator[Finding]:
+    """A preview decoder or another family's VAE where LTX latents are decoded."""
+    for decode in view.decodes:
+        vae = decode.vae_file.vae
+        if vae is None or decode.vae_file.full_vae:
+            continue
+        if vae.kind == PREVIEW and vae.family == "LTX-2":
+            yield from _preview(view, decode)
+        elif decode.ltx and (reason := refusal(vae)):
+            yield _foreign(decode, vae, reason)
+
+
+def _preview(view: View, decode: Decode) -> Iterator[Finding]:
+    name, nodes = decode.vae_file.name, ids_of(decode.node, decode.loader)
+    ours = decode.loader.kind == seen.OUR_VAE_LOADER
+    if ours and view.graph.value(decode.loader.id, "allow_preview") is False:
+        why = f"{name} is a preview decoder by its tensors, and `allow_preview` is off."
+        yield Finding("preview_vae", ERROR, "NVFP4 VAE Loader will refuse this VAE.", why, _FULL_VAE, nodes)
+    elif decode.tiled and not ours:
+        yield Finding(
+            "preview_vae",
+            ERROR,
+            "A tiled decode with a preview VAE gives half the size and too few frames, without an error.",
+            f"{name} is a preview decoder by its tensors; to tile, ComfyUI takes its scale for half of what it is.",
+            _FULL_VAE,
+            nodes,
+        )
+    elif decode.final:
+        yield Finding(
+            "preview_vae",
+            WARNING,
+            "The saved video is decoded with a preview VAE, which is several times softer than the full one.",
+            f"{name} is a preview decoder by its tensors; one was reported at 45 against 205 of sharpness (variance of "
+            "the Laplacian).",
+            _FULL_VAE,
+            nodes,
+        )
+
+
+def _foreign(decode: Decode, vae: Vae, reason: str) -> Finding:
+    title = f"{decode.vae_file.name} cannot decode LTX latents: it is a {vae.title}."
+    nodes = ids_of(decode.node, decode.loader)
+    return Finding("foreign_vae", ERROR, title, f"By its tensors, {reason}.", _FULL_VAE, nodes)
+
+
+def distilled(view: View) -> Iterator[Finding]:
+    """A distilled model sampled with guidance, or with other sigmas than its own."""
+    judged: dict[str, str | None] = {}
+    for sampler in view.samplers:
+        file = _file_of(view, sampler)
+        evidence = None
+        if file is not None and file.family in _LTX2:
+            if file.distilled:
+                evidence = f"{file.name} is a distilled {file.family}, as {file.distilled} says"
+            elif sampler.model.lora is not None:
+                lora = view.graph.value(sampler.model.lora.id, "lora_name")
+                evidence = f"the LoRA {lora} makes it a distilled model, as its file name says"
+        if evidence is None:
+            continue
+        values = [view.graph.number(sampler.guided_by.id, name) for name in _CFG_INPUTS]
+        cfg = next((value for value in values if value is not None and value != 1.0), None)
+        if cfg is not None:
+            yield Finding(
+                "distilled_cfg",
+                WARNING,
+                f"A distilled model is sampled with cfg {cfg:g} instead of 1.",
+                f"{evidence}; it was trained to run without guidance, which doubles the time of a step and harms the "
+                "picture.",
+                "Set cfg to 1.",
+                ids_of(sampler.guided_by, sampler.model.loader),
+            )
+        # With a LoRA the schedule is a matter of taste and strength.
+        node = _maker_of_sigmas(view, sampler) if file.distilled else None
+        if node is not None and node.id not in judged:
+            judged[node.id] = _foreign_schedule(view, node)
+        if node is not None and (what := judged[node.id]):
+            yield Finding(
+                "distilled_sigmas",
+                WARNING,
+                "A distilled model is sampled with other sigmas than those it was trained for.",
+                f"{evidence}; {what}.",
+                f"Use ManualSigmas with {sigmas_text(SIGMAS)} (8 steps); for a second stage {sigmas_text(STAGE_2)}, "
+                f"with LTX-2 {sigmas_text(SIGMAS[5:])}.",
+                ids_of(node, sampler.node),
+            )
+
+
+def _maker_of_sigmas(view: View, sampler: Sampler) -> Node | None:
+    own = sampler.node.kind in _SCHEDULERS
+    return sampler.node if own else view.schedule(view.graph.source(sampler.node.id, "sigmas"))
+
+
+def _foreign_schedule(view: View, node: Node) -> str | None:
+    """What a node that makes sigmas does wrong; None if they are right or unknown."""
+    if node.kind in _SCHEDULERS:
+        return f"{node.kind} makes a schedule of its own, also with 8 steps"
+    text = view.graph.value(node.id, "sigmas") if node.kind == "ManualSigmas" else None
+    if not isinstance(text, str):
+        return None
+    text = text[:_LONGEST_SCHEDULE]
+    values = _numbers(text)
+    return None if values is None or _known_schedule(values) else f"these are {text.strip()[:120]}"
+
+
+def _numbers(text: str) -> tuple[float, ...] | None:
+    """The first of its numbers, one more than the longest schedule has; None if it is no schedule."""
+    if ".." in text:  # no number for ManualSigmas either, and many of them cost the pattern quadratic time
+        return None
+    return tuple(float(number[0]) for number in islice(_SIGMA.finditer(text), len(SIGMAS) + 1))
+
+
+def _known_schedule(values: tuple[float, ...]) -> bool:
+    """Whether it is one of the trained schedules or a stretch of one."""
+    for known in (SIGMAS, STAGE_2):
+        for start in range(len(known) - len(values) + 1):
+            part = known[start : start + len(values)]
+            if values and all(abs(a - b) <= _SIGMA_TOLERANCE for a, b in zip(values, part, strict=True)):
+                return True
+    return False
+
+
+RULES = (
+    prefetch_crash, no_audio_latent, wrong_vae, slow_nvfp4, distilled, frames, size, frame_rates, audio_length,
+)  # fmt: skip
+
+
+def _file_of(view: View, sampler: Sampler) -> Any:
+    return view.file(sampler.model.loader, seen.MODEL_LOADERS)
+
+
+def _family(view: View, sampler: Sampler) -> str | None:
+    file = _file_of(view, sampler)
+    return file.family if file is not None else None

@@ -1,0 +1,1 @@
+"""File in, MODEL, CLIP or VAE out, with a report."""

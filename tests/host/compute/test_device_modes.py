@@ -1,0 +1,60 @@
+"""A model that ComfyUI loads on another device than the one it was read for computes as that device can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from nvfp4_video.host.compute import device_modes
+from nvfp4_video.host.load.model import load_model
+from nvfp4_video.kernels import fp8
+from nvfp4_video.samples import synthetic
+
+CPU, OLD = torch.device("cpu"), torch.device("cuda", 1)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("model") / "model.safetensors"
+    state, config = synthetic.small_ltx23()
+    synthetic.write(found, "comfy_markers", state, config, synthetic.quantize_layers(state, config))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first device runs FP8, the second does not."""
+    monkeypatch.setattr(fp8, "obstacle", lambda device: "" if device == CPU else "FP8 needs 8.9, it has 8.6")
+    monkeypatch.setattr("nvfp4_video.host.compute.modes._fp4_obstacle", lambda device: "no FP4")
+
+
+def modes(patcher) -> set[str]:
+    return {mode for m in patcher.model.diffusion_model.modules() if (mode := m.__dict__.get("nvfp4_mode"))}
+
+
+def test_auto_is_chosen_again_for_the_device_the_model_is_loaded_on(path, caplog):
+    caplog.set_level("INFO")
+    patcher, _ = load_model(str(path), "auto")
+    model = patcher.model.diffusion_model
+    assert modes(patcher) == {"fp8", "bf16"}
+    before = {name: module.__dict__.get("nvfp4_mode") for name, module in model.named_modules()}
+    device_modes.settle(model, CPU)
+    assert "NVFP4 layers on" not in caplog.text
+    device_modes.settle(model, OLD)
+    assert modes(patcher) == {"bf16"}
+    assert "NVFP4 layers on cuda:1: bf16 in " in caplog.text and "no fp8: FP8 needs 8.9, it has 8.6" in caplog.text
+    device_modes.settle(model, CPU)
+    assert {name: module.__dict__.get("nvfp4_mode") for name, module in model.named_modules()} == before
+
+
+def test_a_mode_asked_for_by_name_that_the_device_cannot_run_is_an_error_that_says_so(path):
+    patcher, _ = load_model(str(path), "fp8")
+    with pytest.raises(ValueError, match="compute fp8 cannot run: FP8 needs 8.9, it has 8.6; choose bf16 or auto"):
+        device_modes.settle(patcher.model.diffusion_model, OLD)
+    assert "fp8" in modes(patcher), "nothing was changed"
+
+
+def test_a_model_of_another_loader_is_left_alone():
+    device_modes.settle(torch.nn.Linear(1, 1), OLD)
+    device_modes.settle(None, OLD)

@@ -1,0 +1,204 @@
+"""LoRA beside packed weights on the stubbed host: results against FP32, and what is refused with which reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nvfp4_video.host.compute import linear, lora
+from nvfp4_video.kernels import fp8
+from nvfp4_video.kernels.format import OUTPUT_DTYPES
+from nvfp4_video.tests.support.lora_helpers import CPU, SETS, Adapter, adapter, build, change, patches_of
+
+# At most four roundings to BF16, the adapters' always among them, each of half a unit in the last place.
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 6e-3, torch.float32: 4e-3}
+
+
+def put(layer: torch.nn.Module, patches) -> lora.Branch:
+    assert lora.obstacle(layer, patches) == ""
+    branch = lora.make_branch(layer, lora.terms_of(patches), CPU)
+    layer.nvfp4_lora = branch
+    return branch
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def exact(layer, weight, x, patches=()) -> torch.Tensor:
+    weight = weight + change(patches) if patches else weight
+    return torch.nn.functional.linear(x.float(), weight, layer.bias.float())
+
+
+@pytest.mark.parametrize("which", SETS)
+@pytest.mark.parametrize("shape", [(16, 16), (1, 16), (129, 48), (30, 112), (64, 256)], ids=str)
+@pytest.mark.parametrize("route", ["beside", "merged"])
+def test_a_layer_with_loras_equals_the_sum_of_weights_in_fp32(shape, which, route, monkeypatch):
+    layer, weight = build(*shape)
+    patches = patches_of(which, *shape)
+    put(layer, patches)
+    added, add = [], lora.add
+    monkeypatch.setattr(lora, "add", lambda *given: added.append(1) or add(*given))
+    tokens = 7 if route == "beside" else 17
+    x = torch.randn(tokens, shape[1]).bfloat16()
+    assert error(layer(x), exact(layer, weight, x, patches)) < TOLERANCE[torch.bfloat16]
+    assert added == ([1] if route == "beside" else [])
+
+
+@pytest.mark.parametrize("dtype", OUTPUT_DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [5, 600])
+def test_inputs_of_any_dtype_get_the_lora_in_theirs(dtype, tokens):
+    layer, weight = build(48, 64)
+    patches = patches_of("three", 48, 64)
+    put(layer, patches)
+    x = torch.randn(tokens, 64, dtype=dtype)
+    found = layer(x)
+    assert found.dtype == dtype
+    assert error(found, exact(layer, weight, x, patches)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,), (2, 0, 3), (2, 100)], ids=str)
+def test_leading_dimensions_stay(lead):
+    layer, weight = build(24, 32)
+    patches = patches_of("one", 24, 32)
+    put(layer, patches)
+    x = torch.randn(*lead, 32).bfloat16()
+    found = layer(x)
+    assert found.shape == (*lead, 24)
+    if found.numel():
+        assert error(found, exact(layer, weight, x, patches)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (40, 64), (33, 64)], ids=str)
+def test_in_fp8_mode_the_lora_is_added_to_the_fp8_product(shape, monkeypatch):
+    monkeypatch.setattr(fp8, "obstacle", lambda device: "")
+    layer, weight = build(*shape, mode="fp8")
+    x = torch.randn(linear.FP8_MIN_TOKENS, shape[1]).bfloat16()
+    plain = layer(x).float()
+    patches = patches_of("three", *shape)
+    put(layer, patches)
+    added = x.float() @ change(patches).t()
+    assert layer.nvfp4_mode == "fp8"
+    assert error(layer(x), plain + added) < TOLERANCE[torch.bfloat16]
+    assert error(plain, exact(layer, weight, x)) > 0.01, "the product itself was meant to be FP8"
+
+
+def test_a_lora_on_a_layer_with_awq_smoothing_acts_on_the_input_before_it():
+    smoothing = torch.rand(64) + 0.5
+    layer, weight = build(48, 64, pre_quant_scale=smoothing)
+    patches = patches_of("one", 48, 64)
+    put(layer, patches)
+    for tokens in (5, 600):
+        x = torch.randn(tokens, 64).bfloat16()
+        scaled = (x * smoothing.bfloat16()).float()
+        wanted = torch.nn.functional.linear(scaled, weight, layer.bias.float()) + x.float() @ change(patches).t()
+        assert error(layer(x), wanted) < 8e-3
+
+
+def test_an_input_that_asks_for_gradients_goes_to_the_host_and_gets_those_of_the_lora_too():
+    layer, weight = build(24, 32)
+    patches = patches_of("three", 24, 32)
+    put(layer, patches)
+    x = torch.randn(3, 32, requires_grad=True)
+    layer(x).sum().backward()
+    assert error(x.grad, (weight + change(patches)).sum(0).expand(3, 32)) < 0.01
+
+
+def test_without_a_branch_nothing_of_the_result_changes_and_with_none_left_it_comes_back():
+    layer, _ = build(24, 32)
+    x = torch.randn(40, 32).bfloat16()
+    before = layer(x)
+    put(layer, patches_of("one", 24, 32))
+    assert not torch.equal(layer(x), before)
+    del layer.nvfp4_lora
+    assert torch.equal(layer(x), before)
+
+
+def test_the_layer_s_own_tensors_and_the_input_stay_as_they_are():
+    layer, _ = build(24, 32)
+    x = torch.randn(600, 32).bfloat16()
+    packed, given = layer.weight._qdata.clone(), x.clone()
+    put(layer, patches_of("three", 24, 32))
+    layer(x), layer(x[:3])
+    assert torch.equal(layer.weight._qdata, packed) and torch.equal(x, given)
+    assert layer.state_dict().keys() == {"weight", "weight_scale", "weight_scale_2", "comfy_quant", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "words"),
+    [
+        (adapter(24, 32, 2, name="lokr"), {}, "it is a lokr"),
+        (adapter(24, 32, 2, name="loha"), {}, "it is a loha"),
+        (adapter(24, 32, 2, mid=torch.ones(2, 2, 1, 1)), {}, "LoCon"),
+        (adapter(24, 32, 2, dora=torch.ones(24, 1)), {}, "DoRA"),
+        (adapter(24, 32, 2, reshape=[48, 32]), {}, "changes the weight's shape"),
+        (adapter(12, 32, 2), {}, "of another shape, 12 x 32"),
+        (adapter(24, 16, 2), {}, "of another shape, 24 x 16"),
+        (("diff", (torch.zeros(24, 32),)), {}, "of the kind diff"),
+        (("set", (torch.zeros(24, 32),)), {}, "of the kind set"),
+        ([(torch.zeros(24, 32), lambda weight, **_: weight)], {}, "of the kind weight"),
+        (adapter(24, 32, 2), {"strength_model": 0.5}, "scales the weight"),
+        (adapter(24, 32, 2), {"offset": (0, 0, 12)}, "a part of the weight"),
+        (adapter(24, 32, 2), {"function": abs}, "a part of the weight"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_plain_lora_is_refused_with_the_reason_also_beside_plain_ones(value, options, words):
+    layer, _ = build(24, 32)
+    given = {"strength_model": 1.0, "offset": None, "function": None} | options
+    odd = (1.0, value, given["strength_model"], given["offset"], given["function"])
+    plain = (1.0, adapter(24, 32, 2), 1.0, None, None)
+    assert words in lora.obstacle(layer, [odd])
+    assert words in lora.obstacle(layer, [plain, odd])
+    assert lora.obstacle(layer, [plain]) == ""
+
+
+def test_layers_in_fp4_mode_and_of_other_formats_are_refused_but_for_hooks():
+    layer, _ = build(24, 32)
+    patches = patches_of("one", 24, 32)
+    for mode, words in (("fp4", "FP4"), (None, "not NVFP4")):
+        layer.nvfp4_mode = mode
+        assert words in lora.obstacle(layer, patches)
+        assert lora.obstacle(layer, patches, hook=True) == ""
+
+
+def test_a_branch_may_hold_what_packing_saves_and_a_mebibyte_always():
+    layer, _ = build(16, 16)
+    layer.in_features = layer.out_features = 4096
+    limit = int(23 / 16 * 4096 * 4096 / (2 * 8192))
+
+    def of_rank(rank: int) -> list[tuple]:
+        shapes = (torch.empty(4096, rank, device="meta"), torch.empty(rank, 4096, device="meta"))
+        return [(1.0, Adapter("lora", (*shapes, None, None, None, None)), 1.0, None, None)]
+
+    assert lora.obstacle(layer, of_rank(limit)) == ""
+    assert "more than packing saves" in lora.obstacle(layer, of_rank(limit + 1))
+    assert lora.obstacle(layer, of_rank(limit) + of_rank(1)) != ""
+    layer.out_features = 32
+    small = [(1.0, adapter(32, 4096, 64), 1.0, None, None)]
+    assert lora.obstacle(layer, small) == "", "528 KB beside 74 KB"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_torch_compile_sees_one_graph_without_a_break(tokens):
+    layer, _ = build(24, 32)
+    put(layer, patches_of("one", 24, 32))
+    x = torch.randn(tokens, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_another_strength_needs_no_new_graph():
+    layer, weight = build(24, 32)
+    x = torch.randn(7, 32).bfloat16()
+    seen = []
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend=lambda graph, _: seen.append(1) or graph.forward, fullgraph=True)
+        for strength in (1.0, -0.4):
+            patches = [(strength, adapter(24, 32, 4), 1.0, None, None)]
+            put(layer, patches)
+            assert error(compiled(x), exact(layer, weight, x, patches)) < TOLERANCE[torch.bfloat16]
+    assert seen == [1]

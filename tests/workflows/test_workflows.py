@@ -1,0 +1,323 @@
+"""The shipped workflow templates as files: one consistent graph each, of nodes that exist, with settings that agree."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import pytest
+from nvfp4_video.measure.settings import distilled_settings
+from nvfp4_video.nodes import NODES
+from nvfp4_video.tests.workflows import workflow_format as form
+from nvfp4_video.tests.workflows import workflow_graphs
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+GRAPHS = {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(FOLDER.glob("*.json"))}
+INFO = form.node_info(NODES)
+MODEL_FOLDERS = {"checkpoints", "diffusion_models", "text_encoders", "vae", "latent_upscale_models"}
+# Files that no address was found for: other templates make them, or ComfyUI brings them along.
+MADE = {"ltx-2.3-22b-distilled_nvfp4.safetensors"}
+FILE_INPUTS = {
+    "model_name", "vae_name", "file_name", "config_from", "text_encoder", "ckpt_name", "clip_name", "image",
+}  # fmt: skip
+# What the settings node decides: (node, input) -> its output.
+SETTINGS = {
+    ("EmptyLTXVLatentVideo", "width"): "width",
+    ("EmptyLTXVLatentVideo", "height"): "height",
+    ("EmptyLTXVLatentVideo", "length"): "frames",
+    ("LTXVEmptyLatentAudio", "frames_number"): "frames",
+    ("LTXVEmptyLatentAudio", "frame_rate"): "fps",
+    ("LTXVConditioning", "frame_rate"): "fps",
+    ("CreateVideo", "fps"): "fps",
+    ("CFGGuider", "cfg"): "cfg",
+}
+
+every_workflow = pytest.mark.parametrize("name", GRAPHS)
+CLIPS = [name for name, graph in GRAPHS.items() if "CreateVideo" in {node["type"] for node in graph["nodes"]}]
+every_clip = pytest.mark.parametrize("name", CLIPS)
+
+
+def levels(graph: dict) -> Iterator[tuple[list[dict], list[tuple]]]:
+    """(nodes, links) of the graph and of each of its subgraphs."""
+    for level in (graph, *graph.get("definitions", {}).get("subgraphs", [])):
+        yield level["nodes"], [form.link_of(link) for link in level["links"]]
+
+
+def info_of(graph: dict) -> dict:
+    """What is known of the nodes, and of the graph's own subgraphs."""
+    own = {
+        inner["id"]: {
+            "input": {"required": {entry["name"]: [entry["type"], {}] for entry in inner["inputs"]}},
+            "output": [entry["type"] for entry in inner["outputs"]],
+        }
+        for inner in graph.get("definitions", {}).get("subgraphs", [])
+    }
+    return INFO | own
+
+
+def all_nodes(graph: dict) -> list[dict]:
+    return [node for nodes, _ in levels(graph) for node in nodes]
+
+
+def of_type(graph: dict, node_type: str) -> list[dict]:
+    """The stored values of all nodes of a type."""
+    return [form.stored_values(node, INFO[node_type]) for node in all_nodes(graph) if node["type"] == node_type]
+
+
+def check_names(graph: dict) -> None:
+    """AssertionError for a node, an input, an output, a type, a choice or a number that the host does not have."""
+    info = info_of(graph)
+    for nodes, links in levels(graph):
+        for node in nodes:
+            if node["type"] in form.NOTES:
+                continue
+            assert node["type"] in info, f"there is no node {node['type']}"
+            known = info[node["type"]]
+            values = form.stored_values(node, known) if node["type"] in INFO else {}
+            widgets = {widget.name: widget for widget in form.widgets_of(known, values)}
+            sockets = {name: kind for name, kind, *_ in form.inputs_of(known)}
+            names = [entry["name"] for entry in node["inputs"]]
+            extra = {"upload"} if node["type"] == "LoadImage" else set()
+            assert set(names) == sockets.keys() | widgets.keys() | extra, f"{node['type']}: {names}"
+            stored = [entry["name"] for entry in node["inputs"] if "widget" in entry and entry["name"] not in extra]
+            assert stored == list(widgets), f"{node['type']} stores its values in another order"
+            assert [output["type"] for output in node["outputs"]] == list(known["output"]), node["type"]
+            for name, value in values.items():
+                check_value(node["type"], widgets[name], value)
+        by_id = {node["id"]: node for node in nodes}
+        for link, source, slot, target, inlet, kind in links:
+            if form.ENTRY != source:
+                assert info[by_id[source]["type"]]["output"][slot] == kind, f"link {link}"
+            if form.EXIT != target:
+                entry = by_id[target]["inputs"][inlet]
+                assert kind in entry["type"].split(",") or entry["type"] == "*", f"link {link} to {entry['name']}"
+
+
+def check_value(node_type: str, widget: form.Widget, value: object) -> None:
+    where, settings = f"{node_type}.{widget.name} = {value!r}", widget.settings
+    if widget.kind == "COMBO" and widget.name not in FILE_INPUTS:
+        assert value in settings["options"], where
+    elif widget.kind in ("INT", "FLOAT", "FLOAT,INT"):
+        assert isinstance(value, int | float) and not isinstance(value, bool), where
+        assert settings.get("min", value) <= value <= settings.get("max", value), where
+    elif widget.kind in ("STRING", "BOOLEAN"):
+        assert isinstance(value, str if widget.kind == "STRING" else bool), where
+
+
+@pytest.mark.parametrize("describe", workflow_graphs.WORKFLOWS, ids=lambda describe: describe.__name__)
+def test_the_files_are_what_make_workflows_writes(describe):
+    graph = describe(INFO).save()
+    assert graph == GRAPHS[describe.__name__], "run: python tests/make_workflows.py"
+
+
+@every_workflow
+def test_the_api_format_twin_is_the_same_graph(name: str):
+    twin = json.loads((FOLDER / "api" / f"{name}.json").read_text("utf-8"))
+    assert twin == form.api_prompt(GRAPHS[name], INFO, titles=True), "run: python tests/make_workflows.py"
+    for node in twin.values():
+        for value in node["inputs"].values():
+            assert not isinstance(value, list) or value[0] in twin
+
+
+def test_every_workflow_has_a_description_a_twin_and_a_thumbnail_and_nothing_else_is_there():
+    names = {describe.__name__ for describe in workflow_graphs.WORKFLOWS}
+    assert names == GRAPHS.keys()
+    expected = {f"{name}.{end}" for name in names for end in ("json", "jpg")} | {"api"}
+    assert {path.name for path in FOLDER.iterdir()} == expected
+    assert {path.name for path in (FOLDER / "api").iterdir()} == {f"{name}.json" for name in names}
+
+
+@every_workflow
+def test_the_thumbnail_is_a_small_picture_that_is_not_empty(name: str):
+    path = FOLDER / f"{name}.jpg"
+    picture = cv2.imread(str(path))
+    height, width = picture.shape[:2]
+    assert path.stat().st_size < 60_000
+    assert 400 <= width <= 800 and 0.4 < height / width < 1.1
+    assert picture.std() > 15
+
+
+@every_workflow
+def test_nodes_inputs_outputs_and_choices_exist(name: str):
+    check_names(GRAPHS[name])
+
+
+@pytest.mark.parametrize(
+    ("what", "node_type", "change"),
+    [
+        ("a node", "CFGGuider", lambda node: node.update(type="CFGGuiderOfYesterday")),
+        ("an input of the host", "CFGGuider", lambda node: node["inputs"][3].update(name="scale")),
+        ("an input of the pack", "NVFP4ModelLoader", lambda node: node["inputs"][1].update(name="mode")),
+        ("a missing input", "LTXVEmptyLatentAudio", lambda node: node["inputs"].pop()),
+        ("a choice", "NVFP4DistilledSettings", lambda node: node["widgets_values"].__setitem__(5, "three stages")),
+        ("a number", "NVFP4DistilledSettings", lambda node: node["widgets_values"].__setitem__(4, 1000.0)),
+        ("an output", "LTXVConditioning", lambda node: node["outputs"].pop()),
+    ],
+)
+def test_the_check_of_names_notices(what: str, node_type: str, change):
+    graph = copy.deepcopy(GRAPHS["ltx23_nvfp4_t2v_audio"])
+    change(next(node for node in graph["nodes"] if node["type"] == node_type))
+    with pytest.raises(AssertionError):
+        check_names(graph)
+
+
+@every_workflow
+def test_ids_are_unique_and_the_counters_stand_at_the_last(name: str):
+    graph = GRAPHS[name]
+    nodes, links = [node["id"] for node in all_nodes(graph)], [link[0] for link in graph["links"]]
+    assert graph["version"] == 0.4
+    assert len(set(nodes)) == len(nodes) and graph["last_node_id"] == max(nodes)
+    assert len(set(links)) == len(links) and graph["last_link_id"] == max(links)
+    assert sorted(node["order"] for node in graph["nodes"]) == list(range(len(graph["nodes"])))
+
+
+@every_workflow
+def test_links_are_known_to_both_of_their_nodes_and_to_no_other(name: str):
+    graph = GRAPHS[name]
+    for nodes, links in levels(graph):
+        by_id = {node["id"]: node for node in nodes}
+        for link, source, slot, target, inlet, _ in links:
+            if source != form.ENTRY:
+                assert link in by_id[source]["outputs"][slot]["links"]
+            if target != form.EXIT:
+                assert by_id[target]["inputs"][inlet]["link"] == link
+            if form.ENTRY != source and form.EXIT != target:
+                assert by_id[source]["order"] < by_id[target]["order"]
+        outgoing = [link for node in nodes for output in node["outputs"] for link in output["links"] or []]
+        incoming = [entry["link"] for node in nodes for entry in node["inputs"] if entry["link"] is not None]
+        assert sorted(outgoing) == sorted(link[0] for link in links if link[1] != form.ENTRY)
+        assert sorted(incoming) == sorted(link[0] for link in links if link[3] != form.EXIT)
+
+
+@every_workflow
+def test_reroutes_belong_to_links_and_lead_to_their_start(name: str):
+    extra = GRAPHS[name]["extra"]
+    reroutes = {entry["id"]: entry for entry in extra.get("reroutes", [])}
+    ends = {entry["id"]: entry["parentId"] for entry in extra.get("linkExtensions", [])}
+    through: dict[int, set] = {number: set() for number in reroutes}
+    for link, end in ends.items():
+        while end is not None:
+            through[end].add(link)
+            end = reroutes[end].get("parentId")
+    assert through == {number: set(entry["linkIds"]) for number, entry in reroutes.items()}
+
+
+@every_clip
+def test_one_node_decides_size_length_frame_rate_and_cfg(name: str):
+    graph = GRAPHS[name]
+    by_id = {node["id"]: node for node in graph["nodes"]}
+    links = {link[0]: link for link in graph["links"]}
+    (settings,) = [node for node in graph["nodes"] if node["type"] == "NVFP4DistilledSettings"]
+    found = set()
+    for node in graph["nodes"]:
+        for entry in node["inputs"]:
+            if (node["type"], entry["name"]) not in SETTINGS:
+                continue
+            _, source, slot, *_ = links[entry["link"]]
+            assert by_id[source] is settings, f"{node['type']}.{entry['name']}"
+            assert settings["outputs"][slot]["name"] == SETTINGS[node["type"], entry["name"]]
+            found.add((node["type"], entry["name"]))
+    silent = {key for key in SETTINGS if key[0] == "LTXVEmptyLatentAudio"} if "video_only" in name else set()
+    assert found == SETTINGS.keys() - silent
+
+
+@every_clip
+def test_each_sampler_gets_the_sigmas_of_its_stage(name: str):
+    graph = GRAPHS[name]
+    links = {link[0]: link for link in graph["links"]}
+    (settings,) = [node for node in graph["nodes"] if node["type"] == "NVFP4DistilledSettings"]
+    stages = []
+    for node in graph["nodes"]:
+        if node["type"] == "SamplerCustomAdvanced":
+            (link,) = [links[entry["link"]] for entry in node["inputs"] if entry["name"] == "sigmas"]
+            assert link[1] == settings["id"]
+            stages.append(settings["outputs"][link[2]]["name"])
+    assert stages == ["sigmas", "sigmas stage 2"] if "two_stage" in name else stages == ["sigmas"]
+
+
+@every_clip
+def test_the_settings_need_no_correction(name: str):
+    (stored,) = of_type(GRAPHS[name], "NVFP4DistilledSettings")
+    found = distilled_settings(**stored)
+    assert (found.final_width, found.final_height) == (stored["width"], stored["height"])
+    assert found.frames == stored["frames"] == 121
+    assert [note.partition(":")[0] for note in found.notes if note.startswith(("size", "frames", "fps"))] == []
+    assert found.version == ("2.5" if "ltx25" in name else "2.3")
+
+
+@every_clip
+def test_the_guard_stands_between_the_loader_and_the_sampler(name: str):
+    graph = GRAPHS[name]
+    by_id = {node["id"]: node for node in graph["nodes"]}
+    sources = {(link[3], by_id[link[3]]["inputs"][link[4]]["name"]): by_id[link[1]]["type"] for link in graph["links"]}
+    for node in graph["nodes"]:
+        if node["type"] == "CFGGuider":
+            assert sources[node["id"], "model"] == "NVFP4LaunchGuard"
+        if node["type"] == "NVFP4LaunchGuard":
+            assert sources[node["id"], "model"] == "NVFP4ModelLoader"
+
+
+def test_a_and_b_differ_in_the_model_and_in_nothing_else():
+    graph = GRAPHS["ab_fp8_vs_nvfp4"]
+    prompt = form.api_prompt(graph, INFO)
+    guiders = sorted(node for node, entry in prompt.items() if entry["class_type"] == "CFGGuider")
+    first, second = (dict(prompt[node]["inputs"]) for node in guiders)
+    models = [prompt[prompt[entry.pop("model")[0]]["inputs"]["model"][0]]["inputs"] for entry in (first, second)]
+    assert first == second
+    assert [model.pop("model_name") for model in models] == [
+        "ltx-2.3-22b-distilled-fp8.safetensors", "ltx-2.3-22b-distilled_nvfp4.safetensors",
+    ]  # fmt: skip
+    assert models[0] == models[1]
+    seeds = []
+    for node, entry in prompt.items():
+        if entry["class_type"] != "NVFP4Compare":
+            continue
+        inside = [inner for key, inner in prompt.items() if key.partition(":")[0] == node.partition(":")[0]]
+        samplers = [inner["inputs"] for inner in inside if inner["class_type"] == "SamplerCustomAdvanced"]
+        assert sorted(sampler.pop("guider")[0] for sampler in samplers) == guiders
+        assert samplers[0] == samplers[1]
+        seeds.append(prompt[samplers[0]["noise"][0]]["inputs"]["noise_seed"])
+    assert len(set(seeds)) == 3
+
+
+@every_workflow
+def test_no_preview_decoder_is_chosen_or_let_pass(name: str):
+    loaders = of_type(GRAPHS[name], "NVFP4VAELoader")
+    assert all("tae" not in settings["vae_name"] and not settings["allow_preview"] for settings in loaders)
+    assert {node["type"] for node in all_nodes(GRAPHS[name])}.isdisjoint({"VAELoader", "LTXVAudioVAELoader"})
+
+
+@every_workflow
+def test_files_to_download_are_chosen_on_their_node_and_linked_in_the_note(name: str):
+    graph = GRAPHS[name]
+    (note,) = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+    chosen = set()
+    for node in graph["nodes"]:
+        if node["type"] in form.NOTES or node["type"] not in INFO:
+            continue
+        values = form.stored_values(node, INFO[node["type"]])
+        names = {value for value in values.values() if str(value).endswith(".safetensors")}
+        models = node["properties"].get("models", [])
+        assert {model["name"] for model in models} == names - MADE, f"{node['type']} offers no download for {names}"
+        for model in models:
+            assert model["directory"] in MODEL_FOLDERS
+            assert model["url"].startswith("https://") and model["url"].endswith("/" + model["name"])
+            assert f"[{model['name']}]({model['url']})" in note
+        chosen |= names
+    assert chosen
+    for file in chosen:
+        assert file in note, f"the note does not explain {file}"
+
+
+@every_workflow
+def test_the_note_has_a_title_numbered_steps_and_says_what_the_thumbnail_is(name: str):
+    (note,) = [node for node in GRAPHS[name]["nodes"] if node["type"] == "MarkdownNote"]
+    text = note["widgets_values"][0]
+    assert note["title"].startswith("NVFP4 Video: ")
+    assert "\n1. " in text and "\n2. " in text and "### Steps" in text
+    assert "thumbnail is a picture of this graph" in text
+    groups = {group["title"].partition(".")[0] for group in GRAPHS[name]["groups"]}
+    assert groups == {str(number) for number in range(1, len(groups) + 1)}
