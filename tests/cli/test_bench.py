@@ -243,7 +243,7 @@ import sys, threading, time, types
 package = types.ModuleType("nvfp4_video")
 package.__path__ = [{str(ROOT)!r}]
 sys.modules["nvfp4_video"] = package
-from nvfp4_video.host.bench_row import _end_with_parent
+from nvfp4_video.host.bench.row import _end_with_parent
 threading.Thread(target=_end_with_parent, daemon=True).start()
 time.sleep(60)
 """
@@ -257,7 +257,7 @@ import sys, types
 package = types.ModuleType("nvfp4_video")
 package.__path__ = [{str(ROOT)!r}]
 sys.modules["nvfp4_video"] = package
-import nvfp4_video.cli.bench, nvfp4_video.host.bench_row
+import nvfp4_video.cli.bench, nvfp4_video.host.bench.row
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

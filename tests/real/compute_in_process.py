@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 MARK = "facts: "
-PARTS = ("host.block_graphs", "host.graph_plan", "kernels.fp8")
+PARTS = ("host.compute.block_graphs", "host.compute.graph_plan", "kernels.fp8")
 
 
 def load(name: str):
@@ -39,7 +39,7 @@ def sampled(scene, counts: dict, patcher) -> tuple:
 
 
 def facts_of(scene) -> dict:
-    linear, fp8, compute = load("host.linear"), load("kernels.fp8"), load("host.compute")
+    linear, fp8, compute = load("host.compute.linear"), load("kernels.fp8"), load("host.compute.modes")
     dispatch = load("kernels.dispatch")
     counts = {"fp8": 0, "host": 0}
     fp8.obstacle = lambda device: ""
@@ -107,7 +107,7 @@ def graphs_of(scene) -> dict:
     """Sampling with every block replaced by a fake graph, against sampling without; fused layers in FP8 mode."""
     torch, graphs, plans, fp8 = importlib.import_module("torch"), *map(load, PARTS)
     contextlib, extension = importlib.import_module("contextlib"), importlib.import_module("comfy.patcher_extension")
-    kept, host_class = graphs.obstacle, load("host.graph_key").host_class
+    kept, host_class = graphs.obstacle, load("host.compute.graph_key").host_class
     plain = scene.ours("comfy_markers")
     right = scene.sample(plain, steps=8)
     counts = {"captured": 0, "replayed": 0}

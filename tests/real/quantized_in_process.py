@@ -49,7 +49,7 @@ def facts_of(scene, host, kind: str) -> dict:
     """Latents of every loader on every file, against the host's on the decoded weights."""
     torch = importlib.import_module("torch")
     quantize, plan = pack("checkpoint.write.quantize"), pack("checkpoint.write.plan")
-    files_of, load = pack("tests.support.files"), pack("host.load")
+    files_of, load = pack("tests.support.files"), pack("host.load.model")
     source = scene.folder / f"{kind}.safetensors"
     write_source(source, kind, scene.state, scene.config)
     files = {}

@@ -124,7 +124,7 @@ class Scene:
 
     def ours(self, name: str, projection: str = "", **options):
         other = self.path(projection or self.projections[-1])
-        return pack("host.text_encoder").load_text_encoder(self.path(name), other, **options)
+        return pack("host.load.text_encoder").load_text_encoder(self.path(name), other, **options)
 
     def stock(self, name: str, projection: str = ""):
         sd = comfy("sd")
@@ -192,7 +192,7 @@ def windowed(scene: Scene) -> dict:
 
     Where the host has a compiler, its branch of the token loop is taken: buffers, and a recorded scope a token.
     """
-    text_decode = pack("host.text_decode")
+    text_decode = pack("host.compute.token_graphs")
     if text_decode._classes() is None:
         return {"unsupported": scene.ours("comfy")[1].decode}
     cache = text_decode._classes()[0]

@@ -72,7 +72,7 @@ class Scene:
         return self.path(name)
 
     def ours(self, name: str, **options):
-        return pack("host.vae").load_vae(self.path(name), **options)
+        return pack("host.load.vae").load_vae(self.path(name), **options)
 
     def refusal(self, name: str, **options) -> str | None:
         """What our loader says against a file, None if it loads it."""

@@ -8,10 +8,14 @@ import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.host.load.model import check_linears, load_model
-from nvfp4_video.tests.host.load.test_load_model import (
+from nvfp4_video.tests.host.load.test_load_model import (  # the fixtures come with their names
     LAYER,
     assert_computes_the_decoded_weights,
     assert_refused,
+    edit,  # noqa: F401
+    files,  # noqa: F401
+    model,  # noqa: F401
+    one_thread,  # noqa: F401
     put,
 )
 

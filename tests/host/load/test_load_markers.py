@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 from nvfp4_video.host.load.model import load_model
-from nvfp4_video.tests.host.load.test_load_model import (
+from nvfp4_video.tests.host.load.test_load_model import (  # the fixtures come with their names
     LAYER,
     assert_computes_the_decoded_weights,
     assert_refused,
+    edit,  # noqa: F401
+    files,  # noqa: F401
+    model,  # noqa: F401
+    one_thread,  # noqa: F401
     put,
 )
 
