@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
-from nvfp4_video.host.load.model import check_linears, load_model
+from nvfp4_video.host.load.model import load_model
+from nvfp4_video.host.load.state_dict import check_linears
 from nvfp4_video.tests.host.load.test_load_model import (  # the fixtures come with their names
     LAYER,
     assert_computes_the_decoded_weights,
