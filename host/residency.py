@@ -11,6 +11,9 @@ All else of the pack asks here. Each name, and what the pack does without it:
 * ``pause_malloc_graph`` of ``comfy.model_prefetch``: the host's recording of allocations. Without it nothing is
   recorded, so there is nothing to pause.
 * ``prefetch_dynamic_vbars``: the option by which the host's options are told from any other dict.
+* ``_v_block`` (a block has an allocation of its own on the GPU), ``_comfy_graph`` (the host has captured the block),
+  ``graph_dynamic_vbar_blocks`` (a model's own wish to be captured) and ``malloc_graph_enabled`` of
+  ``comfy.model_prefetch``: without them the host captures no token loop, and runs it block by block.
 
 ``check`` looks for the names in the host's compiled code, so a renamed one is noticed before anything has run.
 tests/stub_comfy/contract.json records what a dynamic model's layers hold on real hosts.
@@ -252,6 +255,32 @@ def outside_host_graph(synchronize: bool = False) -> Iterator[None]:
             yield
     finally:
         _paused.here = False
+
+
+def ask_for_graphs(model: Any) -> None:
+    """Let the host capture the blocks of this decoder as CUDA graphs."""
+    model.graph_dynamic_vbar_blocks = True
+
+
+def ask_for_prefetch(model: Any) -> None:
+    """Let the host bring the weights of this decoder's blocks before they run."""
+    setattr(model, PREFETCH_FLAG, True)
+
+
+def has_allocation(block: torch.nn.Module) -> bool:
+    """Whether the host gave this block an allocation of its own on the GPU; it captures no other."""
+    return getattr(block, "_v_block", None) is not None
+
+
+def is_captured(block: torch.nn.Module) -> bool:
+    """Whether the host keeps a graph of this block."""
+    return hasattr(block, "_comfy_graph")
+
+
+def compiler_is_on(device: torch.device) -> bool:
+    """Whether the host's compiler works on ``device``; on hosts without one nothing is switched off."""
+    enabled = getattr(_prefetch_module(), "malloc_graph_enabled", None)
+    return enabled is None or enabled(device)
 
 
 def has_block_prefetch() -> bool:

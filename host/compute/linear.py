@@ -1,11 +1,10 @@
 """The operations class with which ComfyUI builds a model whose NVFP4 Linears compute from packed weights.
 
 It derives from the host's own mixed-precision operations, so loading, LoRA, offload, DynamicVRAM and saving stay the
-host's. Only ``Linear.forward`` gains a path of its own, without tensor-subclass dispatch: few rows go to the fused
-kernel, a layer in FP8 mode to the FP8 tensor cores, the rest is dequantised on the device and multiplied. Plain LoRAs
-are a branch beside the packed weight (lora.py). Whatever that path does not cover (weight functions, low-VRAM
-patches, training, odd inputs, layers in FP4 mode) goes to the host's forward, which is weight-only too but for the FP4
-layers.
+host's. Only ``Linear.forward`` gains a path of its own, without tensor-subclass dispatch: it finds the packed weight
+where it lies and has it multiplied (matmul.py). Plain LoRAs are a branch beside the packed weight (lora.py). Whatever
+that path does not cover (weight functions, low-VRAM patches, training, odd inputs, layers in FP4 mode) goes to the
+host's forward, which is weight-only too but for the FP4 layers.
 """
 
 from __future__ import annotations
@@ -19,17 +18,15 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 
 from ...checkpoint.file.header import CheckpointError
-from ...kernels import dispatch, reference
+from ...kernels import reference
 from ...kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
 from .. import residency
 from . import lora
-from .fusions import shared_rows
 from .low_rank import LOW_RANK, add_low_rank
+from .matmul import multiply, multiply_with_lora
 from .modes import Compute
 
 LAYOUT = "TensorCoreNVFP4Layout"
-# Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
-FP8_MIN_TOKENS = 256
 _OWN_MODES = ("bf16", "fp8")
 _WEIGHT_ONLY = Compute()
 
@@ -89,9 +86,9 @@ def weight_only_operations(
                     out, branch = super().forward(input, *args, **kwargs), own.get("nvfp4_lora")
                     return out if branch is None else lora.beside(parameters, out, input, branch)
                 device = input.device
-                matmul = _matmul if own.get("nvfp4_lora") is None else _matmul_with_lora
+                matmul = multiply if own.get("nvfp4_lora") is None else multiply_with_lora
                 smoothed = "pre_quant_scale" in parameters  # ModelOpt's AWQ
-                if activation and (smoothed or matmul is not _matmul or own["nvfp4_mode"] != "fp8"):
+                if activation and (smoothed or matmul is not multiply or own["nvfp4_mode"] != "fp8"):
                     input, activation = reference.activate(input, activation), ""
                 if smoothed:
                     smoothing = parameters["pre_quant_scale"]
@@ -175,82 +172,3 @@ def _streamed(
         return out if branch is None else lora.add(out, input, branch)
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-
-
-def _matmul(
-    own: dict,
-    input: torch.Tensor,
-    weight: QuantizedTensor,
-    bias: torch.Tensor | None,
-    device: torch.device,
-    backend: str,
-    activation: str,
-) -> torch.Tensor:
-    params, packed, dtype = weight._params, weight._qdata, input.dtype
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    if torch.compiler.is_compiling():
-        return _compiled_matmul(own, reference.activate(input, activation), packed, params, bias, backend)
-    functions = own.get("_nvfp4_functions")
-    if functions is None or functions[0] is not dtype or functions[1] != device or functions[2] != backend:
-        with residency.outside_host_graph():  # some keep tensors of their own
-            functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
-    _, _, _, few, many, dequantize = functions
-    if few is not None or many is not None:
-        shape = input.shape
-        cols = shape[-1] if shape else 0
-        rows = input.numel() // cols if cols else 0
-        if many is not None and rows >= FP8_MIN_TOKENS:
-            return many(input, packed, params.block_scale, params.scale, bias, activation, shared_rows(own))
-        if activation:
-            input = reference.activate(input, activation)
-        if few is not None and 0 < rows <= reference.MAX_TOKENS:
-            if len(shape) == 2:
-                return few(input, packed, params.block_scale, params.scale, bias)
-            out = few(input.reshape(rows, cols), packed, params.block_scale, params.scale, bias)
-            return out.view(*shape[:-1], out.shape[1])
-    return torch.nn.functional.linear(input, dequantize(packed, params.block_scale, params.scale), bias)
-
-
-def _matmul_with_lora(
-    own: dict,
-    input: torch.Tensor,
-    weight: QuantizedTensor,
-    bias: torch.Tensor | None,
-    device: torch.device,
-    backend: str,
-    activation: str = "",
-) -> torch.Tensor:
-    """As ``_matmul`` with the layer's branch; where the weight is decoded, it is decoded with the LoRA added.
-
-    The branch takes the input too, so an activation has been computed before.
-    """
-    branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
-    rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") != "bf16" or rows <= reference.MAX_TOKENS:
-        return lora.add(_matmul(own, input, weight, bias, device, backend, activation), input, branch)
-    params = weight._params
-    down, up = lora.tensors(branch, input)
-    record = PackedWeight(weight._qdata, params.block_scale, params.scale, params.orig_shape)
-    merged = dispatch.dequantize_sum(record, up, down, backend)
-    return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
-
-
-def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:
-    """What this layer calls for inputs of ``dtype`` on ``device``, which led the tuple: few rows, many, any number."""
-    few = dispatch.prepare("gemv", shape, dtype, device, backend)
-    many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if own.get("nvfp4_mode") == "fp8" else None
-    return dtype, device, backend, few, many, dispatch.prepare("dequantize", shape, dtype, device, backend)
-
-
-def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> torch.Tensor:
-    """As ``_matmul`` with operators that torch.compile takes whole; the number of rows is a guard of the graph."""
-    weight = packed, params.block_scale, params.scale, *params.orig_shape
-    cols = input.shape[-1] if input.ndim else 0
-    rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") == "fp8" and rows >= FP8_MIN_TOKENS:
-        return torch.ops.nvfp4_video.linear_fp8(input, *weight, bias, backend)
-    if 0 < rows <= reference.MAX_TOKENS:
-        return torch.ops.nvfp4_video.gemv(input, *weight, bias, backend)
-    decoded = torch.ops.nvfp4_video.dequantize(*weight, input.dtype, backend)
-    return torch.nn.functional.linear(input, decoded, bias)

@@ -25,6 +25,8 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from .. import residency
+
 logger = logging.getLogger(__name__)
 
 EAGER = "block by block"
@@ -102,9 +104,9 @@ def _derive(llama: ModuleType, prefetch: ModuleType) -> tuple[type, type, type]:
 
     class DecodeModel(llama.Llama2_):
         def init_kv_cache(self, batch, capacity, device, dtype):
-            if batch != 1 or _obstacle(device) or getattr(self.layers[0], "_v_block", None) is None:
+            if batch != 1 or _obstacle(device) or not residency.has_allocation(self.layers[0]):
                 return super().init_kv_cache(batch, capacity, device, dtype)
-            if any(hasattr(layer, "_comfy_graph") for layer in self.layers):
+            if any(residency.is_captured(layer) for layer in self.layers):
                 prefetch.cleanup_prefetch_queues()  # graphs of an earlier generation hold its cache
             return self.fixed_caches(capacity, device, dtype)
 
@@ -156,12 +158,11 @@ def _obstacle(device: torch.device) -> str:
     """Why the host will not capture graphs on ``device``, or an empty string."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"graphs need an NVIDIA GPU, the model is on {device.type}"
-    if getattr(importlib.import_module("comfy.cli_args").args, "disable_cuda_graphs", False):
+    if residency.option("disable_cuda_graphs"):
         return "ComfyUI runs with --disable-cuda-graphs or --disable-comfy-compiler"
     if comfy.model_management.NUM_STREAMS == 0:
         return "ComfyUI runs without async offload"
-    compiler = getattr(importlib.import_module("comfy.model_prefetch"), "malloc_graph_enabled", None)
-    if compiler is not None and not compiler(device):
+    if not residency.compiler_is_on(device):
         return "ComfyUI's compiler is off"
     return ""
 
@@ -202,7 +203,7 @@ def _small_models() -> list[tuple[Any, bool]]:
             for parameter in model.parameters():
                 parameter.normal_(std=0.3, generator=generator)
         if kind is decode:
-            model.graph_dynamic_vbar_blocks = True
+            residency.ask_for_graphs(model)
             for layer in model.layers:
                 layer.self_attn.__class__ = attention
         models.append((model, kind is decode))
@@ -238,7 +239,8 @@ def use_graphs(clip: Any) -> str:
             if type(layer.self_attn) is attention.__bases__[0]:
                 layer.self_attn.__class__ = attention
         model.__class__ = decode
-        model.prefetch_dynamic_vbars = model.graph_dynamic_vbar_blocks = True
+        residency.ask_for_prefetch(model)
+        residency.ask_for_graphs(model)
     if not hasattr(clip.cond_stage_model, "get_dynamic_vram__units"):
         # The host asks the whole text encoder for its blocks; LTX's class does not pass the question on.
         clip.cond_stage_model.get_dynamic_vram__units = types.MethodType(_units, clip.cond_stage_model)

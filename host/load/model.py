@@ -1,91 +1,39 @@
 """An NVFP4 file of any dialect -> the host's MODEL, and a report of what was loaded and how it will compute.
 
-The host does the loading. This module finds the dialect, replaces each packed weight in the state dict by a tensor in
-the host's layout that shows its logical shape, writes the markers the host looks for, and passes its own operations
-class. Native tensors are not copied: they stay slices of the mapped file.
+The host does the loading. This module decides how each layer computes, has the state dict brought to the host's layout
+(state_dict.py), passes an operations class (host/compute/linear.py) and installs on the loaded model what belongs to
+it: LoRA branches, layers that share rows, CUDA graphs of the blocks. report.py tells what came of it.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import json
 import logging
-from collections import Counter
-from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_detection
 import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
-from comfy.quant_ops import QUANT_ALGOS
 
-from ...checkpoint.file.container import TensorReader
-from ...checkpoint.file.header import MARKER, CheckpointError, Header, read_header
-from ...checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan, detect, host_layer, input_scale
-from ...checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
-from ...checkpoint.identify.layers import Layer, refuse
+from ...checkpoint.file.header import CheckpointError, read_header
+from ...checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan
 from ...checkpoint.identify.signatures import Model, find_model, transformer_config
-from ...checkpoint.identify.values import Get, check_layer, expand, read_scale
 from ...kernels import backends
-from .. import residency
 from ..compute.block_graphs import use_graphs
 from ..compute.device_modes import remember
 from ..compute.fusions import fuse
-from ..compute.linear import supports, weight_only_operations, wrap
+from ..compute.linear import weight_only_operations
 from ..compute.lora_patcher import use_branches
 from ..compute.modes import AUTO as FASTEST
-from ..compute.modes import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers
+from ..compute.modes import MODES, Compute, parse_overrides, pick_mode, plan_layers
+from .report import LoadReport, report_of
+from .state_dict import check_linears, plan_file, rewrite
 
 logger = logging.getLogger(__name__)
 
 COMPUTE_MODES = (*MODES, FASTEST)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What was loaded and how it computes; ``str()`` is the text shown to the user."""
-
-    file: str
-    family: str
-    dialect: str
-    evidence: str
-    layers: dict[str, int]  # format -> number of Linears
-    gigabytes: float
-    compute: str
-    compute_reason: str
-    modes: dict[str, int]  # mode -> number of NVFP4 Linears
-    backend: str
-    reason: str
-    device: str
-    dynamic_vram: bool
-    config_from: str | None
-    graphs: str  # CUDA graphs of the blocks: which, or why none; empty if nobody would expect any
-    unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
-
-    def __str__(self) -> str:
-        layers = ", ".join(f"{count:,} {name}" for name, count in self.layers.items())
-        how = f"{self.compute} ({self.compute_reason})" if self.compute_reason != "asked for" else self.compute
-        if len(self.modes) > 1:
-            how += f": {describe(self.modes)}"
-        how += f", weights decoded by the {self.backend} backend ({self.reason})"
-        if self.dialect == "none":
-            how = "as ComfyUI's own loader, there is nothing to dequantise"
-        lines = [
-            f"{self.file}: {self.family}, {self.gigabytes:.2f} GB",
-            f"dialect: {self.dialect} ({self.evidence})",
-            f"layers: {layers}",
-            f"compute: {how}",
-            f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
-        ]
-        if self.graphs:
-            lines.append(f"CUDA graphs: {self.graphs}")
-        if self.unknown:
-            lines.append(self.unknown)
-        if self.config_from:
-            lines.append(f"config taken from {self.config_from}")
-        return "\n".join(lines)
 
 
 def load_model(
@@ -96,7 +44,7 @@ def load_model(
     config_from: str | None = None,
     disable_dynamic: bool = False,
     layer_compute: str = "",
-) -> tuple:
+) -> tuple[Any, LoadReport]:
     """File, options -> (ModelPatcher, LoadReport).
 
     ``compute``, ``layer_compute``: host/compute/modes.py. ``config_from``: a safetensors file whose header entry
@@ -130,7 +78,8 @@ def load_model(
 
     remember(patcher.model.diffusion_model, device, operations.Linear, compute_on)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute))
-    report = _report(plan, model, how, (backend_name, reason), device, patcher, config_source)
+    graphs = use_graphs(patcher)
+    report = report_of(plan, model, how, (backend_name, reason), device, patcher, config_source, graphs)
     logger.info("%s", str(report).replace("\n", "; "))
     return patcher, report
 
@@ -173,129 +122,6 @@ def _complete_config(metadata: dict, header, model: Model, config_from: str | No
     return None
 
 
-def plan_file(header: Header, dialect: str = AUTO, prefix: str = "") -> DialectPlan:
-    """Header -> DialectPlan of what can be loaded. CheckpointError, which names the layer, for what cannot."""
-    with TensorReader(header) as reader:
-        plan = detect(header, dialect, prefix, reader.get)
-    refuse(header.path.name, plan.layers)
-    for layer, fault in plan.faults().items():
-        if not plan.stated:
-            raise CheckpointError(
-                f"its `{MARKER}` marker {fault}",
-                where=f"{header.path.name}, layer {layer}",
-                expected='{"format": "nvfp4"} or another format that fits its tensors and this ComfyUI',
-                remedy="download the file again, or state its `dialect` (comfy, if a tool for ComfyUI wrote it): "
-                "the markers are then made from the tensors",
-            )
-    for name, content in plan.formats.items():
-        if content["format"] not in QUANT_ALGOS:
-            where, found = f"{header.path.name}, layer {name}", f"its format is {content['format']!r}"
-            known = f"one that this ComfyUI knows: {', '.join(QUANT_ALGOS)}"
-            raise CheckpointError(found, where=where, expected=known, remedy="update ComfyUI")
-    if plan.absent:
-        text = "%s declares %d layers that it does not have, such as %s"
-        logger.warning(text, header.path.name, len(plan.absent), plan.absent[0])
-    return plan
-
-
-def rewrite(plan: DialectPlan, state_dict: dict) -> dict:
-    """State dict as stored -> in the host's layout with markers, layer by layer and in place.
-
-    NVFP4 weights become the host's QuantizedTensor; a converted layer's original is dropped before the next is read.
-    FP8 scaled in blocks, which the host does not have, becomes BF16. Raises CheckpointError for scales that are NaN.
-    """
-    for name, layer in plan.layers.items():
-        if f"{name}.{layer.weight}" not in state_dict:
-            continue  # of another part of the file
-        get = functools.partial(_tensor_of, state_dict, name)
-        check_layer(plan.header.path.name, layer, get)
-        new = _converted(plan, layer, get)
-        if layer.marker is not None:
-            new[MARKER] = torch.tensor(list(json.dumps(dict(layer.marker)).encode()), dtype=torch.uint8)
-        for suffix in (*layer.read, *layer.ignored):
-            if suffix not in _KEPT_KEYS or suffix in new:
-                state_dict.pop(f"{name}.{suffix}", None)
-        state_dict.update({f"{name}.{suffix}": tensor for suffix, tensor in new.items()})
-    for key in [key for key in state_dict if key.rpartition(".")[2] == OLD_FP8]:
-        del state_dict[key]
-    return state_dict
-
-
-def _converted(plan: DialectPlan, layer: Layer, get: Get) -> dict[str, torch.Tensor]:
-    """The tensors of one layer that the host wants otherwise, by key suffix; all others of it stay."""
-    where = f"{plan.header.path.name}, layer {layer.name}"
-    if layer.name in plan.nvfp4:
-        new = {"weight": wrap(host_layer(plan, layer.name, get))}
-        activation = input_scale(plan, layer.name, get)
-        if activation is not None:
-            new["input_scale"] = activation
-        if SMOOTHING in layer.read and not supports(SMOOTHING):
-            found = f"it has AWQ smoothing (`{SMOOTHING}`), which this ComfyUI would ignore"
-            expected = "a ComfyUI of August 2026 or later"
-            raise CheckpointError(found, where=where, expected=expected, remedy="update ComfyUI")
-        return new
-    if layer.scale is None or not layer.kind.startswith("fp8"):
-        # What the host reads by itself stays under its own names.
-        return {suffix: get(suffix) for suffix in layer.read if suffix != MARKER}
-    scale = expand(read_scale(plan.header.path.name, layer, get), layer)
-    if layer.kind == "fp8_blocks":
-        return {"weight": (get("weight").float() * scale).to(torch.bfloat16)}
-    new = {"weight": get("weight"), "weight_scale": scale}
-    old = next((get(suffix) for suffix in ("input_scale", "scale_input") if suffix in layer.read), None)
-    # The host, too, takes an input scale of one in its older files for none.
-    if old is not None and not (layer.scale == "scale_weight" and old.item() == 1):
-        new["input_scale"] = old.float().reshape(())
-    return new
-
-
-# Tensors of a layer that the host, or the pack's Linear, takes as they are.
-_KEPT_KEYS = (SMOOTHING, *LOW_RANK)
-
-
-def check_linears(model: torch.nn.Module, linear: type, keys: frozenset[str], name: str) -> None:
-    """Refuse Linears that the host gave a weight of another shape, or none though the file has parts of them.
-
-    A layer of which the file has nothing may be one that this host builds and the model does not use: a warning.
-    """
-    absent = []
-    present = {key.rpartition(".")[0] for key in keys}
-    remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
-    for layer, module in model.named_modules():
-        if not isinstance(module, linear):
-            continue
-        shape, stored = (module.out_features, module.in_features), stored_shape(module)
-        if stored is None and layer in present:
-            found = "it has no `weight`"
-        elif stored is not None and stored != shape:
-            found = f"its `weight` has shape {stored}"
-        elif layer in present and module.bias is not None and f"{layer}.bias" not in keys:
-            found, shape = "it has no `bias`", shape[:1]
-        else:
-            absent += [layer] if stored is None else []
-            continue
-        where, expected = f"{name}, layer {layer}", f"one of shape {shape}"
-        raise CheckpointError(found, where=where, expected=expected, remedy=remedy)
-    if absent:
-        logger.warning("%s has nothing of %d layers of the model, such as %s", name, len(absent), absent[0])
-
-
-def stored_shape(module: torch.nn.Module) -> tuple[int, ...] | None:
-    """Shape of a Linear's weight; of FP8 and INT8 that of the codes, since the host's tensor shows the model's."""
-    weight = module.weight
-    if weight is None:
-        return None
-    codes = getattr(weight, "_qdata", None)
-    by_code = codes is not None and module.__dict__.get("quant_format") in _ONE_BY_ONE
-    return tuple((codes if by_code else weight).shape)
-
-
-_ONE_BY_ONE = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # formats with a code for each number
-
-
-def _tensor_of(state_dict: dict, layer: str, suffix: str) -> torch.Tensor:
-    return state_dict[f"{layer}.{suffix}"]
-
-
 def _compute_dtype(state_dict: dict, metadata: dict, device: torch.device, name: str) -> torch.dtype:
     """The dtype the host would compute this model's quantised layers in on ``device``."""
     # The host looks behind its own prefixes first, then takes the names as they are.
@@ -323,38 +149,6 @@ def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool
     return patcher
 
 
-def count_layers(plan: DialectPlan) -> Counter[str]:
-    """Format -> number of matrices."""
-    layers = Counter(content["format"] for content in plan.formats.values())
-    plain = [layer for name, layer in plan.layers.items() if name not in plan.formats and len(layer.shape) == 2]
-    names = {"fp8_blocks": "FP8 in blocks, restored to BF16"}
-    dtypes = (names.get(layer.kind) or plan.groups[layer.name][layer.weight].dtype for layer in plain)
-    return layers + Counter(dtypes)
 
 
-def _report(plan: DialectPlan, model: Model, compute: Compute, backend, device, patcher, config_source) -> LoadReport:
-    tensors = {key: info for key, info in plan.header.tensors.items() if key.startswith(model.prefix)}
-    layers = count_layers(plan)
-    modules = patcher.model.diffusion_model.modules()
-    modes = Counter(mode for module in modules if (mode := module.__dict__.get("nvfp4_mode")))
-    return LoadReport(
-        file=plan.header.path.name,
-        family=model.family or type(patcher.model).__name__,
-        dialect=plan.dialect or "none",
-        evidence=plan.evidence,
-        layers=dict(layers.most_common()),
-        gigabytes=sum(info.nbytes for info in tensors.values()) / 1e9,
-        compute=compute.mode,
-        compute_reason=compute.reason,
-        modes=dict(modes.most_common()),
-        backend=backend[0],
-        reason=backend[1],
-        device=str(device),
-        dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
-        config_from=config_source,
-        graphs=use_graphs(patcher),
-        unknown=str(residency.check()),
-    )
-
-
-__all__ = ["COMPUTE_MODES", "DIALECTS", "LoadReport", "load_model", "rewrite"]
+__all__ = ["COMPUTE_MODES", "DIALECTS", "load_model"]

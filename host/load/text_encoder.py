@@ -1,7 +1,7 @@
 """The Gemma text encoder of LTX-2.x in NVFP4, any dialect -> the host's CLIP, with the pack's Linear, and a report.
 
 The host builds the model and owns tokenizer, patcher and offload. This module brings both state dicts to the host's
-layout (model.py), passes an operations class, and lets the host replay the token loop of the prompt enhancer as
+layout (state_dict.py), passes an operations class, and lets the host replay the token loop of the prompt enhancer as
 CUDA graphs (host/compute/token_graphs.py).
 """
 
@@ -36,7 +36,8 @@ from ...kernels.format import OUTPUT_DTYPES, PackedWeight
 from ..compute.linear import weight_only_operations
 from ..compute.lora_patcher import use_branches
 from ..compute.token_graphs import use_graphs
-from .model import count_layers, plan_file, rewrite, stored_shape
+from .report import count_layers
+from .state_dict import plan_file, rewrite, stored_shape
 
 logger = logging.getLogger(__name__)
 

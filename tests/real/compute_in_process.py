@@ -39,12 +39,12 @@ def sampled(scene, counts: dict, patcher) -> tuple:
 
 
 def facts_of(scene) -> dict:
-    linear, fp8, compute = load("host.compute.linear"), load("kernels.fp8"), load("host.compute.modes")
+    matmul, fp8, compute = load("host.compute.matmul"), load("kernels.fp8"), load("host.compute.modes")
     dispatch = load("kernels.dispatch")
     counts = {"fp8": 0, "host": 0}
     fp8.obstacle = lambda device: ""
     compute._fp4_obstacle = lambda device: ""
-    linear.FP8_MIN_TOKENS = 1
+    matmul.FP8_MIN_TOKENS = 1
     prepare = dispatch.prepare
 
     def counted(operation, *arguments):

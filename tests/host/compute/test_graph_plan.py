@@ -14,7 +14,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from nvfp4_video.host import residency
 from nvfp4_video.host.compute import block_graphs, graph_key, graph_plan
-from nvfp4_video.host.load.model import LoadReport
+from nvfp4_video.host.load.report import LoadReport
 from nvfp4_video.tests.support.graph_fakes import CPU, Block, Compressed, Model, inputs, patcher_of, run
 
 GPU = torch.device("cuda", 0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nvfp4_video.host.compute import linear, lora
+from nvfp4_video.host.compute import lora
+from nvfp4_video.host.compute.matmul import FP8_MIN_TOKENS
 from nvfp4_video.kernels import fp8
 from nvfp4_video.kernels.format import OUTPUT_DTYPES
 from nvfp4_video.tests.support.lora_helpers import CPU, SETS, Adapter, adapter, build, change, patches_of
@@ -72,7 +73,7 @@ def test_leading_dimensions_stay(lead):
 def test_in_fp8_mode_the_lora_is_added_to_the_fp8_product(shape, monkeypatch):
     monkeypatch.setattr(fp8, "obstacle", lambda device: "")
     layer, weight = build(*shape, mode="fp8")
-    x = torch.randn(linear.FP8_MIN_TOKENS, shape[1]).bfloat16()
+    x = torch.randn(FP8_MIN_TOKENS, shape[1]).bfloat16()
     plain = layer(x).float()
     patches = patches_of("three", *shape)
     put(layer, patches)

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
-from nvfp4_video.host.load.model import check_linears, load_model
+from nvfp4_video.host.load.model import load_model
+from nvfp4_video.host.load.state_dict import check_linears
 from nvfp4_video.tests.host.load.test_load_model import (  # the fixtures come with their names
     LAYER,
     assert_computes_the_decoded_weights,
@@ -101,11 +102,11 @@ def test_a_low_rank_part_is_added_to_the_layer_and_saved_with_it(edit, model):  
     dit = load_model(edit("modelopt", change))[0].model.diffusion_model
     for layer in (LAYER, "transformer_blocks.2.attn1.to_gate_logits"):
         module, (down, up) = dit.get_submodule(layer), parts[layer]
-        x = torch.randn(3, module.in_features, dtype=torch.bfloat16)
+        x = torch.randn(3, module.in_features)
         smooth = x * module.pre_quant_scale
         weight = module.weight.dequantize()[: module.out_features]
         wanted = torch.nn.functional.linear(smooth, weight, module.bias)
-        wanted = wanted + torch.nn.functional.linear(torch.nn.functional.linear(smooth, down), up)
+        wanted = wanted + torch.nn.functional.linear(torch.nn.functional.linear(smooth, down.float()), up.float())
         torch.testing.assert_close(module(x), wanted, rtol=0.02, atol=0.01)
         saved = module.state_dict(prefix=f"{layer}.")
         assert torch.equal(saved[f"{layer}.svdquant_lora_a"], down)

@@ -103,10 +103,8 @@ def unet_dtype(
 
 
 def unet_manual_cast(weight_dtype, inference_device, supported_dtypes=(torch.float16, torch.bfloat16, torch.float32)):
-    """None where no cast is needed; a CPU computes everything but fp32 in a cast."""
-    if weight_dtype in (torch.float32, torch.float64):
-        return None
-    return torch.bfloat16 if torch.bfloat16 in supported_dtypes else torch.float32
+    """None where no cast is needed; a CPU computes everything else in fp32, whatever the model supports."""
+    return None if weight_dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def cast_to_device(tensor, device, dtype, copy=False):

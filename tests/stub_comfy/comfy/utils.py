@@ -52,12 +52,40 @@ def detect_layer_quantization(state_dict, prefix):
 
 
 def convert_old_quants(state_dict, model_prefix="", metadata=None):
-    """The header's ``_quantization_metadata`` becomes markers, one for each layer it names, names taken verbatim."""
-    metadata = metadata or {}
-    layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+    """The header's ``_quantization_metadata`` becomes markers, one for each layer it names, names taken verbatim.
+
+    Without one the tensor ``scaled_fp8`` marks the older format, whose scales get today's names.
+    """
+    metadata = {} if metadata is None else metadata
+    if "_quantization_metadata" in metadata:
+        layers = json.loads(metadata["_quantization_metadata"])["layers"]
+    elif f"{model_prefix}scaled_fp8" in state_dict:
+        state_dict, layers = _convert_scaled_fp8(state_dict, model_prefix)
+    else:
+        layers = {}
     for layer, conf in layers.items():
         state_dict[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
     return state_dict, metadata
+
+
+def _convert_scaled_fp8(state_dict, prefix):
+    """A new state dict, and what each layer's marker says: E4M3, and full precision if the mark has two elements."""
+    conf = {"format": "float8_e4m3fn"}
+    if state_dict[f"{prefix}scaled_fp8"].nelement() == 2:
+        conf["full_precision_matrix_mult"] = True
+    out, layers = {}, {}
+    for key, tensor in state_dict.items():
+        layer, _, leaf = key.rpartition(".")
+        if not key.startswith(prefix):
+            out[key] = tensor
+        elif key == f"{prefix}scaled_fp8" or leaf == "scale_input" and tensor.item() == 1:
+            continue  # an input scale of one says nothing
+        elif leaf == "scale_weight":
+            layers[layer] = conf
+            out[f"{layer}.weight_scale"] = tensor
+        else:
+            out[f"{layer}.input_scale" if leaf == "scale_input" else key] = tensor
+    return out, layers
 
 
 class ProgressBar:

@@ -1,0 +1,147 @@
+"""The state dict of an NVFP4 file -> the host's layout, and the checks before and after the host loads it.
+
+Each packed weight becomes a tensor in the host's layout that shows its logical shape, and every quantised layer gets
+the marker the host looks for. Native tensors are not copied: they stay slices of the mapped file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+
+import torch
+from comfy.quant_ops import QUANT_ALGOS
+
+from ...checkpoint.file.container import TensorReader
+from ...checkpoint.file.header import MARKER, CheckpointError, Header
+from ...checkpoint.identify.dialects import AUTO, DialectPlan, detect, host_layer, input_scale
+from ...checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
+from ...checkpoint.identify.layers import Layer, refuse
+from ...checkpoint.identify.values import Get, check_layer, expand, read_scale
+from ..compute.linear import supports, wrap
+
+logger = logging.getLogger(__name__)
+
+
+def plan_file(header: Header, dialect: str = AUTO, prefix: str = "") -> DialectPlan:
+    """Header -> DialectPlan of what can be loaded. CheckpointError, which names the layer, for what cannot."""
+    with TensorReader(header) as reader:
+        plan = detect(header, dialect, prefix, reader.get)
+    refuse(header.path.name, plan.layers)
+    for layer, fault in plan.faults().items():
+        if not plan.stated:
+            raise CheckpointError(
+                f"its `{MARKER}` marker {fault}",
+                where=f"{header.path.name}, layer {layer}",
+                expected='{"format": "nvfp4"} or another format that fits its tensors and this ComfyUI',
+                remedy="download the file again, or state its `dialect` (comfy, if a tool for ComfyUI wrote it): "
+                "the markers are then made from the tensors",
+            )
+    for name, content in plan.formats.items():
+        if content["format"] not in QUANT_ALGOS:
+            where, found = f"{header.path.name}, layer {name}", f"its format is {content['format']!r}"
+            known = f"one that this ComfyUI knows: {', '.join(QUANT_ALGOS)}"
+            raise CheckpointError(found, where=where, expected=known, remedy="update ComfyUI")
+    if plan.absent:
+        text = "%s declares %d layers that it does not have, such as %s"
+        logger.warning(text, header.path.name, len(plan.absent), plan.absent[0])
+    return plan
+
+
+def rewrite(plan: DialectPlan, state_dict: dict) -> dict:
+    """State dict as stored -> in the host's layout with markers, layer by layer and in place.
+
+    NVFP4 weights become the host's QuantizedTensor; a converted layer's original is dropped before the next is read.
+    FP8 scaled in blocks, which the host does not have, becomes BF16. Raises CheckpointError for scales that are NaN.
+    """
+    for name, layer in plan.layers.items():
+        if f"{name}.{layer.weight}" not in state_dict:
+            continue  # of another part of the file
+        get = functools.partial(_tensor_of, state_dict, name)
+        check_layer(plan.header.path.name, layer, get)
+        new = _converted(plan, layer, get)
+        if layer.marker is not None:
+            new[MARKER] = torch.tensor(list(json.dumps(dict(layer.marker)).encode()), dtype=torch.uint8)
+        for suffix in (*layer.read, *layer.ignored):
+            if suffix not in _KEPT_KEYS or suffix in new:
+                state_dict.pop(f"{name}.{suffix}", None)
+        state_dict.update({f"{name}.{suffix}": tensor for suffix, tensor in new.items()})
+    for key in [key for key in state_dict if key.rpartition(".")[2] == OLD_FP8]:
+        del state_dict[key]
+    return state_dict
+
+
+def _converted(plan: DialectPlan, layer: Layer, get: Get) -> dict[str, torch.Tensor]:
+    """The tensors of one layer that the host wants otherwise, by key suffix; all others of it stay."""
+    where = f"{plan.header.path.name}, layer {layer.name}"
+    if layer.name in plan.nvfp4:
+        new = {"weight": wrap(host_layer(plan, layer.name, get))}
+        activation = input_scale(plan, layer.name, get)
+        if activation is not None:
+            new["input_scale"] = activation
+        if SMOOTHING in layer.read and not supports(SMOOTHING):
+            found = f"it has AWQ smoothing (`{SMOOTHING}`), which this ComfyUI would ignore"
+            expected = "a ComfyUI of August 2026 or later"
+            raise CheckpointError(found, where=where, expected=expected, remedy="update ComfyUI")
+        return new
+    if layer.scale is None or not layer.kind.startswith("fp8"):
+        # What the host reads by itself stays under its own names.
+        return {suffix: get(suffix) for suffix in layer.read if suffix != MARKER}
+    scale = expand(read_scale(plan.header.path.name, layer, get), layer)
+    if layer.kind == "fp8_blocks":
+        return {"weight": (get("weight").float() * scale).to(torch.bfloat16)}
+    new = {"weight": get("weight"), "weight_scale": scale}
+    old = next((get(suffix) for suffix in ("input_scale", "scale_input") if suffix in layer.read), None)
+    # The host, too, takes an input scale of one in its older files for none.
+    if old is not None and not (layer.scale == "scale_weight" and old.item() == 1):
+        new["input_scale"] = old.float().reshape(())
+    return new
+
+
+# Tensors of a layer that the host, or the pack's Linear, takes as they are.
+_KEPT_KEYS = (SMOOTHING, *LOW_RANK)
+
+
+def check_linears(model: torch.nn.Module, linear: type, keys: frozenset[str], name: str) -> None:
+    """Refuse Linears that the host gave a weight of another shape, or none though the file has parts of them.
+
+    A layer of which the file has nothing may be one that this host builds and the model does not use: a warning.
+    """
+    absent = []
+    present = {key.rpartition(".")[0] for key in keys}
+    remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
+    for layer, module in model.named_modules():
+        if not isinstance(module, linear):
+            continue
+        shape, stored = (module.out_features, module.in_features), stored_shape(module)
+        if stored is None and layer in present:
+            found = "it has no `weight`"
+        elif stored is not None and stored != shape:
+            found = f"its `weight` has shape {stored}"
+        elif layer in present and module.bias is not None and f"{layer}.bias" not in keys:
+            found, shape = "it has no `bias`", shape[:1]
+        else:
+            absent += [layer] if stored is None else []
+            continue
+        where, expected = f"{name}, layer {layer}", f"one of shape {shape}"
+        raise CheckpointError(found, where=where, expected=expected, remedy=remedy)
+    if absent:
+        logger.warning("%s has nothing of %d layers of the model, such as %s", name, len(absent), absent[0])
+
+
+def stored_shape(module: torch.nn.Module) -> tuple[int, ...] | None:
+    """Shape of a Linear's weight; of FP8 and INT8 that of the codes, since the host's tensor shows the model's."""
+    weight = module.weight
+    if weight is None:
+        return None
+    codes = getattr(weight, "_qdata", None)
+    by_code = codes is not None and module.__dict__.get("quant_format") in _ONE_BY_ONE
+    return tuple((codes if by_code else weight).shape)
+
+
+_ONE_BY_ONE = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # formats with a code for each number
+
+
+def _tensor_of(state_dict: dict, layer: str, suffix: str) -> torch.Tensor:
+    return state_dict[f"{layer}.{suffix}"]

@@ -1,0 +1,25 @@
+"""What tests/stub_comfy computes is what the real ComfyUI computes from the same inputs, on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from nvfp4_video.tests.real import stub_values
+from nvfp4_video.tests.real.harness import run_in_host
+
+
+@pytest.fixture(scope="module")
+def host_values() -> dict:
+    """Name of a case -> the real host's value."""
+    result = run_in_host(Path(stub_values.__file__))
+    lines = [line for line in result.stdout.splitlines() if line.startswith(stub_values.MARK)]
+    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return json.loads(lines[-1].removeprefix(stub_values.MARK))
+
+
+@pytest.mark.parametrize("name", stub_values.cases())
+def test_the_stub_computes_what_the_host_computes(host_values: dict, name: str):
+    stub = json.loads(json.dumps(stub_values.plain(stub_values.cases()[name]())))
+    assert stub == host_values[name]
