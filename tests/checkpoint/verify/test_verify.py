@@ -99,7 +99,8 @@ def test_exchanged_nibbles_have_their_mark_of_1_41_and_the_right_dialect_is_name
     tensors = load(small / "modelopt_swizzled.safetensors")
     layers = [name.removesuffix(".weight_scale_2") for name in tensors if name.endswith(".weight_scale_2")]
     marker = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
-    wrong = save(tmp_path / "wrong.safetensors", tensors | {f"{layer}.comfy_quant": marker for layer in layers})
+    marked = tensors | {f"{layer}.comfy_quant": marker for layer in layers}
+    wrong = save(tmp_path / "wrong.safetensors", marked, metadata(small / "bf16.safetensors"))
     found = verify(wrong, small / "bf16.safetensors")
     assert not found.ok and found.dialect == "comfy"
     assert 1.39 < found.mean_error < 1.43
@@ -137,7 +138,7 @@ def test_a_file_that_leaves_its_dialect_open_is_read_in_the_one_that_fits(small,
         from nvfp4_video.checkpoint.identify.dialects import detect
 
         detect(read_header(file))
-    found = verify(file, small / "bf16.safetensors")
+    found = verify(file, save(tmp_path / "bf16.safetensors", state, {}))
     assert found.ok and found.dialect in ("modelopt_swizzled", "lightx2v")
     assert "fits the source" in found.evidence
 
