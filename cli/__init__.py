@@ -38,7 +38,7 @@ COMMANDS = {
     "split": ("files", "write the VAE, audio VAE and other components of a checkpoint to their own files"),
     "repair": ("files", "make a quantised checkpoint loadable by stock ComfyUI"),
     "quantize": ("quantize", "write a BF16 or FP8 checkpoint as NVFP4, in little memory, with a model card"),
-    "verify": ("quantize", "compare an NVFP4 file with its source, layer by layer"),
+    "verify": ("quantize", "compare an NVFP4 file with its source, tensor by tensor"),
     "plan": ("plan", "tell whether a model fits a GPU, and what NVFP4 changes there: size, speed or both"),
     "bench": ("bench", "render one clip by every format and compute mode: size, time, memory, quality"),
     "sharpness": ("media", "measure how sharp images, folders or videos are, and name preview decodes"),

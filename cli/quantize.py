@@ -58,8 +58,9 @@ def quantize(parser: argparse.ArgumentParser) -> None:
 def verify(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``verify``."""
     parser.description = (
-        "Compares an NVFP4 file of any dialect with the checkpoint it was made from, layer by layer. Exits with 1 if a "
-        "layer is worse than its format allows, is read in the wrong dialect, or something else was changed."
+        "Compares an NVFP4 file of any dialect with the checkpoint it was made from, tensor by tensor. Exits with 1 if "
+        "a layer is worse than its format allows or is read in the wrong dialect, or if anything else is missing, new, "
+        "altered or not declared. A file of the diffusion model alone may lack the VAEs, and that is said."
     )
     parser.add_argument("file", metavar="FILE", help="the quantised checkpoint")
     add_source(parser, "SOURCE")
