@@ -39,7 +39,12 @@ class Side:
         self.full = {own: name for name, own in self.names.items()}
         self.own = component.names
         self.prefix = component.prefix
+        self.plan: DialectPlan | None = None
         self.stored: Mapping[str, Layer] = {}
+
+    def take(self, plan: DialectPlan) -> None:
+        """Say how its layers are stored."""
+        self.plan, self.stored = plan, plan.layers
 
     def layer(self, layer: str) -> str:
         """Layer as stored -> without prefix."""
@@ -78,7 +83,7 @@ def account_for(ours: Side, theirs: Side, plan: DialectPlan) -> Account:
             if mine.coded:
                 alone.append(ours.layer(name))
                 explained |= _keys(mine, mine.read)
-        elif mine.kind != other.kind or (mine.coded and _dtype(ours, mine) != _dtype(theirs, other)):
+        elif mine.kind != other.kind or (mine.coded and _written_otherwise(ours, theirs, mine, other)):
             found.recoded[f"{name}.{mine.weight}"] = mine, other
             explained |= _keys(mine, mine.read)
             used |= _keys(other, (*other.read, *other.ignored))
@@ -167,8 +172,12 @@ def _keys(layer: Layer, suffixes) -> set[str]:
     return {f"{layer.name}.{suffix}" for suffix in suffixes}
 
 
-def _dtype(side: Side, layer: Layer) -> str:
-    return side.header.tensors[f"{layer.name}.{layer.weight}"].dtype
+def _written_otherwise(ours: Side, theirs: Side, mine: Layer, other: Layer) -> bool:
+    """Whether a layer that both have in one format is of another dtype, or of another dialect."""
+    if mine.kind == "nvfp4":
+        return ours.plan.dialect != theirs.plan.dialect
+    tensors, sources = ours.header.tensors, theirs.header.tensors
+    return tensors[f"{mine.name}.{mine.weight}"].dtype != sources[f"{other.name}.{other.weight}"].dtype
 
 
 def _parsed(text: str | None) -> object:

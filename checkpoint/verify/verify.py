@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -26,9 +27,10 @@ from ..write.weights import FloatRows, FloatWeight
 from .account import Side, account_for, input_scale_faults
 from .found import LayerCheck, Verification, blocks_and_kinds, summary
 from .independent import sample, structure_faults
-from .weight_error import energy, layer_error, ratio
+from .weight_error import decode, energy, layer_error, ratio
 
 FP8_ALLOWED = 0.04  # E4M3 with one scale has 0.027 on Gaussian weights, E5M2 twice that
+SAME = 1e-6  # of two dialects, one of which divides by its global scale
 FLOAT_ALLOWED = 0.004  # what rounding to BF16 costs at most, 2^-8
 _SUSPICIOUS = 0.2
 _BLOCK_NUMBER = re.compile(r"(?:^|\.)(\w*(?:blocks|layers)\w*)\.(\d+)\.")
@@ -48,8 +50,8 @@ def verify(
     """
     device, step = torch.device(device), on_step or (lambda done, total: None)
     ours, theirs = Side(open_checkpoint(path)), Side(open_checkpoint(source))
-    theirs.stored = dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix).layers
     with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original:
+        theirs.take(dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix))
         layers = Layers(ours, theirs, reader, original, device)
         plan = layers.plan(dialect)
         account = account_for(ours, theirs, plan)
@@ -117,6 +119,8 @@ class Layers:
     def compare(self, mine: Layer, other: Layer) -> LayerCheck | str:
         """A layer that the two files store in different ways -> LayerCheck, or why it cannot be compared."""
         own = self.ours.layer(mine.name)
+        if mine.kind == other.kind == "nvfp4" and len(mine.shape) == 2:
+            return self._rewritten(mine, other)
         weight, decoded = self.theirs.weight(own), self.ours.weight(own)
         if weight is None:
             return f"{own}: the source has it as {other.title}, which is not read here; name the original as source"
@@ -140,6 +144,19 @@ class Layers:
             return self._made(layer, "NVFP4", (n, k), (math.inf, 0.1, 0.0, 0.0, 0), verdict)
         numbers = layer_error(rows, record, *beside)
         return self._made(layer, "NVFP4", (n, k), numbers, self._verdict(layer, weight, numbers))
+
+    def _rewritten(self, mine: Layer, other: Layer) -> LayerCheck:
+        """A layer that is NVFP4 in both, in two dialects: the numbers are the same, but for the last bit of a scale."""
+        ours, *beside = self.record(mine.name)
+        theirs, *others = self._record(self.theirs.plan, other.name, self.original)
+        n, k = (min(sides) for sides in zip(ours.shape, theirs.shape, strict=True))  # one may be padded
+        found, wanted = decode(replace(ours, shape=(n, k))), decode(replace(theirs, shape=(n, k)))
+        error, shape = ratio(energy(found - wanted), energy(wanted)), (n, k)
+        same = [round_up(a, 16) == round_up(b, 16) for a, b in zip(ours.shape, theirs.shape, strict=True)]
+        if not all(same) or [b is None for b in beside] != [b is None for b in others]:
+            error = math.inf
+        verdict = "" if error <= SAME else f"its error is {error:.3g}, though the source has it in NVFP4 too"
+        return self._made(mine.name, "NVFP4", shape, (error, SAME, 0.0, 0.0, int(not math.isfinite(error))), verdict)
 
     def _decoded(self, layer: Layer, mine: FloatWeight, weight: FloatWeight) -> LayerCheck:
         """One FP8 or floating-point layer that the source has in another format."""
@@ -204,15 +221,16 @@ class Layers:
         read = self.reader.tensor if dialect in (dialects.AUTO, self._stated) else None  # a trial may be any dialect
         plan = dialects.detect(header.of(self.ours.own), dialect, self.ours.prefix, read)
         refuse(header.path.name, plan.layers)
-        self.ours.stored = plan.layers
+        self.ours.take(plan)
         if plan.dialect is None:
             where, remedy = header.path.name, "name the quantised file first, its source second"
             raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
         return plan
 
-    def _record(self, plan: dialects.DialectPlan, layer: str) -> tuple:
+    def _record(self, plan: dialects.DialectPlan, layer: str, reader: Source | None = None) -> tuple:
         """A layer in the host's layout, what its input is multiplied by, and its low-rank part, if any."""
-        get = lambda suffix: self.reader.tensor(f"{layer}.{suffix}")  # noqa: E731
+        reader = reader or self.reader
+        get = lambda suffix: reader.tensor(f"{layer}.{suffix}")  # noqa: E731
         record, read = dialects.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
         smooth = get(SMOOTHING).float().reshape(-1).to(self.device) if SMOOTHING in read else None
         low_rank = None

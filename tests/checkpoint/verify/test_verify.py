@@ -95,6 +95,16 @@ def test_files_of_other_writers_are_verified_in_their_own_dialect(small, kind):
     assert {check.format for check in found.layers} == ({"NVFP4", "FP8"} if kind == "mixed" else {"NVFP4"})
 
 
+def test_a_file_and_the_same_in_another_dialect_are_compared_by_their_numbers(small, tmp_path):
+    found = verify(small / "modelopt.safetensors", small / "lightx2v.safetensors")
+    assert found.ok and len(found.layers) == 68 and found.mean_error < 1e-6, summary(found)
+    tensors = load(small / "modelopt.safetensors")
+    name = next(name for name in tensors if name.endswith(".weight_scale_2"))
+    tensors[name] = tensors[name] * 1.001
+    file = save(tmp_path / "off.safetensors", tensors, metadata(small / "modelopt.safetensors"))
+    assert [check.error > 1e-4 for check in verify(file, small / "lightx2v.safetensors").layers].count(True) == 1
+
+
 def test_exchanged_nibbles_have_their_mark_of_1_41_and_the_right_dialect_is_named(small, tmp_path):
     tensors = load(small / "modelopt_swizzled.safetensors")
     layers = [name.removesuffix(".weight_scale_2") for name in tensors if name.endswith(".weight_scale_2")]
