@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..measure.bench import ROWS
+from .amounts import amount, count, positive_count
 from .console import CommandError, Console
 
 
@@ -34,18 +35,20 @@ def bench(parser: argparse.ArgumentParser) -> None:
         help="one tensor (1, tokens, width) of a processed text; else seeded random numbers",
     )  # fmt: skip
     files.add_argument("--synthetic", action="store_true", help="make the files: LTX-2.3 with random weights")
-    files.add_argument("--layers", type=int, metavar="N", help="with --synthetic: only the first N blocks")
+    files.add_argument("--layers", type=positive_count, metavar="N", help="with --synthetic: only the first N blocks")
     files.add_argument("--small", action="store_true", help="with --synthetic: the scaled-down model and VAEs")
     clip = parser.add_argument_group("clip")
     clip.add_argument("--size", metavar="WxH", help="multiples of 32; default 768x512, with --small 64x64")
-    clip.add_argument("--frames", type=int, metavar="N", help="8k + 1; default 121, with --small 9")
-    clip.add_argument("--steps", type=int, default=8, metavar="N", help="spread over the 8 distilled sigmas; default 8")
-    clip.add_argument("--seed", type=int, default=1, metavar="N", help="default 1")
+    clip.add_argument("--frames", type=positive_count, metavar="N", help="8k + 1; default 121, with --small 9")
+    clip.add_argument(
+        "--steps", type=positive_count, default=8, metavar="N", help="spread over the 8 distilled sigmas; default 8"
+    )
+    clip.add_argument("--seed", type=count, default=1, metavar="N", help="default 1")
     how = parser.add_argument_group("measurement")
     how.add_argument("--rows", metavar="A,B,...", help=f"some of {', '.join(ROWS)}; default: all the files allow")
-    how.add_argument("--reps", type=int, default=3, metavar="N", help="processes for each row; default 3")
-    how.add_argument("--warm", type=int, default=1, metavar="N", help="clips after the cold one; default 1")
-    how.add_argument("--limit", type=float, metavar="SECONDS", help="begin no further repetition that would end later")
+    how.add_argument("--reps", type=positive_count, default=3, metavar="N", help="processes for each row; default 3")
+    how.add_argument("--warm", type=positive_count, default=1, metavar="N", help="clips after the cold one; default 1")
+    how.add_argument("--limit", type=amount, metavar="SECONDS", help="begin no further repetition that would end later")
     how.add_argument("--drop-cache", action="store_true", help="drop a file from the page cache before it is loaded")
     host = parser.add_argument_group("ComfyUI")
     host.add_argument("--comfyui", type=Path, metavar="DIR", help="its folder; default COMFYUI_PATH, or the pack's own")
@@ -66,9 +69,8 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], boo
         return {}, main(args.row_job)
     if args.out is None:
         raise CommandError("name a folder for the results: --out DIR")
-    for value, least, name in ((args.reps, 1, "--reps"), (args.warm, 1, "--warm"), (args.steps, 2, "--steps")):
-        if value < least:
-            raise CommandError(f"{name} is {value}; expected {least} or more")
+    if args.steps < 2:
+        raise CommandError(f"--steps is {args.steps}; expected 2 or more")
     if args.layers is not None and (args.layers < 5 or not args.synthetic or args.small):
         raise CommandError("--layers takes 5 blocks or more, and only with --synthetic (without --small)")
     if args.small and not args.synthetic:

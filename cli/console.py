@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import shutil
@@ -35,6 +37,24 @@ def check_ending(out: Path | None, ending: str) -> None:
     """Refuse to write an output under a name of another kind."""
     if out and out.suffix.lower() != ending:
         raise CommandError(f"the output {out} does not end in {ending}")
+
+
+def put(stream: TextIO, text: str) -> None:
+    """Write and flush; a stream whose reader has gone (`| head`) is silent from then on, other errors are raised."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        _silence(stream)
+        # Windows calls a pipe without a reader an invalid argument.
+        if error.errno != errno.EPIPE and not (os.name == "nt" and error.errno == errno.EINVAL):
+            raise
+
+
+def _silence(stream: TextIO) -> None:
+    """Let what a stream still holds, and all that follows, go nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class Console:
@@ -82,8 +102,9 @@ class Console:
         return f"\033[{_STYLES[style]}m{text}\033[0m" if style and self.colour else text
 
     def error(self, text: str) -> None:
-        """One line on stderr."""
-        sys.stderr.write(f"error: {' '.join(text.split())}\n")
+        """One line on stderr, if it can be written to."""
+        with contextlib.suppress(OSError):
+            put(sys.stderr, f"error: {' '.join(text.split())}\n")
 
     def progress(self, title: str, total: int | None = None, amount: Callable[[int], str] = str) -> Progress:
         """Context manager for a long step; ``amount`` writes its units (files, frames, bytes)."""
@@ -91,8 +112,7 @@ class Console:
 
     def _write(self, line: str = "") -> None:
         if not self.quiet:
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+            put(sys.stdout, line + "\n")
 
 
 class Progress:
@@ -155,8 +175,7 @@ class Progress:
             self._write(self.line() + "\n")
 
     def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        put(self.stream, text)
 
 
 def _takes_colour(stream: TextIO) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..measure import media
 from ..measure.compare import Comparison, compare_clips
 from ..measure.sharpness import REFERENCE_RATIO, Sharpness, measure_sharpness
+from .amounts import amount, positive_count
 from .console import CommandError, Console, check_ending
 
 if TYPE_CHECKING:
@@ -50,14 +51,7 @@ def compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_limit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-frames", type=_positive, metavar="N", help="look at the first N frames only")
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number above 0")
-    return value
+    parser.add_argument("--max-frames", type=positive_count, metavar="N", help="look at the first N frames only")
 
 
 def run_sharpness(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
@@ -91,9 +85,13 @@ def _reference(args: argparse.Namespace, console: Console) -> float | None:
     if args.reference is None:
         return None
     try:
-        return float(args.reference)
+        float(args.reference)
     except ValueError:
         return _measure(Path(args.reference), args.max_frames, None, console).median
+    try:
+        return amount(args.reference)
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(f"--reference: {error}, or a clip") from error
 
 
 def _measure(path: Path, limit: int | None, reference: float | None, console: Console) -> Sharpness:

@@ -11,6 +11,7 @@ from ..checkpoint.identify.components import find_components
 from ..measure.gpus import DETECTED, GPUS, pick_gpu
 from ..measure.plan import make_plan
 from ..measure.roofline import MODES, Clip
+from .amounts import amount, positive_count
 from .console import CommandError, Console, check_ending
 
 
@@ -24,15 +25,15 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", default=DETECTED, metavar="NAME", help=f"this machine's, if left out, or one of: {', '.join(GPUS)}"
     )
-    parser.add_argument("--width", type=int, default=768, metavar="PIXELS")
-    parser.add_argument("--height", type=int, default=512, metavar="PIXELS")
-    parser.add_argument("--frames", type=int, default=121, metavar="N")
-    parser.add_argument("--fps", type=float, default=24.0, metavar="N")
+    parser.add_argument("--width", type=positive_count, default=768, metavar="PIXELS")
+    parser.add_argument("--height", type=positive_count, default=512, metavar="PIXELS")
+    parser.add_argument("--frames", type=positive_count, default=121, metavar="N")
+    parser.add_argument("--fps", type=amount, default=24.0, metavar="N")
     parser.add_argument("--compute", choices=MODES, default=MODES[0], help="how NVFP4 is multiplied")
-    parser.add_argument("--text-encoder", type=float, metavar="GB", help="size of the text encoder, 9 if left out")
-    parser.add_argument("--memory", type=float, metavar="GB", help="memory of a GPU that is not in the list")
-    parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="its memory bandwidth")
-    parser.add_argument("--tflops", type=float, metavar="N", help="its dense BF16 tensor rate in TFLOP/s")
+    parser.add_argument("--text-encoder", type=amount, metavar="GB", help="size of the text encoder, 9 if left out")
+    parser.add_argument("--memory", type=amount, metavar="GB", help="memory of a GPU that is not in the list")
+    parser.add_argument("--bandwidth", type=amount, metavar="GB/S", help="its memory bandwidth")
+    parser.add_argument("--tflops", type=amount, metavar="N", help="its dense BF16 tensor rate in TFLOP/s")
     parser.add_argument("--picture", type=Path, metavar="OUT", help="write the roofline as .png")
     parser.set_defaults(run=run_plan)
 

@@ -18,6 +18,7 @@ from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import FAMILIES, Options
+from .amounts import count
 from .console import CommandError, Console, check_ending, size
 from .options import add_dialect, add_source, add_target
 
@@ -37,7 +38,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protect-audio", action="store_true", help="keep the audio branch as it is")
     parser.add_argument("--protect-cross-attention", action="store_true", help="keep all cross-attention as it is")
     parser.add_argument(
-        "--keep-first-last", type=int, metavar="N", help="keep N blocks at either end; default: as the recipe"
+        "--keep-first-last", type=count, metavar="N", help="keep N blocks at either end; default: as the recipe"
     )
     parser.add_argument("--keep", nargs="+", default=[], metavar="REGEX", help="keep the layers these match")
     parser.add_argument(
@@ -57,13 +58,14 @@ def quantize(parser: argparse.ArgumentParser) -> None:
 def verify(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``verify``."""
     parser.description = (
-        "Compares an NVFP4 file of any dialect with the checkpoint it was made from, layer by layer. Exits with 1 if a "
-        "layer is worse than its format allows, is read in the wrong dialect, or something else was changed."
+        "Compares an NVFP4 file of any dialect with the checkpoint it was made from, tensor by tensor. Exits with 1 if "
+        "a layer is worse than its format allows or is read in the wrong dialect, or if anything else is missing, new, "
+        "altered or not declared. A file of the diffusion model alone may lack the VAEs, and that is said."
     )
     parser.add_argument("file", metavar="FILE", help="the quantised checkpoint")
     add_source(parser, "SOURCE")
     parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the errors by block and layer type")
-    parser.add_argument("--worst", type=int, default=10, metavar="N", help="how many layers to list (default 10)")
+    parser.add_argument("--worst", type=count, default=10, metavar="N", help="how many layers to list (default 10)")
     add_dialect(parser)
     _add_device(parser)
     parser.set_defaults(run=run_verify)
@@ -87,8 +89,6 @@ def _device(name: str) -> torch.device:
 
 def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the record of the file or the estimate, whether it can be written)."""
-    if args.keep_first_last is not None and args.keep_first_last < 0:
-        raise CommandError("--keep-first-last takes a number of blocks, 0 or more")
     settings = QuantizeSettings(
         recipe=args.recipe,
         options=Options(

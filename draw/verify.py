@@ -31,7 +31,9 @@ def verification_picture(found: Verification) -> np.ndarray:
     page = Canvas(WIDTH, round(height), SMOOTH)
     page.text(MARGIN, 40, f"{found.file} against {found.source}", 30, bold=True, limit=INNER)
     wrong = sum(bool(check.verdict) for check in found.layers)
-    state = "as good as its format allows" if found.ok else f"{wrong:,} layers worse than their format allows"
+    others = [*found.changed, *found.alone, *found.missing, *found.extra, *found.faults]
+    beside = f", {len(others):,} other faults" if others else ""
+    state = "as good as its format allows" if found.ok else f"{wrong:,} layers worse than their format allows{beside}"
     mean = f", mean error {found.mean_error:.4f}" if found.layers else ""
     page.text(MARGIN, 88, f"{len(found.layers):,} quantised layers{mean}: {state}", 22, FAINT if found.ok else _WRONG)
     page.text(MARGIN, 132, "Relative error by block (across) and layer type (down)", 22, bold=True)

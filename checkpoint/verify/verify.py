@@ -12,86 +12,28 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ...kernels.format import BLOCK, round_up
 from ..file.header import CheckpointError
-from ..file.shards import Checkpoint, Source, open_checkpoint
+from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
-from ..identify.components import DIFFUSION_MODEL, find_components
-from ..identify.formats import FP8_FORMATS, LOW_RANK, SMOOTHING
+from ..identify.formats import LOW_RANK, SMOOTHING
 from ..identify.layers import Layer, refuse
-from ..write.weights import FloatRows, FloatWeight, float_weight
-from .weight_error import energy, layer_error
+from ..write.weights import FloatRows, FloatWeight
+from .account import Side, account_for, input_scale_faults
+from .found import LayerCheck, Verification, blocks_and_kinds, summary
+from .independent import sample, structure_faults
+from .weight_error import decode, energy, layer_error, ratio
 
-FP8_ALLOWED = 0.04  # E4M3 with one scale has 0.027 on Gaussian weights
+FP8_ALLOWED = 0.04  # E4M3 with one scale has 0.027 on Gaussian weights, E5M2 twice that
+SAME = 1e-6  # of two dialects, one of which divides by its global scale
+FLOAT_ALLOWED = 0.004  # what rounding to BF16 costs at most, 2^-8
 _SUSPICIOUS = 0.2
 _BLOCK_NUMBER = re.compile(r"(?:^|\.)(\w*(?:blocks|layers)\w*)\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """``error``: relative; ``allowed``: what its format costs; shares of blocks; ``verdict``: "" if nothing is wrong.
-
-    ``block``: number of its block, None outside; ``kind``: its name in the block. ``saturated``: blocks whose largest
-    value the scale 448 cannot reach; ``lost``: blocks decoded as zero that are not.
-    """
-
-    layer: str
-    block: int | None
-    kind: str
-    format: str
-    shape: tuple[int, int]
-    error: float
-    allowed: float
-    saturated: float
-    lost: float
-    non_finite: int
-    verdict: str
-
-    @property
-    def sqnr(self) -> float:
-        """Signal to quantisation noise in decibels; 200 stands for none."""
-        return -20 * math.log10(self.error) if self.error > 1e-10 else 200.0
-
-
-@dataclass(frozen=True)
-class Verification:
-    """``changed``: tensors that should be copies and are not; ``alone``: quantised layers the source does not have."""
-
-    file: str
-    source: str
-    dialect: str | None
-    evidence: str
-    layers: tuple[LayerCheck, ...]
-    identical: int
-    changed: tuple[str, ...]
-    alone: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every layer is as good as its format allows and the rest is untouched."""
-        return not (self.changed or self.alone) and not any(check.verdict for check in self.layers)
-
-    def worst(self, count: int = 10) -> list[LayerCheck]:
-        """The layers furthest above what is allowed."""
-        return sorted(self.layers, key=lambda check: -check.error / check.allowed)[:count]
-
-    def as_dict(self) -> dict:
-        """For JSON."""
-        layers = [asdict(check) | {"sqnr_db": check.sqnr} for check in self.layers]
-        return asdict(self) | {"layers": layers, "ok": self.ok, "mean_error": self.mean_error}
-
-    @property
-    def mean_error(self) -> float | None:
-        """Root mean square of the layers' errors, each layer counting by its size."""
-        sizes = [math.prod(check.shape) for check in self.layers]
-        if not sizes:
-            return None
-        return math.sqrt(sum(c.error**2 * n for c, n in zip(self.layers, sizes, strict=True)) / sum(sizes))
 
 
 def verify(
@@ -107,67 +49,39 @@ def verify(
     ``on_step(done, total)`` counts bytes of the quantised file and may raise. Raises CheckpointError.
     """
     device, step = torch.device(device), on_step or (lambda done, total: None)
-    ours, theirs = _Side(open_checkpoint(path)), _Side(open_checkpoint(source))
-    theirs.stored = dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix).layers
+    ours, theirs = Side(open_checkpoint(path)), Side(open_checkpoint(source))
     with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original:
-        layers = _Layers(ours, theirs, reader, original, device)
+        theirs.take(dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix))
+        layers = Layers(ours, theirs, reader, original, device)
         plan = layers.plan(dialect)
-        checks, identical, changed, alone = [], 0, [], []
+        account = account_for(ours, theirs, plan)
+        checks, identical, changed, faults = [], 0, [], [*account.faults, *structure_faults(ours.checkpoint)]
         done, total = 0, sum(info.nbytes for info in ours.header.tensors.values())
-        quantized = {f"{layer}.{dialects.DIALECTS[plan.dialect].weight}": layer for layer in plan.nvfp4}
         for name in sorted(ours.header.tensors, key=reader.place):
             step(done, total)
             done += ours.header.tensors[name].nbytes
-            own = ours.names[name]
-            if name in quantized:
-                weight = theirs.weight(ours.layer(quantized[name]))
-                checks += [] if weight is None else [layers.check(quantized[name], weight)]
-                alone += [ours.layer(quantized[name])] if weight is None else []
-            elif own in theirs.full and not _describes(name, plan):
-                info, other = ours.header.tensors[name], theirs.header.tensors[theirs.full[own]]
-                if info.dtype == other.dtype and info.shape == other.shape:
-                    same = _equal(reader.view(name), original.view(theirs.full[own]))
-                    identical += same
-                    changed += [] if same else [own]
-                elif info.dtype in FP8_FORMATS and own.endswith(".weight"):
-                    checks += layers.check_fp8(name, own.rpartition(".")[0])
+            if name in account.recoded:
+                found = layers.compare(*account.recoded[name])
+                checks += [found] if isinstance(found, LayerCheck) else []
+                faults += [found] if isinstance(found, str) else []
+            elif name in account.copies:
+                same = _equal(reader.view(name), original.view(account.copies[name]))
+                identical += same
+                changed += [] if same else [ours.names[name]]
+        faults += input_scale_faults(ours, reader)
+        sampled, wrong = sample(layers, [pair for pair in account.recoded.values() if pair[0].kind == "nvfp4"])
         step(total, total)
     return Verification(
         ours.header.path.name, theirs.header.path.name, plan.dialect, layers.evidence or plan.evidence,
-        tuple(checks), identical, tuple(changed), tuple(alone),
+        tuple(checks), identical, tuple(changed), account.alone, account.missing, account.extra,
+        (*faults, *wrong), account.left_out, sampled,
     )  # fmt: skip
 
 
-class _Side:
-    """One of the two checkpoints, its tensors by names without the model's prefix."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.header = checkpoint, checkpoint.header
-        component = find_components(self.header).get(DIFFUSION_MODEL)
-        if component is None:
-            remedy = "choose a diffusion model or a full checkpoint"
-            raise CheckpointError("there is no diffusion model in it", where=self.header.path.name, remedy=remedy)
-        self.names = {name: component.names.get(name, name) for name in self.header.tensors}
-        self.full = {own: name for name, own in self.names.items()}
-        self.own = component.names
-        self.prefix = component.prefix
-        self.stored: Mapping[str, Layer] = {}
-
-    def layer(self, layer: str) -> str:
-        """Layer as stored -> without prefix."""
-        return layer.removeprefix(self.prefix)
-
-    def weight(self, own: str) -> FloatWeight | None:
-        """FloatWeight of a layer, or None."""
-        layer = self.stored.get(self.prefix + own)
-        found = None if layer is None else float_weight(self.header, layer)
-        return None if isinstance(found, str) else found
-
-
-class _Layers:
+class Layers:
     """Reads layers of both files and compares them."""
 
-    def __init__(self, ours: _Side, theirs: _Side, reader: Source, original: Source, device: torch.device) -> None:
+    def __init__(self, ours: Side, theirs: Side, reader: Source, original: Source, device: torch.device) -> None:
         self.ours, self.theirs, self.reader, self.original, self.device = ours, theirs, reader, original, device
         self.evidence, self._stated = "", ""
         self._plans: dict[str, dialects.DialectPlan | None] = {}
@@ -189,10 +103,41 @@ class _Layers:
         self._plan = self._other(best)
         return self._plan
 
-    def check(self, layer: str, weight) -> LayerCheck:
+    @property
+    def dialect(self) -> str:
+        """The dialect in which the file is read."""
+        return self._plan.dialect
+
+    def record(self, layer: str) -> tuple:
+        """A layer of the file in the host's layout, what its input is multiplied by, its low-rank part, if any."""
+        return self._record(self._plan, layer)
+
+    def original_rows(self, weight: FloatWeight, count: int) -> torch.Tensor:
+        """The first rows of a weight of the source, FP32 on the CPU."""
+        return FloatRows(self.original, weight, self.device).rows(0, count).cpu()
+
+    def compare(self, mine: Layer, other: Layer) -> LayerCheck | str:
+        """A layer that the two files store in different ways -> LayerCheck, or why it cannot be compared."""
+        own = self.ours.layer(mine.name)
+        if mine.kind == other.kind == "nvfp4" and len(mine.shape) == 2:
+            return self._rewritten(mine, other)
+        weight, decoded = self.theirs.weight(own), self.ours.weight(own)
+        if weight is None:
+            return f"{own}: the source has it as {other.title}, which is not read here; name the original as source"
+        if len(mine.shape) < 2 or mine.kind == "nvfp4" and len(mine.shape) != 2:
+            return f"{own}: {mine.title} of shape {mine.shape} is not read here, and was not compared"
+        if mine.kind == "nvfp4":
+            return self._nvfp4(mine.name, weight)
+        if decoded is None:
+            return f"{own}: it is stored as {mine.title}, which is not read here, and was not compared"
+        if decoded.info.shape != weight.info.shape:
+            return f"{own}: it is of shape {decoded.info.shape}, in the source {weight.info.shape}"
+        return self._decoded(mine, decoded, weight)
+
+    def _nvfp4(self, layer: str, weight: FloatWeight) -> LayerCheck:
         """One NVFP4 layer against its original."""
         rows = FloatRows(self.original, weight, self.device)
-        record, *beside = self._record(self._plan, layer)
+        record, *beside = self.record(layer)
         (n, k), (stored_n, stored_k) = rows.shape, record.shape
         if (round_up(n, 16), round_up(k, BLOCK)) != (round_up(stored_n, 16), round_up(stored_k, BLOCK)):
             verdict = f"it is {stored_n} x {stored_k}, its original {n} x {k}"
@@ -200,21 +145,31 @@ class _Layers:
         numbers = layer_error(rows, record, *beside)
         return self._made(layer, "NVFP4", (n, k), numbers, self._verdict(layer, weight, numbers))
 
-    def check_fp8(self, name: str, own: str) -> list[LayerCheck]:
-        """One FP8 layer that the source has in another format."""
-        weight, mine = self.theirs.weight(own), self.ours.weight(own)
-        if weight is None or mine is None or len(mine.info.shape) != 2 or mine.info.shape != weight.info.shape:
-            return []
+    def _rewritten(self, mine: Layer, other: Layer) -> LayerCheck:
+        """A layer that is NVFP4 in both, in two dialects: the numbers are the same, but for the last bit of a scale."""
+        ours, *beside = self.record(mine.name)
+        theirs, *others = self._record(self.theirs.plan, other.name, self.original)
+        n, k = (min(sides) for sides in zip(ours.shape, theirs.shape, strict=True))  # one may be padded
+        found, wanted = decode(replace(ours, shape=(n, k))), decode(replace(theirs, shape=(n, k)))
+        error, shape = ratio(energy(found - wanted), energy(wanted)), (n, k)
+        same = [round_up(a, 16) == round_up(b, 16) for a, b in zip(ours.shape, theirs.shape, strict=True)]
+        if not all(same) or [b is None for b in beside] != [b is None for b in others]:
+            error = math.inf
+        verdict = "" if error <= SAME else f"its error is {error:.3g}, though the source has it in NVFP4 too"
+        return self._made(mine.name, "NVFP4", shape, (error, SAME, 0.0, 0.0, int(not math.isfinite(error))), verdict)
+
+    def _decoded(self, layer: Layer, mine: FloatWeight, weight: FloatWeight) -> LayerCheck:
+        """One FP8 or floating-point layer that the source has in another format."""
         wanted, found = FloatRows(self.original, weight, self.device), FloatRows(self.reader, mine, self.device)
         off = size = torch.zeros((), dtype=torch.float64, device=self.device)
         for start, rows in wanted:
             decoded = found.rows(start, start + rows.shape[0])
             off, size = off + energy(decoded - rows), size + energy(rows)
-        error = float((off / size).sqrt()) if size else float(off > 0)
+        error, title = ratio(off, size), "FP8" if mine.fp8 else mine.info.dtype
+        allowed = {"F8_E4M3": FP8_ALLOWED, "F8_E5M2": 2 * FP8_ALLOWED}.get(mine.info.dtype, FLOAT_ALLOWED)
+        verdict = "" if error <= allowed else f"its error is {error:.3f}, {title} should have {allowed:g} at most"
         bad = int(not math.isfinite(error))
-        verdict = f"its error is {error:.3f}, FP8 should have 0.03" if not error <= FP8_ALLOWED else ""
-        numbers = (error if not bad else math.inf, FP8_ALLOWED, 0.0, 0.0, bad)
-        return [self._made(f"{self.ours.prefix}{own}", "FP8", weight.info.shape, numbers, verdict)]
+        return self._made(layer.name, title, weight.info.shape, (error, allowed, 0.0, 0.0, bad), verdict)
 
     def _made(self, layer: str, kind_of: str, shape, numbers, verdict: str) -> LayerCheck:
         own = self.ours.layer(layer)
@@ -266,15 +221,16 @@ class _Layers:
         read = self.reader.tensor if dialect in (dialects.AUTO, self._stated) else None  # a trial may be any dialect
         plan = dialects.detect(header.of(self.ours.own), dialect, self.ours.prefix, read)
         refuse(header.path.name, plan.layers)
-        self.ours.stored = plan.layers
+        self.ours.take(plan)
         if plan.dialect is None:
             where, remedy = header.path.name, "name the quantised file first, its source second"
             raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
         return plan
 
-    def _record(self, plan: dialects.DialectPlan, layer: str) -> tuple:
+    def _record(self, plan: dialects.DialectPlan, layer: str, reader: Source | None = None) -> tuple:
         """A layer in the host's layout, what its input is multiplied by, and its low-rank part, if any."""
-        get = lambda suffix: self.reader.tensor(f"{layer}.{suffix}")  # noqa: E731
+        reader = reader or self.reader
+        get = lambda suffix: reader.tensor(f"{layer}.{suffix}")  # noqa: E731
         record, read = dialects.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
         smooth = get(SMOOTHING).float().reshape(-1).to(self.device) if SMOOTHING in read else None
         low_rank = None
@@ -283,41 +239,10 @@ class _Layers:
         return record, smooth, low_rank
 
 
-def _describes(name: str, plan: dialects.DialectPlan) -> bool:
-    """Whether a tensor is part of how an NVFP4 layer is stored."""
-    layer, _, suffix = name.rpartition(".")
-    return layer in plan.nvfp4 and suffix in (*dialects.STORAGE_KEYS, dialects.MARKER)
-
-
 def _equal(a: memoryview, b: memoryview) -> bool:
     """Whether two buffers hold the same bytes, compared in pieces."""
     step = 2**24
     return len(a) == len(b) and all(bytes(a[i : i + step]) == bytes(b[i : i + step]) for i in range(0, len(a), step))
-
-
-def blocks_and_kinds(checks: tuple[LayerCheck, ...]) -> tuple[list[int], Mapping[str, dict[int, LayerCheck]]]:
-    """Checks -> numbers of blocks, and kind of layer -> {block: check}, as the picture shows them."""
-    kinds: dict[str, dict[int, LayerCheck]] = {}
-    for check in checks:
-        if check.block is not None:
-            kinds.setdefault(check.kind, {})[check.block] = check
-    return sorted({number for row in kinds.values() for number in row}), kinds
-
-
-def summary(found: Verification) -> str:
-    """Verification -> lines for people."""
-    mean = f"{found.mean_error:.4f}" if found.layers else "-"
-    wrong = [check for check in found.layers if check.verdict]
-    lines = [
-        f"{found.file} against {found.source}: {'as good as its format allows' if found.ok else 'NOT in order'}",
-        f"dialect: {found.dialect} ({found.evidence})",
-        f"{len(found.layers):,} quantised layers, mean error {mean}, {len(wrong):,} worse than allowed; "
-        f"{found.identical:,} other tensors identical, {len(found.changed):,} changed",
-    ]
-    lines += [f"  {check.layer}: {check.verdict}" for check in wrong[:10]]
-    lines += [f"  {name}: it should be a copy and is not" for name in found.changed[:10]]
-    lines += [f"  {name}: the source has no such layer" for name in found.alone[:10]]
-    return "\n".join(lines)
 
 
 __all__ = ["LayerCheck", "Verification", "blocks_and_kinds", "summary", "verify"]

@@ -40,8 +40,8 @@ def layer_error(
         packed = record.packed[start : start + round_up(height, 16)].to(device)
         scale = record.block_scale[start : start + round_up(height, TILE)].to(device)
         global_scale = record.global_scale.to(device)
-        decoded = _decoded(PackedWeight(packed, scale, global_scale, (height, width)))
-        again = _decoded(dispatch.quantize(values, top / (E2M1_MAX * E4M3_MAX)))
+        decoded = decode(PackedWeight(packed, scale, global_scale, (height, width)))
+        again = decode(dispatch.quantize(values, top / (E2M1_MAX * E4M3_MAX)))
         bad = bad + (~torch.isfinite(decoded)).sum()
         if low_rank is not None:
             decoded = decoded + low_rank[1][start : start + height] @ low_rank[0]
@@ -58,7 +58,7 @@ def layer_error(
     return error, allowed, saturated.item() / count, lost.item() / count, bad.item()
 
 
-def _decoded(weight: PackedWeight) -> torch.Tensor:
+def decode(weight: PackedWeight) -> torch.Tensor:
     """PackedWeight -> (N, K) fp32, the numbers of ``dispatch.dequantize``; on a CPU byte by byte from a table."""
     packed, scale, global_scale = weight.packed, weight.block_scale, weight.global_scale
     if packed.device.type != "cpu":
@@ -79,7 +79,8 @@ def _values_of_bytes() -> torch.Tensor:
 
 
 def energy(values: torch.Tensor) -> torch.Tensor:
-    return values.square().sum(dtype=torch.float64)
+    """Sum of squares, () fp64; squared in FP64, since in FP32 all below 1e-23 would have none."""
+    return torch.linalg.vector_norm(values, dtype=torch.float64).square()
 
 
 def ratio(off: torch.Tensor, size: torch.Tensor) -> float:

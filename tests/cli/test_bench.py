@@ -74,7 +74,7 @@ def by_key(result: dict) -> dict[str, dict]:
         (["--frames", "120"], "8k + 1"),
         (["--steps", "9"], "8 distilled sigmas"),
         (["--steps", "1"], "expected 2 or more"),
-        (["--reps", "0"], "expected 1 or more"),
+        (["--reps", "0"], "expected a whole number, 1 or more"),
         (["--rows", "bf16,fp16"], "--rows names fp16"),
         (["--rows", ""], "--rows names nothing"),
         (["--small"], "--synthetic"),

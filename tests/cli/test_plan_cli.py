@@ -72,8 +72,7 @@ def test_the_picture_is_a_png_of_the_plan(files, capsys, tmp_path):
     [
         (["--gpu", "RTX 9999"], "'RTX 9999' is not in the table of GPUs; name one of GB10"),
         (["--gpu", "RTX 3090", "--compute", "fp4"], "fp4 compute: needs compute capability 10.0, RTX 3090's is 8.6"),
-        (["--gpu", "GB10", "--frames", "0"], "768x512, 0 frames at 24 fps is no clip"),
-        (["--gpu", "GB10", "--fps", "0"], "at 0 fps is no clip"),
+        (["--gpu", "GB10", "--width", "8"], "8x512, 121 frames at 24 fps is no clip"),
         (["--gpu", "GB10", "--picture", "plan.jpg"], "does not end in .png"),
     ],
 )

@@ -95,11 +95,22 @@ def test_files_of_other_writers_are_verified_in_their_own_dialect(small, kind):
     assert {check.format for check in found.layers} == ({"NVFP4", "FP8"} if kind == "mixed" else {"NVFP4"})
 
 
+def test_a_file_and_the_same_in_another_dialect_are_compared_by_their_numbers(small, tmp_path):
+    found = verify(small / "modelopt.safetensors", small / "lightx2v.safetensors")
+    assert found.ok and len(found.layers) == 68 and found.mean_error < 1e-6, summary(found)
+    tensors = load(small / "modelopt.safetensors")
+    name = next(name for name in tensors if name.endswith(".weight_scale_2"))
+    tensors[name] = tensors[name] * 1.001
+    file = save(tmp_path / "off.safetensors", tensors, metadata(small / "modelopt.safetensors"))
+    assert [check.error > 1e-4 for check in verify(file, small / "lightx2v.safetensors").layers].count(True) == 1
+
+
 def test_exchanged_nibbles_have_their_mark_of_1_41_and_the_right_dialect_is_named(small, tmp_path):
     tensors = load(small / "modelopt_swizzled.safetensors")
     layers = [name.removesuffix(".weight_scale_2") for name in tensors if name.endswith(".weight_scale_2")]
     marker = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
-    wrong = save(tmp_path / "wrong.safetensors", tensors | {f"{layer}.comfy_quant": marker for layer in layers})
+    marked = tensors | {f"{layer}.comfy_quant": marker for layer in layers}
+    wrong = save(tmp_path / "wrong.safetensors", marked, metadata(small / "bf16.safetensors"))
     found = verify(wrong, small / "bf16.safetensors")
     assert not found.ok and found.dialect == "comfy"
     assert 1.39 < found.mean_error < 1.43
@@ -137,7 +148,7 @@ def test_a_file_that_leaves_its_dialect_open_is_read_in_the_one_that_fits(small,
         from nvfp4_video.checkpoint.identify.dialects import detect
 
         detect(read_header(file))
-    found = verify(file, small / "bf16.safetensors")
+    found = verify(file, save(tmp_path / "bf16.safetensors", state, {}))
     assert found.ok and found.dialect in ("modelopt_swizzled", "lightx2v")
     assert "fits the source" in found.evidence
 
