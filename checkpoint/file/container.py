@@ -12,7 +12,6 @@ import logging
 import math
 import mmap
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from .header import (
     parse_header,
     quote,
 )
+from .place import hidden_name, keep_rights, name_unfinished, put_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ class TensorReader:
     """A memory-mapped safetensors file: ``with TensorReader(path) as reader: reader.get(name)``.
 
     The mapping is private: what a caller writes into a tensor never reaches the file. Tensors stay valid after close();
-    the mapping goes with the last of them. A Header may be given instead of a path; a file that no longer has that
+    the mapping goes with the last of them. It relies on nobody making the file shorter while it is used: the system ends
+    a process that reads beyond the end. What writes new files reads by Source (shards.py), which does not. A Header may be given instead of a path; a file that no longer has that
     header is refused. Raises CheckpointError.
     """
 
@@ -126,13 +127,18 @@ def write_checkpoint(
     tensors: Sequence[PlannedTensor],
     metadata: Mapping[str, str] | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
+    *,
+    overwrite: bool = True,
+    before_naming: Callable[[], None] | None = None,
 ) -> None:
     """Write ``tensors`` in the order given, one in memory at a time; temporary name, fsync, rename to ``path``.
 
     Whatever is raised on the way, and whenever the process is killed, ``path`` is afterwards the old file, none, or
     the whole new one; a kill leaves a hidden ``.part`` file only where unnamed files do not exist (Windows, NFS).
     ``on_bytes(done, total)``, in bytes of tensor data, is called after every tensor and every 16 MiB within one, and
-    may raise to interrupt. Tensors may be on any device and non-contiguous. Data follow each other without padding,
+    may raise to interrupt; ``before_naming`` is called last, and may raise to have no file. Without ``overwrite`` a
+    file that is there, or appears meanwhile, is not replaced; one that is replaced hands on its mode and owner.
+    Tensors may be on any device and non-contiguous. Data follow each other without padding,
     as the format demands, so a tensor that comes after one of odd size is misaligned and readers have to copy it: put
     wide elements first, or even out the sizes.
     Raises CheckpointError for a plan that cannot be written, a tensor that differs from its plan, or a failing disk.
@@ -140,7 +146,7 @@ def write_checkpoint(
     target = Path(os.path.realpath(path))  # a link stays a link, and the file it names is replaced
     header, total = build_header(target, tensors, metadata or {})
     check_target(target, len(header) + total)
-    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.part")
+    temporary = hidden_name(target)
     try:
         with _writing(target):
             file = _open_unnamed(target.parent) or open(temporary, "xb", buffering=0)
@@ -150,11 +156,15 @@ def write_checkpoint(
             for tensor in tensors:
                 done = _write_tensor(file, tensor, target, done, total, on_bytes)
             with _writing(target):
+                if overwrite:
+                    keep_rights(file.fileno(), target)
                 os.fsync(file.fileno())
+                if before_naming is not None:
+                    before_naming()
                 if not temporary.exists():
                     _give_name(file, temporary)
         with _writing(target):
-            os.replace(temporary, target)
+            put_in_place(temporary, target, overwrite)
     except BaseException:
         _remove(temporary)
         raise
@@ -211,11 +221,12 @@ def build_header(target: Path, tensors: Sequence[PlannedTensor], metadata: Mappi
 
 
 def check_target(target: Path, needed: int) -> None:
-    """Refuse a target that cannot be written before any work is spent on it."""
+    """Refuse a target that cannot be written before any work is spent on it; name what killed runs left beside it."""
     if not target.parent.is_dir():
         raise CheckpointError("its folder does not exist", where=target, remedy="create the folder or choose another")
     if target.is_dir():
         raise CheckpointError("this is a folder", where=target, expected="the name of a file")
+    name_unfinished(target)
     with _writing(target):
         free = shutil.disk_usage(target.parent).free
     if free < needed:

@@ -60,15 +60,14 @@ def quantize_checkpoint(
     request = _request(plan, guard)
     sources = [file.path for file in plan.checkpoint.files]
     path = check_targets(plan.checkpoint.header, {"": target}, sources, base, True)[""]
-    left = left_behind(path)
-    if left is not None and left.get("request") == request and left["nbytes"] == path.stat().st_size:
+    if (left := left_behind(path, request)) is not None:
         return _finish(path, left)
     check_targets(plan.checkpoint.header, {"": target}, sources, base, overwrite)
     _check_sidecar(path)
     if base is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        record = _write(plan, path, guard, request, device, step)
+        record = _write(plan, path, guard, request, device, step, overwrite)
     except _NonFinite:
         discard(path)  # of no use to a run that keeps these layers
         raise
@@ -95,7 +94,13 @@ def quantize_weight(
 
 
 def _write(
-    plan: QuantizePlan, path: Path, guard: SourceGuard, request: str, device: torch.device, step: OnStep
+    plan: QuantizePlan,
+    path: Path,
+    guard: SourceGuard,
+    request: str,
+    device: torch.device,
+    step: OnStep,
+    overwrite: bool,
 ) -> dict:
     """Everything up to the finished file under its name -> the record."""
     started = time.monotonic()
@@ -108,7 +113,7 @@ def _write(
             )
     with (
         Source(plan.checkpoint) as reader,
-        PartFile(path, plan.tensors, plan.units, metadata, request, lambda _: step(0, total)) as part,
+        PartFile(path, plan.tensors, plan.units, metadata, request, lambda _: step(0, total), overwrite) as part,
     ):
         resumed = len(part.finished)
         hashes, done = _stream(plan, reader, part, guard, device, lambda done: step(done, total))
