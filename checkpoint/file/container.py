@@ -69,9 +69,9 @@ class TensorReader:
     """A memory-mapped safetensors file: ``with TensorReader(path) as reader: reader.get(name)``.
 
     The mapping is private: what a caller writes into a tensor never reaches the file. Tensors stay valid after close();
-    the mapping goes with the last of them. It relies on nobody making the file shorter while it is used: the system ends
-    a process that reads beyond the end. What writes new files reads by Source (shards.py), which does not. A Header may be given instead of a path; a file that no longer has that
-    header is refused. Raises CheckpointError.
+    the mapping goes with the last of them. It relies on nobody making the file shorter while it is in use: the system
+    ends a process that reads beyond the end. Writers read by Source (shards.py), which is spared that. A Header may be
+    given instead of a path; a file that no longer has that header is refused. Raises CheckpointError.
     """
 
     def __init__(self, path_or_header: str | os.PathLike[str] | Header) -> None:

@@ -74,7 +74,8 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
             _rename_new(temporary, target)
     except FileExistsError as error:
         remedy = "choose another name, or allow overwriting"
-        raise CheckpointError("the target exists, it appeared during this run", where=target.name, remedy=remedy) from error
+        found = "the target exists, it appeared during this run"
+        raise CheckpointError(found, where=target.name, remedy=remedy) from error
 
 
 def write_small(path: Path, data: bytes, overwrite: bool) -> None:

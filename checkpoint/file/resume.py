@@ -10,8 +10,9 @@ Beside the target lie two files while it is made:
   the bytes (header, source, settings); then ``{"unit": name, "sha256": ...}`` for each finished unit, a group of
   tensors that are made together; at last ``{"result": {...}}``.
 
-The journal's first line also has its version and the part's size. Nothing is trusted that was not read back: whoever goes on hashes the finished units as they are on disk and makes anew
-what differs, so neither a torn tail nor a lost write can reach the target. The target's name is given by one rename.
+The journal's first line also has its version and the part's size. Nothing is trusted that was not read back: whoever
+goes on hashes the finished units as they are on disk and makes anew what differs, so neither a torn tail nor a lost
+write can reach the target. The target's name is given by one rename.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ class PartFile:
                 goes_on = goes_on and lines[0].get("version") == _VERSION
                 if not goes_on:
                     if self._journal_path.stat().st_size or _exists(self.path):
-                        why = "of another source, other settings or another version" if lines else "without a journal that can be read"
+                        why = "of another source, other settings or another version"
+                        why = why if lines else "without a journal that can be read"
                         logger.warning("%s was %s and is begun anew.", self.path.name, why)
                     self._journal.truncate(0)
                     self._journal.seek(0)
