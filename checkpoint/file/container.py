@@ -35,7 +35,7 @@ from .header import (
     parse_header,
     quote,
 )
-from .place import hidden_name, keep_rights, name_unfinished, put_in_place
+from .place import give_name, hidden_name, keep_rights, name_unfinished, open_unnamed, put_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def write_checkpoint(
     temporary = hidden_name(target)
     try:
         with _writing(target):
-            file = _open_unnamed(target.parent) or open(temporary, "xb", buffering=0)
+            file = open_unnamed(target.parent) or open(temporary, "xb", buffering=0)
         with file:
             _write_all(file, memoryview(header), target)
             done = 0
@@ -162,7 +162,7 @@ def write_checkpoint(
                 if before_naming is not None:
                     before_naming()
                 if not temporary.exists():
-                    _give_name(file, temporary)
+                    give_name(file, temporary)
         with _writing(target):
             put_in_place(temporary, target, overwrite)
     except BaseException:
@@ -288,26 +288,6 @@ def produce_bytes(tensor: PlannedTensor, target: Path) -> memoryview:
         found, plan = f"a {type(value).__name__}", f"a tensor or memoryview for {plan}"
     found = f"tensor {quote(tensor.name)} was produced as {found}"
     raise CheckpointError(found, where=target.name, expected=plan, remedy="this is a bug in the producer, report it")
-
-
-def _open_unnamed(folder: Path) -> BinaryIO | None:
-    """A file in ``folder`` that has no name yet, so that a kill leaves nothing; None where there is no such thing."""
-    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
-        return None
-    try:
-        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb", buffering=0)
-    except OSError:  # NFS, FAT, overlays of old kernels
-        return None
-
-
-def _give_name(file: BinaryIO, name: Path) -> None:
-    """Link an unnamed file into its folder."""
-    folder = os.open(name.parent, os.O_RDONLY)
-    try:
-        # With a folder given, os.link calls linkat, which alone follows the link in /proc to the file.
-        os.link(f"/proc/self/fd/{file.fileno()}", name.name, dst_dir_fd=folder, follow_symlinks=True)
-    finally:
-        os.close(folder)
 
 
 def _remove(temporary: Path) -> None:

@@ -16,6 +16,7 @@ import secrets
 import stat
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from .header import CheckpointError
 
@@ -82,17 +83,40 @@ def write_small(path: Path, data: bytes, overwrite: bool) -> None:
     """Write a whole file or none, synchronised with the disk. CheckpointError if it may not be replaced; OSError."""
     temporary = hidden_name(path)
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
+        with open_unnamed(path.parent) or open(temporary, "xb", buffering=0) as file:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
             if overwrite:
                 keep_rights(file.fileno(), path)
             os.fsync(file.fileno())
+            if not temporary.exists():
+                give_name(file, temporary)
         put_in_place(temporary, path, overwrite)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def open_unnamed(folder: Path) -> BinaryIO | None:
+    """A file in ``folder`` that has no name yet, so that a kill leaves nothing; None where there is no such thing."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb", buffering=0)
+    except OSError:  # NFS, FAT, overlays of old kernels
+        return None
+
+
+def give_name(file: BinaryIO, name: Path) -> None:
+    """Link an unnamed file into its folder."""
+    folder = os.open(name.parent, os.O_RDONLY)
+    try:
+        # With a folder given, os.link calls linkat, which alone follows the link in /proc to the file.
+        os.link(f"/proc/self/fd/{file.fileno()}", name.name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
 
 
 def _rename_new(temporary: Path, target: Path) -> None:
