@@ -12,7 +12,6 @@ import logging
 import math
 import mmap
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from .header import (
     parse_header,
     quote,
 )
+from .place import give_name, hidden_name, keep_rights, name_unfinished, open_unnamed, put_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,9 @@ class TensorReader:
     """A memory-mapped safetensors file: ``with TensorReader(path) as reader: reader.get(name)``.
 
     The mapping is private: what a caller writes into a tensor never reaches the file. Tensors stay valid after close();
-    the mapping goes with the last of them. A Header may be given instead of a path; a file that no longer has that
-    header is refused. Raises CheckpointError.
+    the mapping goes with the last of them. It relies on nobody making the file shorter while it is in use: the system
+    ends a process that reads beyond the end. Writers read by Source (shards.py), which is spared that. A Header may be
+    given instead of a path; a file that no longer has that header is refused. Raises CheckpointError.
     """
 
     def __init__(self, path_or_header: str | os.PathLike[str] | Header) -> None:
@@ -126,13 +127,18 @@ def write_checkpoint(
     tensors: Sequence[PlannedTensor],
     metadata: Mapping[str, str] | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
+    *,
+    overwrite: bool = True,
+    before_naming: Callable[[], None] | None = None,
 ) -> None:
     """Write ``tensors`` in the order given, one in memory at a time; temporary name, fsync, rename to ``path``.
 
     Whatever is raised on the way, and whenever the process is killed, ``path`` is afterwards the old file, none, or
     the whole new one; a kill leaves a hidden ``.part`` file only where unnamed files do not exist (Windows, NFS).
     ``on_bytes(done, total)``, in bytes of tensor data, is called after every tensor and every 16 MiB within one, and
-    may raise to interrupt. Tensors may be on any device and non-contiguous. Data follow each other without padding,
+    may raise to interrupt; ``before_naming`` is called last, and may raise to have no file. Without ``overwrite`` a
+    file that is there, or appears meanwhile, is not replaced; one that is replaced hands on its mode and owner.
+    Tensors may be on any device and non-contiguous. Data follow each other without padding,
     as the format demands, so a tensor that comes after one of odd size is misaligned and readers have to copy it: put
     wide elements first, or even out the sizes.
     Raises CheckpointError for a plan that cannot be written, a tensor that differs from its plan, or a failing disk.
@@ -140,21 +146,25 @@ def write_checkpoint(
     target = Path(os.path.realpath(path))  # a link stays a link, and the file it names is replaced
     header, total = build_header(target, tensors, metadata or {})
     check_target(target, len(header) + total)
-    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.part")
+    temporary = hidden_name(target)
     try:
         with _writing(target):
-            file = _open_unnamed(target.parent) or open(temporary, "xb", buffering=0)
+            file = open_unnamed(target.parent) or open(temporary, "xb", buffering=0)
         with file:
             _write_all(file, memoryview(header), target)
             done = 0
             for tensor in tensors:
                 done = _write_tensor(file, tensor, target, done, total, on_bytes)
             with _writing(target):
+                if overwrite:
+                    keep_rights(file.fileno(), target)
                 os.fsync(file.fileno())
+                if before_naming is not None:
+                    before_naming()
                 if not temporary.exists():
-                    _give_name(file, temporary)
+                    give_name(file, temporary)
         with _writing(target):
-            os.replace(temporary, target)
+            put_in_place(temporary, target, overwrite)
     except BaseException:
         _remove(temporary)
         raise
@@ -211,11 +221,12 @@ def build_header(target: Path, tensors: Sequence[PlannedTensor], metadata: Mappi
 
 
 def check_target(target: Path, needed: int) -> None:
-    """Refuse a target that cannot be written before any work is spent on it."""
+    """Refuse a target that cannot be written before any work is spent on it; name what killed runs left beside it."""
     if not target.parent.is_dir():
         raise CheckpointError("its folder does not exist", where=target, remedy="create the folder or choose another")
     if target.is_dir():
         raise CheckpointError("this is a folder", where=target, expected="the name of a file")
+    name_unfinished(target)
     with _writing(target):
         free = shutil.disk_usage(target.parent).free
     if free < needed:
@@ -277,26 +288,6 @@ def produce_bytes(tensor: PlannedTensor, target: Path) -> memoryview:
         found, plan = f"a {type(value).__name__}", f"a tensor or memoryview for {plan}"
     found = f"tensor {quote(tensor.name)} was produced as {found}"
     raise CheckpointError(found, where=target.name, expected=plan, remedy="this is a bug in the producer, report it")
-
-
-def _open_unnamed(folder: Path) -> BinaryIO | None:
-    """A file in ``folder`` that has no name yet, so that a kill leaves nothing; None where there is no such thing."""
-    if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
-        return None
-    try:
-        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb", buffering=0)
-    except OSError:  # NFS, FAT, overlays of old kernels
-        return None
-
-
-def _give_name(file: BinaryIO, name: Path) -> None:
-    """Link an unnamed file into its folder."""
-    folder = os.open(name.parent, os.O_RDONLY)
-    try:
-        # With a folder given, os.link calls linkat, which alone follows the link in /proc to the file.
-        os.link(f"/proc/self/fd/{file.fileno()}", name.name, dst_dir_fd=folder, follow_symlinks=True)
-    finally:
-        os.close(folder)
 
 
 def _remove(temporary: Path) -> None:

@@ -33,6 +33,7 @@ import torch
 from .mistaken import AGAIN, what_it_is
 
 MAX_HEADER_BYTES = 100_000_000
+BACKUP_ENDING = ".header-backup"  # of the header that a repair in place replaced
 METADATA_KEY = "__metadata__"
 # The entry of the metadata that speaks of layers by name, ``{"layers": {...}}``: each shard has its own part of it.
 HEADER_ENTRY = "_quantization_metadata"
@@ -190,7 +191,10 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
         raise _not_safetensors(head, where)
     if length == 0:
         found = "its first 8 bytes, the length of the header, are zero"
-        raise CheckpointError(found, where=where, remedy="the download never finished: download it again")
+        remedy = "the download never finished: download it again"
+        if path.with_name(path.name + BACKUP_ENDING).is_file():
+            remedy = "a repair in place was interrupted: `repair --undo` puts the old header back"
+        raise CheckpointError(found, where=where, remedy=remedy)
     if length > size - 8:
         found = f"its header should be {length:,} bytes long, but {length - (size - 8):,} of them are missing"
         raise CheckpointError(found, where=where, remedy=_CUT_SHORT)

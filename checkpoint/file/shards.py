@@ -7,16 +7,14 @@ beside it.
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
-import mmap
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -25,8 +23,7 @@ from .header import HEADER_ENTRY, CheckpointError, Header, layers_entry, open_re
 _SHARD = re.compile(r"(?P<stem>.+-)\d{5}-of-(?P<count>\d{5})(?P<end>\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
 _MAX_INDEX_BYTES = 64 * 2**20
-# MADV_POPULATE_READ, which Python does not name: fill the page table in one call instead of fault by fault.
-_POPULATE_READ = 22
+_READ_BYTES = 2**26  # at a time: systems limit one call to 2 GiB
 
 
 @dataclass(frozen=True)
@@ -70,81 +67,71 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 class Source:
-    """Reads tensors of a Checkpoint; the memory of this process never holds more than one of them.
+    """Reads tensors of a Checkpoint; the memory of this process holds no more than those that the caller keeps.
 
-    A context manager. Files are mapped, since that is what makes copying as fast as the system's own copy; pages that
-    were read are given back, so that they do not add up. A file whose header is no longer that of the Checkpoint is
-    refused.
+    A context manager. Files are read, not mapped: a file that others make shorter meanwhile is a CheckpointError,
+    where a mapping would end the process. A file whose header is no longer that of the Checkpoint is refused.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._mappings: dict[Path, mmap.mmap] = {}
-        self._shown: tuple[mmap.mmap, int, int] | None = None
+        self._files: dict[Path, BinaryIO] = {}
 
     def __enter__(self) -> Source:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._give_back()
-        # Views may still be alive in a traceback; the mappings go with the last of them.
-        self._mappings.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     def place(self, name: str) -> tuple[str, int]:
         """Where a tensor lies, for sorting: reading in this order is sequential."""
         return str(self.checkpoint.homes[name].path), self.checkpoint.header.tensors[name].start
 
     def view(self, name: str) -> memoryview:
-        """Bytes of a tensor, read-only. The next call gives its pages back to the system; ``tensor`` leaves them."""
-        self._give_back()
-        self._shown = self._populated(name)
-        mapping, start, end = self._shown
-        return memoryview(mapping)[start:end]
+        """Bytes of a tensor, read-only, in memory of their own."""
+        return memoryview(self._read(name).numpy()).toreadonly()
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor on the CPU in its stored dtype and shape, with memory of its own."""
         info = self.checkpoint.header.tensors[name]
-        flat = torch.empty(info.nbytes, dtype=torch.uint8)
-        if info.nbytes:
-            mapping, start, end = self._populated(name)
-            memoryview(flat.numpy())[:] = memoryview(mapping)[start:end]
-            _release(mapping, start, end)
-        return flat.view(info.torch_dtype).view(info.shape)
+        return self._read(name).view(info.torch_dtype).view(info.shape)
 
-    def _populated(self, name: str) -> tuple[mmap.mmap, int, int]:
-        """The mapping and the bytes in it where a tensor lies, read in one go where the system can."""
+    def _read(self, name: str) -> torch.Tensor:
+        """(nbytes,) uint8"""
         home, info = self.checkpoint.homes[name], self.checkpoint.header.tensors[name]
-        mapping = self._mapping(home)
-        if sys.platform == "linux" and info.nbytes:
-            start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-            try:
-                mapping.madvise(_POPULATE_READ, start, info.end - start)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # an older kernel does not know it and reads page by page
-                    found = f"its tensor {quote(name)} cannot be read ({error})"
-                    raise CheckpointError(found, where=home.path.name, remedy="check the disk") from error
-        return mapping, info.start, info.end
+        flat = torch.empty(info.nbytes, dtype=torch.uint8)
+        file, rest, position = self._file(home), memoryview(flat.numpy()), info.start
+        try:
+            while rest:
+                count = _read_at(file, rest[:_READ_BYTES], position)
+                if not count:
+                    gone = f"{len(rest):,} bytes of {quote(name)} are gone"
+                    found = f"the file became shorter while it was in use: {gone}"
+                    raise CheckpointError(found, where=home.path.name, remedy="try again once nothing writes to it")
+                rest, position = rest[count:], position + count
+        except OSError as error:
+            found = f"its tensor {quote(name)} cannot be read ({error})"
+            raise CheckpointError(found, where=home.path.name, remedy="check the disk") from error
+        return flat
 
-    def _give_back(self) -> None:
-        if self._shown is not None:
-            _release(*self._shown)
-            self._shown = None
-
-    def _mapping(self, home: Header) -> mmap.mmap:
-        if home.path not in self._mappings:
+    def _file(self, home: Header) -> BinaryIO:
+        if home.path not in self._files:
             with open_regular(home.path) as file:
                 if parse_header(file, home.path) != home:
                     found = "the file changed while it was in use"
                     raise CheckpointError(found, where=home.path.name, remedy="try again")
-                self._mappings[home.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._mappings[home.path]
+                self._files[home.path] = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
+        return self._files[home.path]
 
 
-def _release(mapping: mmap.mmap, start: int, end: int) -> None:
-    """Give the pages of a part of a mapping back to the system; whoever reads them again gets them again."""
-    if sys.platform == "linux" and end > start:
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+def _read_at(file: BinaryIO, buffer: memoryview, position: int) -> int:
+    """Read into ``buffer`` from a place in a file -> bytes read, 0 at its end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [buffer], position)
+    file.seek(position)
+    return file.readinto(buffer)
 
 
 def _files(path: Path) -> tuple[list[Path], set[str]]:

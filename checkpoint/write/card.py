@@ -7,7 +7,10 @@ the undistilled model, sizes that the host snaps in silence. The record it is ma
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,10 +20,15 @@ from typing import Any
 from ...measure.ltx import CFG, SIGMAS, sigmas_text
 from ...measure.text import size_text
 from ..file.container import sync_folder
-from ..file.header import Header
+from ..file.header import CheckpointError, Header
+from ..file.place import write_small
+
+logger = logging.getLogger(__name__)
 
 PROVENANCE = "nvfp4_video"
 CARD_ENDING = ".md"
+_MAX_CARD_BYTES = 2**24
+_SEAL = re.compile(rb"<!-- NVFP4 Video, ([0-9a-f]{64}) -->\n\Z")
 _LICENCE_KEYS = ("license", "licence", "license_name", "modelspec.license", "ss_license")
 _UNKNOWN_SHA = "0" * 64
 
@@ -68,7 +76,12 @@ def provenance(record: Mapping[str, Any], sources: Mapping[str, str] | None = No
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """Record of a written file -> Markdown."""
+    """Record of a written file -> Markdown, its last line a digest of the others, by which ``is_card`` knows it."""
+    text = _card_text(record)
+    return f"{text}<!-- NVFP4 Video, {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def _card_text(record: Mapping[str, Any]) -> str:
     if record["has_vae"]:
         vae = "It is in this file: *NVFP4 VAE Loader* takes it from here."
     else:
@@ -142,13 +155,30 @@ def text_of(record: Mapping[str, Any]) -> str:
 
 
 def write_card(target: Path, record: Mapping[str, Any]) -> Path:
-    """Write the card of ``target`` beside it, complete or not at all."""
-    path = target.with_suffix(CARD_ENDING)
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(model_card(record))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-    return path
+    """Write the card of ``target`` beside it, complete or not at all -> its path.
+
+    A text of that name that is not our card, or was edited since, stays: the card gets the next free name.
+    """
+    text = model_card(record).encode()
+    for number in itertools.count(1):
+        path = target.with_suffix(CARD_ENDING if number == 1 else f".{number}{CARD_ENDING}")
+        ours = is_card(path)
+        if os.path.lexists(path) and not ours:
+            logger.warning("%s is not our card, or was edited, and stays as it is.", path.name)
+            continue
+        try:
+            write_small(path, text, overwrite=ours)
+        except CheckpointError:  # it appeared at this moment
+            continue
+        sync_folder(path.parent)
+        return path
+    raise AssertionError("unreachable")
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a card as ``model_card`` made it: its last line is a digest of the lines before."""
+    if not path.is_file() or path.is_symlink() or path.stat().st_size > _MAX_CARD_BYTES:
+        return False
+    data = path.read_bytes()
+    seal = _SEAL.search(data[-128:])
+    return seal is not None and hashlib.sha256(data[: -len(seal[0])]).hexdigest().encode() == seal[1]

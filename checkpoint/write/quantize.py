@@ -22,6 +22,7 @@ import torch
 from ...kernels import dispatch, reference
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import produce_bytes
+from ..file.guard import SourceGuard
 from ..file.header import CheckpointError, Header, read_header
 from ..file.resume import PartFile, discard, left_behind
 from ..file.shards import Checkpoint, Source
@@ -60,15 +61,14 @@ def quantize_checkpoint(
     request = _request(plan, guard)
     sources = [file.path for file in plan.checkpoint.files]
     path = check_targets(plan.checkpoint.header, {"": target}, sources, base, True)[""]
-    left = left_behind(path)
-    if left is not None and left.get("request") == request and left["nbytes"] == path.stat().st_size:
+    if (left := left_behind(path, request)) is not None:
         return _finish(path, left)
     check_targets(plan.checkpoint.header, {"": target}, sources, base, overwrite)
     _check_sidecar(path)
     if base is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        record = _write(plan, path, guard, request, device, step)
+        record = _write(plan, path, guard, request, device, step, overwrite)
     except _NonFinite:
         discard(path)  # of no use to a run that keeps these layers
         raise
@@ -95,7 +95,13 @@ def quantize_weight(
 
 
 def _write(
-    plan: QuantizePlan, path: Path, guard: SourceGuard, request: str, device: torch.device, step: OnStep
+    plan: QuantizePlan,
+    path: Path,
+    guard: SourceGuard,
+    request: str,
+    device: torch.device,
+    step: OnStep,
+    overwrite: bool,
 ) -> dict:
     """Everything up to the finished file under its name -> the record."""
     started = time.monotonic()
@@ -108,7 +114,7 @@ def _write(
             )
     with (
         Source(plan.checkpoint) as reader,
-        PartFile(path, plan.tensors, plan.units, metadata, request, lambda _: step(0, total)) as part,
+        PartFile(path, plan.tensors, plan.units, metadata, request, lambda _: step(0, total), overwrite) as part,
     ):
         resumed = len(part.finished)
         hashes, done = _stream(plan, reader, part, guard, device, lambda done: step(done, total))
@@ -158,6 +164,7 @@ def _stream(
                 guard.check()
                 part.write(name, data)
             hashed.result()
+            view = data = None  # before the next one is read
             done += header.tensors[name].nbytes
     return {path.name: hasher.hexdigest() for path, hasher in hashers.items()}, done
 
@@ -189,37 +196,6 @@ def _restored(plan: QuantizePlan, rows: FloatRows) -> memoryview:
 
 class _NonFinite(CheckpointError):
     """Weights that no format can hold."""
-
-
-class SourceGuard:
-    """Notices that a source file was replaced or written to: size, time of change, identity on its disk."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._known = {file.path: self._state(file.path) for file in checkpoint.files}
-        for file in checkpoint.files:
-            if self._known[file.path][0] != file.file_size:
-                self._fail(file.path)
-
-    def check(self) -> None:
-        """Raises CheckpointError if a file is not what it was."""
-        for path, state in self._known.items():
-            if self._state(path) != state:
-                self._fail(path)
-
-    def describe(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of change of each file."""
-        return [(path.name, state[0], state[1]) for path, state in self._known.items()]
-
-    def _state(self, path: Path) -> tuple[int, ...]:
-        try:
-            found = os.stat(path)
-        except OSError:
-            self._fail(path)
-        return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
-
-    def _fail(self, path: Path) -> None:
-        remedy = "run it again once nothing writes to that file; what was made of the old one is thrown away"
-        raise CheckpointError("the source changed while it was in use", where=path.name, remedy=remedy)
 
 
 def _without_non_finite(plan: QuantizePlan, source, device: torch.device, step: OnStep) -> QuantizePlan:

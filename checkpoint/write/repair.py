@@ -17,8 +17,19 @@ from pathlib import Path
 import torch
 
 from ...kernels.format import block_scale_shape, packed_shape
-from ..file.container import PlannedTensor, write_checkpoint
-from ..file.header import HEADER_ENTRY, ITEM_BYTES, METADATA_KEY, CheckpointError, Header, layers_entry, open_regular
+from ..file.container import PlannedTensor, sync_folder, write_checkpoint
+from ..file.guard import SourceGuard
+from ..file.header import (
+    BACKUP_ENDING,
+    HEADER_ENTRY,
+    ITEM_BYTES,
+    METADATA_KEY,
+    CheckpointError,
+    Header,
+    layers_entry,
+    open_regular,
+)
+from ..file.place import write_small
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL
@@ -29,7 +40,6 @@ from ..identify.layers import refuse
 from ..identify.values import check_layer, check_packed
 from .split import check_targets, with_config
 
-BACKUP_ENDING = ".header-backup"
 _RENAMED = {"scale_weight": "weight_scale", "weight_scale_inv": "weight_scale", "scale_input": "input_scale"}
 
 
@@ -70,12 +80,14 @@ def repair(
 ) -> Repaired:
     """Write a repaired copy of ``source`` to ``target``, or change it ``in_place``; see the module's docstring.
 
-    In place, the old header is first saved beside the file (``restore_header`` puts it back); where more than the
-    header has to change, the file is replaced by a copy once that is complete. ``dialect`` decides where the file
+    In place, old and new header are first saved beside the file (``restore_header`` puts the old one back); where more
+    than the header has to change, the file is replaced by a copy once that is complete, and cannot be brought back.
+    ``dialect`` decides where the file
     leaves it open; ``config_from``: a file whose `config` to use. ``base``, ``overwrite``, ``on_bytes``: as in
     ``split``. A file without fault is left alone. Raises CheckpointError.
     """
     checkpoint = open_checkpoint(source)
+    guard = SourceGuard(checkpoint)
     header = checkpoint.header
     if in_place == (target is not None):
         raise CheckpointError("give either a target or in_place", where=header.path.name)
@@ -103,30 +115,48 @@ def repair(
     metadata = _metadata(found, names)
     if base is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-    backup = _back_up(header, overwrite) if in_place else None
     new_header = _header_bytes(found, names, metadata) if in_place else None
     if new_header is not None:
-        _overwrite(path, new_header)
+        guard.check()
+        backup, old_header = _back_up(header, new_header, overwrite)
+        guard.check()
+        _overwrite(path, old_header, new_header)
         return Repaired(path, "header", cured, remaining, 0, backup, evidence)
     with Source(checkpoint) as reader:
-        write_checkpoint(path, _plan(found, names, reader), metadata, on_bytes)
+        write_checkpoint(
+            path, _plan(found, names, reader), metadata, on_bytes,
+            overwrite=overwrite or in_place, before_naming=guard.check,
+        )  # fmt: skip
     converted = 0 if found.plan.native else len(found.plan.nvfp4)
-    return Repaired(path, "copy", cured, remaining, converted, backup, evidence)
+    return Repaired(path, "copy", cured, remaining, converted, None, evidence)
 
 
 def restore_header(path: str | os.PathLike[str], backup: str | os.PathLike[str] | None = None) -> None:
-    """Undo a repair in place: put the saved header back. CheckpointError if it is not one of this file's size."""
+    """Undo a repair in place, also one that was interrupted: put the saved header back.
+
+    CheckpointError, and nothing done, unless the file begins with what that repair wrote over the saved header.
+    """
     path = Path(path)
     backup = Path(backup) if backup else path.with_name(path.name + BACKUP_ENDING)
     with open_regular(backup) as file:
         saved = file.read()
-    length = int.from_bytes(saved[:8], "little")
+    size = int.from_bytes(saved[:8], "little") + 8
+    old, new = saved[:size], saved[size:]
     with open_regular(path) as file:
-        present = int.from_bytes(file.read(8), "little")
-    if len(saved) != length + 8 or present != length:
-        found = f"this is not the header of {path.name}: {len(saved):,} bytes, there {present + 8:,}"
+        present = file.read(size)
+    sound = len(saved) == 2 * size and new[:8] == old[:8]
+    if not sound or (present not in (old, new) and not _torn(present, old, new)):
+        found = f"this is not the header that a repair of {path.name} replaced, or the file has changed since"
         raise CheckpointError(found, where=backup.name, remedy="name the backup made when the header was rewritten")
-    _overwrite(path, saved)
+    if present != old:
+        _overwrite(path, present, old)
+
+
+def _torn(present: bytes, old: bytes, new: bytes) -> bool:
+    """Whether a header is what is left of writing ``new`` over ``old``, or the reverse: each byte is of one of them."""
+    if len(present) != len(old) or present[:8] not in (old[:8], bytes(8)):
+        return False
+    return all(byte in pair for byte, pair in zip(present[8:], zip(old[8:], new[8:], strict=True), strict=True))
 
 
 def _check_sidecar(path: Path, found: Diagnosis) -> None:
@@ -281,32 +311,38 @@ def _renames_scales(names: _Names) -> bool:
     return any(old.rpartition(".")[2] != new.rpartition(".")[2] for old, new in names.tensors.items())
 
 
-def _back_up(header: Header, overwrite: bool) -> Path:
-    """Save the old header beside the file, so that a rewrite can be undone, or finished after a power cut."""
+def _back_up(header: Header, new: bytes, overwrite: bool) -> tuple[Path, bytes]:
+    """Save the old header beside the file, and after it the new one, by which ``restore_header`` knows the file."""
     backup = header.path.with_name(header.path.name + BACKUP_ENDING)
     with open_regular(header.path) as file:
-        saved = file.read(8)
-        saved += file.read(int.from_bytes(saved, "little"))
-    try:
-        with open(backup, "wb" if overwrite else "xb") as file:
-            file.write(saved)
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError as error:
+        old = file.read(len(new))
+    if os.path.lexists(backup) and not overwrite:
         remedy = "it is the backup of an earlier repair: move it away, or allow overwriting"
-        raise CheckpointError("it exists already", where=backup.name, remedy=remedy) from error
+        raise CheckpointError("it exists already", where=backup.name, remedy=remedy)
+    try:
+        write_small(backup, old + new, overwrite)
+        sync_folder(backup.parent)
     except OSError as error:
         found = f"the old header cannot be saved ({error})"
         raise CheckpointError(found, where=backup.name, remedy="nothing was changed; check rights and disk") from error
-    return backup
+    return backup, old
 
 
-def _overwrite(path: Path, start: bytes) -> None:
-    """Replace the first bytes of a file."""
+def _overwrite(path: Path, present: bytes, start: bytes) -> None:
+    """Replace the first bytes of a file, which are ``present``; an interruption leaves a length of 0.
+
+    So no reader ever takes a mixture of two headers for one.
+    """
     try:
         with open(path, "r+b", buffering=0) as file:
-            file.write(start)
-            os.fsync(file.fileno())
+            if file.read(len(present)) != present:
+                raise CheckpointError("the file changed while it was in use", where=path.name, remedy="try again")
+            for place, part in ((0, bytes(8)), (8, start[8:]), (0, start[:8])):
+                file.seek(place)
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
     except OSError as error:
-        remedy = "put the saved header back, or check rights and disk and try again"
+        remedy = "put the saved header back (`repair --undo`), or check rights and disk and try again"
         raise CheckpointError(f"its header cannot be written ({error})", where=path.name, remedy=remedy) from error

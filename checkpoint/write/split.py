@@ -18,6 +18,7 @@ import torch
 
 from ...measure.text import size_text
 from ..file.container import PlannedTensor, write_checkpoint
+from ..file.guard import SourceGuard
 from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry, read_header
 from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
@@ -69,6 +70,7 @@ def split(
     error stay. Raises CheckpointError before anything is written if a component is missing or a target is refused.
     """
     checkpoint = open_checkpoint(source)
+    guard = SourceGuard(checkpoint)
     header = with_config(checkpoint.header, config_from)
     if dtype not in (KEEP, BF16):
         raise CheckpointError(f"unknown dtype {dtype!r}", where=header.path.name, expected=f"{KEEP} or {BF16}")
@@ -88,7 +90,10 @@ def split(
         done, total, parts = 0, sum(sizes.values()), []
         for name, (tensors, restoration) in plans.items():
             report = None if on_bytes is None else _shifted(on_bytes, done, total)
-            write_checkpoint(paths[name], tensors, metadata_of(header, chosen[name]), report)
+            metadata = metadata_of(header, chosen[name])
+            write_checkpoint(
+                paths[name], tensors, metadata, report, overwrite=overwrite, before_naming=guard.check
+            )
             done += sizes[name]
             restored = len(restoration.weights) if restoration else 0
             parts.append(SplitFile(name, paths[name], len(tensors), sizes[name], restored))
@@ -102,25 +107,39 @@ def check_targets(
     base: str | os.PathLike[str] | None,
     overwrite: bool,
 ) -> dict[str, Path]:
-    """Targets -> resolved paths. CheckpointError for one outside ``base``, that exists, is a source or named twice."""
+    """Targets -> resolved paths. CheckpointError for one outside ``base``, that exists, is a source or named twice.
+
+    No name leads out of ``base``, nor does a link in the place of the file. Folders in it may be links: whoever has
+    made them can write there anyway.
+    """
     paths: dict[str, Path] = {}
     for name, target in targets.items():
-        path = Path(os.path.realpath(Path(base or ".") / target))
-        if base is not None and not path.is_relative_to(os.path.realpath(base)):
+        named = Path(os.path.abspath(Path(base or ".") / target))  # without `..`, before any link is followed
+        path = Path(os.path.realpath(named))
+        plain = path.parent == Path(os.path.realpath(named.parent))
+        inside = base is not None and plain and named.is_relative_to(os.path.abspath(base))
+        if base is not None and not inside and not path.is_relative_to(os.path.realpath(base)):
             found = "the target lies outside the output folder"
             remedy = "give a name without `..`, relative to that folder"
             raise CheckpointError(found, where=os.fspath(target), remedy=remedy)
         if path.suffix != ".safetensors":
             raise CheckpointError("this is no name for the new file", where=path.name, expected="one in .safetensors")
-        if any(path == Path(os.path.realpath(file)) for file in sources):
+        if any(_same(path, file) for file in sources):
             raise CheckpointError("the target is the source itself", where=path.name, remedy="choose another name")
-        if path in paths.values():
+        if any(_same(path, other) or str(path).casefold() == str(other).casefold() for other in paths.values()):
             raise CheckpointError("two components have this one target", where=path.name, remedy="choose two names")
         if path.exists() and not overwrite:
             remedy = "choose another name, or allow overwriting"
             raise CheckpointError("the target exists", where=path.name, remedy=remedy)
         paths[name] = path
     return paths
+
+
+def _same(path: Path, other: Path) -> bool:
+    """Whether two names are of one file, by links or by case."""
+    if os.path.exists(path) and os.path.exists(other):
+        return os.path.samefile(path, other)
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def metadata_of(header: Header, component: Component) -> dict[str, str]:

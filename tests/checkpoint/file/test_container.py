@@ -291,7 +291,7 @@ def test_a_disk_that_fills_up_is_named_and_the_old_file_stays(tmp_path, monkeypa
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"old content")
     monkeypatch.setattr(StingyFile, "room", room)
-    monkeypatch.setattr(container, "_open_unnamed", lambda _: None)
+    monkeypatch.setattr(container, "open_unnamed", lambda _: None)
     monkeypatch.setattr(container, "open", lambda name, *_, **__: StingyFile(name, "x"), raising=False)
     with pytest.raises(CheckpointError, match=r"w\.safetensors: it cannot be written \(.*No space left.*free space"):
         write_checkpoint(path, [planned("a", torch.zeros(1000))])
@@ -391,4 +391,4 @@ def test_a_writer_killed_half_way_leaves_nothing_where_files_can_be_unnamed(tmp_
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "4096 8192\n"
         process.kill()
-    assert not os.listdir(tmp_path) or container._open_unnamed(tmp_path) is None
+    assert not os.listdir(tmp_path) or container.open_unnamed(tmp_path) is None

@@ -16,11 +16,14 @@ from nvfp4_video.tests.support.files import save
 def test_parts_are_read_as_one_checkpoint_and_their_declared_layers_put_together(tmp_path):
     layers = [json.dumps({"layers": {name: {"format": "nvfp4"}}}) for name in "ab"]
     values = {"a": torch.arange(5, dtype=torch.int32), "b": torch.randn(3, 2), "c": torch.empty(0, 4)}
-    save(tmp_path / "m-1.safetensors", {"a": values["a"]}, {"config": "{}", "_quantization_metadata": layers[0]})
-    save(tmp_path / "m-2.safetensors", {"b": values["b"], "c": values["c"]}, {"_quantization_metadata": layers[1]})
+    declared = [{"config": "{}", "licence": "1"}, {"licence": "2"}]
+    first, second = (entry | {"_quantization_metadata": text} for entry, text in zip(declared, layers, strict=True))
+    save(tmp_path / "m-1.safetensors", {"a": values["a"]}, first)
+    save(tmp_path / "m-2.safetensors", {"b": values["b"], "c": values["c"]}, second)
     checkpoint = open_checkpoint(tmp_path / "m-*.safetensors")
     assert checkpoint.sharded
     assert checkpoint.header.metadata["config"] == "{}"
+    assert checkpoint.header.metadata["licence"] == "1"  # the first file that has an entry decides
     assert json.loads(checkpoint.header.metadata["_quantization_metadata"])["layers"].keys() == {"a", "b"}
     with Source(checkpoint) as source:
         for name, value in values.items():

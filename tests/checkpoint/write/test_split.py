@@ -246,12 +246,18 @@ def test_a_target_that_may_not_be_written_is_refused_before_anything_is(full, tm
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
-def test_a_link_cannot_lead_out_of_the_folder(full, tmp_path):
+def test_a_folder_that_is_a_link_works_and_a_file_that_is_one_leads_nowhere(full, tensors, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out" / "link").symlink_to(tmp_path / "elsewhere")
+    (part,) = split(full, {"video_vae": "link/vae.safetensors"}, base=tmp_path / "out")
+    assert equal(load(tmp_path / "elsewhere" / "vae.safetensors"), expected(tensors, "video_vae"))
+    for wanted in ("link/../../vae.safetensors", "link/../../elsewhere/v.safetensors"):
+        with pytest.raises(CheckpointError, match="outside the output folder"):
+            split(full, {"video_vae": wanted}, base=tmp_path / "out")
+    (tmp_path / "out" / "file.safetensors").symlink_to(tmp_path / "precious.safetensors")
     with pytest.raises(CheckpointError, match="outside the output folder"):
-        split(full, {"video_vae": "link/vae.safetensors"}, base=tmp_path / "out")
+        split(full, {"video_vae": "file.safetensors"}, base=tmp_path / "out", overwrite=True)
 
 
 def test_an_existing_target_is_replaced_only_on_request_and_the_source_never(full, tensors, tmp_path):
