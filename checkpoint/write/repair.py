@@ -18,7 +18,8 @@ import torch
 
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor, write_checkpoint
-from ..file.header import HEADER_ENTRY, ITEM_BYTES, METADATA_KEY, CheckpointError, Header, layers_entry, open_regular
+from ..file.dtypes import ITEM_BYTES
+from ..file.header import HEADER_ENTRY, METADATA_KEY, CheckpointError, Header, layers_entry, open_regular
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL
