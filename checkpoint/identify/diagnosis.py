@@ -27,6 +27,8 @@ _STOCK_ON_FOREIGN = {
     "compressed_tensors": "stops with a KeyError",
     "lightx2v": "does not recognise the layers",
 }
+# Faults of the file around the tensors -> what ``repair`` does about them.
+CONTAINER = {"shards": "which `repair` joins", "trailing": "which `repair` cuts off"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
     body = header.of(name for name in header.tensors if name not in vaes)
     with Source(checkpoint) as reader:
         plan, open_dialect = _plan(body, dialect, reader.tensor)
-    faults: list[Fault] = []
+    faults = list(_container_faults(checkpoint))
     unmarked, misnamed = {}, {}
     if plan is None:
         stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
@@ -93,6 +95,17 @@ def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
     return Diagnosis(
         checkpoint, components, model, plan, open_dialect, tuple(faults), unmarked, misnamed, prefix, new_prefix
     )
+
+
+def _container_faults(checkpoint: Checkpoint):
+    """What keeps ComfyUI from reading the files as such."""
+    if checkpoint.sharded:
+        text = f"it is in {len(checkpoint.files)} files"
+        yield Fault("shards", text, "reads the one file that is picked, which lacks the tensors of the others")
+    for header in checkpoint.files:
+        if header.trailing:
+            text = f"{header.trailing:,} bytes follow the last tensor of {header.path.name}"
+            yield Fault("trailing", text, "refuses the file (not fully covered), and reads it where DynamicVRAM is on")
 
 
 def _plan(body: Header, dialect: str, read) -> tuple[dialects.DialectPlan | None, str | None]:

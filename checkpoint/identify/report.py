@@ -15,7 +15,7 @@ from ..file.header import CheckpointError, Header
 from ..file.shards import open_checkpoint
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, TEXT_PROJECTION, VIDEO_VAE, Component
-from .diagnosis import Diagnosis, diagnose
+from .diagnosis import CONTAINER, Diagnosis, diagnose
 from .formats import FORMATS, Group, kind_of, weight_suffix
 from .layers import group_tensors
 from .signatures import find_model
@@ -54,7 +54,8 @@ class Inspection:
     ``blocks``: block of the diffusion model -> format -> (layers, bytes), a layer being a weight of two or more
     dimensions with its scales; ``formats``: the same over all components. ``dialect``: None where it is open or there
     is none, ``evidence`` says which. ``missing``: what the file lacks. ``loaders``: component -> the node that loads
-    it. ``stock``: component -> what ComfyUI's own loaders do with it.
+    it. ``stock``: component -> what ComfyUI's own loaders do with it. ``container``: what is odd about the file, or the
+    files, around the tensors.
     """
 
     file: str
@@ -70,6 +71,7 @@ class Inspection:
     loaders: Mapping[str, str]
     stock: Mapping[str, str]
     metadata: tuple[str, ...]
+    container: tuple[str, ...] = ()
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -111,6 +113,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], dialect: str = dialects.AUT
         dict(_loaders(found, identity)),
         dict(_stock(found, identity)),
         tuple(sorted(header.metadata)),
+        tuple(f"{fault.text}, {CONTAINER[fault.code]}" for fault in found.faults if fault.code in CONTAINER),
     )
 
 
@@ -238,6 +241,7 @@ def _lines(found: Inspection):
     shards = f" in {found.files} files" if found.files > 1 else ""
     yield f"{found.file}: {found.kind}"
     yield f"{size_text(found.file_size)}{shards}, {sum(part.tensors for part in found.parts):,} tensors"
+    yield from found.container
     if found.dialect or found.formats.get("NVFP4"):
         yield f"dialect: {found.dialect or 'open'} ({found.evidence})"
     yield ""

@@ -21,8 +21,8 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
-from ...checkpoint.file.container import TensorReader
-from ...checkpoint.file.header import MARKER, CheckpointError, Header, read_header
+from ...checkpoint.file.header import MARKER, CheckpointError, read_header
+from ...checkpoint.file.shards import Checkpoint, Source, open_checkpoint
 from ...checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan, detect, host_layer, input_scale
 from ...checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
 from ...checkpoint.identify.layers import Layer, refuse
@@ -37,6 +37,7 @@ from ..compute.linear import supports, weight_only_operations, wrap
 from ..compute.lora_patcher import use_branches
 from ..compute.modes import AUTO as FASTEST
 from ..compute.modes import MODES, Compute, describe, parse_overrides, pick_mode, plan_layers
+from .files import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +108,12 @@ def load_model(
     picked = pick_mode(compute, device)
     overrides = parse_overrides(layer_compute, device)
     backend_name, reason = backends.pick_backend(device, backend)
-    header = read_header(path)
+    checkpoint = open_checkpoint(path)
+    header = checkpoint.header
     model = find_model(header)
-    plan = plan_file(header, dialect, model.prefix)
+    plan = plan_file(checkpoint, dialect, model.prefix)
     how = _plan_compute(picked, overrides, plan, model)
-    state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    metadata = dict(metadata or {})
+    state_dict, metadata = read_tensors(checkpoint)
     config_source = _complete_config(metadata, header, model, config_from)
     state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(model.prefix)}
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
@@ -173,10 +174,11 @@ def _complete_config(metadata: dict, header, model: Model, config_from: str | No
     return None
 
 
-def plan_file(header: Header, dialect: str = AUTO, prefix: str = "") -> DialectPlan:
-    """Header -> DialectPlan of what can be loaded. CheckpointError, which names the layer, for what cannot."""
-    with TensorReader(header) as reader:
-        plan = detect(header, dialect, prefix, reader.get)
+def plan_file(checkpoint: Checkpoint, dialect: str = AUTO, prefix: str = "") -> DialectPlan:
+    """Checkpoint -> DialectPlan of what can be loaded. CheckpointError, which names the layer, for what cannot."""
+    header = checkpoint.header
+    with Source(checkpoint) as reader:
+        plan = detect(header, dialect, prefix, reader.tensor)
     refuse(header.path.name, plan.layers)
     for layer, fault in plan.faults().items():
         if not plan.stated:
