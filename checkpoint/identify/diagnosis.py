@@ -15,7 +15,7 @@ from ..file.shards import Checkpoint, Source
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
 from .formats import FORMATS, FP8_FORMATS, OLD_FP8
-from .signatures import MODEL_PREFIXES, Model, families_under
+from .signatures import MODEL_PREFIXES, Model, diffusers_names, families_under
 
 FULL_PREFIX = "model.diffusion_model."
 # What ComfyUI's loaders for diffusion models strip: comfy/model_detection.py, unet_prefix_from_state_dict.
@@ -89,6 +89,9 @@ def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
         kind = "full checkpoint" if others else "diffusion model"
         text = f"the diffusion model's names begin with {prefix!r}, those of a {kind} with {new_prefix!r}"
         faults.append(Fault("prefix", text, "does not recognise the model"))
+    diffusers = diffusers_names(header) if model is None else None
+    if diffusers is not None and not diffusers.loads:
+        faults.append(Fault("diffusers", diffusers.found, diffusers.stock, curable=False))
     if model is not None and model.needs_config and "config" not in header.metadata:
         text = "the header has no `config`, from which ComfyUI builds this model"
         faults.append(Fault("config", text, "guesses the model's settings, several of them wrong", curable=False))

@@ -14,11 +14,11 @@ from ...measure.text import size_text, table
 from ..file.header import CheckpointError, Header
 from ..file.shards import open_checkpoint
 from . import dialects
-from .components import AUDIO_VAE, DIFFUSION_MODEL, TEXT_PROJECTION, VIDEO_VAE, Component
+from .components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, TEXT_PROJECTION, VIDEO_VAE, Component
 from .diagnosis import CONTAINER, Diagnosis, diagnose
 from .formats import FORMATS, Group, kind_of, weight_suffix
 from .layers import group_tensors
-from .signatures import find_model
+from .signatures import diffusers_names, find_model
 from .vae_signatures import AUDIO, FULL, Identity, Vae, identify
 
 _BLOCK = re.compile(r"(?:transformer_blocks|double_blocks|single_blocks|blocks|layers|double_layers)\.(\d+)\.")
@@ -180,6 +180,8 @@ def _kind(header: Header, found: Diagnosis, identity: Identity) -> str:
 
 
 def _missing(found: Diagnosis, identity: Identity):
+    if found.has("diffusers"):
+        yield "ComfyUI's own names: nothing here loads this model under those of diffusers"
     if found.has("config"):
         yield "`config` in the header, without which ComfyUI misbuilds the model"
     for vae in identity.vaes:
@@ -196,6 +198,9 @@ def _loaders(found: Diagnosis, identity: Identity):
     if DIFFUSION_MODEL in found.components:
         widget = "" if found.plan else " with its `dialect` widget set"
         yield DIFFUSION_MODEL, f"NVFP4ModelLoader{widget}" if _quantised(found) else "UNETLoader or NVFP4ModelLoader"
+    diffusers = diffusers_names(found.checkpoint.header)
+    if diffusers is not None and diffusers.loads:
+        yield DIFFUSION_MODEL, "UNETLoader"
     for vae in identity.vaes:
         key = AUDIO_VAE if vae.kind == AUDIO else VIDEO_VAE
         if vae.kind == AUDIO or vae.final_decoder:
@@ -220,6 +225,8 @@ def _stock(found: Diagnosis, identity: Identity):
             yield DIFFUSION_MODEL, "; ".join(verdicts) + cure
         else:
             yield DIFFUSION_MODEL, "loads it"
+    elif diffusers := diffusers_names(found.checkpoint.header):
+        yield DIFFUSION_MODEL, diffusers.stock
     for vae in identity.vaes:
         yield AUDIO_VAE if vae.kind == AUDIO else VIDEO_VAE, _stock_on_vae(vae, found)
 
@@ -259,12 +266,11 @@ def _lines(found: Inspection):
             counts = [f"{sizes[name][0]:,}" if sizes.get(name, (0, 0))[0] else "-" for name in names]
             rows.append((label, *counts, size_text(total)))
         yield from table(rows, right=tuple(range(1, len(names) + 2)))
-    titles = {part.name: part.title for part in found.parts}
     for heading, content in (("load with", found.loaders), ("stock ComfyUI", found.stock)):
         if content:
             yield ""
             yield f"{heading}:"
-            yield from (f"  {titles.get(name, name)}: {text}" for name, text in content.items())
+            yield from (f"  {COMPONENTS[name]}: {text}" for name, text in content.items())
     if found.missing:
         yield ""
         yield "missing:"

@@ -1,4 +1,4 @@
-"""The loader on checkpoints that are not one plain file: it loads what the whole file holds."""
+"""The loader on what is not one plain file of a model: it loads what the whole file holds, or says what it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.host.load.model import load_model
 from nvfp4_video.tests.support import containers
+from nvfp4_video.tests.support.files import save
 
 
 def outputs(path) -> list[torch.Tensor]:
@@ -32,4 +33,11 @@ def test_a_shard_whose_sibling_is_missing_is_refused_by_the_name_of_what_is_miss
     path = containers.numbered(containers.whole(tmp_path / "whole.safetensors"), tmp_path)
     (tmp_path / "m-00001-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="1 are missing, m-00001-of-00002"):
+        load_model(str(path))
+
+
+def test_a_model_with_the_names_of_diffusers_is_refused_by_that_word(tmp_path):
+    layers = ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q", "x_embedder")
+    path = save(tmp_path / "m.safetensors", {f"{layer}.weight": torch.ones(4, 4) for layer in layers})
+    with pytest.raises(CheckpointError, match=r"diffusers names \(FLUX\).*UNETLoader"):
         load_model(str(path))
