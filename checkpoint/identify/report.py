@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -142,9 +143,9 @@ def _formats(header: Header, component: Component) -> dict[str, dict[str, tuple[
 
 
 def _title(members: Group) -> str:
-    """A weight's format: plain floating point by its dtype."""
+    """A weight's format: plain floating point, and what no tool reads, by its dtype."""
     kind = kind_of(members)
-    return members[weight_suffix(members)].dtype if kind == "float" else FORMATS[kind].title
+    return members[weight_suffix(members)].dtype if kind in ("float", "other") else FORMATS[kind].title
 
 
 def _parameters(header: Header, component: Component) -> int:
@@ -184,6 +185,9 @@ def _missing(found: Diagnosis, identity: Identity):
         yield "ComfyUI's own names: nothing here loads this model under those of diffusers"
     if found.has("config"):
         yield "`config` in the header, without which ComfyUI misbuilds the model"
+    if DIFFUSION_MODEL in found.components:
+        for title, count in _unloadable(found).items():
+            yield f"weights in a format that ComfyUI or this pack loads: {count:,} layers are {title}"
     for vae in identity.vaes:
         for problem in vae.problems:
             if problem.code in ("config", "statistics", "vocoder"):
@@ -194,8 +198,18 @@ def _missing(found: Diagnosis, identity: Identity):
         yield f"markers or a header entry for {len(found.unmarked):,} quantised layers (`repair` adds them)"
 
 
+def _unloadable(found: Diagnosis) -> dict[str, int]:
+    """Format that no loader takes -> layers of the diffusion model in it."""
+    titles = [
+        layer.title
+        for name, layer in (found.plan.layers.items() if found.plan else ())
+        if name.startswith(found.prefix) and not FORMATS[layer.kind].loads
+    ]
+    return dict(Counter(titles))
+
+
 def _loaders(found: Diagnosis, identity: Identity):
-    if DIFFUSION_MODEL in found.components:
+    if DIFFUSION_MODEL in found.components and not _unloadable(found):
         widget = "" if found.plan else " with its `dialect` widget set"
         yield DIFFUSION_MODEL, f"NVFP4ModelLoader{widget}" if _quantised(found) else "UNETLoader or NVFP4ModelLoader"
     diffusers = diffusers_names(found.checkpoint.header)
