@@ -86,6 +86,24 @@ def test_the_recorded_nodes_are_those_of_this_host(host: ComfyUI):
         assert without_files(found) == without_files(node), name
 
 
+def test_the_host_has_every_input_and_output_of_the_recorded_nodes(host: ComfyUI):
+    if [int(part) for part in host.version.split(".")] < [int(part) for part in RECORDED_FROM.split(".")]:
+        pytest.skip(f"tests/data/core_nodes.json was recorded from ComfyUI {RECORDED_FROM}, this is {host.version}")
+    info = host.get("/object_info")
+    for name, node in form.recorded().items():
+        assert info[name]["output"] == node["output"], name
+        assert kinds(node["input"]).items() <= kinds(bare_inputs(info[name]["input"])).items(), name
+
+
+def kinds(inputs: dict) -> dict[tuple[str, str], str]:
+    """(required or optional, name) -> the type, that of a choice being COMBO."""
+    return {
+        (part, name): "COMBO" if isinstance(spec[0], list) else spec[0]
+        for part, specs in inputs.items()
+        for name, spec in specs.items()
+    }
+
+
 def without_files(node: dict) -> dict:
     """A recorded node without the choices of its file inputs."""
     node = json.loads(json.dumps(node))
