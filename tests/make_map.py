@@ -18,7 +18,7 @@ from pathlib import Path
 
 TARGET = Path("docs") / "map.svg"
 LEFT_OUT = {"benchmarks"}
-WIDE, TALL, GAP, DROP, LETTERS = 250, 104, 20, 62, 33
+WIDE, TALL, GAP, DROP, LETTERS = 250, 104, 20, 62, 31
 STYLE = """text{font:13px sans-serif;fill:#20242c} .name{font-weight:bold;font-size:15px}
 path{fill:none;stroke:#69707c} .box{fill:#eef2f8;stroke:#1f67b2}"""
 

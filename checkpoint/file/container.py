@@ -21,10 +21,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .dtypes import DTYPE_NAMES, DTYPES, ITEM_BYTES
 from .header import (
-    DTYPE_NAMES,
-    DTYPES,
-    ITEM_BYTES,
     MAX_HEADER_BYTES,
     METADATA_KEY,
     CheckpointError,
@@ -101,11 +99,12 @@ class TensorReader:
         It is a copy only where sharing is unsafe: data not aligned to its element size, or no private mapping.
         """
         info, data = self._find(name)
+        dtype = info.torch_dtype
         if not info.nbytes:
-            return torch.empty(info.shape, dtype=info.torch_dtype)
+            return torch.empty(info.shape, dtype=dtype)
         if not self._shared or info.start % ITEM_BYTES[info.dtype]:
             data = bytearray(data)
-        return torch.frombuffer(data, dtype=torch.uint8).view(info.torch_dtype).view(info.shape)
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(info.shape)
 
     def get_bytes(self, name: str) -> memoryview:
         """The bytes of tensor ``name`` as stored: a read-only view of the mapping."""

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
+from .dtypes import BITS, DTYPES, ITEM_BYTES, bytes_of
 from .mistaken import AGAIN, what_it_is
 
 MAX_HEADER_BYTES = 100_000_000
@@ -46,31 +47,6 @@ _MAX_DIMENSIONS = 64  # torch's own operators stop there
 # What a header may hold beyond what its tensors need. A value of two bytes in JSON can take a hundred as an object.
 _MOST_FURTHER, _MOST_UNUSUAL = 1_000_000, 200_000
 _MOST_SHAPES = 4096  # shared by the tensors that have them; a file with more has each its own
-_TORCH_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "U16": "uint16",
-    "I16": "int16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "U32": "uint32",
-    "I32": "int32",
-    "F32": "float32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F64": "float64",
-    "C64": "complex64",
-}
-# Older torch lacks some of them: a file that uses such a dtype is then refused by name.
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of) for name, of in _TORCH_NAMES.items() if hasattr(torch, of)}
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
-ITEM_BYTES: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _CODES = {name: (name, size) for name, size in ITEM_BYTES.items()}  # with the one string that all tensors share
 
 _CUT_SHORT = "the file is cut short: download it again"
@@ -108,7 +84,10 @@ class TensorInfo(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The torch dtype of the stored elements."""
+        """The torch dtype of the stored elements. CheckpointError where torch has none."""
+        if self.dtype not in DTYPES:
+            found, remedy = f"a tensor has the dtype {self.dtype}", "take a BF16, FP8 or NVFP4 version of the model"
+            raise CheckpointError(found, expected=f"one of {', '.join(DTYPES)}", remedy=remedy)
         return DTYPES[self.dtype]
 
 
@@ -116,7 +95,7 @@ class TensorInfo(NamedTuple):
 class Header:
     """A checked header: the tensors cover the data without overlap; ``tensors`` keeps the header's order.
 
-    ``markers``: name of a `comfy_quant` tensor -> its bytes.
+    ``markers``: name of a `comfy_quant` tensor -> its bytes. ``trailing``: bytes behind the last tensor.
     """
 
     path: Path
@@ -124,6 +103,7 @@ class Header:
     metadata: dict[str, str]
     file_size: int
     markers: Mapping[str, bytes] = field(default_factory=dict)
+    trailing: int = 0
 
     def of(self, tensors: Iterable[str]) -> Header:
         """The header of a part of the file."""
@@ -234,8 +214,8 @@ def _parse(file: BinaryIO, path: Path, length: int, size: int) -> Header:
     for name, entry in entries.items():
         if type(entry) is not TensorInfo:
             entries[name] = _tensor_info(name, entry, data_start, where)
-    _check_layout(entries, data_start, size, where)
-    return Header(path, entries, metadata, size, _read_markers(file, entries))
+    trailing = _check_layout(entries, data_start, size, where)
+    return Header(path, entries, metadata, size, _read_markers(file, entries), trailing)
 
 
 def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str, bytes]:
@@ -354,26 +334,31 @@ def _tensor_info(name: str, entry: object, data_start: int, where: str) -> Tenso
     if not isinstance(entry, dict):
         raise error(f"is {quote(entry)}", "an object with dtype, shape and data_offsets")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    item_bytes = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
-    if item_bytes is None:
-        remedy = "take a version of the model that uses these, or a newer torch"
-        raise error(f"has the unknown dtype {quote(dtype)}", f"one of {', '.join(DTYPES)}", remedy)
+    bits = BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        remedy = "take a version of the model that uses these"
+        raise error(f"has the unknown dtype {quote(dtype)}", f"one of {', '.join(BITS)}", remedy)
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(is_size, shape)):
         raise error(f"has the shape {quote(shape)}", f"a list of at most {_MAX_DIMENSIONS} non-negative integers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
         raise error(f"has the data_offsets {quote(offsets)}", "two non-negative integers")
     begin, end = offsets
     # Zeros count as ones, because the strides of an empty tensor overflow in torch as those of a full one would.
-    if math.prod(size or 1 for size in shape) * item_bytes > _INT64_MAX:
+    if math.prod(size or 1 for size in shape) * bits > 8 * _INT64_MAX:
         raise error(f"has the shape {quote(shape)}", "a size below 2**63 bytes")
-    nbytes = math.prod(shape) * item_bytes
+    nbytes = bytes_of(dtype, shape)
+    if nbytes is None:
+        raise error(f"has the shape {quote(shape)}", f"one whose numbers of {bits} bits fill whole bytes")
     if end - begin != nbytes:
         raise error(f"spans bytes {begin} to {end}", f"a span of {nbytes:,} bytes for {dtype} of shape {quote(shape)}")
     return TensorInfo(dtype, tuple(shape), data_start + begin, data_start + end)
 
 
-def _check_layout(tensors: dict[str, TensorInfo], data_start: int, size: int, where: str) -> None:
-    """The tensors must cover the file from ``data_start`` to its end, as the reference reader demands."""
+def _check_layout(tensors: dict[str, TensorInfo], data_start: int, size: int, where: str) -> int:
+    """The tensors must cover the file from ``data_start`` on -> bytes behind the last of them.
+
+    The reference reader refuses such bytes, ComfyUI's own (DynamicVRAM) does not look at them.
+    """
     starts, ends = (np.fromiter(map(itemgetter(i), tensors.values()), np.uint64, len(tensors)) for i in (2, 3))
     order = np.lexsort((ends, starts))
     starts, ends = starts[order], ends[order]
@@ -390,6 +375,4 @@ def _check_layout(tensors: dict[str, TensorInfo], data_start: int, size: int, wh
     end = int(reached[-1])
     if end > size:
         raise CheckpointError(f"{end - size:,} of its {end:,} bytes are missing", where=where, remedy=_CUT_SHORT)
-    if end < size:
-        found = f"{size - end:,} bytes follow its last tensor"
-        raise CheckpointError(found, where=where, expected="the file to end there", remedy=_REWRITE)
+    return size - end

@@ -1,8 +1,8 @@
 """A checkpoint that may be spread over several files: its merged header, and a reader that keeps one tensor in memory.
 
 A checkpoint is named by its file, by its ``*.safetensors.index.json``, by any one of its shards
-``*-00001-of-00003.safetensors``, or by a wildcard such as ``model-*.safetensors``. Files that an index names must lie
-beside it.
+(``*-00001-of-00003.safetensors``, or whatever an index beside it calls them), or by a wildcard such as
+``model-*.safetensors``. Files that an index names must lie beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from .header import HEADER_ENTRY, CheckpointError, Header, layers_entry, open_regular, parse_header, quote, read_header
 
-_SHARD = re.compile(r"(?P<stem>.+-)\d{5}-of-(?P<count>\d{5})(?P<end>\.safetensors)")
+_SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
 _MAX_INDEX_BYTES = 64 * 2**20
 _READ_BYTES = 2**26  # at a time: systems limit one call to 2 GiB
@@ -62,7 +62,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     tensors = {name: header.tensors[name] for name, header in homes.items()}
     markers = {name: content for header in files for name, content in header.markers.items()}
     size = sum(header.file_size for header in files)
-    merged = Header(path, tensors, _merge_metadata(files), size, markers)
+    trailing = sum(header.trailing for header in files)
+    merged = Header(path, tensors, _merge_metadata(files), size, markers, trailing)
     return Checkpoint(merged, homes, tuple(files))
 
 
@@ -139,6 +140,9 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
     if path.name.endswith(_INDEX_ENDING):
         return _indexed(path)
     if path.exists():
+        index = _index_beside(path)
+        if index is not None:
+            return _indexed(index)
         shard = _SHARD.fullmatch(path.name)
         return (_siblings(path, shard) if shard else [path]), set()
     if glob.has_magic(path.name):
@@ -151,8 +155,24 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
     return [path], set()
 
 
+def _index_beside(path: Path) -> Path | None:
+    """The index in the same folder that names this file among others."""
+    for index in sorted(path.parent.glob("*" + _INDEX_ENDING)):
+        try:
+            with open_regular(index) as file:
+                names = set(json.loads(file.read(_MAX_INDEX_BYTES))["weight_map"].values())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # CheckpointError is a ValueError
+            continue  # an index that nobody named and that cannot be read says nothing of this file
+        if path.name in names and len(names) > 1:
+            return index
+    return None
+
+
 def _siblings(path: Path, shard: re.Match) -> list[Path]:
     count = int(shard["count"])
+    if not 1 <= int(shard["number"]) <= count:
+        found = f"its name makes it part {int(shard['number'])} of {count}"
+        raise CheckpointError(found, where=path.name, expected=f"a part from 1 to {count}", remedy="check its name")
     names = [f"{shard['stem']}{number:05}-of-{shard['count']}{shard['end']}" for number in range(1, count + 1)]
     missing = [name for name in names if not path.with_name(name).is_file()]
     if missing:

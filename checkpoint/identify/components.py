@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..file.header import CheckpointError, Header
-from .signatures import MODEL_PREFIXES, Model, find_model, longest_prefixes
+from .signatures import MODEL_PREFIXES, Model, diffusers_names, find_model, longest_prefixes
 from .vae_signatures import AUDIO, AUDIO_STARTS, find_vaes
 
 VIDEO_VAE, AUDIO_VAE, TEXT_PROJECTION = "video_vae", "audio_vae", "text_projection"
@@ -85,6 +85,8 @@ def model_of(header: Header) -> Model | None:
     try:
         model = find_model(header)
     except CheckpointError:
+        if diffusers_names(header) is not None:
+            return None
         # A family unknown to the table, beside a VAE: the prefix is evidence enough.
         prefix = next((p for p in MODEL_PREFIXES if any(name.startswith(p) for name in header.tensors)), None)
         return Model(None, prefix) if prefix and find_vaes(header) else None

@@ -15,7 +15,7 @@ from ..file.shards import Checkpoint, Source
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
 from .formats import FORMATS, FP8_FORMATS, OLD_FP8
-from .signatures import MODEL_PREFIXES, Model, families_under
+from .signatures import MODEL_PREFIXES, Model, diffusers_names, families_under
 
 FULL_PREFIX = "model.diffusion_model."
 # What ComfyUI's loaders for diffusion models strip: comfy/model_detection.py, unet_prefix_from_state_dict.
@@ -27,6 +27,8 @@ _STOCK_ON_FOREIGN = {
     "compressed_tensors": "stops with a KeyError",
     "lightx2v": "does not recognise the layers",
 }
+# Faults of the file around the tensors -> what ``repair`` does about them.
+CONTAINER = {"shards": "which `repair` joins", "trailing": "which `repair` cuts off"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
     body = header.of(name for name in header.tensors if name not in vaes)
     with Source(checkpoint) as reader:
         plan, open_dialect = _plan(body, dialect, reader.tensor)
-    faults: list[Fault] = []
+    faults = list(_container_faults(checkpoint))
     unmarked, misnamed = {}, {}
     if plan is None:
         stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
@@ -87,12 +89,26 @@ def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
         kind = "full checkpoint" if others else "diffusion model"
         text = f"the diffusion model's names begin with {prefix!r}, those of a {kind} with {new_prefix!r}"
         faults.append(Fault("prefix", text, "does not recognise the model"))
+    diffusers = diffusers_names(header) if model is None else None
+    if diffusers is not None and not diffusers.loads:
+        faults.append(Fault("diffusers", diffusers.found, diffusers.stock, curable=False))
     if model is not None and model.needs_config and "config" not in header.metadata:
         text = "the header has no `config`, from which ComfyUI builds this model"
         faults.append(Fault("config", text, "guesses the model's settings, several of them wrong", curable=False))
     return Diagnosis(
         checkpoint, components, model, plan, open_dialect, tuple(faults), unmarked, misnamed, prefix, new_prefix
     )
+
+
+def _container_faults(checkpoint: Checkpoint):
+    """What keeps ComfyUI from reading the files as such."""
+    if checkpoint.sharded:
+        text = f"it is in {len(checkpoint.files)} files"
+        yield Fault("shards", text, "reads the one file that is picked, which lacks the tensors of the others")
+    for header in checkpoint.files:
+        if header.trailing:
+            text = f"{header.trailing:,} bytes follow the last tensor of {header.path.name}"
+            yield Fault("trailing", text, "refuses the file (not fully covered), and reads it where DynamicVRAM is on")
 
 
 def _plan(body: Header, dialect: str, read) -> tuple[dialects.DialectPlan | None, str | None]:

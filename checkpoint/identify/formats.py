@@ -58,6 +58,11 @@ FORMATS = {
     ),
     "awq_w4a16": Format("AWQ INT4", ("I8",), "awq_w4a16", ("weight_scale", "weight_zeros")),
     "bitsandbytes": Format("bitsandbytes 4-bit", ("U8",), None, loads=False, repairs=False),
+    "bitsandbytes_nf4": Format("bitsandbytes NF4, 4-bit", ("U8",), None, loads=False, repairs=False),
+    "bitsandbytes_fp4": Format("bitsandbytes FP4, 4-bit", ("U8",), None, loads=False, repairs=False),
+    "bitsandbytes_int8": Format("bitsandbytes INT8", ("I8",), None, loads=False, repairs=False),
+    "nvfp4_f4": Format("NVFP4 of the dtype F4", ("F4",), None, loads=False, repairs=False),
+    "fp4": Format("FP4 without scales", ("F4",), None, loads=False, repairs=False),
     "mxfp4": Format("MXFP4", ("U8", "F4"), None, loads=False, repairs=False),
     "bytes": Format("bytes without scales (GGUF?)", ("U8",), None, loads=False, repairs=False),
     "int": Format("integers", (), None, loads=False, repairs=False),
@@ -70,21 +75,33 @@ def kind_of(members: Group) -> str:
     name = weight_suffix(members)
     info = members[name]
     if any(".quant_state" in suffix or suffix.endswith("weight.absmax") for suffix in members):
-        return "bitsandbytes"
+        state = next((suffix for suffix in members if "bitsandbytes__" in suffix), "")
+        kind = "bitsandbytes_" + state.rpartition("__")[2]
+        return kind if kind in FORMATS else "bitsandbytes"
     if info.dtype in FLOATS:
         return "float"
     if info.dtype in FP8_FORMATS:
         return _kind_of_fp8(members, info)
     if info.dtype == "F4":
-        return "mxfp4"
+        return _kind_of_fp4(members)
     if info.dtype == "U8" and len(info.shape) > 1:
         scales = members.keys() & _NVFP4_SCALES
         if scales == {"weight_scale"} and members["weight_scale"].dtype in ("U8", "F8_E8M0"):
             return "mxfp4"  # powers of two, and no second scale
         return "nvfp4" if scales else "bytes"
+    if info.dtype == "I8" and "SCB" in members:
+        return "bitsandbytes_int8"
     if info.dtype == "I8":
         return "int8" if "weight_scale" in members else "int"
     return "int" if info.dtype[:1] in "IUB" else "other"
+
+
+def _kind_of_fp4(members: Group) -> str:
+    """Of a weight whose dtype is F4: MXFP4 has powers of two for scales, NVFP4 E4M3 numbers."""
+    scale = members.get("weight_scale")
+    if scale is None:
+        return "fp4"
+    return "nvfp4_f4" if scale.dtype == "F8_E4M3" else "mxfp4"
 
 
 def _kind_of_fp8(members: Group, info: TensorInfo) -> str:

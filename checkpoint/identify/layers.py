@@ -292,6 +292,9 @@ def account(where: str, header: Header, groups: Mapping[str, Group], prefix: str
         partner = next((end for end in _BESIDE if last.endswith(end)), None)
         if info.dtype in _BYTES or partner is not None:
             found = f"tensor {quote(name)} ({info.dtype} of shape {info.shape}) belongs to no weight"
+            scales = f"{name.removesuffix('blocks')}scales"
+            if name.endswith("_blocks") and info.dtype == "U8" and scales in header.tensors:
+                found = f"tensor {quote(name)} is MXFP4 in blocks, with its scales beside it, as gpt-oss has them"
             remedy = "it looks like a part of a quantised layer: take another version of the file"
             raise CheckpointError(found, where=where, expected="tensors of a known format", remedy=remedy)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -14,11 +15,11 @@ from ...measure.text import size_text, table
 from ..file.header import CheckpointError, Header
 from ..file.shards import open_checkpoint
 from . import dialects
-from .components import AUDIO_VAE, DIFFUSION_MODEL, TEXT_PROJECTION, VIDEO_VAE, Component
-from .diagnosis import Diagnosis, diagnose
+from .components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, TEXT_PROJECTION, VIDEO_VAE, Component
+from .diagnosis import CONTAINER, Diagnosis, diagnose
 from .formats import FORMATS, Group, kind_of, weight_suffix
 from .layers import group_tensors
-from .signatures import find_model
+from .signatures import diffusers_names, find_model
 from .vae_signatures import AUDIO, FULL, Identity, Vae, identify
 
 _BLOCK = re.compile(r"(?:transformer_blocks|double_blocks|single_blocks|blocks|layers|double_layers)\.(\d+)\.")
@@ -54,7 +55,8 @@ class Inspection:
     ``blocks``: block of the diffusion model -> format -> (layers, bytes), a layer being a weight of two or more
     dimensions with its scales; ``formats``: the same over all components. ``dialect``: None where it is open or there
     is none, ``evidence`` says which. ``missing``: what the file lacks. ``loaders``: component -> the node that loads
-    it. ``stock``: component -> what ComfyUI's own loaders do with it.
+    it. ``stock``: component -> what ComfyUI's own loaders do with it. ``container``: what is odd about the file, or the
+    files, around the tensors.
     """
 
     file: str
@@ -70,6 +72,7 @@ class Inspection:
     loaders: Mapping[str, str]
     stock: Mapping[str, str]
     metadata: tuple[str, ...]
+    container: tuple[str, ...] = ()
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -111,6 +114,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], dialect: str = dialects.AUT
         dict(_loaders(found, identity)),
         dict(_stock(found, identity)),
         tuple(sorted(header.metadata)),
+        tuple(f"{fault.text}, {CONTAINER[fault.code]}" for fault in found.faults if fault.code in CONTAINER),
     )
 
 
@@ -139,9 +143,9 @@ def _formats(header: Header, component: Component) -> dict[str, dict[str, tuple[
 
 
 def _title(members: Group) -> str:
-    """A weight's format: plain floating point by its dtype."""
+    """A weight's format: plain floating point, and what no tool reads, by its dtype."""
     kind = kind_of(members)
-    return members[weight_suffix(members)].dtype if kind == "float" else FORMATS[kind].title
+    return members[weight_suffix(members)].dtype if kind in ("float", "other") else FORMATS[kind].title
 
 
 def _parameters(header: Header, component: Component) -> int:
@@ -177,8 +181,13 @@ def _kind(header: Header, found: Diagnosis, identity: Identity) -> str:
 
 
 def _missing(found: Diagnosis, identity: Identity):
+    if found.has("diffusers"):
+        yield "ComfyUI's own names: nothing here loads this model under those of diffusers"
     if found.has("config"):
         yield "`config` in the header, without which ComfyUI misbuilds the model"
+    if DIFFUSION_MODEL in found.components:
+        for title, count in _unloadable(found).items():
+            yield f"weights in a format that ComfyUI or this pack loads: {count:,} layers are {title}"
     for vae in identity.vaes:
         for problem in vae.problems:
             if problem.code in ("config", "statistics", "vocoder"):
@@ -189,10 +198,23 @@ def _missing(found: Diagnosis, identity: Identity):
         yield f"markers or a header entry for {len(found.unmarked):,} quantised layers (`repair` adds them)"
 
 
+def _unloadable(found: Diagnosis) -> dict[str, int]:
+    """Format that no loader takes -> layers of the diffusion model in it."""
+    titles = [
+        layer.title
+        for name, layer in (found.plan.layers.items() if found.plan else ())
+        if name.startswith(found.prefix) and not FORMATS[layer.kind].loads
+    ]
+    return dict(Counter(titles))
+
+
 def _loaders(found: Diagnosis, identity: Identity):
-    if DIFFUSION_MODEL in found.components:
+    if DIFFUSION_MODEL in found.components and not _unloadable(found):
         widget = "" if found.plan else " with its `dialect` widget set"
         yield DIFFUSION_MODEL, f"NVFP4ModelLoader{widget}" if _quantised(found) else "UNETLoader or NVFP4ModelLoader"
+    diffusers = diffusers_names(found.checkpoint.header)
+    if diffusers is not None and diffusers.loads:
+        yield DIFFUSION_MODEL, "UNETLoader"
     for vae in identity.vaes:
         key = AUDIO_VAE if vae.kind == AUDIO else VIDEO_VAE
         if vae.kind == AUDIO or vae.final_decoder:
@@ -217,6 +239,8 @@ def _stock(found: Diagnosis, identity: Identity):
             yield DIFFUSION_MODEL, "; ".join(verdicts) + cure
         else:
             yield DIFFUSION_MODEL, "loads it"
+    elif diffusers := diffusers_names(found.checkpoint.header):
+        yield DIFFUSION_MODEL, diffusers.stock
     for vae in identity.vaes:
         yield AUDIO_VAE if vae.kind == AUDIO else VIDEO_VAE, _stock_on_vae(vae, found)
 
@@ -238,6 +262,7 @@ def _lines(found: Inspection):
     shards = f" in {found.files} files" if found.files > 1 else ""
     yield f"{found.file}: {found.kind}"
     yield f"{size_text(found.file_size)}{shards}, {sum(part.tensors for part in found.parts):,} tensors"
+    yield from found.container
     if found.dialect or found.formats.get("NVFP4"):
         yield f"dialect: {found.dialect or 'open'} ({found.evidence})"
     yield ""
@@ -255,12 +280,11 @@ def _lines(found: Inspection):
             counts = [f"{sizes[name][0]:,}" if sizes.get(name, (0, 0))[0] else "-" for name in names]
             rows.append((label, *counts, size_text(total)))
         yield from table(rows, right=tuple(range(1, len(names) + 2)))
-    titles = {part.name: part.title for part in found.parts}
     for heading, content in (("load with", found.loaders), ("stock ComfyUI", found.stock)):
         if content:
             yield ""
             yield f"{heading}:"
-            yield from (f"  {titles.get(name, name)}: {text}" for name, text in content.items())
+            yield from (f"  {COMPONENTS[name]}: {text}" for name, text in content.items())
     if found.missing:
         yield ""
         yield "missing:"

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..file.header import CheckpointError, Header
+from .diffusers_names import DiffusersNames, find_diffusers_names
 
 # Where full checkpoints and re-saved models keep the diffusion model. The host knows the first one only.
 MODEL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -48,9 +49,12 @@ class Model:
 
 
 def find_model(header: Header) -> Model:
-    """Header -> the diffusion model it holds. CheckpointError for a LoRA, a VAE, a text encoder or an empty file."""
+    """Header -> the diffusion model it holds.
+
+    CheckpointError for a LoRA, a VAE, a text encoder, an empty file, or a model with the names of diffusers.
+    """
     names = header.tensors.keys()
-    prefix = next((p for p in MODEL_PREFIXES if any(name.startswith(p) for name in names)), "")
+    prefix = _prefix(names)
     modules = {name[len(prefix) :].rpartition(".")[0] for name in names if name.startswith(prefix)}
     family = _family(modules)
     if family is None:
@@ -59,7 +63,21 @@ def find_model(header: Header) -> Model:
         if mistake is not None and (not prefix or mistake is _LORA):
             found, remedy = mistake
             raise CheckpointError(found, where=header.path.name, expected="a diffusion model", remedy=remedy)
+        diffusers = find_diffusers_names(header, prefix)
+        if diffusers is not None:
+            raise diffusers.error(header)
     return Model(family, prefix)
+
+
+def diffusers_names(header: Header) -> DiffusersNames | None:
+    """The names of diffusers for which ``find_model`` refuses a file, or None."""
+    prefix = _prefix(header.tensors)
+    own = {name[len(prefix) :].rpartition(".")[0] for name in header.tensors if name.startswith(prefix)}
+    return None if _family(own) is not None else find_diffusers_names(header, prefix)
+
+
+def _prefix(names: Collection[str]) -> str:
+    return next((prefix for prefix in MODEL_PREFIXES if any(name.startswith(prefix) for name in names)), "")
 
 
 def families_under(names: Collection[str]) -> dict[str, str]:

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor
-from ..file.header import HEADER_ENTRY, ITEM_BYTES, CheckpointError, Header, layers_entry, read_header
+from ..file.dtypes import ITEM_BYTES
+from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry, read_header
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, VIDEO_VAE, find_components

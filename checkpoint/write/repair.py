@@ -18,11 +18,11 @@ import torch
 
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor, sync_folder, write_checkpoint
+from ..file.dtypes import ITEM_BYTES
 from ..file.guard import SourceGuard
 from ..file.header import (
     BACKUP_ENDING,
     HEADER_ENTRY,
-    ITEM_BYTES,
     METADATA_KEY,
     CheckpointError,
     Header,
@@ -292,10 +292,10 @@ def _converted(found: Diagnosis, layer: str, new: str, reader: Source) -> Iterat
 
 
 def _header_bytes(found: Diagnosis, names: _Names, metadata: Mapping[str, str]) -> bytes | None:
-    """The new header at the old one's length, or None if the data would have to move or the text does not fit."""
+    """The new header at the old one's length, or None if data would have to move or go, or the text does not fit."""
     header = found.checkpoint.header
     plain = {f"{name}.{dialects.MARKER}" for name, layer in found.plan.layers.items() if layer.marker is not None}
-    if not found.plan.native or names.dropped - plain or names.shapes or _renames_scales(names):
+    if header.trailing or not found.plan.native or names.dropped - plain or names.shapes or _renames_scales(names):
         return None
     data_start = min((info.start for info in header.tensors.values()), default=header.file_size)
     entries: dict = {METADATA_KEY: dict(metadata)} if metadata else {}

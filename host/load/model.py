@@ -18,6 +18,7 @@ import comfy.utils
 import torch
 
 from ...checkpoint.file.header import CheckpointError, read_header
+from ...checkpoint.file.shards import open_checkpoint
 from ...checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan
 from ...checkpoint.identify.signatures import Model, find_model, transformer_config
 from ...kernels import backends
@@ -28,6 +29,7 @@ from ..compute.linear import weight_only_operations
 from ..compute.lora_patcher import use_branches
 from ..compute.modes import AUTO as FASTEST
 from ..compute.modes import MODES, Compute, parse_overrides, pick_mode, plan_layers
+from .files import read_tensors
 from .report import LoadReport, report_of
 from .state_dict import check_linears, plan_file, rewrite
 
@@ -55,12 +57,12 @@ def load_model(
     picked = pick_mode(compute, device)
     overrides = parse_overrides(layer_compute, device)
     backend_name, reason = backends.pick_backend(device, backend)
-    header = read_header(path)
+    checkpoint = open_checkpoint(path)
+    header = checkpoint.header
     model = find_model(header)
-    plan = plan_file(header, dialect, model.prefix)
+    plan = plan_file(checkpoint, dialect, model.prefix)
     how = _plan_compute(picked, overrides, plan, model)
-    state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    metadata = dict(metadata or {})
+    state_dict, metadata = read_tensors(checkpoint)
     config_source = _complete_config(metadata, header, model, config_from)
     state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(model.prefix)}
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}

@@ -13,8 +13,8 @@ import logging
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
-from ...checkpoint.file.container import TensorReader
-from ...checkpoint.file.header import MARKER, CheckpointError, Header
+from ...checkpoint.file.header import MARKER, CheckpointError
+from ...checkpoint.file.shards import Checkpoint, Source
 from ...checkpoint.identify.dialects import AUTO, DialectPlan, detect, host_layer, input_scale
 from ...checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
 from ...checkpoint.identify.layers import Layer, refuse
@@ -24,10 +24,11 @@ from ..compute.linear import supports, wrap
 logger = logging.getLogger(__name__)
 
 
-def plan_file(header: Header, dialect: str = AUTO, prefix: str = "") -> DialectPlan:
-    """Header -> DialectPlan of what can be loaded. CheckpointError, which names the layer, for what cannot."""
-    with TensorReader(header) as reader:
-        plan = detect(header, dialect, prefix, reader.get)
+def plan_file(checkpoint: Checkpoint, dialect: str = AUTO, prefix: str = "") -> DialectPlan:
+    """Checkpoint -> DialectPlan of what can be loaded. CheckpointError, which names the layer, for what cannot."""
+    header = checkpoint.header
+    with Source(checkpoint) as reader:
+        plan = detect(header, dialect, prefix, reader.tensor)
     refuse(header.path.name, plan.layers)
     for layer, fault in plan.faults().items():
         if not plan.stated:

@@ -21,7 +21,8 @@ import folder_paths
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ...checkpoint.file.header import CheckpointError, Header, read_header
+from ...checkpoint.file.header import CheckpointError
+from ...checkpoint.file.shards import Checkpoint, open_checkpoint
 from ...checkpoint.identify.dialects import AUTO, MARKER, DialectPlan
 from ...checkpoint.identify.text_encoder_signatures import (
     CONNECTORS,
@@ -36,6 +37,7 @@ from ...kernels.format import OUTPUT_DTYPES, PackedWeight
 from ..compute.linear import weight_only_operations
 from ..compute.lora_patcher import use_branches
 from ..compute.token_graphs import use_graphs
+from .files import read_tensors
 from .report import count_layers
 from .state_dict import plan_file, rewrite, stored_shape
 
@@ -99,13 +101,15 @@ def load_text_encoder(
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     load_device = options.get("load_device") or comfy.model_management.text_encoder_device()
     backend_name, reason = backends.pick_backend(load_device, backend)
-    header = read_header(path)
+    checkpoint = open_checkpoint(path)
+    header = checkpoint.header
     encoder = find_text_encoder(header)
-    other = header if projection is None else read_header(projection)
+    beside_it = checkpoint if projection is None else open_checkpoint(projection)
+    other = beside_it.header
     found = find_projection(other, encoder)
-    plan = plan_file(header, dialect)
-    tensors = _read(path, plan, lambda name: not name.startswith((PROJECTION, *CONNECTORS)))
-    beside = _read_projection(path if projection is None else projection, other, dialect)
+    plan = plan_file(checkpoint, dialect)
+    tensors = _read(checkpoint, plan, lambda name: not name.startswith((PROJECTION, *CONNECTORS)))
+    beside = _read_projection(beside_it, dialect)
     norm = header.tensors["model.layers.0.input_layernorm.weight"].torch_dtype
     compute = norm if norm in OUTPUT_DTYPES else torch.bfloat16
     operations = _full_precision(weight_only_operations(compute, load_device, backend, header.path.name))
@@ -145,18 +149,18 @@ def _reload(path, projection, dialect, backend, device, graphs, disable_dynamic:
     return load_text_encoder(path, projection, dialect, backend, device, graphs, disable_dynamic)[0].patcher
 
 
-def _read(path: str, plan: DialectPlan, wanted) -> dict[str, torch.Tensor]:
+def _read(checkpoint: Checkpoint, plan: DialectPlan, wanted) -> dict[str, torch.Tensor]:
     """The wanted tensors of a file in the host's layout; native ones stay mapped."""
-    state_dict = comfy.utils.load_torch_file(path)
+    state_dict, _ = read_tensors(checkpoint)
     return rewrite(plan, {name: tensor for name, tensor in state_dict.items() if wanted(name)})
 
 
-def _read_projection(path: str, header: Header, dialect: str) -> dict[str, torch.Tensor]:
+def _read_projection(checkpoint: Checkpoint, dialect: str) -> dict[str, torch.Tensor]:
     """The text projection, and the connectors of a checkpoint so old that they belong to the text encoder."""
     state: dict[str, torch.Tensor] = {}
     for prefix in (PROJECTION, *CONNECTORS):
-        plan = plan_file(header, dialect, prefix)
-        state |= _read(path, plan, lambda name, prefix=prefix: name.startswith(prefix))
+        plan = plan_file(checkpoint, dialect, prefix)
+        state |= _read(checkpoint, plan, lambda name, prefix=prefix: name.startswith(prefix))
     return state
 
 

@@ -81,6 +81,26 @@ def test_shards_that_miss_or_repeat_a_part_are_refused(tmp_path):
         open_checkpoint(tmp_path / "n-*.safetensors")
 
 
+def test_an_index_beside_a_file_makes_it_a_shard_only_if_it_names_it_among_others(tmp_path):
+    for name in "ab":
+        save(tmp_path / f"{name}.safetensors", {name: torch.ones(2)})
+    (tmp_path / "broken.safetensors.index.json").write_text("[")
+    index = tmp_path / "m.safetensors.index.json"
+    for weight_map, files in (({"a": "a.safetensors"}, 1), ({"a": "a.safetensors", "b": "b.safetensors"}, 2)):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        assert len(open_checkpoint(tmp_path / "a.safetensors").files) == files
+    index.write_text(json.dumps({"weight_map": {"b": "b.safetensors", "c": "c.safetensors"}}))
+    assert not open_checkpoint(tmp_path / "a.safetensors").sharded
+    with pytest.raises(CheckpointError, match="c.safetensors"):
+        open_checkpoint(tmp_path / "b.safetensors")
+
+
+def test_a_shard_beyond_its_count_is_refused(tmp_path):
+    path = save(tmp_path / "m-00003-of-00002.safetensors", {"a": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="part 3 of 2"):
+        open_checkpoint(path)
+
+
 def test_a_source_that_is_replaced_meanwhile_is_refused(tmp_path):
     path = save(tmp_path / "a.safetensors", {"a": torch.ones(2)})
     checkpoint = open_checkpoint(path)

@@ -1,0 +1,34 @@
+"""The tensors of a checkpoint as the host reads them, of all its files."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.utils
+import torch
+
+from ...checkpoint.file.container import TensorReader
+from ...checkpoint.file.header import Header
+from ...checkpoint.file.shards import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def read_tensors(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Checkpoint -> (tensor name -> tensor, the header's metadata). Tensors stay slices of the mapped files."""
+    if checkpoint.sharded:
+        logger.info("%s is one of %d files, which are loaded together", checkpoint.header.path, len(checkpoint.files))
+    state_dict: dict[str, torch.Tensor] = {}
+    for header in checkpoint.files:
+        state_dict |= _of_file(header)
+    return state_dict, dict(checkpoint.header.metadata)
+
+
+def _of_file(header: Header) -> dict[str, torch.Tensor]:
+    if not header.trailing:
+        return comfy.utils.load_torch_file(str(header.path))
+    # safetensors, through which the host reads without DynamicVRAM, refuses such a file whole.
+    text = "%s: %d bytes follow its last tensor and are left out; `repair` writes a file without them"
+    logger.warning(text, header.path.name, header.trailing)
+    with TensorReader(header) as reader:
+        return {name: reader.get(name) for name in header.tensors}

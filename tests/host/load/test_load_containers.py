@@ -1,0 +1,43 @@
+"""The loader on what is not one plain file of a model: it loads what the whole file holds, or says what it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nvfp4_video.checkpoint.file.header import CheckpointError
+from nvfp4_video.host.load.model import load_model
+from nvfp4_video.tests.support import containers
+from nvfp4_video.tests.support.files import save
+
+
+def outputs(path) -> list[torch.Tensor]:
+    """Of each quantised layer, and every other parameter."""
+    model = load_model(str(path))[0].model.diffusion_model
+    found = []
+    for _, module in sorted(model.named_modules()):
+        if hasattr(module, "in_features"):
+            x = torch.arange(module.in_features, dtype=torch.float32).cos().to(torch.bfloat16)
+            found.append(module(x[None]))
+    return found
+
+
+@pytest.mark.parametrize("make", [containers.numbered, containers.indexed, containers.trailing])
+def test_such_a_checkpoint_loads_as_its_whole_file(tmp_path, make):
+    whole = containers.whole(tmp_path / "whole.safetensors")
+    (tmp_path / "other").mkdir()
+    for found, wanted in zip(outputs(make(whole, tmp_path / "other")), outputs(whole), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_shard_whose_sibling_is_missing_is_refused_by_the_name_of_what_is_missing(tmp_path):
+    path = containers.numbered(containers.whole(tmp_path / "whole.safetensors"), tmp_path)
+    (tmp_path / "m-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="1 are missing, m-00001-of-00002"):
+        load_model(str(path))
+
+
+def test_a_model_with_the_names_of_diffusers_is_refused_by_that_word(tmp_path):
+    layers = ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q", "x_embedder")
+    path = save(tmp_path / "m.safetensors", {f"{layer}.weight": torch.ones(4, 4) for layer in layers})
+    with pytest.raises(CheckpointError, match=r"diffusers names \(FLUX\).*UNETLoader"):
+        load_model(str(path))
