@@ -104,7 +104,8 @@ def _container_faults(checkpoint: Checkpoint):
     """What keeps ComfyUI from reading the files as such."""
     if checkpoint.sharded:
         text = f"it is in {len(checkpoint.files)} files"
-        yield Fault("shards", text, "reads the one file that is picked, which lacks the tensors of the others")
+        stock = "reads the one file picked: no model is recognised, or one that lacks the tensors of the others"
+        yield Fault("shards", text, stock)
     for header in checkpoint.files:
         if header.trailing:
             text = f"{header.trailing:,} bytes follow the last tensor of {header.path.name}"

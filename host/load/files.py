@@ -26,7 +26,7 @@ def read_tensors(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[
 
 def _of_file(header: Header) -> dict[str, torch.Tensor]:
     if not header.trailing:
-        return comfy.utils.load_torch_file(str(header.path))
+        return comfy.utils.load_torch_file(str(header.path), return_metadata=True)[0]
     # safetensors, through which the host reads without DynamicVRAM, refuses such a file whole.
     text = "%s: %d bytes follow its last tensor and are left out; `repair` writes a file without them"
     logger.warning(text, header.path.name, header.trailing)
