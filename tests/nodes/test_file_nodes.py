@@ -96,15 +96,21 @@ def test_the_name_may_have_a_subfolder_but_not_lead_elsewhere(full, output):
     assert written(output) == ["vae/ltx/own_video_vae.safetensors"]
 
 
-def test_a_link_in_the_output_folder_does_not_lead_out_of_it(full, output, tmp_path):
+def test_a_folder_of_the_output_folder_may_be_a_link_to_another_disk_but_a_file_may_not(full, output, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     try:
         (output / "vae").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     except OSError:
         pytest.skip("this system allows no links")
+    split("video_vae")
+    (made,) = (tmp_path / "elsewhere").iterdir()
+    assert made.name == "full_video_vae.safetensors" and made.stat().st_size > 4
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(b"mine")
+    (tmp_path / "elsewhere" / "own_video_vae.safetensors").symlink_to(mine)
     with pytest.raises(CheckpointError, match="outside the output folder"):
-        split("video_vae")
-    assert list((tmp_path / "elsewhere").iterdir()) == []
+        split("video_vae", name="own", overwrite=True)
+    assert mine.read_bytes() == b"mine"
 
 
 def test_an_existing_file_stays_unless_overwriting_is_allowed_and_nothing_else_is_written(full, output):
