@@ -35,7 +35,7 @@ def distilled(**wishes: object) -> tuple[settings.RenderSettings, torch.Tensor, 
     return found, torch.tensor(found.sigmas), torch.tensor(found.sigmas_stage_2)
 
 
-def plan_file(path: str, clip: Clip, gpu: str, compute: str, text_encoder_gb: float = 0.0) -> RenderPlan:
+def plan_rendering(path: str, clip: Clip, gpu: str, compute: str, text_encoder_gb: float = 0.0) -> RenderPlan:
     """A checkpoint on disk -> RenderPlan. ``gpu``: "detected" or a name of the table; 0 GB: the usual text encoder."""
     header = open_checkpoint(path).header
     components = find_components(header)

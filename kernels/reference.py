@@ -75,17 +75,13 @@ def amax_global_scale(weight: torch.Tensor) -> torch.Tensor:
     return default_global_scale(weight.abs().amax().float(), "amax")
 
 
-def search_global_scale(weight: torch.Tensor) -> torch.Tensor:
-    """(N, K) float -> () fp32, the smallest power of two that is not below ``amax / (448 * 4)``.
-
-    At amax / (448 * 4) even the block of the largest weight may choose the scale that maps its largest value to 4. A
-    power of two makes every decoded value exact in BF16, whichever way a host multiplies code and scales.
-    """
-    return default_global_scale(weight.abs().amax().float(), "mse")
-
-
 def default_global_scale(amax: torch.Tensor, search: str) -> torch.Tensor:
-    """() fp32 largest magnitude, one of ``SEARCHES`` -> () fp32 global scale."""
+    """() fp32 largest magnitude, one of ``SEARCHES`` -> () fp32 global scale.
+
+    "amax": amax / (448 * 6), at which no block scale saturates. Searches: the smallest power of two that is not below
+    amax / (448 * 4), at which even the block of the largest weight may choose the scale that maps its largest value to
+    4. A power of two makes every decoded value exact in BF16, whichever way a host multiplies code and scales.
+    """
     if search == "amax":
         return _divide(amax, E4M3_MAX * E2M1_MAX)
     bits = _divide(amax, E4M3_MAX * 4.0).view(torch.int32)
@@ -149,7 +145,7 @@ def quantize(
 
     ``search``: how block scales are chosen. "amax" gives byte for byte what comfy-kitchen's quantize_nvfp4 writes;
     "mse" those of ``search_scale``, about a quarter less squared error. ``global_scale``: () fp32, default that of
-    ``amax_global_scale`` or ``search_global_scale``. ``column_weight``: (K,), for "mse": the weight of each column's
+    ``default_global_scale``. ``column_weight``: (K,), for "mse": the weight of each column's
     squared error, such as the mean square of that input.
     """
     check_quantize(weight, search, column_weight)

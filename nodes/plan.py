@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from ..draw.compact import compact_plan
 from ..draw.planner import roofline_picture
 from ..host.files import file_names, file_path, fingerprint
-from ..host.planning import distilled, plan_file
+from ..host.planning import distilled, plan_rendering
 from ..host.show import show, to_image
 from ..measure.gpus import DETECTED, GPUS
 from ..measure.ltx import VERSIONS
@@ -109,6 +109,6 @@ class NVFP4Planner(io.ComfyNode):
     @classmethod
     def execute(cls, file_name, width, height, frames, fps, gpu, compute, text_encoder_gb=0.0) -> io.NodeOutput:
         clip = Clip(width, height, frames, fps)
-        plan = plan_file(file_path(file_name, FOLDERS), clip, gpu, compute, text_encoder_gb)
+        plan = plan_rendering(file_path(file_name, FOLDERS), clip, gpu, compute, text_encoder_gb)
         picture = to_image(roofline_picture(plan))
         return io.NodeOutput(str(plan), picture, ui=show(cls, str(plan), to_image(compact_plan(plan)), picture))

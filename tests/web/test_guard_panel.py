@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from nvfp4_video.tests.web.doctor_page import DoctorPage, chromium
+from nvfp4_video.tests.web.doctor_page import DoctorPage
 from nvfp4_video.tests.web.frontend_server import PACK, FrontendServer, node_definitions, static_folder
 
 HERE = Path(__file__).resolve().parent
@@ -31,12 +31,6 @@ HOSTILE = "<img src=x onerror=\"document.title='run'\"><b>bold</b>"
 
 renderers = pytest.mark.parametrize("settings", [{}, VUE], ids=["classic", "vue"])
 themes = pytest.mark.parametrize("settings", [{}, LIGHT, LIGHT | VUE], ids=["dark", "light", "light-vue"])
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from nvfp4_video.nodes import NODES
-from nvfp4_video.tests.web.doctor_page import DoctorPage, chromium
+from nvfp4_video.tests.web.doctor_page import DoctorPage
 from nvfp4_video.tests.web.frontend_server import FrontendServer, node_definitions, static_folder
 
 SCHEMAS = [node.GET_SCHEMA() for node in NODES]
@@ -76,12 +76,6 @@ def workflow(*types: str) -> dict:
 
 def report(node: str) -> str:
     return REPORT.format(node=node, flag="--disable-async-offload")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture
