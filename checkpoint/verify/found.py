@@ -125,9 +125,12 @@ def worst_layers(found: Verification, count: int) -> list[tuple[str, ...]]:
 
 
 def report(found: Verification, count: int = 10) -> str:
-    """Verification -> ``summary``, and the layers furthest above what is allowed as a table."""
-    rows = worst_layers(found, count)
-    return "\n".join([summary(found), *(["", *table(rows, right=range(2, len(rows[0])))] if rows else [])])
+    """Verification -> ``summary``, and the layers furthest above what is allowed, their numbers first.
+
+    So a reader with little room, as on a node, need not scroll past the names.
+    """
+    rows = [(error, allowed, layer) for layer, _, error, allowed, *_ in worst_layers(found, count)]
+    return "\n".join([summary(found), *(["", *table(rows, right=(0, 1))] if rows else [])])
 
 
 def _some(lines: Sequence[str], most: int = 10) -> list[str]:

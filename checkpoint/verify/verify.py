@@ -196,7 +196,7 @@ class Layers:
         return LayerCheck(own, int(found[2]) if found else None, kind, kind_of, tuple(shape), *numbers, verdict)
 
     def _verdict(self, layer: str, weight, numbers) -> str:
-        error, allowed, _, _, bad = numbers
+        error, allowed, _, lost, bad = numbers
         if bad:
             return f"{bad:,} of its decoded values are NaN or infinite"
         if error <= allowed:
@@ -210,6 +210,8 @@ class Layers:
                 found = self._record(other, layer)
                 if layer_error(FloatRows(self.original, weight, self.device), *found)[0] <= allowed:
                     return f"{text}; it is in the dialect {name}, not {self._plan.dialect}: state that and repair it"
+        if lost > 0.5:
+            return f"{text}; {100 * lost:.0f} % of its blocks decode to zero, in the source they are not"
         if 0.25 < error < 0.6:
             return f"{text}; 0.36 is the mark of block scales in the wrong order"
         return f"{text}; 1.41 is the mark of exchanged nibbles, or of a source that is another model"

@@ -38,7 +38,7 @@ GRAPH = {
 GRID = """() => {
   app.rootGraph.nodes.forEach((node, index) => {
     node.setSize([310, node.size[1]]);
-    node.pos = [(index % 6) * 340, Math.floor(index / 6) * 800];
+    node.pos = [(index % 7) * 340, Math.floor(index / 7) * 800];
   });
   app.canvas.ds.scale = 0.55;
   app.canvas.ds.offset = [150, 120];
