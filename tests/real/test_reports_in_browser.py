@@ -48,7 +48,8 @@ GRID = """() => {
 VERDICTS = {
     "1": f"{NVFP4}: full checkpoint", "2": "video VAE: ", "3": "ltx-2.3-22b-distilled-fp8", "4": "LTX-2.3 distilled: ",
     "5": "fits all at once", "7": "nothing found", "8": "nothing found; models: ", "10": "Verdict: undecided.",
-    "11": "The pictures are identical.", "12": f"{NVFP4} against {FP8}: as good as", "13": f"{NVFP4}: nothing to repair",
+    "11": "The pictures are identical.", "12": f"{NVFP4} against {FP8}: as good as",
+    "13": f"{NVFP4}: nothing to repair",
 }  # fmt: skip
 
 
