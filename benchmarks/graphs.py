@@ -34,6 +34,7 @@ import tempfile
 import time
 import traceback
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def sample(patcher: Any, config: Mapping, options: Namespace, cfg: float = 1.0, 
     sampler = comfy.samplers.sampler_object("euler")
     euler = sampler.sampler_function
     sampled = [patcher]
-    counted: dict[str, int] = {}
+    counted: Counter[str] = Counter()
 
     def begin(model: Any, *given: Any, **named: Any) -> Any:
         sampled[0] = sampled_patcher(model)
@@ -113,9 +114,8 @@ def sample(patcher: Any, config: Mapping, options: Namespace, cfg: float = 1.0, 
     found: dict[str, Any] = {name: after[name] - counted[name] for name in COUNTED}
     found |= compiler | {"steps s": steps, "all steps s": sum(steps), "steady s": statistics.median(steps[-4:])}
     found |= {"free before GB": free[0], "free least GB": min(free[1:]), "free after GB": free_bytes(patcher)}
-    found |= {"sampled": "as loaded" if sampled[0].model is patcher.model else "a model of its own"}
-    found |= {"digest": digest(latents), "finite": all(bool(stream.isfinite().all()) for stream in latents)}
-    return found | {"latents": latents}
+    found |= {"sampled": "as loaded" if sampled[0].model is patcher.model else "its own", "digest": digest(latents)}
+    return found | {"finite": all(bool(stream.isfinite().all()) for stream in latents), "latents": latents}
 
 
 def sampled_patcher(model: Any) -> Any:
@@ -146,7 +146,7 @@ def free_bytes(patcher: Any) -> float:
 
 
 def graph_counts(patcher: Any) -> Mapping[str, int]:
-    """What the pack has counted of a model's blocks so far."""
+    """What the pack has counted of a model's blocks."""
     from nvfp4_video.host.compute import block_graphs
 
     model = patcher.model.diffusion_model
