@@ -14,8 +14,8 @@ class NVFP4Attention(io.ComfyNode):
             node_id="NVFP4Attention",
             display_name="NVFP4 Attention",
             category="NVFP4",
-            description="Has a model's attention computed by the function that a trial on this GPU finds fastest, or by "
-            "one that you name. For models of any loader; the NVFP4 Model Loader has the same choice built in.",
+            description="Has a model's attention computed by the function that a trial on this GPU finds fastest, or "
+            "by one that you name. For models of any loader; the NVFP4 Model Loader has the same choice built in.",
             inputs=[
                 io.Model.Input("model", tooltip="The model whose attention is chosen; it is not changed itself."),
                 io.Combo.Input(

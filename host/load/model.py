@@ -51,9 +51,9 @@ def load_model(
 ) -> tuple[Any, LoadReport]:
     """File, options -> (ModelPatcher, LoadReport).
 
-    ``compute``, ``layer_compute``: host/compute/modes.py; ``attention``: host/compute/attention.py. ``config_from``: a safetensors file whose header entry
-    `config` is used where ``path`` has none. Raises CheckpointError for a file that cannot be loaded rightly,
-    ValueError for an option that cannot be had.
+    ``compute``, ``layer_compute``: host/compute/modes.py; ``attention``: host/compute/attention.py.
+    ``config_from``: a safetensors file whose header entry `config` is used where ``path`` has none. Raises
+    CheckpointError for a file that cannot be loaded rightly, ValueError for an option that cannot be had.
     """
     device = comfy.model_management.get_torch_device()
     picked = pick_mode(compute, device)
