@@ -195,7 +195,7 @@ def test_the_cpu_can_be_asked_for_and_the_patcher_can_load_again(put, state, pro
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (lambda: gemma(34), "this is Gemma 3 4B; expected a Gemma 3 12B .*LTX-2.x was trained with no other"),
+        (lambda: gemma(34), "this is Gemma 3 4B; expected a Gemma 3 12B .*trained with no other: .*set `type`"),
         (lambda: gemma(60), "this is Gemma 4 31B"),
         (lambda: gemma(47), "this is a Gemma of 47 layers"),
         (lambda: {k: v for k, v in gemma(26).items() if "q_norm" not in k}, "this is Gemma 2"),
@@ -275,7 +275,8 @@ def test_the_node_lists_files_loads_and_runs_again_when_either_file_changes(put,
     assert shown["required"]["text_encoder"][1]["options"] == ["gemma.safetensors"]
     assert shown["required"]["projection"][1]["options"] == [SAME_FILE, "ltx.safetensors", "gemma.safetensors"]
     assert shown["optional"]["dialect"][1]["options"] == [AUTO, *DIALECTS]
-    assert all(options["advanced"] for _, options in shown["optional"].values())
+    assert [name for name, (_, options) in shown["optional"].items() if not options.get("advanced")] == ["type"]
+    assert shown["optional"]["type"][1]["options"][0] == shown["optional"]["type"][1]["default"] == "ltxv"
     schema = NVFP4TextEncoderLoader.GET_SCHEMA()
     assert [output.io_type for output in schema.outputs] == ["CLIP", "STRING"]
     clip, report = NVFP4TextEncoderLoader.execute("gemma.safetensors", "ltx.safetensors").args
