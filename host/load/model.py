@@ -17,7 +17,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...checkpoint.file.header import CheckpointError, read_header
+from ...checkpoint.file.header import CheckpointError
 from ...checkpoint.file.shards import open_checkpoint
 from ...checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan
 from ...checkpoint.identify.signatures import Model, find_model, transformer_config
@@ -107,7 +107,7 @@ def _complete_config(metadata: dict, header, model: Model, config_from: str | No
     if transformer_config(header) is not None:
         return None
     if config_from is not None:
-        other = read_header(config_from)
+        other = open_checkpoint(config_from).header
         if transformer_config(other) is None:
             found = "its header has no `config` with a `transformer` section"
             raise CheckpointError(found, where=other.path.name, expected="the file of a model of the same version")

@@ -275,12 +275,12 @@ def test_a_bank_of_experts_without_scales_is_refused():
         detect(said({"format": "nvfp4"}, q=group))
 
 
-@pytest.mark.parametrize(("block", "factor", "words"), [(0x7F, 1e-3, "block scales hold NaN"), (8, float("nan"), "NaN")])
+@pytest.mark.parametrize(("block", "factor", "words"), [(0x7F, 1e-3, "block scales hold NaN"), (8, float("nan"), "")])
 def test_a_bank_one_of_whose_experts_has_nan_in_its_scales_is_refused(block: int, factor: float, words: str):
     layer = detect(said({"format": "nvfp4"}, q=bank())).layers["q"]
     tensors = {"weight": torch.ones(4, 256, 192, dtype=torch.uint8), "weight_scale_2": torch.full((4,), 1e-3)}
     tensors["weight_scale"] = torch.full((4, 256, 24), 8, dtype=torch.uint8)
     check_layer("some.safetensors", layer, tensors.__getitem__)
     tensors["weight_scale"][2, 0, 0], tensors["weight_scale_2"][2] = block, factor
-    with pytest.raises(CheckpointError, match=f"layer q.*{words}"):
+    with pytest.raises(CheckpointError, match=f"layer q.*{words or 'weight_scale_2. holds NaN'}"):
         check_layer("some.safetensors", layer, tensors.__getitem__)
