@@ -24,7 +24,7 @@ from .. import residency
 from . import lora
 from .experts import bank_class
 from .low_rank import LOW_RANK, add_low_rank
-from .matmul import multiply, multiply_with_lora
+from .matmul import LAYOUT, multiply, multiply_with_lora, wrap
 from .modes import Compute
 
 _OWN_MODES = ("bf16", "fp8")
@@ -163,3 +163,6 @@ def _streamed(
         return out if branch is None else lora.add(out, input, branch)
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+__all__ = ["LAYOUT", "choose_mode", "supports", "weight_only_operations", "wrap"]

@@ -19,8 +19,7 @@ from ...checkpoint.identify.dialects import AUTO, DialectPlan, detect, host_laye
 from ...checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
 from ...checkpoint.identify.layers import Layer, refuse
 from ...checkpoint.identify.values import Get, check_layer, expand, read_scale
-from ..compute.linear import supports
-from ..compute.matmul import wrap
+from ..compute.linear import supports, wrap
 
 logger = logging.getLogger(__name__)
 
