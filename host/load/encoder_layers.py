@@ -27,6 +27,7 @@ _APART = re.compile(
     r"(^|\.)(visual|vision\w*|multi_modal_projector|embed_vision|audio\w*|embed_audio|lm_head|logit_scale"
     r"|text_projection)(\.|$)"
 )
+_NEEDED = re.compile(r"\.\d+\.|embed|norm|(^|\.)shared\.")
 _DEFAULTED = ("logit_scale", "text_projection.weight")
 _AGAIN = "the file is damaged, or of another size of the model: download it again"
 
@@ -118,19 +119,19 @@ def check_taken(model: torch.nn.Module, given: set[str], placed: set[str], name:
     """The model, names of the tensors it was ``given``, and as the host ``placed`` them -> what to tell of the rest.
 
     The host names parameters after a part of its own, such as ``qwen3_4b.transformer.``, and then as the file does.
-    CheckpointError for a parameter of the text model that the file lacks.
+    CheckpointError for a block's parameter, a norm or an embedding of the text model that the file lacks.
     """
     parameters = [key for key, _ in model.named_parameters()]
     ends = {end for key in (*parameters, *(key for key, _ in model.named_buffers())) for end in _ends(key)}
     absent = [key for key in parameters if not key.endswith(_DEFAULTED) and given.isdisjoint(_ends(key))]
-    lost = [key for key in absent if not _APART.search(key)]
+    lost = [key for key in absent if _NEEDED.search(key) and not _APART.search(key)]
     if lost:
         found = f"it has nothing for {len(lost)} parameters of the model that ComfyUI builds, such as {lost[0]}"
         remedy = "choose the `type` of the model that it is for, or download it again"
         raise CheckpointError(found, where=name, expected="a whole text encoder of this type", remedy=remedy)
     texts = []
     if absent:
-        texts.append(f"it lacks {len(absent)} parameters of parts that text does not need, such as {absent[0]}")
+        texts.append(f"it lacks {len(absent)} parameters of other parts, such as {absent[0]}: images can fail")
     unused = sorted(key for key in placed - ends if key.endswith((".weight", ".bias")))
     if unused:
         texts.append(f"ComfyUI has no place for {len(unused)} of its tensors, such as {unused[0]}")

@@ -44,7 +44,10 @@ logger = logging.getLogger(__name__)
 DEVICES = ("default", "cpu")
 LTX = "ltxv"
 # The host's names of families whose hidden states were compared with those of ComfyUI's own loader.
-TRIED = ("T5_XXL", "CLIP_L", "GEMMA_2_2B", "GEMMA_3_4B", "LLAMA3_8", "QWEN25_7B", "QWEN3_4B", "GPT_OSS_20B")
+TRIED = (
+    *("T5_XXL", "CLIP_L", "GEMMA_2_2B", "GEMMA_3_4B", "LLAMA3_8", "QWEN25_7B", "QWEN3_4B", "QWEN3VL_4B"),
+    "GPT_OSS_20B",
+)
 # Norms, whose dtype is the one in which the host builds an encoder.
 _NORMS = (
     *("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.language_model.norm.weight"),

@@ -24,7 +24,8 @@ def comfy(name: str):
 class Family:
     """``type``: of the host's loader; ``model``: its module and class; ``inner``: path to its encoder in the CLIP.
 
-    ``config``: name of the class with the sizes, ``sizes``, and ``head_dim``, which is no field of it.
+    ``config``: name of the class with the sizes, ``sizes``, and ``head_dim``, which is no field of it. ``variant``: for
+    a class of several sizes, which one; its file has the names of the transformers library and a vision tower.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Family:
     head_dim: int = 32
     tokenizer: str = ""
     writes: bool = False
+    variant: str = ""
 
 
 _SMALL = {"vocab_size": _VOCABULARY, "intermediate_size": 128, "num_hidden_layers": _LAYERS}
@@ -50,6 +52,10 @@ FAMILIES = {
     "QWEN25_7B": Family(
         "QWEN25_7B", "qwen_image", (_LLAMA, "Qwen25_7BVLI"), "qwen25_7b", "Qwen25_7BVLI_Config",
         _NARROW | {"num_attention_heads": 4, "num_key_value_heads": 4}, 128,
+    ),
+    "QWEN3VL_4B": Family(
+        "QWEN3VL_4B", "lumina2", ("text_encoders.qwen3vl", "Qwen3VL"), "qwen3vl_4b", "Qwen3VL_4BConfig", _SMALL, 128,
+        variant="qwen3vl_4b",
     ),
     "GEMMA_2_2B": Family(
         "GEMMA_2_2B", "lumina2", (_LLAMA, "Gemma2_2B"), "gemma2_2b", "Gemma2_2B_Config", _NARROW,
@@ -80,7 +86,12 @@ def shrink() -> None:
         module = comfy(family.model[0])
         whole = getattr(module, family.config)
         whole.head_dim = family.head_dim
-        setattr(module, family.config, functools.partial(whole, **family.sizes))
+        small = functools.partial(whole, **family.sizes)
+        setattr(module, family.config, small)
+        if family.variant:
+            module.QWEN3VL_CONFIGS[family.variant] = small
+            tower = {"hidden_size": 64, "intermediate_size": 64, "depth": 1, "deepstack_visual_indexes": [0]}
+            module.QWEN3VL_VISION[family.variant] = tower
     vision, sd1_clip = comfy("text_encoders.qwen_vl"), comfy("sd1_clip")
     whole = vision.Qwen2VLVisionTransformer
     vision.Qwen2VLVisionTransformer = lambda **kwargs: whole(**kwargs | {"hidden_size": 64, "num_layers": 1})
@@ -107,12 +118,20 @@ def shapes(family: Family) -> dict[str, tuple[int, ...]]:
         if family.name == "T5_XXL":
             folder = importlib.import_module("pathlib").Path(module.__file__).parent
             config = _load_config((folder / "t5_config_xxl.json").open())
-        model = getattr(module, family.model[1])(config, operations=comfy("ops").manual_cast, **arguments)
-    found = {name: tuple(tensor.shape) for name, tensor in model.named_parameters() if "visual." not in name}
+        kind = getattr(module, family.model[1])
+        if family.variant:
+            kind = type(kind.__name__, (kind,), {"model_type": family.variant})
+        model = kind(config, operations=comfy("ops").manual_cast, **arguments)
+    names = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    found = {name: shape for name, shape in names.items() if family.variant or "visual." not in name}
     for name, part in model.named_modules():
         if hasattr(part, "in_features") and hasattr(part, "out_features"):
             experts = [part.num_experts] if hasattr(part, "num_experts") else []
             found[f"{name}.weight"] = (*experts, part.out_features, part.in_features)
+    if family.variant:
+        long = {"model.": "model.language_model.", "visual.": "model.visual."}
+        starts = {name: next(start for start in long if name.startswith(start)) for name in found}
+        return {long[starts[name]] + name.removeprefix(starts[name]): shape for name, shape in found.items()}
     return found
 
 

@@ -15,6 +15,7 @@ from nvfp4_video.tests.real.harness import run_in_host
 FAMILIES = {
     "QWEN3_4B": 14,
     "QWEN25_7B": 14,
+    "QWEN3VL_4B": 14,
     "GEMMA_2_2B": 14,
     "GEMMA_3_4B": 14,
     "LLAMA3_8": 14,
