@@ -30,6 +30,7 @@ class LoadReport:
     device: str
     dynamic_vram: bool
     config_from: str | None
+    attention: str
     graphs: str  # CUDA graphs of the blocks: which, or why none; empty if nobody would expect any
     unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
 
@@ -48,6 +49,8 @@ class LoadReport:
             f"compute: {how}",
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
         ]
+        if self.attention:
+            lines.append(f"attention: {self.attention}")
         if self.graphs:
             lines.append(f"CUDA graphs: {self.graphs}")
         if self.unknown:
@@ -74,6 +77,7 @@ def report_of(
     device: str,
     patcher: Any,
     config_from: str | None,
+    attention: str,
     graphs: str,
 ) -> LoadReport:
     """What the loader read, decided and built -> its report; ``backend`` is a name and the reason for it."""
@@ -96,6 +100,7 @@ def report_of(
         device=device,
         dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
         config_from=config_from,
+        attention=attention,
         graphs=graphs,
         unknown=str(residency.check()),
     )
