@@ -51,7 +51,7 @@ def header_readers(path: Path) -> dict[str, Callable[[], Any]]:
 
 
 def measure(sizes: list[int], repeats: int) -> list[dict[str, Any]]:
-    from nvfp4_video.host.doctor.probe import Fact
+    from nvfp4_video.host.doctor.facts import Fact
     from nvfp4_video.host.guard import check as guard
     from nvfp4_video.samples import shapes
 

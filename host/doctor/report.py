@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import PurePath
 
-from .probe import Fact, gib, probe, why
+from .facts import Fact, gib, why
+from .probe import probe
 from .profiles import launch_profile
 
 SCHEMA = 1
