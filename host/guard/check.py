@@ -95,6 +95,17 @@ def not_in_time(limit: float, left_out: Iterable[str] = ()) -> Finding:
     )
 
 
+def nothing_to_check() -> Finding:
+    """The finding of a prompt without nodes, so that nobody takes it for a sound one."""
+    return Finding(
+        NOT_CHECKED,
+        INFO,
+        "There was nothing to check.",
+        "There are no nodes in the prompt.",
+        "Open a workflow, or send one.",
+    )
+
+
 def _failed(rules: list[str], reference: str) -> Finding:
     return Finding(
         NOT_CHECKED,
