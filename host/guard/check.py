@@ -13,8 +13,9 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from ..doctor.cards import is_nvidia
+from . import rules_host, rules_model
 from .prompt_graph import PromptGraph
-from .rules_model import RULES
 from .view import ERROR, GUARD_NODE, INFO, WARNING, Finding, OutOfTime, View
 
 __all__ = [
@@ -30,6 +31,7 @@ NOT_CHECKED = "not_checked"
 MOST_FINDINGS = 100
 _MOST_NAMED = 8
 _ORDER = (ERROR, WARNING, INFO)
+RULES = (*rules_model.RULES, *rules_host.RULES)
 _references: dict[tuple[str, str], str] = {}  # rule and kind of error -> reference in the log
 
 
@@ -165,8 +167,21 @@ def check_host(facts: Mapping[str, Any]) -> list[Finding]:
                 "model loader.",
             )
         )
+    if fact("joint_noise_crash") is True:
+        whose = rules_host.whose_noise(fact)
+        pack = whose.partition("/")[0]
+        found.append(
+            Finding(
+                "replaced_noise",
+                WARNING,
+                f"{pack} has replaced ComfyUI's noise by one that cannot take joint audio and video.",
+                f"comfy.sample.prepare_noise is {whose}'s; it was tried with a joint latent.",
+                f"Update or disable {pack} to sample LTX-2 with sound.",
+            )
+        )
     cuda, capability = fact("torch_cuda"), fact("capability")
-    if isinstance(cuda, tuple) and isinstance(capability, tuple) and capability >= (10, 0) and cuda < (13, 0):
+    able = isinstance(capability, tuple) and capability >= (10, 0) and is_nvidia(fact)
+    if able and isinstance(cuda, tuple) and cuda < (13, 0):
         found.append(
             Finding(
                 "old_cuda",

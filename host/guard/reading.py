@@ -81,6 +81,8 @@ def understand(data: Any) -> Reading:
     if not (prompts or graphs):
         if _is_empty(data):
             return Reading(EMPTY)
+        if data in ({}, [], None):
+            raise NotRead(f"this is empty; expected {EXPECTED}")
         raise NotRead(f"this is {_named(data)}, with no prompt in it; expected {EXPECTED}")
     place, found = (prompts or graphs)[0]
     classes = _host_classes()
@@ -97,13 +99,16 @@ def understand(data: Any) -> Reading:
     unread = [f"{graph.nodes[name].kind} #{name}" for name in made.unread if name in graph.nodes]
     doubtful = made.unread.keys() & graph.nodes.keys() | {node.id for node in missing}
     unknown = [
-        _phrase("entries that are no nodes", strange),
-        _phrase("nodes of classes that this ComfyUI does not have", [node.kind for node in missing]),
-        _phrase("nodes with values that could not be read", unread),
+        _phrase("entry that is no node", "entries that are no nodes", strange),
+        _phrase(
+            "node of a class that this ComfyUI does not have", "nodes of classes that this ComfyUI does not have",
+            [node.kind for node in missing],
+        ),
+        _phrase("node with values that could not be read", "nodes with values that could not be read", unread),
         *made.notes,
         f"{skipped} more in the same text" if skipped else "",
         "" if all_looked else "the rest of a very large text",
-    ]
+    ]  # fmt: skip
     understood = len(graph.nodes) - len(doubtful)
     return Reading(shape, place, total, understood, tuple(filter(None, unknown)), made.prompt)
 
@@ -181,7 +186,9 @@ def _is_saved(value: Any) -> bool:
 
 
 def _is_empty(data: Any) -> bool:
-    """``{}``, also as the prompt of a request: what the front end sends of an empty canvas."""
+    """``{}`` as the prompt of a request: what the front end sends of an empty canvas."""
+    if not isinstance(data, Mapping) or not data:
+        return False
     for _ in range(_DEEPEST):
         if not isinstance(data, Mapping) or not data:
             break
@@ -189,7 +196,7 @@ def _is_empty(data: Any) -> bool:
         if not inner:
             return False
         data = inner[0]
-    return data in ({}, [], None)
+    return data == {}
 
 
 def _named(data: Any) -> str:
@@ -201,13 +208,13 @@ def _named(data: Any) -> str:
     return "a single value"
 
 
-def _phrase(what: str, names: list[str]) -> str:
-    """``2 nodes of ...: a, b``; an empty one for no names."""
+def _phrase(one: str, more: str, names: list[str]) -> str:
+    """``2 nodes of ... (a, b)``; an empty one for no names."""
     if not names:
         return ""
     counts = Counter(str(name)[:80] for name in names)
     named = ", ".join(counts if len(counts) <= _MOST_NAMED else [*list(counts)[:_MOST_NAMED], "..."])
-    return f"{len(names):,} {what} ({named})"
+    return f"{len(names):,} {one if len(names) == 1 else more} ({named})"
 
 
 def _host_classes() -> Mapping[str, Any] | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from ...measure.ltx import AUDIO_LATENTS_PER_SECOND
 from . import view as seen
+from .names import shown
 from .view import WARNING, Finding, View
 
 _MOST_GROUPS, _MOST_NAMED, _MOST_NODES = 8, 8, 64
@@ -26,7 +27,7 @@ def frames(view: View) -> Iterator[Finding]:
             WARNING,
             f"{length:g} frames are not 8k + 1; ComfyUI makes {lower} of them.",
             "One latent frame holds eight frames of the clip, and the first one holds one.",
-            f"Set `length` to {lower} or {lower + 8}, and the same in LTXV Empty Latent Audio.",
+            f"Set `length` to {lower} or {lower + 8}, and the same in {shown(seen.EMPTY_AUDIO)}.",
             (node.id,),
         )
 
@@ -88,7 +89,7 @@ def frame_rates(view: View) -> Iterator[Finding]:
             "fps",
             WARNING,
             f"The frame rates differ: {', '.join(named)}{', ...' if len(nodes) > len(named) else ''}.",
-            "LTXVConditioning spaces the frames for the model, LTXV Empty Latent Audio sets how long the sound is, "
+            f"LTXVConditioning spaces the frames for the model, {shown(seen.EMPTY_AUDIO)} sets how long the sound is, "
             "Create Video how fast the frames are shown; where they differ, sound and picture drift apart.",
             "Set the same frame rate in all three.",
             tuple(nodes[:_MOST_NODES]),
@@ -126,6 +127,6 @@ def audio_length(view: View) -> Iterator[Finding]:
             WARNING,
             f"The sound lasts {got / AUDIO_LATENTS_PER_SECOND:.2f} s, the picture {snapped(length) / rate:.2f} s.",
             why,
-            f"Set `frames_number` in LTXV Empty Latent Audio to {snapped(length)}.",
+            f"Set `frames_number` in {shown(seen.EMPTY_AUDIO)} to {snapped(length)}.",
             (audio.id, video.id),
         )

@@ -13,7 +13,9 @@ from typing import Any
 
 from ...checkpoint.identify.vae_signatures import PREVIEW, Vae, refusal
 from ...measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
+from ..doctor.cards import is_nvidia
 from . import view as seen
+from .names import shown
 from .prompt_graph import Node
 from .rules_clip import audio_length, frame_rates, frames, size
 from .view import ERROR, WARNING, Decode, Finding, Sampler, View, ids_of
@@ -71,7 +73,7 @@ def no_audio_latent(view: View) -> Iterator[Finding]:
                 "This ComfyUI cannot sample an audio and video model without an audio latent.",
                 f"{_file_of(view, sampler).name} is {_family(view, sampler)}; this ComfyUI stops in the first step on "
                 "the empty sound that it then assumes. ComfyUI 0.29.0 does that, 0.30.0 no longer.",
-                "Join an LTXV Empty Latent Audio of the same frames and frame rate with LTXV Concat AV Latent, and "
+                f"Join {shown(seen.EMPTY_AUDIO)} of the same frames and frame rate with LTXV Concat AV Latent, and "
                 "take the video from LTXV Separate AV Latent behind the sampler; or update ComfyUI.",
                 ids_of(sampler.node, sampler.latent.root),
             )
@@ -80,7 +82,7 @@ def no_audio_latent(view: View) -> Iterator[Finding]:
 def slow_nvfp4(view: View) -> Iterator[Finding]:
     """NVFP4 through ComfyUI's own loaders on an installation that computes it without comfy-kitchen's CUDA backend."""
     cuda, kitchen = view.fact("torch_cuda"), view.fact("kitchen_backends")
-    if view.fact("capability") is None:  # no NVIDIA GPU: nothing here is about speed
+    if view.fact("capability") is None or not is_nvidia(view.fact):  # what is said here is true of NVIDIA's GPUs
         return
     old = isinstance(cuda, tuple) and cuda < (13, 0)
     off = kitchen.get("cuda") if isinstance(kitchen, dict) else None

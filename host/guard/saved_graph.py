@@ -78,7 +78,7 @@ class _Conversion:
         subgraphs = _dicts(definitions.get("subgraphs")) if isinstance(definitions, Mapping) else ()
         self.definitions = {str(entry.get("id")): entry for entry in subgraphs}
         self.resolved: dict[tuple[int, str], Any] = {}
-        self.left_out = 0
+        self.left_out = self.strange = 0
         self.broadcasts = self.groups = False
         self.levels = list(self._levels(graph))
 
@@ -101,7 +101,8 @@ class _Conversion:
                 waiting.append((inner, depth + 1))
 
     def result(self) -> Converted:
-        found = Converted({}, lost=self.left_out)
+        self.strange = sum(len(_list(level.graph.get("nodes"))) - len(level.nodes) for level in self.levels)
+        found = Converted({}, lost=self.left_out + self.strange)
         for level in self.levels:
             for name, node in level.nodes.items():
                 kind = node["type"]
@@ -123,6 +124,8 @@ class _Conversion:
         return found
 
     def _notes(self) -> Iterator[str]:
+        if self.strange:
+            yield f"{self.strange} of its entries are no nodes, or have the id of another one"
         if self.left_out:
             yield f"{self.left_out} subgraphs beyond a depth of {_DEEPEST} or {_LARGEST:,} nodes and links"
         if self.broadcasts:

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = sorted(path.name for path in (ROOT / "workflows" / "api").glob("*.json"))
 PROMPT = clip(video={"length": 120})
 GRAPH = {
-    "nodes": [{"id": 7, "type": "EmptyLTXVLatentVideo", "inputs": [], "outputs": [], "widgets_values": [770, 512, 120, 1]}],
+    "nodes": [
+        {"id": 7, "type": "EmptyLTXVLatentVideo", "inputs": [], "outputs": [], "widgets_values": [770, 512, 120, 1]}
+    ],
     "links": [],
     "version": 0.4,
 }
@@ -53,7 +55,10 @@ def told(data: object) -> reading.Reading:
         ({"workflow": PROMPT}, "workflow"),
         ({"output": PROMPT, "workflow": GRAPH}, "output"),
         ({"input": {"payload": {"prompt": json.dumps(PROMPT)}}}, "input.payload.prompt"),
-        ({"id": {"prompt": [3, "id", PROMPT, {"extra_pnginfo": {"workflow": GRAPH}}, ["save"]], "outputs": {}}}, "id.prompt.2"),
+        (
+            {"id": {"prompt": [3, "id", PROMPT, {"extra_pnginfo": {"workflow": GRAPH}}, ["save"]], "outputs": {}}},
+            "id.prompt.2",
+        ),
         ([{"body": {"output": PROMPT}}], "0.body.output"),
     ],
     ids=["bare", "request", "serverless", "app", "front end", "text in text", "history", "list"],
@@ -71,7 +76,7 @@ def test_a_byte_order_mark_does_not_matter(encoding):
     assert read(json.dumps(PROMPT).encode(encoding)).prompt == PROMPT
 
 
-@pytest.mark.parametrize("data", [{}, [], None, {"prompt": {}}, {"input": {"workflow": {}}}, {"nodes": [], "links": []}])
+@pytest.mark.parametrize("data", [{"prompt": {}}, {"input": {"workflow": {}}}, {"nodes": [], "links": []}])
 def test_what_is_empty_is_called_empty_and_not_sound(data):
     found = told(data)
     assert (found.shape, str(found)) == (EMPTY, "There are no nodes in it, so nothing was checked.")
@@ -86,6 +91,8 @@ def test_what_is_empty_is_called_empty_and_not_sound(data):
         (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
         (b"\xfe\xfe\x00\x01", "this is no text"),
         (b"[" * 200_000, "nested too deeply"),
+        (b"{}", "this is empty"),
+        (b"[]", "this is empty"),
         (b"3", "this is a single value"),
         (b'{"a": 1, "b": {"c": {"d": 2}}}', "an object with `a`, `b`"),
         (b'[{"nodes": "many"}]', "a list of 1 entries"),
@@ -99,10 +106,15 @@ def test_what_holds_no_prompt_is_refused_by_what_it_is(body, words):
 def test_every_thing_that_was_not_understood_is_counted_and_named(host_classes):
     host_classes("VAEDecode")
     found = told(PROMPT | {"note": "hello", "odd": {"class_type": 3}, "late": {"inputs": {}}})
-    assert (found.nodes, found.understood) == (len(PROMPT) + 3, len(PROMPT) - 2)
+    assert (found.nodes, found.understood) == (len(PROMPT) + 3, len(PROMPT) - 1)
     assert found.unknown[0] == "3 entries that are no nodes (note, odd, late)"
-    assert found.unknown[1].startswith("2 nodes of classes that this ComfyUI does not have (") and "VAEDecode" in str(found)
+    assert found.unknown[1].startswith("1 node of a class that this ComfyUI does not have (VAEDecode)")
     assert f"{found.understood} of {found.nodes} nodes understood" in str(found)
+
+
+def test_entries_of_a_saved_workflow_that_are_no_nodes_are_counted():
+    found = told({"nodes": [*GRAPH["nodes"], None, {"type": 3}], "links": []})
+    assert found.nodes == 3 and "2 of its entries are no nodes" in str(found)
 
 
 def test_of_several_prompts_the_first_is_read_and_the_others_are_not_forgotten():
@@ -120,7 +132,7 @@ def test_a_saved_workflow_is_converted_by_the_classes_of_the_host(host_classes):
 def test_a_saved_workflow_without_a_host_says_whose_values_it_cannot_read():
     found = told(GRAPH)
     assert (found.nodes, found.understood) == (1, 0)
-    assert found.unknown == ("1 nodes with values that could not be read (EmptyLTXVLatentVideo #7)",)
+    assert found.unknown == ("1 node with values that could not be read (EmptyLTXVLatentVideo #7)",)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -136,16 +148,22 @@ def test_a_shipped_workflow_comes_out_as_the_front_end_exports_it(host_classes, 
         assert found.prompt[node]["inputs"] == entry["inputs"], entry["class_type"]
 
 
+S = {"id": "s", "nodes": [{"type": "s", "id": 2}]}
+
+
 @pytest.mark.parametrize(
     "data",
     [
-        {"nodes": [None, 3, {"type": []}, {"type": "A", "id": {}, "inputs": [1, {"link": []}], "widgets_values": 3}], "links": 5},
-        {"nodes": [{"type": "A", "id": 1, "inputs": {"a": 1}, "mode": "x"}], "links": [None, [1], [1, 1, 0, 1, 0, "*"], {"id": 2}]},
-        {"nodes": [{"type": "s", "id": 1}], "links": [], "definitions": {"subgraphs": [{"id": "s", "nodes": [{"type": "s", "id": 2}]}]}},
-        {"nodes": [{"type": "s", "id": 1, "properties": 3}], "definitions": {"subgraphs": [None, {"id": "s", "links": {}}]}},
+        {"nodes": [None, 3, {"type": []}, {"type": "A", "id": {}, "inputs": [1, {"link": []}]}], "links": 5},
+        {
+            "nodes": [{"type": "A", "id": 1, "inputs": {"a": 1}, "mode": "x"}],
+            "links": [None, [1], [1, 1, 0, 1, 0, "*"]],
+        },
+        {"nodes": [{"type": "s", "id": 1}], "links": [], "definitions": {"subgraphs": [S]}},
+        {"nodes": [{"type": "s", "id": 1, "properties": 3}], "definitions": {"subgraphs": [None, S | {"links": {}}]}},
         {"1": {"class_type": "A", "inputs": []}, "2": None, "3": {"class_type": {}}},
     ],
-)  # fmt: skip
+)
 def test_wild_types_do_not_raise(data, host_classes):
     for prepare in (lambda: None, host_classes):
         prepare()

@@ -9,7 +9,9 @@ from nvfp4_video.host.guard.saved_graph import converted
 from nvfp4_video.host.guard.saved_values import values_of
 
 TYPES = {
-    "Make": {"required": {"width": ("INT", {}), "seed": ("INT", {}), "name": (["a", "b"], {}), "rate": ("FLOAT,INT", {})}},
+    "Make": {
+        "required": {"width": ("INT", {}), "seed": ("INT", {}), "name": (["a", "b"], {}), "rate": ("FLOAT,INT", {})}
+    },
     "Use": {"required": {"latent": ("LATENT",)}, "optional": {"amount": ("FLOAT", {"default": 1.0})}},
     "Both": {"required": {"a": ("LATENT",), "b": ("IMAGE",)}},
     "Choose": {
@@ -26,7 +28,13 @@ TYPES = {
     },
 }  # fmt: skip
 CLASSES = {name: SimpleNamespace(INPUT_TYPES=lambda types=types: types) for name, types in TYPES.items()}
-MAKE = {"id": 1, "type": "Make", "inputs": [], "outputs": [{"type": "LATENT"}], "widgets_values": [64, 7, "randomize", "a", 24]}
+MAKE = {
+    "id": 1,
+    "type": "Make",
+    "inputs": [],
+    "outputs": [{"type": "LATENT"}],
+    "widgets_values": [64, 7, "randomize", "a", 24],
+}
 
 
 def node(number: int, kind: str, link: int | None = None, name: str = "latent", **more: object) -> dict:
@@ -71,7 +79,9 @@ def test_a_link_is_followed_through_what_the_front_end_takes_out(between):
 def test_a_muted_node_brings_nothing_and_a_primitive_its_value():
     links = [[2, 1, 0, 9, 0, "LATENT"], [3, 4, 0, 9, 1, "FLOAT"]]
     primitive = {"id": 4, "type": "PrimitiveNode", "outputs": [{"type": "FLOAT"}], "widgets_values": [0.25, "fixed"]}
-    use = USE | {"inputs": [*USE["inputs"], {"name": "amount", "type": "FLOAT", "widget": {"name": "amount"}, "link": 3}]}
+    use = USE | {
+        "inputs": [*USE["inputs"], {"name": "amount", "type": "FLOAT", "widget": {"name": "amount"}, "link": 3}]
+    }
     assert inputs(graph(MAKE | {"mode": 2}, primitive, use, links=links)) == {"amount": 0.25}
 
 
@@ -80,7 +90,10 @@ def test_a_bypassed_node_hands_on_the_input_of_the_same_type():
         "id": 2, "type": "Both", "mode": 4, "outputs": [{"type": "IMAGE"}, {"type": "LATENT"}],
         "inputs": [{"name": "a", "type": "LATENT", "link": 1}, {"name": "b", "type": "IMAGE", "link": None}],
     }  # fmt: skip
-    assert inputs(graph(MAKE, both, USE, links=[[1, 1, 0, 2, 0, "LATENT"], [2, 2, 1, 9, 0, "LATENT"]]))["latent"] == ["1", 0]
+    assert inputs(graph(MAKE, both, USE, links=[[1, 1, 0, 2, 0, "LATENT"], [2, 2, 1, 9, 0, "LATENT"]]))["latent"] == [
+        "1",
+        0,
+    ]
     assert "latent" not in inputs(graph(MAKE, both, USE, links=[[1, 1, 0, 2, 0, "LATENT"], [2, 2, 0, 9, 0, "IMAGE"]]))
 
 
