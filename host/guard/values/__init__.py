@@ -1,0 +1,1 @@
+"""What the nodes of a prompt put out, as far as constants decide it: numbers, texts, sizes of pictures and latents."""
