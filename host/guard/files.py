@@ -6,6 +6,7 @@ Nothing but the header is read, and a file that is missing or cannot be read is 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 import folder_paths
@@ -18,7 +19,13 @@ from ..files import SUFFIXES
 _MOST_REMEMBERED = 128
 _LONGEST_NAME = 4096  # PATH_MAX
 _LONGEST_ENTRY = 4096  # `config` and the like say nothing about it and may be large
-_DISTILLED = "distill"
+# All forms of "distilled", but not "undistilled", "non-distilled", "not_distilled", "dedistilled".
+_DISTILLED = re.compile("distil")
+_DENIED = re.compile(r"(?:^|[^a-z])(?:un|non|not|no|de|pre|without|before)[^a-z0-9]*$")
+_LONGEST_DENIAL = 24
+# Header entries that name a model; others tell stories of it, and have licences.
+_NAMING = ("modelspec.title", "general.name", "general.basename", "general.finetune", "name", "title", "model_name",
+           "model_version", "ss_output_name", "ss_sd_model_name")  # fmt: skip
 _remembered: dict[tuple[str, int, int], FileFacts] = {}
 
 
@@ -70,7 +77,7 @@ def name_says_distilled(name: object) -> bool:
     """Whether a file's name says that the model, or what a LoRA makes of it, is a distilled one."""
     if not isinstance(name, str) or len(name) > _LONGEST_NAME:
         return False
-    return _DISTILLED in os.path.basename(name.replace("\\", "/")).lower()
+    return _distilled_by(os.path.basename(name.replace("\\", "/")))
 
 
 def _read(name: str, path: str) -> FileFacts:
@@ -91,7 +98,15 @@ def _family(header: Header) -> str | None:
 def _distilled(name: str, header: Header) -> str | None:
     if name_says_distilled(name):
         return "its file name"
-    for key, text in header.metadata.items():
-        if len(text) <= _LONGEST_ENTRY and _DISTILLED in text.lower():
+    for key in _NAMING:
+        text = header.metadata.get(key, "")
+        if len(text) <= _LONGEST_ENTRY and _distilled_by(text):
             return f"its header entry `{key}`"
     return None
+
+
+def _distilled_by(text: str) -> bool:
+    """Whether a name has a form of "distilled" that nothing before it denies."""
+    text = text.lower()
+    starts = (found.start() for found in _DISTILLED.finditer(text))
+    return any(not _DENIED.search(text, max(start - _LONGEST_DENIAL, 0), start) for start in starts)

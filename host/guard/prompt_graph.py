@@ -17,10 +17,11 @@ from .values.evaluate import Values, as_number
 from .values.latents import LATENTS
 from .values.numbers import CHOICES, NUMBERS
 from .values.pictures import PICTURES
+from .values.schedules import SCHEDULES
 
 __all__ = ["Link", "Node", "PromptGraph", "as_link"]
 
-ROWS = {**NUMBERS, **PICTURES, **LATENTS}
+ROWS = {**NUMBERS, **PICTURES, **LATENTS, **SCHEDULES}
 _LITERALS = (str, int, float, type(None))
 _LONGEST_NAMES = 300  # of id and class together: both go into messages, and no editor makes longer ones
 
@@ -75,7 +76,7 @@ class PromptGraph:
         return None if found is None else float(found)
 
     def computed(self, node: str, name: str) -> Any:
-        """As ``value``, and for what is no literal a record of values/: Picture, Video, Sound, Joint, Conditioning."""
+        """As ``value``, and for what is no literal a record of values/: Picture, Video, Joint, Sigmas and so on."""
         if node not in self.nodes:
             return None
         given = self.nodes[node].inputs.get(name)

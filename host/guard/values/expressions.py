@@ -82,9 +82,7 @@ _SCHOOL = {
     "log10": math.log10, "floor": math.floor, "ceil": math.ceil, "pow": _power,
 }  # fmt: skip
 # ComfyMathExpression: comfy_extras/nodes_math.py, its MATH_FUNCTIONS over simpleeval.
-CORE = Dialect(
-    {**_SCHOOL, "sum": _sum, "log2": math.log2, "int": int, "float": float}, {}, bits=True, conditions=True
-)
+CORE = Dialect({**_SCHOOL, "sum": _sum, "log2": math.log2, "int": int, "float": float}, {}, bits=True, conditions=True)
 # SimpleCalculatorKJ: ComfyUI-KJNodes, nodes/nodes.py.
 KJ = Dialect({**_SCHOOL, "exp": math.exp}, {"pi": math.pi, "euler": math.e}, joined=_as_truth)
 # MathExpression|pysssss: ComfyUI-Custom-Scripts, py/math_expression.py, without its functions of chance.

@@ -179,7 +179,9 @@ def _even(given: Given) -> Iterable[Any]:
 
 
 def _resized_kj(given: Given) -> Iterable[Any]:
-    """Outputs: picture, width, height, mask. Without padding; where it pads, the sides are those that were asked for."""
+    """Outputs: picture, width, height, mask; what it pads is left unknown, and so is what NVIDIA's upscaler makes."""
+    if given.maybe("upscale_method") == "nvidia_rtx_vsr":
+        raise Unknown
     picture, width, height = _given(given, "image"), given.integer("width"), given.integer("height")
     how, step = given.a(str, "keep_proportion"), max(given.integer("divisible_by"), 1)
     if how == "resize":
@@ -226,9 +228,7 @@ PICTURES = {
     ),
     "ImageBlur": Row(_same("image"), _POST),
     "ImageSharpen": Row(_same("image"), _POST),
-    "ImageScaleToMaxDimension": Row(
-        lambda g: (_longer_side(_given(g, "image"), g.integer("largest_size")),), _IMAGES
-    ),
+    "ImageScaleToMaxDimension": Row(lambda g: (_longer_side(_given(g, "image"), g.integer("largest_size")),), _IMAGES),
     "ResizeAndPadImage": Row(
         lambda g: (_given(g, "image").sized(g.integer("target_width"), g.integer("target_height")),), _IMAGES
     ),
