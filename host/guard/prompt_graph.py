@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+from .inputs import film_of, picture_of
 from .links import Link, Node, as_link
 from .values.evaluate import Values, as_number
 from .values.latents import LATENTS
@@ -22,6 +23,7 @@ from .values.schedules import SCHEDULES
 __all__ = ["Link", "Node", "PromptGraph", "as_link"]
 
 ROWS = {**NUMBERS, **PICTURES, **LATENTS, **SCHEDULES}
+READERS = {"picture": picture_of, "film": film_of}
 _LITERALS = (str, int, float, type(None))
 _LONGEST_NAMES = 300  # of id and class together: both go into messages, and no editor makes longer ones
 
@@ -37,7 +39,7 @@ class PromptGraph:
             if isinstance(kind, str) and isinstance(key, str) and len(kind) + len(key) <= _LONGEST_NAMES:
                 inputs = entry.get("inputs")
                 self.nodes[key] = Node(key, kind, inputs if isinstance(inputs, Mapping) else {})
-        self._values = Values(self.nodes, ROWS, CHOICES)
+        self._values = Values(self.nodes, ROWS, CHOICES, READERS)
 
     def of_kind(self, *kinds: str) -> list[Node]:
         """The nodes of these classes."""
@@ -55,7 +57,7 @@ class PromptGraph:
         while link is not None and link not in self._origins:
             self._origins[link] = None  # what a cycle comes back to
             path.append(link)
-            behind = self._passed_on(link)
+            behind = self._values.chosen(link)
             if behind is None:
                 self._origins[link] = link if link.node in self.nodes else None
                 break
@@ -135,12 +137,6 @@ class PromptGraph:
                 waiting += [(child, value) for child in self._children[node]]
         return found
 
-    def _passed_on(self, link: Link) -> Link | None:
-        """What an output of a reroute or of a decided switch stands for, None for every other one."""
-        if link.slot != 0 or link.node not in self.nodes:
-            return None
-        return self._values.chosen(link.node)
-
     @cached_property
     def _by_kind(self) -> dict[str, list[Node]]:
         found: dict[str, list[Node]] = {}
@@ -154,7 +150,7 @@ class PromptGraph:
         for node in self.nodes.values():
             given: Iterable[Any] = node.inputs.values()
             choice = CHOICES.get(node.kind)
-            if choice is not None and choice.sides and (chosen := self._values.chosen(node.id)):
+            if choice is not None and choice.sides and (chosen := self._values.chosen(Link(node.id, 0))):
                 # The host runs no other side of a decided switch.
                 given = [value for name, value in node.inputs.items() if not str(name).startswith(choice.sides)]
                 given.append(chosen)

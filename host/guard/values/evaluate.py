@@ -14,6 +14,7 @@ from ..links import LEAST, MOST, Link, Node, as_link
 
 UNKNOWN: tuple = ()
 _LONGEST_NUMBER = 40
+_MOST_FILES = 16  # pictures and films whose headers are read, of one prompt
 # What goes wrong with wild numbers in any of the formulas.
 _FORMULA_ERRORS = (ArithmeticError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 
@@ -37,14 +38,21 @@ class Row(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """``chosen``: Given -> the name of the input that the node hands on, or a link from elsewhere.
+    """``chosen``: Given -> what the node hands on: the name of an input, a link from elsewhere, or a list of links.
 
-    ``sides``: how the names of its inputs begin of which the host runs only the chosen one.
+    A list has an entry for each output. ``sides``: how the names of its inputs begin of which the host runs only the
+    chosen one.
     """
 
-    chosen: Callable[[Given], str | Link | None]
+    chosen: Callable[[Given], str | Link | None | list[Link | Bundle | None]]
     source: str
     sides: tuple[str, ...] = ()
+
+
+class Bundle(NamedTuple):
+    """A pipe or a context: what it holds, by name."""
+
+    links: Mapping[str, Link]
 
 
 class Given:
@@ -95,6 +103,14 @@ class Given:
             raise Unknown
         return found
 
+    def link(self, name: str) -> Link | None:
+        """The link at an input."""
+        return as_link(self.node.inputs.get(name))
+
+    def file(self, kind: str, name: str) -> Any:
+        """What is known of the file that an input names, by the reader of this kind."""
+        return self._values.file(kind, self.a(str, name))
+
     def stored(self, name: object) -> Link | None:
         """What a SetNode keeps under this name."""
         return self._values.stored(name)
@@ -116,10 +132,17 @@ def as_number(value: Any) -> int | float | None:
 class Values:
     """The outputs of a prompt's nodes, each found when it is first asked for."""
 
-    def __init__(self, nodes: Mapping[str, Node], rows: Mapping[str, Row], choices: Mapping[str, Choice]):
-        self._nodes, self._rows, self._choices = nodes, rows, choices
+    def __init__(
+        self,
+        nodes: Mapping[str, Node],
+        rows: Mapping[str, Row],
+        choices: Mapping[str, Choice],
+        readers: Mapping[str, Callable[[str], Any]],
+    ):
+        self._nodes, self._rows, self._choices, self._readers = nodes, rows, choices, readers
+        self._files: dict[tuple[str, str], Any] = {}
         self._outputs: dict[str, tuple] = {}
-        self._chosen: dict[str, Link | None] = {}
+        self._chosen: dict[str, list[Link | Bundle | None]] = {}
         self._stored: dict[str, Link] | None = None
 
     def at(self, link: Link | None) -> Any:
@@ -129,12 +152,23 @@ class Values:
         self._evaluate(link.node)
         return self._output(link)
 
-    def chosen(self, node: str) -> Link | None:
-        """The link that a node hands on, None for a node that does not or of which it is unknown."""
-        if self._nodes[node].kind not in self._choices:
+    def chosen(self, link: Link) -> Link | None:
+        """The link that an output hands on, None where it does not or of which it is unknown."""
+        if link.node not in self._nodes or self._nodes[link.node].kind not in self._choices:
             return None
-        self._evaluate(node)
-        return self._chosen.get(node)
+        self._evaluate(link.node)
+        chosen = self._chosen.get(link.node, [])
+        found = chosen[link.slot] if 0 <= link.slot < len(chosen) else None
+        return found if isinstance(found, Link) else None
+
+    def file(self, kind: str, name: str) -> Any:
+        """What a reader says of a file; of a prompt that names many, the first few are looked at."""
+        key = kind, name
+        if key not in self._files:
+            if len(self._files) >= _MOST_FILES:
+                return None
+            self._files[key] = self._readers[kind](name)
+        return self._files[key]
 
     def of_input(self, node: Node, name: str) -> Any:
         """The value of an input; within a formula, ``_Wanted`` for what has to be evaluated before."""
@@ -194,20 +228,20 @@ class Values:
 
     def _pass_on(self, node: Node, choice: Choice) -> tuple:
         if node.id not in self._chosen:
-            name = choice.chosen(Given(node, self))
-            if isinstance(name, Link):
-                link = name
-            else:
-                link = as_link(node.inputs.get(name)) if name is not None else None
-                if link is None and name is not None:
-                    return (_meant(self.of_input(node, name)),)
-            self._chosen[node.id] = link if link is not None and link.node in self._nodes else None
-        link = self._chosen[node.id]
-        if link is None:
-            return UNKNOWN
-        if link.node not in self._outputs:
-            raise _Wanted(link.node)
-        return (self._output(link),)
+            found = choice.chosen(Given(node, self))
+            if isinstance(found, str):
+                link = as_link(node.inputs.get(found))
+                if link is None:
+                    return (_meant(self.of_input(node, found)),)
+                found = link
+            self._chosen[node.id] = found if isinstance(found, list) else [found]
+        outputs = []
+        for link in self._chosen[node.id]:
+            if isinstance(link, Link) and link.node in self._nodes and link.node not in self._outputs:
+                raise _Wanted(link.node)
+            known = isinstance(link, Link) and link.node in self._nodes
+            outputs.append(self._output(link) if known else link if isinstance(link, Bundle) else None)
+        return tuple(outputs)
 
 
 _SETTERS = ("SetNode", "easy setNode")

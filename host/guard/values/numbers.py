@@ -13,7 +13,7 @@ from typing import Any
 
 from ..links import Link, as_link
 from . import expressions
-from .evaluate import Choice, Given, Row, Unknown, as_number, stored_name
+from .evaluate import Bundle, Choice, Given, Row, Unknown, as_number, stored_name
 from .pictures import Picture
 
 _PRIMITIVES, _LOGIC = "comfy_extras/nodes_primitive.py", "comfy_extras/nodes_logic.py"
@@ -165,6 +165,7 @@ NUMBERS = {
     "ImpactFloat": Row(_same("value"), _IMPACT),
     "ImpactBoolean": Row(_same("value"), _IMPACT),
     "ImpactCompare": Row(_compared, _IMPACT),
+    "ImpactIfNone": Row(lambda given: (given.maybe("signal"), None if given.has("any_input") else False), _IMPACT),
     "ImpactExecutionOrderController": Row(lambda given: (given.maybe("signal"), given.maybe("value")), _IMPACT),
     "mxSlider": Row(_slider, _MX),
     "mxSlider2D": Row(_slider_2d, _MX),
@@ -198,12 +199,62 @@ def _first_of_any(given: Given) -> str | None:
     return next((name for _, name in zip(range(_MOST_NAMES), names, strict=False)), None)
 
 
+def _all_sigmas(given: Given) -> str:
+    """VisualizeSigmasKJ hands its sigmas on, cut where it is told to."""
+    if (given.maybe("start_step") or 0) != 0 or (given.maybe("end_step") or -1) != -1:
+        raise Unknown
+    return "sigmas"
+
+
 def _got(given: Given) -> Link | None:
     return given.stored(stored_name(given.node))
 
 
 def _if(condition: str, true: str, false: str) -> Callable[[Given], str]:
     return lambda given: true if given.flag(condition) else false
+
+
+def _pack(names: Iterable[str], base: str) -> Callable[[Given], Bundle]:
+    """What a pipe or a context holds: the links it is given over those of the one it begins with."""
+
+    def bundle(given: Given) -> Bundle:
+        before = given.maybe(base) if given.has(base) else None
+        links = dict(before.links) if isinstance(before, Bundle) else {}
+        return Bundle(links | {name: link for name in names if (link := given.link(name)) is not None})
+
+    return bundle
+
+
+def _unpack(bundle: Bundle | None, names: Iterable[str]) -> list[Link | Bundle | None]:
+    """A pipe's outputs: itself, where its name is empty, and what it holds."""
+    if bundle is None:
+        raise Unknown
+    return [bundle.links.get(name) if name else bundle for name in names]
+
+
+def _first_context(given: Given) -> Bundle:
+    """Context Switch takes the first context that holds anything."""
+    names = (name for name in given.node.inputs if name.startswith("ctx_"))
+    for _, name in zip(range(_MOST_NAMES), names, strict=False):
+        bundle = given.a(Bundle, name)
+        if bundle.links:
+            return bundle
+    raise Unknown
+
+
+_BASIC = ("model", "clip", "vae", "positive", "negative")
+_CONTEXT = ("model", "clip", "vae", "positive", "negative", "latent", "images", "seed")
+_EASY_PIPE = ("model", "pos", "neg", "latent", "vae", "clip", "image")
+_basic_pipe, _context = _pack(_BASIC, "basic_pipe"), _pack(_CONTEXT, "base_ctx")
+_easy_links = _pack(_EASY_PIPE, "pipe")
+
+
+def _easy_pipe(given: Given) -> Bundle:
+    """A picture without a latent is encoded and replaces the latent before."""
+    bundle = _easy_links(given)
+    if given.link("image") is None or given.link("latent") is not None:
+        return bundle
+    return Bundle({name: link for name, link in bundle.links.items() if name != "latent"})
 
 
 def _soft(given: Given) -> str:
@@ -228,5 +279,23 @@ CHOICES = {
     "easy cleanGpuUsed": Choice(lambda _: "anything", "ComfyUI-Easy-Use py/nodes/logic.py"),
     "ImpactConditionalBranch": Choice(_if("cond", "tt_value", "ff_value"), _IMPACT, ("tt_value", "ff_value")),
     "ImpactSwitch": Choice(lambda given: f"input{given.integer('select')}", _IMPACT),
+    "ToBasicPipe": Choice(lambda given: _unpack(_basic_pipe(given), [""]), f"{_IMPACT} modules/impact/pipe.py"),
+    "EditBasicPipe": Choice(lambda given: _unpack(_basic_pipe(given), [""]), f"{_IMPACT} modules/impact/pipe.py"),
+    "FromBasicPipe": Choice(
+        lambda given: _unpack(given.a(Bundle, "basic_pipe"), _BASIC), f"{_IMPACT} modules/impact/pipe.py"
+    ),
+    "FromBasicPipe_v2": Choice(
+        lambda given: _unpack(given.a(Bundle, "basic_pipe"), ["", *_BASIC]), f"{_IMPACT} modules/impact/pipe.py"
+    ),
+    "easy pipeIn": Choice(lambda given: _unpack(_easy_pipe(given), [""]), "ComfyUI-Easy-Use py/nodes/pipe.py"),
+    "easy pipeOut": Choice(
+        lambda given: _unpack(given.a(Bundle, "pipe"), ["", *_EASY_PIPE]), "ComfyUI-Easy-Use py/nodes/pipe.py"
+    ),
+    "Context (rgthree)": Choice(lambda given: _unpack(_context(given), ["", *_CONTEXT]), f"{_RGTHREE}/context.py"),
+    "Context Switch (rgthree)": Choice(
+        lambda given: _unpack(_first_context(given), ["", *_CONTEXT]), f"{_RGTHREE}/context_switch.py"
+    ),
+    "LayerUtility: AnyRerouter": Choice(lambda _: "any", "ComfyUI_LayerStyle"),
+    "VisualizeSigmasKJ": Choice(_all_sigmas, _KJ),
     "Any Switch (rgthree)": Choice(_first_of_any, f"{_RGTHREE}/any_switch.py"),
 }

@@ -29,6 +29,13 @@ class Picture(NamedTuple):
         return Picture(width, height, self.count)
 
 
+class Film(NamedTuple):
+    """A VIDEO: its pictures, and how many of them a second; None if that is unknown."""
+
+    pictures: Picture
+    rate: float | None
+
+
 _UNSEEN = Picture(None, None, None)
 
 
@@ -215,7 +222,15 @@ def _joined(given: Given) -> Iterable[Any]:
     return (Picture(first.width, first.height, count),)
 
 
+def _components(given: Given) -> Iterable[Any]:
+    film = given.a(Film, "video")
+    return film.pictures, None, film.rate
+
+
 PICTURES = {
+    "LoadImage": Row(lambda given: (given.file("picture", "image"),), _NODES),
+    "LoadVideo": Row(lambda given: (given.file("film", "file"),), "comfy_extras/nodes_video.py"),
+    "GetVideoComponents": Row(_components, "comfy_extras/nodes_video.py"),
     "EmptyImage": Row(_empty, _NODES),
     "SolidMask": Row(_empty, "comfy_extras/nodes_mask.py"),
     "ImageScale": Row(lambda g: (_to(_given(g, "image"), g.integer("width"), g.integer("height")),), _NODES),
