@@ -12,10 +12,13 @@ from pathlib import Path
 
 import folder_paths
 
-from ...checkpoint.file.header import CheckpointError, open_regular
+from ...checkpoint.file.header import CheckpointError, open_regular, read_header
+from ..files import SUFFIXES
+from .files import find_file
 from .values.pictures import Film, Picture
 
 _LONGEST_NAME = 4096  # PATH_MAX
+_DOWNSCALE = "reference_downscale_factor"
 _UPRIGHT, _ORIENTATION = 1, 0x0112  # of EXIF
 
 
@@ -55,6 +58,21 @@ def film_of(name: object) -> Film | None:
             return Film(Picture(width, height, stream.frames or None), rate)
     except (ImportError, CheckpointError, OSError, ValueError, IndexError, StopIteration):  # av's errors are OSErrors
         return None
+
+
+def downscale_of(name: object) -> float | None:
+    """What LTXICLoRALoaderModelOnly says of a LoRA: how much smaller its guides are, 1 where it does not tell."""
+    path = find_file(name, ("loras",))
+    if path is None or not path.lower().endswith(SUFFIXES):
+        return None
+    try:
+        told = read_header(Path(path)).metadata.get(_DOWNSCALE)
+    except CheckpointError:
+        return None
+    try:
+        return float(told) if told is not None else 1.0
+    except ValueError:
+        return 1.0  # the node's own answer
 
 
 def _input_file(name: object) -> Path | None:

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-from .inputs import film_of, picture_of
+from .inputs import downscale_of, film_of, picture_of
 from .links import Link, Node, as_link
 from .values.evaluate import Values, as_number
 from .values.latents import LATENTS
@@ -23,7 +23,7 @@ from .values.schedules import SCHEDULES
 __all__ = ["Link", "Node", "PromptGraph", "as_link"]
 
 ROWS = {**NUMBERS, **PICTURES, **LATENTS, **SCHEDULES}
-READERS = {"picture": picture_of, "film": film_of}
+READERS = {"picture": picture_of, "film": film_of, "downscale": downscale_of}
 _LITERALS = (str, int, float, type(None))
 _LONGEST_NAMES = 300  # of id and class together: both go into messages, and no editor makes longer ones
 

@@ -14,10 +14,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from .files import FileFacts, file_facts, name_says_distilled
-from .loaders import VAE_LOADERS, Names, loras_of, names_of
+from .loaders import MODEL_LOADERS, VAE_LOADERS, Names, loras_of, names_of
 from .prompt_graph import Link, Node, PromptGraph
 from .values.evaluate import as_number
-from .values.latents import Joint, Sound, Video
+from .values.latents import Joint, Sound, Video, video_of
+from .values.pictures import Picture
 from .values.schedules import Sigmas
 
 GUARD_NODE = "NVFP4LaunchGuard"
@@ -65,7 +66,8 @@ _LATENT_IN = {
 _SAMPLED = ("latent_image", "latents")
 _RESAMPLED = re.compile(r"ModelSampling")
 _PIPE_OUT, _PIPE_IN = ("FromBasicPipe", "FromBasicPipe_v2"), "basic_pipe"
-_VIDEO_ROOTS = (*SIZED, "VAEEncode", "VAEEncodeTiled")
+_ENCODERS = ("VAEEncode", "VAEEncodeTiled")
+_VIDEO_ROOTS = (*SIZED, *_ENCODERS)
 _SAMPLES = ("samples", "latents", "latent")
 _SAVING = ("save", "videocombine", "video_combine", "createvideo")
 
@@ -195,7 +197,7 @@ class View:
         """Every node that takes a latent, or makes its own, and a model, or a guider in its place."""
         found = []
         for node in self.graph.nodes.values():
-            latent = next((name for name in _SAMPLED if name in node.inputs), None)
+            latent = _sampled_by(node)
             makes = node.kind == "LTXVBaseSampler"
             if not (latent or makes) or not ("model" in node.inputs or "guider" in node.inputs):
                 continue
@@ -263,6 +265,22 @@ class View:
         found = self.graph.output(link)
         found = found.video if isinstance(found, Joint) else found
         return found if isinstance(found, Video) else None
+
+    def sampled(self, sampler: Sampler) -> Video | None:
+        """The video latent that a sampler gets, as far as known; pictures that were encoded for an LTX model too."""
+        found = self.video(self.graph.source(sampler.node.id, _sampled_by(sampler.node)))
+        root = sampler.latent.root
+        if sampler.latent.kind == JOINT and root is not None:
+            root = self.latent(self.graph.source(root.id, "video_latent")).root
+        if found is not None or root is None:
+            return found
+        if root.kind in SIZED:
+            return video_of(*self.asked(root))
+        picture = self.graph.computed(root.id, "pixels") if root.kind in _ENCODERS else None
+        file = self.file(sampler.model.loader, MODEL_LOADERS)
+        if not isinstance(picture, Picture) or file is None or not (file.family or "").startswith("LTX"):
+            return None
+        return video_of(*picture)
 
     def sound(self, link: Link | None) -> Sound | None:
         """Length and batch of the audio latent on a link, that of a joint one too, as far as known."""
@@ -356,6 +374,11 @@ class View:
         if kind in _VIDEO_ROOTS:
             return Latent(VIDEO, ltx, node)
         return Latent(AUDIO if "audio" in kind.lower() else UNKNOWN, ltx, node)
+
+
+def _sampled_by(node: Node) -> str:
+    """What a sampler calls the latent it samples, "" if it has none."""
+    return next((name for name in _SAMPLED if name in node.inputs), "")
 
 
 def _saves(node: Node) -> bool:

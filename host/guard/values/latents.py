@@ -74,14 +74,18 @@ def _whole(given: Given, name: str) -> int | None:
         return None
 
 
-def _asked(given: Given, length: str = "length") -> Video:
+def _asked(given: Given, length: str = "length") -> Video | None:
     """The empty latent of these inputs, as far as they are known."""
-    width, height, frames = (_whole(given, name) for name in ("width", "height", length))
     batch = _whole(given, "batch_size") if given.has("batch_size") else 1
-    if any(value is not None and value < 1 for value in (width, height, frames, batch)):
-        raise Unknown  # the host refuses it
-    sides = [None if side is None else side // SPATIAL * SPATIAL for side in (width, height)]
-    return Video(*sides, None if frames is None else (_latents(frames) - 1) * TEMPORAL + 1, batch)
+    return video_of(*(_whole(given, name) for name in ("width", "height", length)), batch)
+
+
+def video_of(width: float | None, height: float | None, length: float | None, batch: int | None = 1) -> Video | None:
+    """The latent that holds these pixels and frames, rounded down as the host does; None for what it refuses."""
+    if any(value is not None and value < 1 for value in (width, height, length, batch)):
+        return None
+    sides = [None if side is None else int(side) // SPATIAL * SPATIAL for side in (width, height)]
+    return Video(*sides, None if length is None else (_latents(int(length)) - 1) * TEMPORAL + 1, batch)
 
 
 def _video(given: Given, name: str) -> Video | None:

@@ -20,6 +20,7 @@ _PRIMITIVES, _LOGIC = "comfy_extras/nodes_primitive.py", "comfy_extras/nodes_log
 _EASY, _KJ, _IMPACT = "ComfyUI-Easy-Use py/nodes/logic.py", "ComfyUI-KJNodes nodes/nodes.py", "ComfyUI-Impact-Pack"
 _ESSENTIALS, _MX, _JW = "ComfyUI_essentials misc.py", "ComfyUI-mxToolkit mxtoolkit.py", "comfyui-various"
 _COMFYMATH, _RGTHREE = "ComfyMath src/comfymath", "rgthree-comfy py"
+_LITERALS = "ComfyLiterals nodes.py"
 _MOST_NAMES = 32  # inputs of one kind that are looked at
 
 _OPERATIONS = {
@@ -108,6 +109,13 @@ def _resolution(given: Given) -> Iterable[Any]:
     return round(wide * scale / multiple) * multiple, round(high * scale / multiple) * multiple
 
 
+def _resolution_master(given: Given) -> Iterable[Any]:
+    """What its widgets say, unless it goes by a picture."""
+    if given.flag("auto_detect"):
+        raise Unknown
+    return given.integer("width"), given.integer("height")
+
+
 def _slider(given: Given) -> Iterable[Any]:
     return (given.number("Xf" if given.number("isfloatX") > 0 else "Xi"),)
 
@@ -161,6 +169,12 @@ NUMBERS = {
     "easy mathFloat": Row(_easy_float, _EASY),
     "easy simpleMath": Row(_easy_expression, "ComfyUI-Easy-Use py/libs/math.py"),
     "easy imageSize": Row(lambda given: given.a(Picture, "image")[:2], "ComfyUI-Easy-Use py/nodes/image.py"),
+    "Int": Row(_of(int, "Number"), _LITERALS),
+    "Float": Row(_of(float, "Number"), _LITERALS),
+    "LTXICLoRALoaderModelOnly": Row(
+        lambda given: (None, given.file("downscale", "lora_name")), "ComfyUI-LTXVideo iclora.py"
+    ),
+    "ResolutionMaster": Row(_resolution_master, "Comfyui-Resolution-Master aztoolkit.py"),
     "ImpactInt": Row(_same("value"), _IMPACT),
     "ImpactFloat": Row(_same("value"), _IMPACT),
     "ImpactBoolean": Row(_same("value"), _IMPACT),

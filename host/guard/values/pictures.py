@@ -230,6 +230,8 @@ def _components(given: Given) -> Iterable[Any]:
 PICTURES = {
     "LoadImage": Row(lambda given: (given.file("picture", "image"),), _NODES),
     "LoadVideo": Row(lambda given: (given.file("film", "file"),), "comfy_extras/nodes_video.py"),
+    "CreateVideo": Row(lambda g: (Film(_given(g, "images"), float(g.number("fps"))),), "comfy_extras/nodes_video.py"),
+    "LTXVInpaintPreprocess": Row(_same("images"), "ComfyUI-LTXVideo vanish_nodes.py"),
     "GetVideoComponents": Row(_components, "comfy_extras/nodes_video.py"),
     "EmptyImage": Row(_empty, _NODES),
     "SolidMask": Row(_empty, "comfy_extras/nodes_mask.py"),
