@@ -59,6 +59,7 @@ _LATENT_IN = {
     "LTXAddVideoICLoRAGuide": "latent",
     "LTXAddVideoICLoRAGuideAdvanced": "latent",
     "LTXVSetAudioVideoMaskByTime": "av_latent",
+    "LTXVLatentUpsamplerTiled": "samples",
     "LatentUpscale": "samples",
     "LatentUpscaleBy": "samples",
 }

@@ -15,28 +15,44 @@ from .pictures import Picture
 
 _LT, _AUDIO = "comfy_extras/nodes_lt.py", "comfy_extras/nodes_lt_audio.py"
 _SAMPLER, _NODES = "comfy_extras/nodes_custom_sampler.py", "nodes.py"
+_MOST_GUIDES = 64  # of one latent
 _LIGHTRICKS, _KJ = "ComfyUI-LTXVideo", "ComfyUI-KJNodes nodes/ltxv_nodes.py"
+
+
+class Guide(NamedTuple):
+    """Latent frames that ``node`` has put behind a clip, and that have to be cropped before the decode."""
+
+    node: str
+    frames: int | None
+
+
+Guides = tuple[Guide, ...]
 
 
 class Video(NamedTuple):
     """An LTX video latent; what is None is unknown.
 
-    ``width``, ``height``: pixels. ``length``: frames of the clip, guides not counted. ``guides``: latent frames that
-    guide nodes have put behind them and that have to be cropped before the decode.
+    ``width``, ``height``: pixels. ``length``: frames of the clip, without ``guides``.
     """
 
     width: int | None
     height: int | None
     length: int | None
     batch: int | None
-    guides: int | None = 0
+    guides: Guides | None = ()
+
+    @property
+    def frames(self) -> int | None:
+        """Latent frames, the guides' too."""
+        extra = frames_of(self.guides)
+        return None if self.length is None or extra is None else _latents(self.length) + extra
 
     @property
     def tokens(self) -> int | None:
         """Latents in it, the guides' too."""
-        if None in (self.width, self.height, self.length, self.guides):
+        if self.width is None or self.height is None or self.frames is None:
             return None
-        return self.width // SPATIAL * (self.height // SPATIAL) * (_latents(self.length) + self.guides)
+        return self.width // SPATIAL * (self.height // SPATIAL) * self.frames
 
 
 class Sound(NamedTuple):
@@ -56,10 +72,16 @@ class Joint(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """``rate``: frames a second that LTXVConditioning has told. ``guides``: latent frames of guides, to be cropped."""
+    """``rate``: frames a second that LTXVConditioning has told. ``guides``: those that LTXVCropGuides will crop."""
 
     rate: float | None
-    guides: int | None = 0
+    guides: Guides | None = ()
+
+
+def frames_of(guides: Guides | None) -> int | None:
+    """Latent frames of guides."""
+    counts = [None] if guides is None else [guide.frames for guide in guides]
+    return None if None in counts else sum(counts)
 
 
 def _latents(length: int) -> int:
@@ -104,26 +126,27 @@ def _same(name: str, *, outputs: int = 1) -> Callable[[Given], Iterable[Any]]:
     return lambda given: (_latent(given, name),) * outputs
 
 
-def _guided(new: Callable[[Given], int | None], latent: str = "latent") -> Callable[[Given], Iterable[Any]]:
+def _guided(new: Callable[[Given], int | None]) -> Callable[[Given], Iterable[Any]]:
     """positive, negative, latent with guides behind it; ``new``: how many latent frames of them."""
 
     def outputs(given: Given) -> Iterable[Any]:
-        count, video = new(given), _video(given, latent)
-        video = video._replace(guides=_sum(video.guides, count)) if video is not None else None
-        return (*(_with(given, side, count) for side in ("positive", "negative")), video)
+        guide, video = Guide(given.node.id, new(given)), _video(given, "latent")
+        sides = (_conditioning(given, side) for side in ("positive", "negative"))
+        return tuple(
+            found._replace(guides=_with(found.guides, guide)) if found is not None else None
+            for found in (*sides, video)
+        )
 
     return outputs
 
 
-def _with(given: Given, side: str, count: int | None) -> Conditioning | None:
-    before = given.maybe(side)
-    if not isinstance(before, Conditioning):
-        return None
-    return before._replace(guides=_sum(before.guides, count))
+def _with(guides: Guides | None, guide: Guide) -> Guides | None:
+    return None if guides is None or len(guides) >= _MOST_GUIDES else (*guides, guide)
 
 
-def _sum(*counts: int | None) -> int | None:
-    return None if None in counts else sum(counts)
+def _conditioning(given: Given, side: str) -> Conditioning | None:
+    found = given.maybe(side)
+    return found if isinstance(found, Conditioning) else None
 
 
 def _of_picture(given: Given) -> int | None:
@@ -137,23 +160,28 @@ def _of_picture(given: Given) -> int | None:
 
 def _of_latent(given: Given) -> int | None:
     video = _video(given, "guiding_latent")
-    return None if video is None or video.length is None else _sum(_latents(video.length), video.guides)
+    return None if video is None else video.frames
 
 
 def _cropped(given: Given) -> Iterable[Any]:
     """LTXVCropGuides cuts off as many latent frames as the positive conditioning has of guides."""
-    video, told = _video(given, "latent"), given.maybe("positive")
-    guides = told.guides if isinstance(told, Conditioning) else None
+    video, told = _video(given, "latent"), _conditioning(given, "positive")
     if video is not None:
-        left = None if guides is None or video.guides is None else video.guides - guides
-        if left is not None and left < 0:  # it cuts into the clip
-            length = None if video.length is None else video.length + left * TEMPORAL
-            video = video._replace(guides=0, length=length)
-        else:
-            video = video._replace(guides=left)
-    uncut = [found._replace(guides=0) if isinstance(found, Conditioning) else None
-             for found in (told, given.maybe("negative"))]  # fmt: skip
-    return (*uncut, video)
+        video = _without(video, told.guides if told is not None else None)
+    sides = (told, _conditioning(given, "negative"))
+    return (*(found._replace(guides=()) if found is not None else None for found in sides), video)
+
+
+def _without(video: Video, cropped: Guides | None) -> Video:
+    if video.guides is None or cropped is None:
+        return video._replace(guides=None)
+    left = tuple(guide for guide in video.guides if guide not in cropped)
+    over = frames_of(tuple(guide for guide in cropped if guide not in video.guides))
+    if over == 0:
+        return video._replace(guides=left)
+    if over is None or left or video.length is None:
+        return video._replace(length=None, guides=left)
+    return video._replace(guides=(), length=video.length - over * TEMPORAL)  # it cuts into the clip
 
 
 def _masked(given: Given) -> Iterable[Any]:
@@ -198,8 +226,8 @@ def _decoded(given: Given, name: str = "samples") -> Iterable[Any]:
     if video is None:
         raise Unknown
     count = None
-    if video.length is not None and video.guides is not None and video.batch is not None:
-        count = (video.length + video.guides * TEMPORAL) * video.batch
+    if video.frames is not None and video.batch is not None:
+        count = ((video.frames - 1) * TEMPORAL + 1) * video.batch
     return (Picture(video.width, video.height, count),)
 
 
@@ -252,6 +280,9 @@ LATENTS = {
     "LTXAddVideoICLoRAGuide": Row(_guided(lambda _: None), f"{_LIGHTRICKS} iclora.py"),
     "LTXAddVideoICLoRAGuideAdvanced": Row(_guided(lambda _: None), f"{_LIGHTRICKS} iclora.py"),
     "LTXVTiledVAEDecode": Row(lambda given: _decoded(given, "latents"), f"{_LIGHTRICKS} tiled_vae_decode.py"),
+    "LTXVSpatioTemporalTiledVAEDecode": Row(
+        lambda given: _decoded(given, "latents"), f"{_LIGHTRICKS} tiled_vae_decode.py"
+    ),
     "LTXVImgToVideoInplaceKJ": Row(_same("latent"), _KJ),
     "LTXVAddGuideMulti": Row(_guided(lambda _: None), _KJ),
     "LTXVAudioVideoMask": Row(_masked, _KJ),

@@ -186,9 +186,7 @@ def _even(given: Given) -> Iterable[Any]:
 
 
 def _resized_kj(given: Given) -> Iterable[Any]:
-    """Outputs: picture, width, height, mask; what it pads is left unknown, and so is what NVIDIA's upscaler makes."""
-    if given.maybe("upscale_method") == "nvidia_rtx_vsr":
-        raise Unknown
+    """Outputs: picture, width, height, mask; what it pads is left unknown."""
     picture, width, height = _given(given, "image"), given.integer("width"), given.integer("height")
     how, step = given.a(str, "keep_proportion"), max(given.integer("divisible_by"), 1)
     if how == "resize":
@@ -213,7 +211,35 @@ def _resized_kj(given: Given) -> Iterable[Any]:
     else:
         raise Unknown
     width, height = width - width % step, height - height % step
+    if given.maybe("upscale_method") == "nvidia_rtx_vsr":
+        width, height = (max(8, round(side / 8) * 8) for side in (width, height))
     return picture.sized(width, height), width, height, picture.sized(width, height)
+
+
+def _blended(given: Given) -> Iterable[Any]:
+    """Two of one size; of one length too, unless the longer one is cut."""
+    first, second = _given(given, "image_a"), _given(given, "image_b")
+    if given.flag("trim_to_shortest"):
+        count = None if first.count is None or second.count is None else min(first.count, second.count)
+    else:
+        count = first.count or second.count
+    return (Picture(first.width or second.width, first.height or second.height, count),)
+
+
+def _canny(given: Given) -> Iterable[Any]:
+    """Its shorter side becomes `resolution`, 512 where that is below 64."""
+    picture, resolution = _given(given, "image"), given.integer("resolution")
+    width, height = _known(picture)
+    factor = (resolution if resolution >= 64 else 512) / min(width, height)
+    return (picture.sized(round(width * factor), round(height * factor)),)
+
+
+def _padded(given: Given) -> Iterable[Any]:
+    """Scaled down until it fits, and padded to the target."""
+    width, height = given.integer("target_width"), given.integer("target_height")
+    if min(width, height) < 1:
+        raise Unknown
+    return (_given(given, "image").sized(width, height),) * 2
 
 
 def _joined(given: Given) -> Iterable[Any]:
@@ -265,6 +291,9 @@ PICTURES = {
     "ImageToMask": Row(_same("image"), "comfy_extras/nodes_mask.py"),
     "MaskToImage": Row(_same("mask"), "comfy_extras/nodes_mask.py"),
     "InvertMask": Row(_same("mask"), "comfy_extras/nodes_mask.py"),
+    "LTXVLaplacianPyramidBlend": Row(_blended, "ComfyUI-LTXVideo pyramid_blending.py"),
+    "CannyEdgePreprocessor": Row(_canny, f"{_PREPROCESSORS} utils.py, canny/__init__.py"),
+    "ImagePadForOutpaintTargetSize": Row(_padded, _KJ),
     "ImageResizeKJv2": Row(_resized_kj, _KJ),
 }
 
