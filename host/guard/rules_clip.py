@@ -66,8 +66,7 @@ def frame_rates(view: View) -> Iterator[Finding]:
     if not rates or not samplers:
         return
     sampled = graph.downstream(samplers)
-    films = [node for node in graph.of_kind(*seen.FILMS) if node.kind == "CreateVideo" or "audio" in node.inputs]
-    videos = {node.id: node for node in films if node.id in sampled}
+    videos = {node.id: node for node in graph.of_kind(*seen.FILMS) if node.id in sampled}
     inner = graph.upstream(graph.before([*videos, *samplers]))
     two = graph.two_values_of(rates)
     order = {node: place for place, node in enumerate(graph.nodes)}
@@ -82,6 +81,9 @@ def frame_rates(view: View) -> Iterator[Finding]:
             continue
         needed = graph.upstream([end])
         group = {node: rate for node, rate in rates.items() if node in needed}
+        heard = end in videos and "audio" in videos[end].inputs
+        if not heard and not any(graph.nodes[node].kind == seen.EMPTY_AUDIO for node in group):
+            continue  # a silent clip is faster or slower, which may be meant
         untold.append(graph.downstream(rates.keys() - group.keys()))
         if fps is not None:
             group[end] = fps

@@ -276,6 +276,9 @@ LATENTS = {
     "LTXVSetAudioVideoMaskByTime": Row(
         lambda given: (*_same_sides(given), _latent(given, "av_latent")), f"{_LIGHTRICKS} masks.py"
     ),
+    "LTXVSetAudioRefTokens": Row(
+        lambda given: (*_same_sides(given), _latent(given, "audio_latent")), f"{_LIGHTRICKS} iclora.py"
+    ),
     "LTXVNormalizingSampler": Row(_same("latent_image"), f"{_LIGHTRICKS} easy_samplers.py"),
     "LTXAddVideoICLoRAGuide": Row(_guided(lambda _: None), f"{_LIGHTRICKS} iclora.py"),
     "LTXAddVideoICLoRAGuideAdvanced": Row(_guided(lambda _: None), f"{_LIGHTRICKS} iclora.py"),

@@ -309,7 +309,7 @@ CHOICES = {
     "Context Switch (rgthree)": Choice(
         lambda given: _unpack(_first_context(given), ["", *_CONTEXT]), f"{_RGTHREE}/context_switch.py"
     ),
-    "LayerUtility: AnyRerouter": Choice(lambda _: "any", "ComfyUI_LayerStyle"),
+    "LayerUtility: AnyRerouter": Choice(lambda _: "any", "ComfyUI_LayerStyle py/any_rerouter.py"),
     "VisualizeSigmasKJ": Choice(_all_sigmas, _KJ),
     "Any Switch (rgthree)": Choice(_first_of_any, f"{_RGTHREE}/any_switch.py"),
 }
