@@ -16,6 +16,7 @@ from .prompt_graph import PromptGraph
 
 OUR_MODEL_LOADER, OUR_VAE_LOADER = "NVFP4ModelLoader", "NVFP4VAELoader"
 _MULTI_GPU = re.compile(r"(?:Advanced)?(?:DisTorch2?)?MultiGPU$")
+_POWER_LORAS = "Power Lora Loader"
 _POWER_LORA = re.compile(r"lora_\d{1,4}")
 _MOST_LORAS = 64  # of one node
 
@@ -79,7 +80,9 @@ def loras_of(graph: PromptGraph, node: Node) -> Iterator[Lora]:
     name = graph.value(node.id, "lora_name")
     if isinstance(name, str):
         yield Lora(name, graph.number(node.id, "strength_model"))
-    rows = ((key, row) for key, row in node.inputs.items() if isinstance(row, Mapping) and _is_row(key, row))
+    if not node.kind.startswith(_POWER_LORAS):  # of other nodes the inputs may be very many
+        return
+    rows = ((key, row) for key, row in node.inputs.items() if _is_row(key, row))
     for _, (_, row) in zip(range(_MOST_LORAS), rows, strict=False):
         strength = row.get("strength")
         known = isinstance(strength, (int, float)) and not isinstance(strength, bool) and abs(strength) < 1e6
@@ -87,5 +90,5 @@ def loras_of(graph: PromptGraph, node: Node) -> Iterator[Lora]:
             yield Lora(row["lora"], float(strength) if known else None)
 
 
-def _is_row(key: Any, row: Mapping[str, Any]) -> bool:
-    return isinstance(key, str) and bool(_POWER_LORA.fullmatch(key.lower())) and "lora" in row
+def _is_row(key: Any, row: Any) -> bool:
+    return isinstance(key, str) and isinstance(row, dict) and bool(_POWER_LORA.fullmatch(key.lower())) and "lora" in row
