@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import folder_paths
 
+from ...checkpoint.file.gguf import read_gguf
 from ...checkpoint.file.header import CheckpointError, Header, read_header
 from ...checkpoint.identify.signatures import find_model
 from ...checkpoint.identify.vae_signatures import AUDIO, LTX, Vae, count_quantised, find_vaes
 from ..files import SUFFIXES
 
 _MOST_REMEMBERED = 128
+_GGUF = ".gguf"
 _LONGEST_NAME = 4096  # PATH_MAX
 _LONGEST_ENTRY = 4096  # `config` and the like say nothing about it and may be large
 # All forms of "distilled", but not "undistilled", "non-distilled", "not_distilled", "dedistilled".
@@ -45,9 +48,9 @@ class FileFacts:
 
 
 def file_facts(name: object, folders: tuple[str, ...]) -> FileFacts | None:
-    """A loader's file name -> facts, or None if it is no readable safetensors file in one of these model folders."""
+    """A loader's file name -> facts, or None if it is no readable safetensors or GGUF file in one of these folders."""
     path = find_file(name, folders)
-    if path is None or not path.lower().endswith(SUFFIXES):
+    if path is None or not path.lower().endswith((*SUFFIXES, _GGUF)):
         return None
     try:
         stat = os.stat(path)
@@ -81,6 +84,9 @@ def name_says_distilled(name: object) -> bool:
 
 
 def _read(name: str, path: str) -> FileFacts:
+    if path.lower().endswith(_GGUF):  # never a full checkpoint, nor NVFP4 of a kind that a loader here would take
+        header = read_gguf(Path(path))
+        return FileFacts(name, _family(header), None, False, False, _distilled(name, header))
     header = read_header(path)
     visual = [vae for vae in find_vaes(header) if vae.kind != AUDIO]
     full = any(vae.family == LTX and not vae.preview for vae in visual)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 import pytest
 from nvfp4_video.host.guard import files as guard_files
@@ -10,6 +11,7 @@ from nvfp4_video.host.guard import view as guard_view
 from nvfp4_video.host.guard.files import FileFacts, name_says_distilled
 from nvfp4_video.host.guard.loaders import MODEL_LOADERS, TEXT_LOADERS, names_of
 from nvfp4_video.host.guard.prompt_graph import PromptGraph
+from nvfp4_video.tests.checkpoint.file.test_gguf import LTX, head
 from nvfp4_video.tests.support.guard_prompts import HEALTHY, clip, facts, ids, node, only
 
 OLD = HEALTHY | facts(torch_cuda=(12, 6), capability=(8, 6))
@@ -196,3 +198,15 @@ def test_a_pipe_s_model_is_found(named):
     way = {"pipe": node("ToBasicPipe", model=["model", 0]), "out": node("FromBasicPipe", basic_pipe=["pipe", 0])}
     graph = PromptGraph(clip(**way, guider={"model": ["out", 0]}))
     assert guard_view.View(graph, {}).samplers[0].model.loader.id == "model"
+
+
+def test_a_gguf_file_s_family_and_name_are_read(stub_comfy: types.ModuleType, tmp_path: Path):
+    folder = tmp_path / "models" / "unet_gguf"
+    folder.mkdir(parents=True)
+    stub_comfy.folder_names_and_paths["unet_gguf"] = ([str(folder)], {".gguf"})
+    for name in ("ltx-2.3-distilled-Q4_K_M.gguf", "ltx-2.3-dev-Q4_K_M.gguf"):
+        (folder / name).write_bytes(head(LTX, []))
+    prompt = clip(model=node("UnetLoaderGGUF", unet_name="ltx-2.3-distilled-Q4_K_M.gguf"), guider={"cfg": 3})
+    assert ids(prompt) == {"distilled_cfg": "warning"}
+    prompt["model"]["inputs"]["unet_name"] = "ltx-2.3-dev-Q4_K_M.gguf"
+    assert ids(prompt) == {}
