@@ -13,15 +13,23 @@ Sources: ComfyUI ``comfy/ops.py`` (comfy), NVIDIA ModelOpt ``unified_export_hf``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ...kernels.format import BLOCK, PackedWeight, round_up, swap_nibbles, swizzle
 from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header, quote
-from .declarations import SIDECAR, declared_of, match_entries, modelopt_declaration, quantization
-from .formats import LOW_RANK, OLD_FP8, Group, kind_of, weight_suffix
-from .layers import Layer, account, group_tensors, read_layer
+from .declarations import (
+    IN_HEADER,
+    SIDECAR,
+    check_quantization_config,
+    declared_of,
+    match_entries,
+    modelopt_declaration,
+    quantization,
+)
+from .formats import FLOATS, LOW_RANK, OLD_FP8, Group, kind_of, weight_suffix
+from .layers import Layer, account, group_tensors, read_layer, refuse
 from .scale_order import ROW_MAJOR, TILED, Order, Read, measure, proven_layouts, scale_shapes
 from .signatures import transformer_config
 from .values import check_input_scale, check_packed
@@ -109,6 +117,7 @@ class DialectPlan:
     ``layers``: how every layer is stored. ``nvfp4``: layer -> (N, K) as stored, padded or not. ``formats``: layer ->
     content of the marker that ComfyUI needs. ``misnamed``, ``absent``: names in the header entry that are a layer's but
     for a prefix, or nobody's. ``stated``: the user named the dialect. ``order``: what the block scales show, if asked.
+    ``strays``: tensors that belong to no layer and are no parameters, each with what is to be said of it.
     """
 
     header: Header
@@ -122,6 +131,7 @@ class DialectPlan:
     absent: tuple[str, ...]
     stated: bool
     order: Order | None = None
+    strays: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def native(self) -> bool:
@@ -138,18 +148,23 @@ class DialectPlan:
         return blank | self.faults().keys()
 
 
-def detect(header: Header, requested: str = AUTO, prefix: str = "", read: Read | None = None) -> DialectPlan:
+def detect(
+    header: Header, requested: str = AUTO, prefix: str = "", read: Read | None = None, *, shown: bool = False
+) -> DialectPlan:
     """Header -> DialectPlan for the tensors whose names start with ``prefix``.
 
     ``requested``: "auto" or a name of DIALECTS, which then decides. ``read``: name -> tensor; with it, a few block
-    scales are looked at where their order is open. Raises CheckpointError for a file that is damaged, contradicts the
+    scales are looked at where their order is open. ``shown``: tensors that belong to nothing are listed in ``strays``
+    and no error, for tools that only tell or that copy them as they are. Raises CheckpointError for a file that is damaged, contradicts the
     dialect asked for, leaves the dialect open, or has a tensor or a declaration that nobody reads.
     """
     name = header.path.name
     if requested not in (AUTO, *DIALECTS):
         raise CheckpointError(f"unknown dialect {requested!r}", where=name, expected=f"auto or {', '.join(DIALECTS)}")
     groups = group_tensors(header, prefix)
-    account(name, header, groups, prefix)
+    strays = account(header, groups, prefix)
+    if not shown:
+        refuse(name, {}, strays=tuple(strays.values()))
     packed = {layer: members for layer, members in groups.items() if _is_packed(members)}
     stated, order = bool(packed) and requested != AUTO, None
     if not packed:
@@ -179,8 +194,9 @@ def detect(header: Header, requested: str = AUTO, prefix: str = "", read: Read |
     formats = {layer: dict(found.marker) for layer, found in layers.items() if found.marker is not None}
     absent = tuple(entries.absent)
     return DialectPlan(
-        header, dialect, evidence, nvfp4, groups, formats, layers, entries.misnamed, absent, requested != AUTO, order
-    )
+        header, dialect, evidence, nvfp4, groups, formats, layers, entries.misnamed, absent, requested != AUTO, order,
+        strays,
+    )  # fmt: skip
 
 
 def _is_packed(members: Group) -> bool:
@@ -246,6 +262,8 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
     for suffix in ("weight_scale_2", "weight_global_scale", "alpha", "input_global_scale"):
         if suffix in group and group[suffix].numel != 1:
             raise error(f"its `{suffix}` has shape {group[suffix].shape}", "one number")
+        if suffix in group and group[suffix].dtype not in FLOATS:
+            raise error(f"its `{suffix}` is {group[suffix].dtype}", "floating point")
     return rows, 2 * width
 
 
@@ -278,8 +296,14 @@ def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) ->
         return "lightx2v", keys, None
     layouts = proven_layouts(packed)
     modelopt = modelopt_declaration(header)
-    if any(MARKER in group for group in packed.values()):
+    marked = [layer for layer, group in packed.items() if MARKER in group]
+    if marked and modelopt == IN_HEADER and not any(declared_of(header, layer, None).content for layer in marked):
+        found = f"ModelOpt is declared in the header, while the `{MARKER}` markers, ComfyUI's, say nothing"
+        where, remedy = f"{header.path.name}, layer {marked[0]}", "state the loader's `dialect`"
+        raise CheckpointError(found, where=where, expected="one declaration", remedy=remedy)
+    if marked:
         return "comfy", "`comfy_quant` markers", None
+    check_quantization_config(header)
     if modelopt == SIDECAR and HEADER_ENTRY in header.metadata:
         modelopt = None  # ModelOpt writes that entry and its own into one header, or neither
     if modelopt:

@@ -3,7 +3,7 @@
 ``group_tensors`` Header -> {layer: {key suffix: TensorInfo}}; every tensor beside or below a weight is in its group.
 ``read_layer``    (layer, group, what is declared of it, its dialect) -> Layer; CheckpointError names file and layer.
 ``refuse``        layers that a tool cannot take for what they are.
-``account``       the whole file: each tensor was read, is copied as it is, or is named in a CheckpointError.
+``account``       the whole file: each tensor is of a layer, is a parameter of the model's, or is named as a stray.
 ``Layer``         the frozen record: kind, logical shape, the suffixes that were read, the marker the host needs.
 
 ``detect`` (dialects.py) calls all of them, and every tool calls ``detect``; values are checked in values.py. A weight
@@ -12,8 +12,9 @@ in codes never passes without its scale: what a tool cannot read it refuses by n
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...kernels.format import round_up
@@ -56,6 +57,7 @@ _ORPHANS = {
     *("input_scale", "input_global_scale", "weight_zero_point", SMOOTHING, MARKER, *LOW_RANK, "qzeros", "g_idx"),
 }
 _BESIDE = ("_scales", "_blocks", ".absmax", "_absmax", "_quantizer._amax", "weight_scale", "qzeros", "_scale_inv")
+_STRAY = "it looks like a part of a quantised layer: take another version of the file"
 _AGAIN = "the file is damaged or its writer is not known: download or convert it again"
 _BANK = ("weight_scale", "weight_scale_2", "input_scale")
 _BY_HOST = {form.host: kind for kind, form in FORMATS.items() if form.host} | dict.fromkeys(FP8_FORMATS.values(), "fp8")
@@ -91,6 +93,10 @@ class Layer:
     def coded(self) -> bool:
         """Whether its numbers are other than its tensor's own."""
         return self.kind not in ("float", "fp8_cast")
+
+    def scaled_by_rows(self, header: Header) -> bool:
+        """Whether each row has a scale, which ComfyUI wants in a column: it would multiply columns by a vector."""
+        return self.kind in ("fp8_rows", "int8") and header.tensors[f"{self.name}.{self.scale}"].numel > 1
 
     @property
     def undeclared(self) -> bool:
@@ -149,6 +155,12 @@ def read_layer(
     weight = weight_suffix(members)
     if weight is None:
         raise error(f"it has {_list(members)}, but no `weight`", "the weight that they describe")
+    others = [suffix for suffix in WEIGHTS if suffix in members]
+    if len(others) > 1:
+        raise error(f"it has {_list(others)}, which are two weights", "one")
+    bias = members.get("bias")
+    if bias is not None and bias.dtype not in (*FLOATS, *FP8_FORMATS):
+        raise error(f"its `bias` is {bias.dtype}", "floating point")
     info = members[weight]
     kind, said, fault = _settle(members, info, declared, stated, error)
     form, shape = FORMATS[kind], info.shape
@@ -163,6 +175,8 @@ def read_layer(
         scale = scale_suffix(members)
         read |= {scale} if scale else set()
         block = _check_scale(kind, shape, scale, members, block_size, error)
+    if weight != "weight" and form.loads and kind != "nvfp4":
+        raise error(f"its {form.title} weight is called `{weight}`", "`weight`")
     _check_shapes(members, read, shape, error)
     missing = [key for key in form.keys if key not in members]
     if missing:
@@ -241,8 +255,9 @@ def _check_scale(kind: str, shape, scale: str | None, members: Group, declared, 
 def _check_shapes(members: Group, read: set[str], shape: tuple[int, ...], error) -> None:
     """What goes with a layer's input, and the low-rank pair: ``svdquant_lora_a`` (r, K), ``svdquant_lora_b`` (N, r)."""
     for suffix in (*_INPUT_SCALES, SMOOTHING):
-        wanted = shape[-1] if suffix == SMOOTHING else 1
-        if suffix in members and suffix in read and len(shape) == 2 and members[suffix].numel != wanted:
+        wanted = shape[-1] if suffix == SMOOTHING and shape else 1
+        found = members[suffix].shape if suffix in members and suffix in read and len(shape) == 2 else None
+        if found is not None and (math.prod(found) != wanted or suffix == SMOOTHING and found[-1:] != (wanted,)):
             count = f"{wanted} numbers" if wanted > 1 else "one number"
             raise error(f"its `{suffix}` has shape {members[suffix].shape}", count)
         if suffix in members and suffix in read and members[suffix].dtype not in FLOATS:
@@ -260,8 +275,10 @@ def _check_shapes(members: Group, read: set[str], shape: tuple[int, ...], error)
         raise error(f"its low-rank tensors are {down.dtype} and {up.dtype}", "floating point")
 
 
-def refuse(where: str, layers: Mapping[str, Layer], repair: bool = False) -> None:
-    """CheckpointError for the first layer that the loader, or ``repair``, cannot take for what it is."""
+def refuse(where: str, layers: Mapping[str, Layer], repair: bool = False, strays: Sequence[str] = ()) -> None:
+    """CheckpointError for the first layer that the loader, or ``repair``, cannot take for what it is, or stray."""
+    for stray in strays:
+        raise CheckpointError(stray, where=where, expected="tensors of a known format", remedy=_STRAY)
     for name, layer in layers.items():
         form = FORMATS[layer.kind]
         found = f"its weight is {form.title}"
@@ -279,12 +296,13 @@ def refuse(where: str, layers: Mapping[str, Layer], repair: bool = False) -> Non
         raise CheckpointError(found, where=f"{where}, layer {name}", expected="a format of ComfyUI's", remedy=remedy)
 
 
-def account(where: str, header: Header, groups: Mapping[str, Group], prefix: str = "") -> None:
-    """CheckpointError for a tensor outside of all layers that no model's own parameters look like.
+def account(header: Header, groups: Mapping[str, Group], prefix: str = "") -> dict[str, str]:
+    """Tensors outside of all layers that no model's own parameters look like -> what is wrong with each.
 
     Inside of layers ``read_layer`` answers for each tensor; floating-point tensors elsewhere are parameters.
     """
     inside = {f"{layer}.{suffix}" if layer else suffix for layer, members in groups.items() for suffix in members}
+    strays = {}
     for name, info in header.tensors.items():
         if not name.startswith(prefix) or name in inside or _TEXTS.search(name) or name.rpartition(".")[2] == OLD_FP8:
             continue
@@ -295,8 +313,8 @@ def account(where: str, header: Header, groups: Mapping[str, Group], prefix: str
             scales = f"{name.removesuffix('blocks')}scales"
             if name.endswith("_blocks") and info.dtype == "U8" and scales in header.tensors:
                 found = f"tensor {quote(name)} is MXFP4 in blocks, with its scales beside it, as gpt-oss has them"
-            remedy = "it looks like a part of a quantised layer: take another version of the file"
-            raise CheckpointError(found, where=where, expected="tensors of a known format", remedy=remedy)
+            strays[name] = found
+    return strays
 
 
 def _unread(members: Group, read: set[str], form: Format) -> list[str]:

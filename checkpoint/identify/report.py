@@ -188,6 +188,7 @@ def _missing(found: Diagnosis, identity: Identity):
     if DIFFUSION_MODEL in found.components:
         for title, count in _unloadable(found).items():
             yield f"weights in a format that ComfyUI or this pack loads: {count:,} layers are {title}"
+    yield from (f"the weight that a tensor is for: {text}" for text in _strays(found))
     for vae in identity.vaes:
         for problem in vae.problems:
             if problem.code in ("config", "statistics", "vocoder"):
@@ -208,8 +209,14 @@ def _unloadable(found: Diagnosis) -> dict[str, int]:
     return dict(Counter(titles))
 
 
+def _strays(found: Diagnosis) -> list[str]:
+    """What is to be said of tensors of the diffusion model that belong to no layer."""
+    own = found.components[DIFFUSION_MODEL].names if DIFFUSION_MODEL in found.components else {}
+    return [text for name, text in (found.plan.strays.items() if found.plan else ()) if name in own]
+
+
 def _loaders(found: Diagnosis, identity: Identity):
-    if DIFFUSION_MODEL in found.components and not _unloadable(found):
+    if DIFFUSION_MODEL in found.components and not _unloadable(found) and not _strays(found):
         widget = "" if found.plan else " with its `dialect` widget set"
         yield DIFFUSION_MODEL, f"NVFP4ModelLoader{widget}" if _quantised(found) else "UNETLoader or NVFP4ModelLoader"
     diffusers = diffusers_names(found.checkpoint.header)

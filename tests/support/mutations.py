@@ -31,10 +31,12 @@ UNDETECTABLE = {
     "two tensors of one dtype and shape change places": "either is as plausible as the other",
     "a finite positive number becomes another one": "a scale is whatever its writer computed",
     "BF16 becomes F16, or E4M3 becomes E5M2, in name, where nothing declares the format": "any bytes are numbers of both",
-    "codes of a plain tensor of one dtype are cut and the model has no shape for it": "there is no other statement of it",
+    "scales, one a row or a block, are cut to one": "one number is a scale of the whole weight",
     "a `pre_quant_scale` goes": "ModelOpt folds that of some layers into the norm before them",
     "an `input_scale` goes": "then inputs are measured; the weights are right",
     "markers or layer names are added to ModelOpt's tiled file": "they say ComfyUI's layout, and the tensors fit both",
+    "a note of ModelOpt's comes to a file that lists its layers": "ModelOpt's tiled export has these two entries",
+    "the note of ModelOpt's goes from a file that lists its layers": "what is left is what ComfyUI's files have",
     "`quant_algo` of ModelOpt's names another algorithm of the same tensors": "the tensors are the same",
 }
 SUFFIXES = (
@@ -153,9 +155,9 @@ def _shapes(stored: Stored) -> Iterator[Mutant]:
                 yield f"{name} as {new}", _put(stored, **{name: (dtype, new, data)})
         for keep in {count // 2, count - 1, 0, 1} if shape else {0}:
             rest = int(np.prod(shape[1:])) or 1
-            if keep < count:
+            if keep < count and not (keep == 1 and "scale" in name):
                 yield f"{name} cut to {keep}", _put(stored, **{name: (dtype, (keep,), data[: keep * width])})
-            if len(shape) > 1 and keep < shape[0]:
+            if len(shape) > 1 and keep < shape[0] and not (keep * rest == 1 and "scale" in name):
                 yield f"{name} cut to {keep} rows", _put(
                     stored, **{name: (dtype, (keep, *shape[1:]), data[: keep * rest * width])}
                 )
@@ -231,7 +233,8 @@ def _header(stored: Stored) -> Iterator[Mutant]:
         return replace(stored, metadata=metadata)
 
     for key in stored.metadata:
-        yield f"drop entry {key}", about(**{key: None})
+        if not (key == "quantization_config" and "_quantization_metadata" in stored.metadata):
+            yield f"drop entry {key}", about(**{key: None})
         for text in ("", "{", "null", "[]", "{}", '{"layers": []}', '{"layers": {"x": {}}}', '"modelopt"', "nvfp4"):
             yield f"entry {key} = {text}", about(**{key: text})
     key = "_quantization_metadata"
@@ -251,7 +254,7 @@ def _header(stored: Stored) -> Iterator[Mutant]:
     yield "entry of a layer that is not there", said(entry | {"gone.layer": NVFP4_MARKER})
     if "quantization_config" not in stored.metadata:
         for algorithm in ("NVFP4", "NVFP4_AWQ", "FP8", "NVFP4_SVD"):
-            if any(name.endswith("comfy_quant") for name in stored.tensors) or entry:
+            if any(name.endswith("comfy_quant") for name in stored.tensors):
                 yield f"a left-over quantization_config of {algorithm}", about(quantization_config=config_of(algorithm))
     else:
         for algorithm in ("FP8", "W4A8", "INT4_AWQ", "nvfp4", "", None, "NVFP4_SVD", 4):
