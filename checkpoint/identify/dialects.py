@@ -155,13 +155,13 @@ def detect(
 
     ``requested``: "auto" or a name of DIALECTS, which then decides. ``read``: name -> tensor; with it, a few block
     scales are looked at where their order is open. ``shown``: tensors that belong to nothing are listed in ``strays``
-    and no error, for tools that only tell or that copy them as they are. Raises CheckpointError for a file that is damaged, contradicts the
-    dialect asked for, leaves the dialect open, or has a tensor or a declaration that nobody reads.
+    and no error, for tools that only tell, or that copy them as they are. Raises CheckpointError for a file that is
+    damaged, contradicts the dialect asked for, leaves it open, or has a tensor or a declaration that nobody reads.
     """
     name = header.path.name
     if requested not in (AUTO, *DIALECTS):
         raise CheckpointError(f"unknown dialect {requested!r}", where=name, expected=f"auto or {', '.join(DIALECTS)}")
-    groups = group_tensors(header, prefix)
+    groups = group_tensors(header.tensors, prefix)
     strays = account(header, groups, prefix)
     if not shown:
         refuse(name, {}, strays=tuple(strays.values()))

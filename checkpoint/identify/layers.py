@@ -1,6 +1,6 @@
 """How each layer of a file is stored: the one function that reads it, and the one that accounts for the whole file.
 
-``group_tensors`` Header -> {layer: {key suffix: TensorInfo}}; every tensor beside or below a weight is in its group.
+``group_tensors`` {name: TensorInfo} -> {layer: {key suffix: TensorInfo}}; every tensor beside or below a weight is in its group.
 ``read_layer``    (layer, group, what is declared of it, its dialect) -> Layer; CheckpointError names file and layer.
 ``refuse``        layers that a tool cannot take for what they are.
 ``account``       the whole file: each tensor is of a layer, is a parameter of the model's, or is named as a stray.
@@ -109,13 +109,13 @@ class Layer:
         return LOW_RANK[0] in self.read
 
 
-def group_tensors(header: Header, prefix: str = "") -> dict[str, dict[str, TensorInfo]]:
+def group_tensors(tensors: Mapping[str, TensorInfo], prefix: str = "") -> dict[str, dict[str, TensorInfo]]:
     """Tensors whose names start with ``prefix``, by the layer they describe: {layer: {key suffix: TensorInfo}}.
 
     A layer is a name with a weight. What quantisers keep below it counts as its own: `proj.weight.absmax`,
     `proj.weight_quantizer._scale`, `proj.lora_A.weight` are of `proj`.
     """
-    names = [name for name in header.tensors if name.startswith(prefix)]
+    names = [name for name in tensors if name.startswith(prefix)]
     owners = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in WEIGHTS}
     groups: dict[str, dict[str, TensorInfo]] = {}
     for name in names:
@@ -127,7 +127,7 @@ def group_tensors(header: Header, prefix: str = "") -> dict[str, dict[str, Tenso
             if above and _SUSPICIOUS.search(name[len(above) + 1 :]):
                 layer = above
         if layer in owners or last in _ORPHANS:
-            groups.setdefault(layer, {})[name[len(layer) + 1 :] if layer else name] = header.tensors[name]
+            groups.setdefault(layer, {})[name[len(layer) + 1 :] if layer else name] = tensors[name]
     return groups
 
 

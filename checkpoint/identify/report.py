@@ -17,7 +17,7 @@ from ..file.shards import open_checkpoint
 from . import dialects
 from .components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, TEXT_PROJECTION, VIDEO_VAE, Component
 from .diagnosis import CONTAINER, Diagnosis, diagnose
-from .formats import FORMATS, Group, kind_of, weight_suffix
+from .formats import FORMATS, title_of, weight_suffix
 from .layers import group_tensors
 from .signatures import diffusers_names, find_model
 from .vae_signatures import AUDIO, FULL, Identity, Vae, identify
@@ -124,8 +124,8 @@ def _add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 
 def _formats(header: Header, component: Component) -> dict[str, dict[str, tuple[int, int]]]:
     """Block -> format -> (layers, bytes); scales and markers count with their weight, single vectors by their dtype."""
-    groups = group_tensors(header.of(component.names))
-    stored = {layer: _title(members) for layer, members in groups.items() if weight_suffix(members)}
+    groups = group_tensors({name: header.tensors[name] for name in component.names})
+    stored = {layer: title_of(members) for layer, members in groups.items() if weight_suffix(members)}
     homes = {f"{layer}.{suffix}": layer for layer, members in groups.items() for suffix in members}
     result: dict[str, dict[str, tuple[int, int]]] = {}
     for name, own in component.names.items():
@@ -140,12 +140,6 @@ def _formats(header: Header, component: Component) -> dict[str, dict[str, tuple[
         sizes = result.setdefault(block, {})
         sizes[label] = _add(sizes.get(label, (0, 0)), (is_layer, info.nbytes))
     return result
-
-
-def _title(members: Group) -> str:
-    """A weight's format: plain floating point, and what no tool reads, by its dtype."""
-    kind = kind_of(members)
-    return members[weight_suffix(members)].dtype if kind in ("float", "other") else FORMATS[kind].title
 
 
 def _parameters(header: Header, component: Component) -> int:

@@ -30,7 +30,7 @@ Mutant = tuple[str, Stored]
 UNDETECTABLE = {
     "two tensors of one dtype and shape change places": "either is as plausible as the other",
     "a finite positive number becomes another one": "a scale is whatever its writer computed",
-    "BF16 becomes F16, or E4M3 becomes E5M2, in name, where nothing declares the format": "any bytes are numbers of both",
+    "BF16 becomes F16, or E4M3 becomes E5M2, in name": "any bytes are numbers of both",
     "scales, one a row or a block, are cut to one": "one number is a scale of the whole weight",
     "a `pre_quant_scale` goes": "ModelOpt folds that of some layers into the norm before them",
     "an `input_scale` goes": "then inputs are measured; the weights are right",
@@ -61,7 +61,8 @@ ADDED = {
 }  # fmt: skip
 MARKERS = (
     b"", b"\0" * 19, b"{", b"null", b"[]", b'"nvfp4"', b"{}", b'{"format": null}', b'{"format": 4}', b"\xff\xfe{}",
-    *({"format": name} for name in ("nvfp4", "NVFP4", "float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "mxfp8", "", "x")),
+    *({"format": name} for name in ("nvfp4", "NVFP4", "float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "mxfp8")),
+    {"format": ""},
     *({"format": name} for name in ("convrot_w4a4", "awq_w4a16", "asym_w4a8_int8", "float8_e4m3fn_blockwise")),
     {"Format": "nvfp4"}, {"format": "nvfp4", "more": 1}, b' {"format":"nvfp4"} ', b'{"format":"nvfp4"}\0\0',
 )  # fmt: skip
@@ -105,9 +106,9 @@ def _names(stored: Stored) -> Iterator[Mutant]:
         own = [name for name in stored.tensors if name.startswith(f"{layer}.")]
         yield f"drop layer {layer}", _put(stored, **dict.fromkeys(own))
         for new in (f"{layer}_", f"foo.{layer}", layer.replace("blocks", "blocs"), f"{layer}.inner", layer.upper()):
-            changed = _renamed(stored, lambda name, new=new, layer=layer, own=own: name.replace(layer, new, 1) if name in own else name)
-            if changed:
-                yield f"rename layer {layer} to {new}", changed
+            yield f"rename layer {layer} to {new}", _put(
+                stored, **dict.fromkeys(own), **{name.replace(layer, new, 1): stored.tensors[name] for name in own}
+            )
     for new in PREFIXES:
         for old in PREFIXES:
             if old and not all(name.startswith(old) for name in stored.tensors):
@@ -150,10 +151,11 @@ def _of_bf16(data: bytes) -> np.ndarray:
 def _shapes(stored: Stored) -> Iterator[Mutant]:
     for name, (dtype, shape, data) in stored.tensors.items():
         count, width = int(np.prod(shape)), WIDTH.get(dtype, 1)
-        for new in {shape[::-1], (count,), (*shape, 1), (1, *shape), (2, count // 2), (count // 2, 2), (count, 1), (1, count)}:
+        others = [(count,), (*shape, 1), (1, *shape), (2, count // 2), (count // 2, 2), (count, 1), (1, count)]
+        for new in dict.fromkeys([shape[::-1], *others]):
             if new != shape and int(np.prod(new)) == count:
                 yield f"{name} as {new}", _put(stored, **{name: (dtype, new, data)})
-        for keep in {count // 2, count - 1, 0, 1} if shape else {0}:
+        for keep in dict.fromkeys([count // 2, count - 1, 0, 1] if shape else [0]):
             rest = int(np.prod(shape[1:])) or 1
             if keep < count and not (keep == 1 and "scale" in name):
                 yield f"{name} cut to {keep}", _put(stored, **{name: (dtype, (keep,), data[: keep * width])})
@@ -182,7 +184,7 @@ def _values(stored: Stored) -> Iterator[Mutant]:
             bad = {"nan": b"\x7f", "-nan": b"\xff", "-1": b"\xb8"}
             yield f"{name} all zero", _put(stored, **{name: (dtype, shape, bytes(len(data)))})
         for text, value in bad.items():
-            for at in {0, (len(data) // len(value) - 1)} if shape else {0}:
+            for at in dict.fromkeys([0, len(data) // len(value) - 1] if shape else [0]):
                 changed = data[: at * len(value)] + value + data[(at + 1) * len(value) :]
                 yield f"{name}[{at}] = {text}", _put(stored, **{name: (dtype, shape, changed)})
             yield f"{name} all {text}", _put(stored, **{name: (dtype, shape, value * (len(data) // len(value)))})
@@ -197,15 +199,15 @@ def _additions(stored: Stored) -> Iterator[Mutant]:
             twice = {prefix + name: entry for name, entry in stored.tensors.items() if name.startswith(f"{layer}.")}
             if not stored.tensors.keys() & twice:
                 yield f"add {layer} again under {prefix}", _put(stored, **twice)
-    strays = ("scaled_fp8", "experts.gate_up_proj_blocks", "experts.gate_up_proj_scales", "q_absmax", "lost.weight_scale")
-    for name in (*strays, "lost.comfy_quant", "lost.qzeros", "blocks.9.weight_scale_2"):
+    strays = ("scaled_fp8", "experts.gate_up_proj_blocks", "experts.gate_up_proj_scales", "q_absmax")
+    for name in (*strays, "lost.weight_scale", "lost.comfy_quant", "lost.qzeros", "blocks.9.weight_scale_2"):
         for entry in (("U8", (16,), bytes(16)), floats([0.5, 0.5], "F32"), ("F8_E4M3", (2,), b"88")):
             if name not in stored.tensors:
                 yield f"add {name} ({entry[0]})", _put(stored, **{name: entry})
 
 
-def _declares(stored: Stored) -> bool:
-    """Whether the packed layers are declared to be ComfyUI's, or are not packed: then a marker tells no other layout."""
+def _not_modelopt(stored: Stored) -> bool:
+    """Whether a marker would tell no other layout than the file's."""
     return not any("quant_algo" in text for text in (*stored.metadata.values(), *stored.beside.values()))
 
 
@@ -213,7 +215,7 @@ def _markers(stored: Stored) -> Iterator[Mutant]:
     for layer in _layers(stored):
         for content in MARKERS:
             name = f"{layer}.comfy_quant"
-            if name in stored.tensors or _declares(stored):
+            if name in stored.tensors or _not_modelopt(stored):
                 yield f"{name} = {content}", _put(stored, **{name: marker(content)})
         if f"{layer}.comfy_quant" in stored.tensors:
             _, (count,), data = stored.tensors[f"{layer}.comfy_quant"]
@@ -245,10 +247,11 @@ def _header(stored: Stored) -> Iterator[Mutant]:
         for content in (*(content for content in MARKERS if isinstance(content, dict)), None, [], "nvfp4"):
             yield f"entry of {layer} = {content}", said(entry | {layer: content})
     for new in PREFIXES:
-        yield f"entry under {new!r}", said({new + layer.removeprefix("model.diffusion_model."): c for layer, c in entry.items()})
-        both = {new + layer.removeprefix("model.diffusion_model."): FP8_MARKER for layer in entry}
+        bare = {layer.removeprefix("model.diffusion_model."): content for layer, content in entry.items()}
+        yield f"entry under {new!r}", said({new + layer: content for layer, content in bare.items()})
+        both = {new + layer: FP8_MARKER for layer in bare}
         yield f"entry also under {new!r}, as FP8", said(both | entry)
-    for layer in _layers(stored) if _declares(stored) else ():
+    for layer in _layers(stored) if _not_modelopt(stored) else ():
         for content in (NVFP4_MARKER, FP8_MARKER, {"format": "int8_tensorwise"}, {"format": "mxfp8"}, {}, "x"):
             yield f"entry of {layer} added: {content}", said(entry | {layer: content})
     yield "entry of a layer that is not there", said(entry | {"gone.layer": NVFP4_MARKER})
@@ -259,7 +262,7 @@ def _header(stored: Stored) -> Iterator[Mutant]:
     else:
         for algorithm in ("FP8", "W4A8", "INT4_AWQ", "nvfp4", "", None, "NVFP4_SVD", 4):
             yield f"quant_algo {algorithm}", about(quantization_config=config_of(algorithm))
-    if "config" not in stored.metadata and _declares(stored):
+    if "config" not in stored.metadata and _not_modelopt(stored):
         yield "a `config` of Lightricks'", about(config=LIGHTRICKS)
         yield "a `config` that is no JSON", about(config="{")
 

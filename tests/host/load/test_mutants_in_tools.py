@@ -29,7 +29,7 @@ from nvfp4_video.tests.support import stored_files
 EACH = 16
 # ComfyUI has no format for these, so there is nothing that repair could declare.
 NOT_REPAIRED = ("modelopt_svd", "blocks")
-EVERYTHING = QuantizeSettings("generic", Options(quantize=("*",)))
+EVERYTHING = QuantizeSettings(options=Options(quantize=(".",)))
 
 
 def tried(tool, *arguments, **options):
@@ -67,16 +67,19 @@ def test_all_tools_read_a_mutant_as_the_loader_does_or_refuse_it(name: str, host
     folders = {part: tmp_path / part for part in ("files", "source", "repaired")}
     for folder in folders.values():
         folder.mkdir()
-    path, original = folders["files"] / "model.safetensors", meant.source().write(folders["source"] / "f32.safetensors")
+    path, target = (folders[part] / "model.safetensors" for part in ("files", "repaired"))
+    original = meant.source().write(folders["source"] / "f32.safetensors")
     disagree = []
     for what, mutant in [("nothing", stored), *some]:
         mutant.write(path)
         load = loaded(path, meant)
-        look, plan, check = tried(inspect_checkpoint, path), tried(plan_quantization, path, EVERYTHING), tried(verify, path, original)
-        target = folders["repaired"] / "model.safetensors"
+        look, check = tried(inspect_checkpoint, path), tried(verify, path, original)
+        plan = tried(plan_quantization, path, EVERYTHING)
         target.unlink(missing_ok=True)
         mend = tried(repair, path, target)
         right = isinstance(load, LoadReport)
+        if what == "nothing":
+            assert right and isinstance(plan, QuantizePlan) == (name in ("fp8", "old_fp8", "blocks"))
         if right and not isinstance(look, Inspection):
             disagree.append(f"{what}: loaded, but inspect says {look}")
         if right and isinstance(look, Inspection):
