@@ -204,7 +204,11 @@ def _layer_faults(
         text = f"the header names {len(misnamed):,} layers with another prefix than their tensors have"
         stock = "loads it with UNETLoader at best; checkpoint loaders do not find the quantised layers"
         faults.append(Fault("misnamed", text, stock))
-    dropped = sorted(plan.markers_to_drop())
+    foreign = {name: layer.foreign for name, layer in plan.layers.items() if layer.foreign}
+    if foreign:
+        text = f"{len(foreign):,} layers are declared {', '.join(sorted(set(foreign.values())))}, which ComfyUI lacks"
+        faults.append(Fault("names", text, "stops with a KeyError"))
+    dropped = sorted(plan.markers_to_drop() - foreign.keys())
     if dropped:
         fault = plan.layers[dropped[0]].fault or "says nothing"
         text = f"the `comfy_quant` markers of {len(dropped):,} layers are no JSON, that of {dropped[0]} {fault}"

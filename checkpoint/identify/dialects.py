@@ -143,9 +143,9 @@ class DialectPlan:
         return {name: layer.fault for name, layer in self.layers.items() if layer.fault}
 
     def markers_to_drop(self) -> set[str]:
-        """Layers whose marker says nothing or the wrong thing: damaged ones, and empty ones of plain weights."""
-        blank = {name for name, layer in self.layers.items() if layer.marker is None and MARKER in layer.read}
-        return blank | self.faults().keys()
+        """Layers whose marker tells ComfyUI nothing: damaged or foreign ones, and empty ones of plain weights."""
+        marked = {name: layer for name, layer in self.layers.items() if MARKER in layer.read}
+        return {name for name, layer in marked.items() if layer.marker is None or layer.foreign} | self.faults().keys()
 
 
 def detect(

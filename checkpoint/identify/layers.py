@@ -62,6 +62,8 @@ _AGAIN = "the file is damaged or its writer is not known: download or convert it
 _BANK = ("weight_scale", "weight_scale_2", "input_scale")
 _BY_HOST = {form.host: kind for kind, form in FORMATS.items() if form.host} | dict.fromkeys(FP8_FORMATS.values(), "fp8")
 HOST_FORMATS = tuple(_BY_HOST)
+# Formats that convert_to_quant declares and ComfyUI does not know.
+_FOREIGN = {"float8_e4m3fn_rowwise": "fp8_rows", "float8_e4m3fn_blockwise": "fp8_blocks"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Layer:
 
     ``scale``: suffix of what multiplies FP8 or INT8 codes; ``block``: (rows, columns) that share one of its numbers.
     ``marker``: what ComfyUI has to be told, None for what needs no marker. ``read``: suffixes that were understood and
-    say how it is stored; ``ignored``: those that say nothing of the weight. ``fault``: of its marker, "" if none.
+    say how it is stored; ``ignored``: those that say nothing of the weight. ``fault``: of its marker, "" if none;
+    ``foreign``: the format that is declared, where ComfyUI does not know it.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Layer:
     read: tuple[str, ...]
     ignored: tuple[str, ...]
     fault: str
+    foreign: str = ""
 
     @property
     def title(self) -> str:
@@ -174,6 +178,8 @@ def read_layer(
     elif form.weight and set(form.weight) <= {*FP8_FORMATS, "I8"}:
         scale = scale_suffix(members)
         read |= {scale} if scale else set()
+        side = (declared.content or {}).get("group_size") if said in _FOREIGN else None
+        block_size = (side, side) if type(side) is int and side > 0 else block_size
         block = _check_scale(kind, shape, scale, members, block_size, error)
     if weight != "weight" and form.loads and kind != "nvfp4":
         raise error(f"its {form.title} weight is called `{weight}`", "`weight`")
@@ -188,13 +194,15 @@ def read_layer(
         raise error(found, f"{_list(read & members.keys())} alone", remedy)
     marker = None
     if form.host is not None and (said is not None or kind not in _DECLARED):
-        marker = {"format": form.host or FP8_FORMATS[info.dtype]} | dict(declared.content if said is not None else {})
+        more = {} if said is None or said in _FOREIGN else declared.content
+        marker = {"format": form.host or FP8_FORMATS[info.dtype]} | dict(more)
         # A scale a row: tensor cores take one scale, or rows on both sides.
         if kind == "fp8_rows" or (weight_only and kind == "fp8"):
             marker["full_precision_matrix_mult"] = True
     present = tuple(suffix for suffix in members if suffix in read)
     ignored = tuple(suffix for suffix in members if suffix in _CACHE_SCALES)
-    return Layer(name, kind, tuple(shape), weight, scale, block, marker, present, ignored, fault)
+    foreign = said if said in _FOREIGN else ""
+    return Layer(name, kind, tuple(shape), weight, scale, block, marker, present, ignored, fault, foreign)
 
 
 def _settle(members: Group, info: TensorInfo, declared: Declared, stated: bool, error) -> tuple[str, str | None, str]:
@@ -202,9 +210,14 @@ def _settle(members: Group, info: TensorInfo, declared: Declared, stated: bool, 
     kind, fault = kind_of(members), declared.fault
     said = None if declared.content is None else str(declared.content["format"])
     vouched = stated and kind == "nvfp4"
+    if said in _FOREIGN and info.dtype == "F8_E4M3" and kind == _FOREIGN[said]:
+        return kind, said, fault
     if said is not None and said not in _BY_HOST:
         if not vouched:
             near = next((known for known in _BY_HOST if known.lower() == said.lower()), ", ".join(_BY_HOST))
+            if said in _FOREIGN:
+                found = f"{_of(members)} says {said}, its tensors are {FORMATS[kind].title}"
+                raise error(found, FORMATS[_FOREIGN[said]].title)
             raise error(f"{_of(members)} names the format {quote(said)}, which nothing knows", near)
         return kind, None, f"names the format {quote(said)}, which nothing knows"
     if said is None:
