@@ -1,6 +1,6 @@
 """How each layer of a file is stored: the one function that reads it, and the one that accounts for the whole file.
 
-``group_tensors`` {name: TensorInfo} -> {layer: {key suffix: TensorInfo}}; every tensor beside or below a weight is in its group.
+``group_tensors`` {name: TensorInfo} -> {layer: {key suffix: TensorInfo}}; what is beside or below a weight is its.
 ``read_layer``    (layer, group, what is declared of it, its dialect) -> Layer; CheckpointError names file and layer.
 ``refuse``        layers that a tool cannot take for what they are.
 ``account``       the whole file: each tensor is of a layer, is a parameter of the model's, or is named as a stray.

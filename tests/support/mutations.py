@@ -61,8 +61,8 @@ ADDED = {
 }  # fmt: skip
 MARKERS = (
     b"", b"\0" * 19, b"{", b"null", b"[]", b'"nvfp4"', b"{}", b'{"format": null}', b'{"format": 4}', b"\xff\xfe{}",
-    *({"format": name} for name in ("nvfp4", "NVFP4", "float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "mxfp8")),
-    {"format": ""},
+    *({"format": name} for name in ("nvfp4", "NVFP4", "float8_e4m3fn", "float8_e5m2", "int8_tensorwise")),
+    {"format": "mxfp8"}, {"format": ""},
     *({"format": name} for name in ("convrot_w4a4", "awq_w4a16", "asym_w4a8_int8", "float8_e4m3fn_blockwise")),
     {"Format": "nvfp4"}, {"format": "nvfp4", "more": 1}, b' {"format":"nvfp4"} ', b'{"format":"nvfp4"}\0\0',
 )  # fmt: skip

@@ -36,8 +36,9 @@ RESTORED = ("convert_to_quant", "fp8_blocks")
 def model_of(path: Path, meant: dict[str, torch.Tensor]) -> stored_files.Meant:
     """The weights, and the file's own biases, which convert_to_quant corrects."""
     plain = {name: tensor for name, tensor in load_file(path).items() if name in record_writers.model()}
-    plain = {name: tensor.float().numpy() for name, tensor in plain.items() if name.removesuffix(".weight") not in meant}
-    return stored_files.Meant({layer: tensor.numpy() for layer, tensor in meant.items()}, plain)
+    weights = {layer: tensor.numpy() for layer, tensor in meant.items()}
+    others = [name for name in plain if name.removesuffix(".weight") not in meant]
+    return stored_files.Meant(weights, {name: plain[name].float().numpy() for name in others})
 
 
 def check(path: Path, meant: dict[str, torch.Tensor], know, dialect: str) -> None:
