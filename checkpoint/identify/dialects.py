@@ -28,10 +28,11 @@ from .declarations import (
     modelopt_declaration,
     quantization,
 )
-from .formats import FLOATS, LOW_RANK, OLD_FP8, Group, kind_of, weight_suffix
+from .formats import FLOATS, OLD_FP8, Group, kind_of, weight_suffix
 from .layers import Layer, account, group_tensors, read_layer, refuse
 from .scale_order import ROW_MAJOR, TILED, Order, Read, measure, proven_layouts, scale_shapes
 from .signatures import transformer_config
+from .together import check_together
 from .values import check_input_scale, check_packed
 
 AUTO = "auto"
@@ -190,7 +191,7 @@ def detect(
             weight_only=any(layer.startswith(start) and info.numel == 2 for start, info in old.items()),
         )  # fmt: skip
     svd = quantization(header).get("quant_algo") == "NVFP4_SVD" and (dialect or "").startswith("modelopt")
-    _check_together(name, layers, dialect, old, svd)
+    check_together(name, layers, dialect, old, svd)
     formats = {layer: dict(found.marker) for layer, found in layers.items() if found.marker is not None}
     absent = tuple(entries.absent)
     return DialectPlan(
@@ -209,26 +210,6 @@ def _block_size(asks: Mapping) -> tuple[int, int] | None:
     size = asks.get("weight_block_size")
     whole = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
     return tuple(size) if whole else None
-
-
-def _check_together(name: str, layers: Mapping[str, Layer], dialect: str | None, old: Mapping, svd: bool) -> None:
-    """What a layer alone does not show: FP8 without scale in a file of scaled FP8, low-rank tensors of some layers."""
-    bare = next((layer for layer in layers.values() if layer.kind == "fp8_cast"), None)
-    scaled = next((layer.name for layer in layers.values() if layer.kind in ("fp8", "fp8_rows", "fp8_blocks")), None)
-    if bare is not None and (scaled is not None or any(bare.name.startswith(start) for start in old)):
-        found = f"its FP8 weight has no scale, though {f'{scaled} has one' if scaled else f'the file has `{OLD_FP8}`'}"
-        remedy = "the file is damaged: download or convert it again"
-        raise CheckpointError(found, where=f"{name}, layer {bare.name}", expected="`weight_scale`", remedy=remedy)
-    packed = [layer for layer in layers.values() if layer.kind == "nvfp4"]
-    without = next((layer for layer in packed if not layer.low_rank), None)
-    if without is not None and (svd or any(layer.low_rank for layer in packed)):
-        why = "the file is declared NVFP4_SVD" if svd else "other NVFP4 layers have them"
-        found = f"it has no low-rank tensors, {why}"
-        raise CheckpointError(found, where=f"{name}, layer {without.name}", expected=" and ".join(LOW_RANK))
-    bank = next((layer for layer in packed if len(layer.shape) == 3), None)
-    if bank is not None and dialect not in (None, "comfy"):
-        found = f"a bank of NVFP4 matrices in the dialect {dialect}"
-        raise CheckpointError(found, where=f"{name}, layer {bank.name}", expected="ComfyUI's own layout for banks")
 
 
 def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int, int]:

@@ -55,7 +55,7 @@ ADDED = {
     "weight_zero_point": ("I8", (1,), b"\1"), "weight.absmax": floats([0.5, 0.25], "F32"),
     "weight.quant_state.bitsandbytes__nf4": ("U8", (4,), b"{}  "), "lora_A.weight": floats(np.ones((2, 4)), "BF16"),
     "svdquant_lora_a": floats(np.ones((2, 4)), "BF16"), "weight_quantizer._amax": floats(1.0, "F32"),
-    "qzeros": ("I32", (1,), b"\1\0\0\0"), "SCB": floats([1.0], "F32"), "weight_packed": ("U8", (2, 8), bytes(range(16))),
+    "qzeros": ("I32", (1,), b"\1\0\0\0"), "SCB": floats([1.0], "F32"), "weight_packed": ("U8", (2, 8), bytes(16)),
     "qweight": ("I32", (1,), b"\1\0\0\0"), "comfy_quant": marker(b""), "extra": ("U8", (16,), bytes(16)),
     "weight_codebook": floats(np.ones(16), "F32"), "pre_quant_scale": floats([0.5], "F32"),
 }  # fmt: skip
