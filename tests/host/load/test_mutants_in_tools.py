@@ -89,7 +89,8 @@ def test_all_tools_read_a_mutant_as_the_loader_does_or_refuse_it(name: str, host
             disagree.append(f"{what}: loaded, but repair says {mend}")
         if isinstance(mend, Repaired) and mend.method != "nothing":
             loaded(target, meant)
-        if isinstance(plan, QuantizePlan) and (wrong := read_to_quantise(plan, meant)):
+        wrong = tried(read_to_quantise, plan, meant) if isinstance(plan, QuantizePlan) else []
+        if right and isinstance(wrong, CheckpointError) or wrong and not isinstance(wrong, CheckpointError):
             disagree.append(f"{what}: the quantiser reads other numbers in {wrong}")
         if isinstance(check, Verification) and check.ok and not right:
             disagree.append(f"{what}: verify finds it good, the loader says {load}")
