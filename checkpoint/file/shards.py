@@ -7,6 +7,7 @@ A checkpoint is named by its file, by its ``*.safetensors.index.json``, by any o
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import json
 import os
@@ -146,7 +147,9 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
         shard = _SHARD.fullmatch(path.name)
         return (_siblings(path, shard) if shard else [path]), set()
     if glob.has_magic(path.name):
-        matching = sorted(entry for entry in path.parent.glob(path.name) if entry.is_file())
+        # Not Path.glob, which takes `**` for folders within folders, or refuses it.
+        beside = (entry for entry in path.parent.glob("*") if fnmatch.fnmatch(entry.name, path.name))
+        matching = sorted(entry for entry in beside if entry.is_file())
         found = [entry for entry in matching if entry.suffix != ".json"]
         if not found:
             remedy = "check the name; a wildcard may stand in the file's name only"

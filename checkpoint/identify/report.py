@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from ...measure.escape import report as text_report
 from ...measure.text import size_text, table
 from ..file.header import CheckpointError, Header
 from ..file.shards import open_checkpoint
@@ -79,7 +80,7 @@ class Inspection:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return text_report(_lines(self))
 
 
 def inspect_checkpoint(path: str | os.PathLike[str], dialect: str = dialects.AUTO) -> Inspection:

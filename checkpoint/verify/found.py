@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from ...measure.escape import report
+
 
 @dataclass(frozen=True)
 class LayerCheck:
@@ -108,7 +110,7 @@ def summary(found: Verification) -> str:
     lines += _some([f"{name}: the source has it, the file does not" for name in found.missing])
     lines += _some([f"{name}: the file has it, the source does not" for name in found.extra])
     lines += _some(found.faults)
-    return "\n".join(lines)
+    return report(lines)
 
 
 def _some(lines: Sequence[str], most: int = 10) -> list[str]:

@@ -33,7 +33,9 @@ from ...checkpoint.identify.text_encoder_signatures import (
     find_text_encoder,
 )
 from ...kernels import backends, dispatch
+from ...kernels.errors import PackError
 from ...kernels.format import OUTPUT_DTYPES, PackedWeight
+from ...measure.escape import report as text_report
 from ..compute.linear import weight_only_operations
 from ..compute.lora_patcher import use_branches
 from ..compute.token_graphs import use_graphs
@@ -76,7 +78,7 @@ class TextEncoderReport:
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
             f"token loop: {self.decode}",
         ]
-        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+        return text_report([*lines, *(f"warning: {text}" for text in self.warnings)])
 
 
 def load_text_encoder(
@@ -92,10 +94,10 @@ def load_text_encoder(
 
     ``dialect`` reads NVFP4 weights of the text encoder that do not declare theirs. ``graphs``: replay the blocks of the
     token loop as CUDA graphs where the host can. Raises CheckpointError for files that do not belong together or
-    cannot be read, ValueError for an option that cannot be had.
+    cannot be read, PackError for an option that cannot be had.
     """
     if device not in DEVICES:
-        raise ValueError(f"unknown device {device!r}; expected {' or '.join(DEVICES)}")
+        raise PackError(f"unknown device {device!r}; expected {' or '.join(DEVICES)}")
     options: dict[str, Any] = {}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")

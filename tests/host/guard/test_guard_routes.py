@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+from nvfp4_video.host import border
 from nvfp4_video.host.guard import routes
 from nvfp4_video.host.guard.prompt_graph import PromptGraph
 from nvfp4_video.nodes.guard import NVFP4LaunchGuard
@@ -21,7 +22,7 @@ from server import PromptServer
 def host(stub_comfy: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> PromptServer:
     """A vulnerable host with a fresh server, and no memory of failures."""
     monkeypatch.setattr(routes, "probe", lambda: VULNERABLE)
-    monkeypatch.setattr(routes, "_failed", set())
+    monkeypatch.setattr(border, "_references", {})
     return PromptServer.instance
 
 
