@@ -166,7 +166,7 @@ def test_a_rule_that_fails_is_one_finding_with_a_reference_and_the_others_still_
         assert [finding.id for finding in found] == ["prefetch_crash", "kept", "kept", "not_checked"]
         assert "broken, broken" in found[-1].why
     (record,) = [record for record in caplog.records if "failed, reference" in record.getMessage()]
-    reference = record.getMessage().rpartition(" ")[2]
+    reference = record.getMessage().partition("reference ")[2].split()[0]
     assert reference in found[-1].remedy and "the rule is broken" in caplog.text
 
 

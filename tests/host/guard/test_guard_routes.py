@@ -33,7 +33,7 @@ def save_settings(tmp_path: Path, content: object) -> None:
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name.startswith("nvfp4_video.host.guard.routes")]
+    return [record.getMessage() for record in caplog.records if record.name == "nvfp4_video.host.border"]
 
 
 def queued(**more: object) -> dict:
