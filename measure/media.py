@@ -219,7 +219,8 @@ def _read_image(path: Path) -> np.ndarray:
     import cv2
 
     _check_plain(path)
-    _check_size(path, _stated_size(path))
+    if (size := _stated_size(path)) is not None:
+        _check_size(path, size)
     # imdecode instead of imread: OpenCV cannot open non-ASCII paths on Windows.
     with open(path, "rb") as file:
         data = np.frombuffer(file.read(_MOST_IMAGE_BYTES), np.uint8)
@@ -240,8 +241,9 @@ def _read_image(path: Path) -> np.ndarray:
         raise MediaError(f"{path}: {error}") from error
 
 
-def _stated_size(path: Path) -> tuple[int, int]:
-    """Width and height that the file's own header says; no pixel is decoded."""
+def _stated_size(path: Path) -> tuple[int, int] | None:
+    """Width and height that the file's own header says, no pixel is decoded; None for a TIFF that only OpenCV reads."""
+    import PIL
     import PIL.Image
 
     try:
@@ -252,6 +254,8 @@ def _stated_size(path: Path) -> tuple[int, int]:
     except PIL.Image.DecompressionBombError as error:
         raise MediaError(f"found an image too large to be read: {path} ({error}). {_SMALLER}") from error
     except (OSError, ValueError, SyntaxError, OverflowError) as error:
+        if isinstance(error, PIL.UnidentifiedImageError) and path.suffix.lower() in (".tif", ".tiff"):
+            return None  # one of floating-point numbers, say; OpenCV has a limit of its own
         raise _unreadable(path) from error
 
 

@@ -137,10 +137,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file for reading; OSError, here or in the body, becomes CheckpointError."""
-    if "\0" in str(path):
-        raise CheckpointError("a file name cannot hold a NUL character", where=repr(str(path)))
     try:
-        _check_regular(path, os.stat(path).st_mode)  # before open(), which may wind a tape, or wait for ever on a pipe
+        _check_regular(path, stat_of(path).st_mode)  # before open(), which may wind a tape, or wait for ever on a pipe
         with open(path, "rb", opener=_open_at_once) as file:
             _check_regular(path, os.fstat(file.fileno()).st_mode)  # what was opened, should it have changed meanwhile
             yield file
@@ -149,6 +147,15 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointError("the file does not exist", where=path, remedy=remedy) from error
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error})", where=path, remedy="check rights and disk") from error
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """os.stat; CheckpointError for what no file can be called."""
+    try:
+        return os.stat(path)
+    except ValueError as error:  # NUL, or half of a surrogate pair
+        found = f"this is no name of a file ({error})"
+        raise CheckpointError(found, where=quote(str(path)), remedy="check the name") from error
 
 
 def _check_regular(path: Path, mode: int) -> None:

@@ -19,7 +19,17 @@ from typing import BinaryIO
 
 import torch
 
-from .header import HEADER_ENTRY, CheckpointError, Header, layers_entry, open_regular, parse_header, quote, read_header
+from .header import (
+    HEADER_ENTRY,
+    CheckpointError,
+    Header,
+    layers_entry,
+    open_regular,
+    parse_header,
+    quote,
+    read_header,
+    stat_of,
+)
 
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
@@ -140,7 +150,7 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
     """-> the files, and the tensors that an index says they hold."""
     if path.name.endswith(_INDEX_ENDING):
         return _indexed(path)
-    if path.exists():
+    if _exists(path):
         index = _index_beside(path)
         if index is not None:
             return _indexed(index)
@@ -156,6 +166,18 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
             raise CheckpointError("no file matches this name", where=path, remedy=remedy)
         return found, set()
     return [path], set()
+
+
+def _exists(path: Path) -> bool:
+    """CheckpointError for a name that is too long, or none at all."""
+    try:
+        stat_of(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        found = f"there is no file of this name ({error.strerror})"
+        raise CheckpointError(found, where=path, remedy="check the name") from error
+    return True
 
 
 def _index_beside(path: Path) -> Path | None:

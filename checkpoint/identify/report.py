@@ -131,7 +131,7 @@ def _formats(header: Header, component: Component) -> dict[str, dict[str, tuple[
     result: dict[str, dict[str, tuple[int, int]]] = {}
     for name, own in component.names.items():
         layer = homes.get(name, name.rpartition(".")[0])
-        suffix = name[len(layer) + 1 :]
+        suffix = name[len(layer) + 1 :] if layer else name
         info = header.tensors[name]
         quantised = layer in stored and stored[layer] != info.dtype and suffix != "bias"
         label = stored[layer] if quantised else info.dtype

@@ -63,7 +63,7 @@ def tool_version() -> str:
 def licence_of(header: Header) -> str | None:
     """What the header says of the licence, cut to what a card has room for, or None; the header goes along whole."""
     found = next((header.metadata[key] for key in _LICENCE_KEYS if header.metadata.get(key)), None)
-    return None if found is None else line(found, LONGEST_CELL)
+    return None if found is None else line(re.sub(r"\s+", " ", found, flags=re.ASCII), LONGEST_CELL)
 
 
 def provenance(record: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> str:
@@ -100,7 +100,7 @@ def _card_text(record: Mapping[str, Any]) -> str:
         "amax": "plain block maxima, as comfy-kitchen's quantiser",
     }[record["search"]]
     weighted = ", weighted by calibration statistics" if record["calibration"] else ""
-    licence = markdown(record["licence"] or _NO_LICENCE)
+    licence = markdown(record["licence"] or _NO_LICENCE, LONGEST_LINE)
     family = markdown(record["family"] or "A diffusion model")
     return "\n".join(
         [

@@ -14,7 +14,7 @@ SHOWN = "\\x1b]0;pwned\\x07\\x1b[31m\\x1b[2J\\u202egnp\\u2066\\x9b1A"
 
 
 def checkpoint(path: Path, layer: str, metadata: dict[str, str] | None = None) -> Path:
-    """A small ModelOpt file with a BF16 block beside an NVFP4 layer of this name, so that reports and errors name it."""
+    """A small ModelOpt file with a BF16 block beside an NVFP4 layer of this name, which errors name."""
     tensors = {
         f"{layer}.weight": torch.zeros(16, 8, dtype=torch.uint8),
         f"{layer}.weight_scale": torch.ones(16, 1).to(torch.float8_e4m3fn),
