@@ -1,7 +1,7 @@
 """Text of others (names, licences, metadata of files) on its way out: one function for each kind of place.
 
 ``visible``   terminals, logs, and whatever draws text as text: reports on nodes, messages of exceptions, pictures
-``html``      what front ends put into the page as HTML: progress texts on nodes, which those before 1.45 do not clean
+``html``      what some front ends put into the page as HTML: progress texts on nodes (before 1.45 without cleaning it)
 ``markdown``  a line or a table cell of a model card
 
 All of them show what has no shape of its own: control characters, and with them the sequences that terminals obey,
@@ -19,6 +19,7 @@ from html import escape
 
 LONGEST_LINE, LONGEST_CELL = 2_000, 300
 _LONGEST_TEXT = 200_000
+_HTML = re.compile(r"[<&\"]|(?<=\[)\[")
 # What Markdown, with the extensions of sites where models are published, takes for more than a character. Underscores
 # within a word mean nothing, and names are full of them.
 _MARKDOWN = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])")
@@ -41,8 +42,11 @@ def report(lines: Iterable[str]) -> str:
 
 
 def html(text: str, longest: int = LONGEST_LINE) -> str:
-    """Text -> HTML that shows it: no element, and none of the links that front ends write as [[label|address]]."""
-    return escape(visible(text, longest)).replace("[[", "[&#91;")
+    """Text -> what is shown alike as HTML and as text: no element, and none of the links written [[label|address]].
+
+    Not ``escape``: newer front ends escape such a text themselves, and its entities would be read as they stand.
+    """
+    return _HTML.sub(lambda found: f"\\x{ord(found[0]):02x}", visible(text, longest))
 
 
 def markdown(text: str, longest: int = LONGEST_CELL) -> str:

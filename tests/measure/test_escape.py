@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -69,9 +70,11 @@ def test_a_text_of_many_lines_has_an_end():
 @pytest.mark.parametrize(
     "text", [SCRIPT, ESCAPE, "<!-- a --><!doctype x>&lt;&amp;b&#60;", "\"'`=<svg/onload=x>", "[[a|b]]"]
 )
-def test_html_of_a_text_is_the_text_and_no_element(text):
+def test_html_of_a_text_reads_alike_as_html_and_as_text_and_has_no_element(text):
     read = Reader(f'<p title="{html(text)}">{html(text)}</p>')
-    assert read.elements == ["p"] and read.text == visible(text)
+    assert read.elements == ["p"] and read.text == html(text)
+    named = {"<": r"\x3c", "&": r"\x26", '"': r"\x22", "[[": r"[\x5b"}
+    assert re.sub(r'\[\[|[<&"]', lambda found: named[found[0]], visible(text)) == html(text)
     assert "[[" not in html(text)
 
 

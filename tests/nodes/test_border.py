@@ -113,7 +113,7 @@ def test_a_progress_text_is_html_that_shows_it_and_a_report_is_text(stub_comfy):
     hidden = types.SimpleNamespace(hidden=types.SimpleNamespace(unique_id="3"))
     tell(hidden, f"{SCRIPT}{ESCAPE}")
     ((text, node_id),) = PromptServer.instance.sent
-    assert node_id == "3" and text.startswith("&lt;img src=") and "<" not in text and text.endswith(SHOWN)
+    assert node_id == "3" and text.startswith(r"\x3cimg src=") and "<" not in text and text.endswith(SHOWN)
     assert show(NVFP4Inspect, f"{SCRIPT}{ESCAPE}\nline")["text"] == (f"{SCRIPT}{SHOWN}\nline",)
 
 
