@@ -33,7 +33,7 @@ def save_settings(tmp_path: Path, content: object) -> None:
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "nvfp4_video.host.border"]
+    return [record.getMessage() for record in caplog.records if record.name.startswith("nvfp4_video.host.guard.routes")]
 
 
 def queued(**more: object) -> dict:
@@ -190,7 +190,7 @@ def test_a_failure_of_the_guard_is_logged_once_with_its_traceback_and_never_stop
     data = queued()
     before = copy.deepcopy(data)
     assert all(routes.on_prompt(data) is data for _ in range(3)) and data == before
-    (record,) = [record for record in caplog.records if record.name.startswith("nvfp4_video.host.guard.routes")]
+    (record,) = [record for record in caplog.records if record.name == "nvfp4_video.host.border"]
     assert "unchecked and unchanged" in record.getMessage() and "the guard is broken" in caplog.text
 
 
