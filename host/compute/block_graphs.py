@@ -66,7 +66,7 @@ def obstacle(model: torch.nn.Module, device: torch.device) -> str:
     if _is_out_of_question(model, device):
         return "they are made for LTX's audio and video transformer on an NVIDIA GPU"
     if device.index:
-        return "they are made on the first GPU only; on a second one a capture failed where that was tried"
+        return "they are made on the first GPU only"
     if not residency.has_block_prefetch():
         return "this ComfyUI does not say in its options which model it samples"
     if residency.option("disable_comfy_compiler"):
