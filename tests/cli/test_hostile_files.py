@@ -18,7 +18,7 @@ COMMANDS = {
     "split": ["split", "SOURCE", "FOLDER"],
     "repair": ["repair", "SOURCE", "FOLDER/r.safetensors", "--dialect", "compressed_tensors"],
     "quantize": ["quantize", "SOURCE", "FOLDER/q.safetensors", "--device", "cpu"],
-    "verify": ["verify", "SOURCE", "SOURCE", "--device", "cpu"],
+    "verify": ["verify", "SOURCE", "OTHER", "--device", "cpu"],
 }
 LICENCE = f"{SCRIPT} ![seen](http://tracker/x.png)\n\n# Heading | cell\n{ESCAPE}" + "x" * 1_000_000
 
@@ -31,7 +31,8 @@ def obeyed(text: str) -> set[str]:
 @pytest.mark.parametrize("argv", COMMANDS.values(), ids=COMMANDS)
 def test_no_command_sends_a_name_s_control_characters_to_the_terminal(argv, tmp_path: Path, capsys):
     source = checkpoint(tmp_path / "x.safetensors", f"{ESCAPE}\nerror: forged\n")
-    places = {"SOURCE": str(source), "FOLDER/": f"{tmp_path}/", "FOLDER": str(tmp_path)}
+    other = checkpoint(tmp_path / "y.safetensors", f"{ESCAPE}\nerror: forged\n")
+    places = {"SOURCE": str(source), "OTHER": str(other), "FOLDER/": f"{tmp_path}/", "FOLDER": str(tmp_path)}
     for key, value in places.items():
         argv = [word.replace(key, value) for word in argv]
     code = main(argv)
