@@ -232,6 +232,8 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
 
     if kind.weight not in group:
         raise error(f"it has no `{kind.weight}`, only {', '.join(sorted(group))}", f"the keys of {kind.title}")
+    if len(group[kind.weight].shape) != 2:
+        raise error(f"its `{kind.weight}` has shape {group[kind.weight].shape}", "a matrix")
     rows, width = group[kind.weight].shape
     if width == 0 or width % (BLOCK // 2):
         raise error(f"its packed rows have {width} bytes, {2 * width} columns", "a multiple of 16 columns")

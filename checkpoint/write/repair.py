@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ...kernels.format import block_scale_shape, packed_shape
+from ...measure.escape import report
 from ..file.container import PlannedTensor, sync_folder, write_checkpoint
 from ..file.dtypes import ITEM_BYTES
 from ..file.guard import SourceGuard
@@ -73,7 +74,7 @@ class Repaired:
         else:
             lines += [f"  cured: {finding.text}" for finding in self.cured]
         lines += [f"  remains: {finding.text}; stock ComfyUI {finding.stock}" for finding in self.remaining]
-        return "\n".join(lines)
+        return report(lines)
 
 
 def repair(

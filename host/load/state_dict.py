@@ -19,6 +19,7 @@ from ...checkpoint.identify.dialects import AUTO, DialectPlan, detect, host_laye
 from ...checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
 from ...checkpoint.identify.layers import Layer, refuse
 from ...checkpoint.identify.values import Get, check_layer, expand, read_scale
+from ...measure.escape import line
 from ..compute.linear import supports, wrap
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def plan_file(checkpoint: Checkpoint, dialect: str = AUTO, prefix: str = "") -> 
             raise CheckpointError(found, where=where, expected=known, remedy="update ComfyUI")
     if plan.absent:
         text = "%s declares %d layers that it does not have, such as %s"
-        logger.warning(text, header.path.name, len(plan.absent), plan.absent[0])
+        logger.warning(text, header.path.name, len(plan.absent), line(plan.absent[0]))
     return plan
 
 
@@ -128,7 +129,7 @@ def check_linears(model: torch.nn.Module, linear: type, keys: frozenset[str], na
         where, expected = f"{name}, layer {layer}", f"one of shape {shape}"
         raise CheckpointError(found, where=where, expected=expected, remedy=remedy)
     if absent:
-        logger.warning("%s has nothing of %d layers of the model, such as %s", name, len(absent), absent[0])
+        logger.warning("%s has nothing of %d layers of the model, such as %s", name, len(absent), line(absent[0]))
 
 
 def stored_shape(module: torch.nn.Module) -> tuple[int, ...] | None:
