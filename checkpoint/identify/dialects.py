@@ -200,6 +200,12 @@ def detect(
     )  # fmt: skip
 
 
+def packed_layers(header: Header, prefix: str = "") -> list[str]:
+    """Layers whose names start with ``prefix`` and whose tensors are NVFP4's, declared or not, matrices or banks."""
+    groups = group_tensors(header, prefix).items()
+    return [layer for layer, members in groups if weight_suffix(members) is not None and kind_of(members) == "nvfp4"]
+
+
 def _is_packed(members: Group) -> bool:
     """Whether a layer's tensors are those of an NVFP4 matrix, in whatever dialect."""
     weight = weight_suffix(members)
@@ -223,6 +229,8 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
 
     if kind.weight not in group:
         raise error(f"it has no `{kind.weight}`, only {', '.join(sorted(group))}", f"the keys of {kind.title}")
+    if len(group[kind.weight].shape) != 2:
+        raise error(f"its `{kind.weight}` has shape {group[kind.weight].shape}", "a matrix")
     rows, width = group[kind.weight].shape
     if width == 0 or width % (BLOCK // 2):
         raise error(f"its packed rows have {width} bytes, {2 * width} columns", "a multiple of 16 columns")
@@ -292,7 +300,7 @@ def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) ->
         if algorithm not in _MODELOPT_ALGORITHMS:
             found = f"ModelOpt's quant_algo is {quote(algorithm)}, its tensors are NVFP4"
             expected = ", ".join(name for name in _MODELOPT_ALGORITHMS if name)
-            remedy = "state the loader's `dialect` if that entry is left over from another file"
+            remedy = "state `dialect` if that entry is left over from another file"
             raise CheckpointError(found, where=header.path.name, expected=expected, remedy=remedy)
         return _modelopt_layout(header, packed, layouts, modelopt, read)
     if HEADER_ENTRY in header.metadata:
@@ -308,7 +316,7 @@ def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) ->
         "it holds NVFP4 weights, but neither markers nor the header say in which layout",
         where=header.path.name,
         expected="a declared dialect: nibble order does not show in shapes, and a wrong one gives noise, no error",
-        remedy=f"set the loader's `dialect` ({likely})",
+        remedy=f"set `dialect` ({likely})",
     )
 
 
@@ -327,7 +335,7 @@ def _modelopt_layout(
         f"ModelOpt wrote it, with or without its option that tiles the block scales ({order or 'not measured'})",
         where=header.path.name,
         expected="a stated layout: no layer of this file has a shape that tells",
-        remedy="set the loader's `dialect` to modelopt_swizzled if the export tiled its scales, else modelopt",
+        remedy="set `dialect` to modelopt_swizzled if the export tiled its scales, else modelopt",
     )
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from ...measure.escape import report as text_report
 from ...measure.text import size_text, table
 from ..file.header import CheckpointError, Header
 from ..file.shards import open_checkpoint
@@ -79,7 +80,7 @@ class Inspection:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return text_report(_lines(self))
 
 
 def inspect_checkpoint(path: str | os.PathLike[str], dialect: str = dialects.AUTO) -> Inspection:
@@ -130,7 +131,7 @@ def _formats(header: Header, component: Component) -> dict[str, dict[str, tuple[
     result: dict[str, dict[str, tuple[int, int]]] = {}
     for name, own in component.names.items():
         layer = homes.get(name, name.rpartition(".")[0])
-        suffix = name[len(layer) + 1 :]
+        suffix = name[len(layer) + 1 :] if layer else name
         info = header.tensors[name]
         quantised = layer in stored and stored[layer] != info.dtype and suffix != "bias"
         label = stored[layer] if quantised else info.dtype

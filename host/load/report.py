@@ -6,10 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...checkpoint.identify.dialects import DialectPlan
 from ...checkpoint.identify.signatures import Model
+from ...measure.escape import report as text_report
 from .. import residency
 from ..compute.modes import Compute, describe
 
@@ -59,7 +58,7 @@ class LoadReport:
             lines.append(self.unknown)
         if self.config_from:
             lines.append(f"config taken from {self.config_from}")
-        return "\n".join(lines)
+        return text_report(lines)
 
 
 def count_layers(plan: DialectPlan) -> Counter[str]:
@@ -76,7 +75,7 @@ def report_of(
     model: Model,
     compute: Compute,
     backend: tuple[str, str],
-    device: torch.device,
+    device: str,
     patcher: Any,
     config_from: str | None,
     attention: str,
@@ -99,7 +98,7 @@ def report_of(
         modes=dict(modes.most_common()),
         backend=backend[0],
         reason=backend[1],
-        device=str(device),
+        device=device,
         dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
         config_from=config_from,
         attention=attention,

@@ -21,6 +21,7 @@ from ...checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
 from ...checkpoint.identify.layers import Layer, refuse
 from ...checkpoint.identify.values import Get, check_layer, expand, read_scale
 from ...kernels.format import packed_shape
+from ...measure.escape import line
 from ..compute.linear import supports, wrap
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def plan_file(checkpoint: Checkpoint, dialect: str = AUTO, prefix: str = "") -> 
             raise CheckpointError(found, where=where, expected=known, remedy="update ComfyUI")
     if plan.absent:
         text = "%s declares %d layers that it does not have, such as %s"
-        logger.warning(text, header.path.name, len(plan.absent), plan.absent[0])
+        logger.warning(text, header.path.name, len(plan.absent), line(plan.absent[0]))
     return plan
 
 
@@ -144,7 +145,7 @@ def check_model(model: torch.nn.Module, linear: type, tensors: Mapping[str, torc
             if layer not in layers or suffix != "weight":
                 raise refusal(layer, f"its `{suffix}` is {tensors[key].dtype}", tuple(value.shape))
     if empty or lost:
-        logger.warning("%s has nothing of %s, which this ComfyUI builds", name, ", ".join(sorted(unusable)))
+        logger.warning("%s has nothing of %s, which this ComfyUI builds", name, line(", ".join(sorted(unusable))))
 
 
 def _refusal(name: str, layer: str, found: str, shape: tuple[int, ...]) -> CheckpointError:
