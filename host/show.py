@@ -6,7 +6,8 @@ history where a workflow is opened anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlencode
 
@@ -14,6 +15,9 @@ import numpy as np
 import torch
 from comfy_api.v0_0_2 import io, ui
 from server import PromptServer
+
+from ..measure.escape import html, visible
+from ..measure.text import size_text
 
 # Key in a node's ``ui``: [query of /view], the large picture that belongs to the compact one in "images".
 PICTURE = "nvfp4_picture"
@@ -30,7 +34,7 @@ def show(
     node: type[io.ComfyNode], text: str, compact: torch.Tensor | None = None, large: torch.Tensor | None = None
 ) -> dict:
     """-> the ``ui`` of a NodeOutput: a report, a picture legible at the width of a node, and one that a link opens."""
-    shown = dict(ui.PreviewText(text).as_dict())
+    shown = dict(ui.PreviewText(visible(text)).as_dict())
     if compact is not None:
         shown |= ui.PreviewImage(compact, cls=node).as_dict()
     if large is not None:
@@ -41,11 +45,27 @@ def show(
 
 
 def tell(node: type[io.ComfyNode], text: str) -> None:
-    """Show how far a running node is; the front end takes the text off when the node has its report."""
+    """Show how far a running node is, as HTML; the front end takes it off when the node has its report."""
     server = getattr(PromptServer, "instance", None)
     node_id = getattr(node.hidden, "unique_id", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(html(text), node_id)
+
+
+def telling(node: type[io.ComfyNode], on_step: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """-> ``on_step``, and once a second a line of text on the node: how far, how fast, how long still; in bytes."""
+    started = shown = time.monotonic()
+
+    def step(done: int, total: int) -> None:
+        nonlocal shown
+        on_step(done, total)
+        now = time.monotonic()
+        if done and now - shown > 1:
+            shown, rate = now, done / (now - started)
+            left = (total - done) / rate
+            tell(node, f"{size_text(done)} of {size_text(total)}, {size_text(int(rate))}/s, {left:.0f} s left")
+
+    return step
 
 
 def reports(

@@ -1,21 +1,28 @@
 """The pack's nodes, one file a family."""
 
+from ..host.border import guarded
+from .attention import NVFP4Attention
 from .checkpoint import NVFP4Inspect, NVFP4Split
 from .guard import NVFP4HostReport, NVFP4LaunchGuard
 from .measure import NVFP4Compare, NVFP4Sharpness
 from .model import NVFP4ModelLoader
 from .plan import NVFP4DistilledSettings, NVFP4Planner
 from .quantize import NVFP4Quantize
+from .repair import NVFP4Repair
 from .text_encoder import NVFP4TextEncoderLoader
 from .vae import NVFP4VAELoader
+from .verify import NVFP4Verify
 
 NODES = [
     NVFP4ModelLoader,
     NVFP4VAELoader,
     NVFP4TextEncoderLoader,
+    NVFP4Attention,
     NVFP4Inspect,
     NVFP4Split,
     NVFP4Quantize,
+    NVFP4Verify,
+    NVFP4Repair,
     NVFP4DistilledSettings,
     NVFP4Planner,
     NVFP4LaunchGuard,
@@ -23,3 +30,5 @@ NODES = [
     NVFP4Sharpness,
     NVFP4Compare,
 ]
+for _node in NODES:
+    guarded(_node)

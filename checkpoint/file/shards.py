@@ -7,6 +7,7 @@ A checkpoint is named by its file, by its ``*.safetensors.index.json``, by any o
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import json
 import os
@@ -18,10 +19,22 @@ from typing import BinaryIO
 
 import torch
 
-from .header import HEADER_ENTRY, CheckpointError, Header, layers_entry, open_regular, parse_header, quote, read_header
+from .header import (
+    HEADER_ENTRY,
+    CheckpointError,
+    Header,
+    layers_entry,
+    open_regular,
+    parse_header,
+    quote,
+    read_header,
+    stat_of,
+)
 
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
+# What a file of a sharded checkpoint has in its name beside that of the checkpoint.
+_NOT_THE_NAME = re.compile(r"-\d{5}-of-\d{5}|\.(safetensors|sft)(\..*)?$|[*?\[\]]")
 _MAX_INDEX_BYTES = 64 * 2**20
 _READ_BYTES = 2**26  # at a time: systems limit one call to 2 GiB
 
@@ -65,6 +78,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     trailing = sum(header.trailing for header in files)
     merged = Header(path, tensors, _merge_metadata(files), size, markers, trailing)
     return Checkpoint(merged, homes, tuple(files))
+
+
+def plain_name(path: str | os.PathLike[str]) -> str:
+    """Name of a file, index, shard or wildcard -> that of the checkpoint, without ending and folder; may be empty."""
+    return _NOT_THE_NAME.sub("", os.path.basename(path)).strip("-_. ")
 
 
 class Source:
@@ -139,20 +157,34 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
     """-> the files, and the tensors that an index says they hold."""
     if path.name.endswith(_INDEX_ENDING):
         return _indexed(path)
-    if path.exists():
+    if _exists(path):
         index = _index_beside(path)
         if index is not None:
             return _indexed(index)
         shard = _SHARD.fullmatch(path.name)
         return (_siblings(path, shard) if shard else [path]), set()
     if glob.has_magic(path.name):
-        matching = sorted(entry for entry in path.parent.glob(path.name) if entry.is_file())
+        # Not Path.glob, which takes `**` for folders within folders, or refuses it.
+        beside = (entry for entry in path.parent.glob("*") if fnmatch.fnmatch(entry.name, path.name))
+        matching = sorted(entry for entry in beside if entry.is_file())
         found = [entry for entry in matching if entry.suffix != ".json"]
         if not found:
             remedy = "check the name; a wildcard may stand in the file's name only"
             raise CheckpointError("no file matches this name", where=path, remedy=remedy)
         return found, set()
     return [path], set()
+
+
+def _exists(path: Path) -> bool:
+    """CheckpointError for a name that is too long, or none at all."""
+    try:
+        stat_of(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        found = f"there is no file of this name ({error.strerror})"
+        raise CheckpointError(found, where=path, remedy="check the name") from error
+    return True
 
 
 def _index_beside(path: Path) -> Path | None:
@@ -174,11 +206,17 @@ def _siblings(path: Path, shard: re.Match) -> list[Path]:
         found = f"its name makes it part {int(shard['number'])} of {count}"
         raise CheckpointError(found, where=path.name, expected=f"a part from 1 to {count}", remedy="check its name")
     names = [f"{shard['stem']}{number:05}-of-{shard['count']}{shard['end']}" for number in range(1, count + 1)]
-    missing = [name for name in names if not path.with_name(name).is_file()]
+    missing = _not_beside(path, names)
     if missing:
         found = f"of its {count} parts {len(missing)} are missing, {missing[0]} for one"
         raise CheckpointError(found, where=path.name, expected="all parts in one folder", remedy="download the others")
     return [path.with_name(name) for name in names]
+
+
+def _not_beside(path: Path, names: list[str]) -> list[str]:
+    """Which of ``names`` are not in the folder of ``path``: by one listing, since a name can promise 99,999 parts."""
+    present = set(os.listdir(path.parent))
+    return [name for name in names if name not in present]
 
 
 def _indexed(path: Path) -> tuple[list[Path], set[str]]:
@@ -199,7 +237,7 @@ def _indexed(path: Path) -> tuple[list[Path], set[str]]:
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
             raise error(f"the index names the file {quote(name)}", "files must lie beside the index: do not use it")
-    missing = [name for name in names if not path.with_name(name).is_file()]
+    missing = _not_beside(path, names)
     if missing:
         found = f"of its {len(names)} files {len(missing)} are missing, {missing[0]} for one"
         raise error(found, "download the others")

@@ -17,11 +17,12 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...checkpoint.file.header import CheckpointError, read_header
+from ...checkpoint.file.header import CheckpointError
 from ...checkpoint.file.shards import open_checkpoint
 from ...checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan
 from ...checkpoint.identify.signatures import Model, find_model, transformer_config
 from ...kernels import backends
+from ..compute.attention import BY_COMPUTE, use_attention
 from ..compute.block_graphs import use_graphs
 from ..compute.device_modes import remember
 from ..compute.fusions import fuse
@@ -31,7 +32,7 @@ from ..compute.modes import AUTO as FASTEST
 from ..compute.modes import MODES, Compute, parse_overrides, pick_mode, plan_layers
 from .files import read_tensors
 from .report import LoadReport, report_of
-from .state_dict import check_linears, plan_file, rewrite
+from .state_dict import as_named, check_model, plan_file, rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,16 @@ def load_model(
     config_from: str | None = None,
     disable_dynamic: bool = False,
     layer_compute: str = "",
+    attention: str = BY_COMPUTE,
 ) -> tuple[Any, LoadReport]:
     """File, options -> (ModelPatcher, LoadReport).
 
-    ``compute``, ``layer_compute``: host/compute/modes.py. ``config_from``: a safetensors file whose header entry
-    `config` is used where ``path`` has none. Raises CheckpointError for a file that cannot be loaded rightly,
-    ValueError for an option that cannot be had.
+    ``compute``, ``layer_compute``: host/compute/modes.py; ``attention``: host/compute/attention.py.
+    ``config_from``: a safetensors file whose header entry `config` is used where ``path`` has none. Raises
+    CheckpointError for a file that cannot be loaded rightly, ValueError for an option that cannot be had.
     """
     device = comfy.model_management.get_torch_device()
-    picked = pick_mode(compute, device)
-    overrides = parse_overrides(layer_compute, device)
+    planned_for, picked, overrides = _pick_device(device, compute, layer_compute)
     backend_name, reason = backends.pick_backend(device, backend)
     checkpoint = open_checkpoint(path)
     header = checkpoint.header
@@ -67,28 +68,58 @@ def load_model(
     state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(model.prefix)}
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
     compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
-    operations = weight_only_operations(compute_dtype, device, backend, header.path.name, how)
+    operations = weight_only_operations(compute_dtype, planned_for, backend, header.path.name, how)
     options = {"custom_operations": operations}
-    state_dict_keys = frozenset(state_dict)
+    given = dict(state_dict)  # the host empties what it is handed
     patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
-    check_linears(patcher.model.diffusion_model, operations.Linear, state_dict_keys, header.path.name)
+    check_model(patcher.model.diffusion_model, operations.Linear, as_named(patcher.model, given), header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
 
     def compute_on(other: torch.device) -> Compute:
         modes = MODES if how.uses("fp4") else tuple(mode for mode in MODES if mode != "fp4")
         return _plan_compute(pick_mode(compute, other, modes), parse_overrides(layer_compute, other), plan, model)
 
-    remember(patcher.model.diffusion_model, device, operations.Linear, compute_on)
-    patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute))
+    remember(patcher.model.diffusion_model, planned_for, operations.Linear, compute_on)
+    patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute, attention))
+    attends = use_attention(patcher, attention, how.mode)
     graphs = use_graphs(patcher)
-    report = report_of(plan, model, how, (backend_name, reason), device, patcher, config_source, graphs)
+    place = f"{device} (on another GPU modes are chosen again)" if len(_gpus()) > 1 else str(device)
+    report = report_of(plan, model, how, (backend_name, reason), place, patcher, config_source, attends, graphs)
     logger.info("%s", str(report).replace("\n", "; "))
     return patcher, report
 
 
-def _reload(path, compute, dialect, backend, config_from, layer_compute="", disable_dynamic: bool = False):
+def _reload(
+    path, compute, dialect, backend, config_from, layer_compute="", attention=BY_COMPUTE, disable_dynamic: bool = False
+):
     """The host's factory for clones that need weights of their own: another GPU, or no DynamicVRAM."""
-    return load_model(path, compute, dialect, backend, config_from, disable_dynamic, layer_compute)[0]
+    return load_model(path, compute, dialect, backend, config_from, disable_dynamic, layer_compute, attention)[0]
+
+
+def _gpus() -> list[torch.device]:
+    """All GPUs of a host that can place a model on any of them."""
+    return getattr(comfy.model_management, "get_all_torch_devices", list)()
+
+
+def _pick_device(
+    default: torch.device, compute: str, layer_compute: str
+) -> tuple[torch.device, tuple[str, str], dict[str, str]]:
+    """-> the first device, the host's own before others, that runs all modes asked for; (mode, reason); overrides.
+
+    The host places a model on another GPU after it was loaded. Until then nothing runs, and ``settle`` refuses a
+    device that cannot run a mode asked for. ValueError where none can.
+    """
+    refusal = None
+    for device in (default, *(other for other in _gpus() if other != default)):
+        try:
+            (mode, reason), overrides = pick_mode(compute, device), parse_overrides(layer_compute, device)
+        except ValueError as error:
+            refusal = refusal or error
+            continue
+        if device != default:
+            reason = f"for {device}, where SelectModelDevice has to place the model; on {default}, {refusal}"
+        return device, (mode, reason), overrides
+    raise refusal
 
 
 def _plan_compute(picked: tuple[str, str], overrides: dict[str, str], plan: DialectPlan, model: Model) -> Compute:
@@ -107,7 +138,7 @@ def _complete_config(metadata: dict, header, model: Model, config_from: str | No
     if transformer_config(header) is not None:
         return None
     if config_from is not None:
-        other = read_header(config_from)
+        other = open_checkpoint(config_from).header
         if transformer_config(other) is None:
             found = "its header has no `config` with a `transformer` section"
             raise CheckpointError(found, where=other.path.name, expected="the file of a model of the same version")
@@ -145,12 +176,17 @@ def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool
     arguments = {"model_options": options, "metadata": metadata}
     if "disable_dynamic" in inspect.signature(load).parameters:  # since 0.15.1
         arguments["disable_dynamic"] = disable_dynamic
-    patcher = load(state_dict, **arguments)
+    try:
+        patcher = load(state_dict, **arguments)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):  # torch's words for tensors of another shape than the model's
+            raise
+        found = f"ComfyUI cannot load it into the model it is taken for ({' '.join(str(error).split())[:300]})"
+        remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
+        raise CheckpointError(found, where=name, remedy=remedy) from error
     if patcher is None:
         raise CheckpointError("ComfyUI could not build a model from it", where=name, remedy="update ComfyUI")
     return patcher
-
-
 
 
 __all__ = ["COMPUTE_MODES", "DIALECTS", "load_model"]

@@ -6,10 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...checkpoint.identify.dialects import DialectPlan
 from ...checkpoint.identify.signatures import Model
+from ...measure.escape import report as text_report
 from .. import residency
 from ..compute.modes import Compute, describe
 
@@ -32,6 +31,7 @@ class LoadReport:
     device: str
     dynamic_vram: bool
     config_from: str | None
+    attention: str
     graphs: str  # CUDA graphs of the blocks: which, or why none; empty if nobody would expect any
     unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
 
@@ -50,13 +50,15 @@ class LoadReport:
             f"compute: {how}",
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
         ]
+        if self.attention:
+            lines.append(f"attention: {self.attention}")
         if self.graphs:
             lines.append(f"CUDA graphs: {self.graphs}")
         if self.unknown:
             lines.append(self.unknown)
         if self.config_from:
             lines.append(f"config taken from {self.config_from}")
-        return "\n".join(lines)
+        return text_report(lines)
 
 
 def count_layers(plan: DialectPlan) -> Counter[str]:
@@ -73,9 +75,10 @@ def report_of(
     model: Model,
     compute: Compute,
     backend: tuple[str, str],
-    device: torch.device,
+    device: str,
     patcher: Any,
     config_from: str | None,
+    attention: str,
     graphs: str,
 ) -> LoadReport:
     """What the loader read, decided and built -> its report; ``backend`` is a name and the reason for it."""
@@ -95,9 +98,10 @@ def report_of(
         modes=dict(modes.most_common()),
         backend=backend[0],
         reason=backend[1],
-        device=str(device),
+        device=device,
         dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
         config_from=config_from,
+        attention=attention,
         graphs=graphs,
         unknown=str(residency.check()),
     )

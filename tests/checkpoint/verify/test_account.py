@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -154,10 +155,23 @@ def test_a_lost_or_altered_config_is_a_fault_and_its_spacing_is_none(folder, tmp
     assert broken(folder, tmp_path, same, meta=spaced).ok
 
 
+def test_header_entries_are_the_source_s_but_for_those_that_tell_how_a_file_is_stored(folder, tmp_path):
+    def same(tensors):
+        pass
+
+    own = {"quantization_config": '{"quant_method": "x"}', "format": "pt", "another": "tool"}
+    assert broken(folder, tmp_path, same, meta=METADATA | own).ok
+    altered = broken(folder, tmp_path, same, meta=METADATA | {"license": "mine"})
+    assert altered.faults == ("header entry `license`: it is not that of the source",)
+    without = {key: text for key, text in METADATA.items() if key != "note"}
+    assert broken(folder, tmp_path, same, meta=without).faults == ("header entry `note`: the file lacks it",)
+
+
 def test_a_layer_that_cannot_be_compared_is_not_called_good(folder, tmp_path):
-    found = verify(folder / "whole.safetensors", folder / "whole.safetensors")
+    twin = shutil.copy(folder / "whole.safetensors", tmp_path / "twin.safetensors")
+    found = verify(folder / "whole.safetensors", twin)
     copies = [name for name in load(folder / "whole.safetensors") if not name.endswith(".comfy_quant")]
-    assert found.ok and found.identical == len(copies), "a file against itself: every tensor is a copy"
+    assert found.ok and found.identical == len(copies), "a file against its copy: every tensor is the same"
     tensors = tiny()
     codes = {f"{LAYER}.weight": torch.ones(64, 64, dtype=torch.int8), f"{LAYER}.weight_scale": torch.tensor(0.1)}
     marker = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
