@@ -43,6 +43,7 @@ COMMANDS = {
     "bench": ("bench", "render one clip by every format and compute mode: size, time, memory, quality"),
     "sharpness": ("media", "measure how sharp images, folders or videos are, and name preview decodes"),
     "compare": ("media", "compare two clips of the same seed: picture, sharpness, sound"),
+    "fuzz": ("fuzz", "damage files, prompts and runs at random and report what goes wrong; for developers"),
     "doctor": ("doctor", "report what this machine and its ComfyUI can do, and check a prompt"),
 }
 OK, FOUND, FAILED, INTERRUPTED = 0, 1, 2, 130

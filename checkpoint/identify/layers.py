@@ -241,7 +241,7 @@ def _check_scale(kind: str, shape, scale: str | None, members: Group, declared, 
 def _check_shapes(members: Group, read: set[str], shape: tuple[int, ...], error) -> None:
     """What goes with a layer's input, and the low-rank pair: ``svdquant_lora_a`` (r, K), ``svdquant_lora_b`` (N, r)."""
     for suffix in (*_INPUT_SCALES, SMOOTHING):
-        wanted = shape[-1] if suffix == SMOOTHING else 1
+        wanted = shape[-1] if suffix == SMOOTHING and shape else 1
         if suffix in members and suffix in read and len(shape) == 2 and members[suffix].numel != wanted:
             count = f"{wanted} numbers" if wanted > 1 else "one number"
             raise error(f"its `{suffix}` has shape {members[suffix].shape}", count)
@@ -252,10 +252,10 @@ def _check_shapes(members: Group, read: set[str], shape: tuple[int, ...], error)
         return
     if down is None or up is None:
         raise error(f"of {_list(LOW_RANK)} it has one", "both")
-    fits = len(down.shape) == len(up.shape) == 2 and down.shape[0] == up.shape[1]
+    fits = len(shape) == len(down.shape) == len(up.shape) == 2 and down.shape[0] == up.shape[1]
     if not fits or down.shape[1] != shape[-1] or round_up(up.shape[0], 16) != round_up(shape[0], 16):
         found = f"its low-rank tensors have shapes {down.shape} and {up.shape}"
-        raise error(found, f"(r, {shape[-1]}) and ({shape[0]}, r)")
+        raise error(found, f"(r, K) and (N, r) for a weight of shape {shape}")
     if down.dtype not in FLOATS or up.dtype not in FLOATS:
         raise error(f"its low-rank tensors are {down.dtype} and {up.dtype}", "floating point")
 

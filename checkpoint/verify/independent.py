@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ...kernels.format import PackedWeight, round_up
+from ..file.header import open_regular
 from ..file.shards import Checkpoint
 from ..identify.layers import Layer
 from .weight_error import decode
@@ -72,7 +73,7 @@ class PlainFile:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._at: dict[str, tuple[Path, int, dict]] = {}
         for path in (header.path for header in checkpoint.files):
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 entries = json.loads(file.read(length))
             self._at |= {name: (path, 8 + length, info) for name, info in entries.items() if name != "__metadata__"}
@@ -86,7 +87,7 @@ class PlainFile:
         kind, shape = np.dtype(kinds[info["dtype"]]), list(info["shape"])
         if count is not None:
             shape[0] = min(shape[0], count)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(base + info["data_offsets"][0])
             values = np.frombuffer(file.read(int(np.prod(shape, dtype=np.int64)) * kind.itemsize), kind).reshape(shape)
         if info["dtype"] == "BF16":

@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 
 from ...kernels.format import BLOCK, round_up
+from ..file.guard import SourceGuard
 from ..file.header import CheckpointError
 from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
@@ -50,6 +51,21 @@ def verify(
     """
     device, step = torch.device(device), on_step or (lambda done, total: None)
     ours, theirs = Side(open_checkpoint(path)), Side(open_checkpoint(source))
+    guards = SourceGuard(ours.checkpoint), SourceGuard(theirs.checkpoint)
+    try:
+        found = _verify(ours, theirs, dialect, device, step)
+    except Exception:
+        for guard in guards:
+            guard.check()  # what changed meanwhile is the reason, whatever it led to
+        raise
+    for guard in guards:
+        guard.check()
+    return found
+
+
+def _verify(
+    ours: Side, theirs: Side, dialect: str, device: torch.device, step: Callable[[int, int], None]
+) -> Verification:
     with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original:
         theirs.take(dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix))
         layers = Layers(ours, theirs, reader, original, device)
