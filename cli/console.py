@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from ..checkpoint.file.place import write_small
 from ..measure.text import size_text
 
 MAX_WIDTH = 100
@@ -37,6 +38,12 @@ def check_ending(out: Path | None, ending: str) -> None:
     """Refuse to write an output under a name of another kind."""
     if out and out.suffix.lower() != ending:
         raise CommandError(f"the output {out} does not end in {ending}")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all, replacing an old one; its folder is made if need be. OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_small(path, data, overwrite=True)
 
 
 def put(stream: TextIO, text: str) -> None:

@@ -13,7 +13,7 @@ from ..measure import media
 from ..measure.compare import Comparison, compare_clips
 from ..measure.sharpness import REFERENCE_RATIO, Sharpness, measure_sharpness
 from .amounts import amount, positive_count
-from .console import CommandError, Console, check_ending
+from .console import CommandError, Console, check_ending, write_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +65,7 @@ def run_sharpness(args: argparse.Namespace, console: Console) -> tuple[dict[str,
         if picture:
             from ..draw.compare import sharpness_plot  # Pillow, which only the pictures need
 
-            media.write_png(picture, sharpness_plot(found))
+            write_file(picture, media.encode_png(sharpness_plot(found)))
         records.append({"path": str(path), **found.to_dict(), "png": str(picture) if picture else None})
         values = [f"{value:.1f}" for value in (found.median, found.min, found.max)]
         verdict = (found.verdict, {"sharp": "green", "undecided": ""}.get(found.verdict, "red"))
@@ -140,9 +140,9 @@ def run_compare(args: argparse.Namespace, console: Console) -> tuple[dict[str, A
     if args.png:
         from ..draw.compare import comparison_card
 
-        media.write_png(args.png, comparison_card(found, a, b))
+        write_file(args.png, media.encode_png(comparison_card(found, a, b)))
     if args.out:
-        media.write_bytes(args.out, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+        write_file(args.out, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
     return record | {"png": str(args.png) if args.png else None}, _show_comparison(found, args, console)
 
 

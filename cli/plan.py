@@ -12,7 +12,7 @@ from ..measure.gpus import DETECTED, GPUS, pick_gpu
 from ..measure.plan import make_plan
 from ..measure.roofline import MODES, Clip
 from .amounts import amount, positive_count
-from .console import CommandError, Console, check_ending
+from .console import CommandError, Console, check_ending, write_file
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +52,9 @@ def run_plan(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any]
         raise CommandError(str(error)) from error
     if args.picture:
         from ..draw.planner import roofline_picture  # Pillow, which only the picture needs
-        from ..measure.media import write_png
+        from ..measure.media import encode_png
 
-        write_png(args.picture, roofline_picture(found))
+        write_file(args.picture, encode_png(roofline_picture(found)))
     console.say(str(found))
     if args.picture:
         console.say(f"\nPicture: {args.picture}")

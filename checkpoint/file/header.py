@@ -179,12 +179,12 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
         found = f"its header should be {length:,} bytes long, but {length - (size - 8):,} of them are missing"
         raise CheckpointError(found, where=where, remedy=_CUT_SHORT)
     file.seek(8)
-    with _no_collection():
+    with no_collection():
         return _parse(file, path, length, size)
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Without Python's search for cycles, which looks at all of a million new objects again and again, finding none."""
     enabled = gc.isenabled()
     gc.disable()

@@ -81,6 +81,7 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
 
 def write_small(path: Path, data: bytes, overwrite: bool) -> None:
     """Write a whole file or none, synchronised with the disk. CheckpointError if it may not be replaced; OSError."""
+    name_unfinished(path)
     temporary = hidden_name(path)
     try:
         with open_unnamed(path.parent) or open(temporary, "xb", buffering=0) as file:

@@ -20,7 +20,7 @@ import torch
 from ...kernels.format import BLOCK, PackedWeight, round_up, swap_nibbles, swizzle
 from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header, quote
 from .declarations import SIDECAR, declared_of, match_entries, modelopt_declaration, quantization
-from .formats import LOW_RANK, OLD_FP8, Group, kind_of, weight_suffix
+from .formats import FLOATS, LOW_RANK, OLD_FP8, Group, kind_of, weight_suffix
 from .layers import Layer, account, group_tensors, read_layer
 from .scale_order import ROW_MAJOR, TILED, Order, Read, measure, proven_layouts, scale_shapes
 from .signatures import transformer_config
@@ -246,6 +246,8 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
     for suffix in ("weight_scale_2", "weight_global_scale", "alpha", "input_global_scale"):
         if suffix in group and group[suffix].numel != 1:
             raise error(f"its `{suffix}` has shape {group[suffix].shape}", "one number")
+        if suffix in group and group[suffix].dtype not in FLOATS:
+            raise error(f"its `{suffix}` is {group[suffix].dtype}", "floating point")
     return rows, 2 * width
 
 

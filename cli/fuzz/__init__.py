@@ -28,6 +28,7 @@ KINDS = {
 }
 _MINUTES = 2.0
 _MOST_SHOWN = 20
+_COUNTED = ("foreign exception", "slow", "ended or hung", "wrong")  # as run.py names them
 
 
 def fuzz(parser: argparse.ArgumentParser) -> None:
@@ -93,20 +94,17 @@ def _run(name: str, seed: int, args: argparse.Namespace, kinds: int, console: Co
 
 
 def _show(rows: dict[str, dict[str, Any]], left_out: dict[str, str], console: Console) -> None:
-    head = ["what", "cases", "foreign", "slow", "hung or ended", "wrong", "longest", "minutes", "notes"]
+    head = ["what", "cases", *_COUNTED, "longest", "minutes"]
     lines = []
     for row in rows.values():
-        counts = row["counts"]
-        numbers = [
-            row["tried"], counts.get("foreign exception", 0), counts.get("slow", 0),
-            counts.get("hung", 0) + counts.get("ended the process", 0), counts.get("wrong", 0),
-        ]  # fmt: skip
-        notes = ", ".join(f"{count:,} {note}" for note, count in sorted(row["notes"].items()))
+        numbers = [row["tried"], *(row["counts"].get(what, 0) for what in _COUNTED)]
         longest = f"{row['longest_s']:.2f} s" if row["longest_s"] else "-"
-        lines.append([row["title"], *(f"{n:,}" for n in numbers), longest, f"{row['seconds'] / 60:.1f}", notes])
-    console.table(head, lines, "<>>>>>>><", indent=0)
+        lines.append([row["title"], *(f"{n:,}" for n in numbers), longest, f"{row['seconds'] / 60:.1f}"])
+    console.table(head, lines, "<" + ">" * (len(head) - 1), indent=0)
+    for row in rows.values():
+        notes = ", ".join(f"{count:,} {note}" for note, count in sorted(row["notes"].items()))
+        console.say(f"{row['title']}: {notes}", "dim", indent=2)
+        for what, where, text, count in row["alike"][:_MOST_SHOWN]:
+            console.say(f"{count:,} x {what}, {where}: {text}", "red", indent=4)
     for name, why in left_out.items():
         console.say(f"{name}: not run, {why}", "yellow")
-    for row in rows.values():
-        for what, where, text, count in row["alike"][:_MOST_SHOWN]:
-            console.say(f"{count:,} x {what}, {where}: {text}", "red", indent=2)

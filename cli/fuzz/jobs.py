@@ -21,8 +21,8 @@ from ...checkpoint.write.plan import AMAX, QuantizeSettings
 from ...checkpoint.write.quantize import quantize_checkpoint
 from ...checkpoint.write.repair import repair, restore_header
 from ...checkpoint.write.split import split
-from ...measure.media import write_bytes
 from ...samples import synthetic
+from ..console import write_file
 from .files import KEPT, small
 
 DONE, REFUSED = 0, 3
@@ -62,7 +62,7 @@ def _undo(source: Path, target: Path, overwrite: bool, step: Callable[[int, int]
 
 
 def _picture(source: Path, target: Path, overwrite: bool, step: Callable[[int, int], None]) -> None:
-    write_bytes(target, source.read_bytes())
+    write_file(target, source.read_bytes())
 
 
 def _inspect(source: Path, target: Path, overwrite: bool, step: Callable[[int, int], None]) -> None:

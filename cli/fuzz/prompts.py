@@ -15,6 +15,7 @@ from .run import FOREIGN, SLOW, WRONG, Found, Kind, Outcome, describe
 
 NODES = 10_000
 LOOP_SECONDS = 0.2
+_REPEATS = 3
 
 
 def prepare(folder: Path) -> Any:
@@ -103,11 +104,15 @@ def _node(rng: Random, number: int, far: int) -> dict[str, Any]:
 
 
 def loop_case(routes: Any, rng: Random, folder: Path) -> Outcome:
-    """One huge prompt: CPU time for which the host's event loop waits."""
+    """One huge prompt: CPU time for which the host's event loop waits, the least of three where it is too long."""
     outcome, data = Outcome(), {"prompt": huge(rng), "client_id": "someone"}
-    start = time.process_time()
-    routes.on_prompt(data)
-    outcome.most = time.process_time() - start
+    outcome.most = float("inf")
+    for _ in range(_REPEATS):
+        start = time.process_time()
+        routes.on_prompt(data)
+        outcome.most = min(outcome.most, time.process_time() - start)
+        if outcome.most <= LOOP_SECONDS:
+            break
     if outcome.most > LOOP_SECONDS:
         kinds = sorted({entry["class_type"] for entry in data["prompt"].values()})[:12]
         text = f"loop: {outcome.most:.2f} s of CPU for {len(data['prompt']):,} nodes of {', '.join(kinds)[:200]!r}"

@@ -27,7 +27,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-FOREIGN, SLOW, WRONG, ENDED, HUNG = "foreign exception", "slow", "wrong", "ended the process", "hung"
+FOREIGN, SLOW, WRONG, ENDED = "foreign exception", "slow", "wrong", "ended or hung"
 SLOW_SECONDS = 2.0
 HANG_SECONDS = 60.0
 MOST_ALIKE = 3  # findings of one place that are kept as files
@@ -240,7 +240,8 @@ class _Worker:
             return None
         code = os.waitstatus_to_exitcode(status)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
-        found = Found(HUNG, "", f"case: after {HANG_SECONDS:g} s") if self.hung else Found(ENDED, "", f"case: {how}")
+        how = f"killed after {HANG_SECONDS:g} s" if self.hung else how
+        found = Found(ENDED, "", f"case: {how}")
         tally.tried += 1
         self._keep(tally, found, number)
         return number + self.task.limits.jobs
@@ -272,7 +273,7 @@ def keep(task: _Task, found: Found, number: int) -> Path:
         folder, count = task.out / f"{task.name}-{number}-{count}", count + 1
     folder.mkdir(parents=True)
     about = asdict(found) | {"again": f"fuzz --what {task.name} --seed {task.seed} --case {number}"}
-    if task.kind.minimise is not None and found.what not in (ENDED, HUNG):
+    if task.kind.minimise is not None and found.what != ENDED:
         with contextlib.suppress(Exception):  # the number of the case is enough to see it again
             rng = numbers(task.seed, task.name, number)
             about["input"] = task.kind.minimise(task.shared, rng, folder, found)

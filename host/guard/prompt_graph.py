@@ -27,6 +27,7 @@ _VALUES = {
     "easy float": "value",
 }
 _SWITCHES = ("ComfySwitchNode", "ComfySoftSwitchNode")
+_TRANSPARENT = frozenset((*_PASSING, *_SWITCHES))
 _LITERALS = (str, int, float, type(None))
 _LONGEST_NAMES = 300  # of id and class together: both go into messages, and no editor makes longer ones
 _LONGEST_NUMBER = 40
@@ -69,10 +70,10 @@ class PromptGraph:
         self._values: dict[tuple[str, str], Any] = {}
         self._passes: dict[str, Link | None] = {}
         for key, entry in prompt.items() if isinstance(prompt, Mapping) else ():
-            kind = entry.get("class_type") if isinstance(entry, Mapping) else None
+            kind = entry.get("class_type") if _is_mapping(entry) else None
             if isinstance(kind, str) and isinstance(key, str) and len(kind) + len(key) <= _LONGEST_NAMES:
                 inputs = entry.get("inputs")
-                self.nodes[key] = Node(key, kind, inputs if isinstance(inputs, Mapping) else {})
+                self.nodes[key] = Node(key, kind, inputs if _is_mapping(inputs) else {})
 
     def of_kind(self, *kinds: str) -> list[Node]:
         """The nodes of these classes."""
@@ -80,10 +81,14 @@ class PromptGraph:
 
     def source(self, node: str, name: str) -> Link | None:
         """Where an input's value is made, reroutes and decided switches skipped; None without such a node."""
-        return self.origin(as_link(self.nodes[node].inputs.get(name))) if node in self.nodes else None
+        found = self.nodes.get(node)
+        return self.origin(as_link(found.inputs.get(name))) if found is not None else None
 
     def origin(self, link: Link | None) -> Link | None:
         """A link -> the output it stands for, reroutes and decided switches skipped."""
+        node = self.nodes.get(link.node) if link is not None else None
+        if node is None or node.kind not in _TRANSPARENT:  # nearly always
+            return link if node is not None else None
         if link in self._origins:
             return self._origins[link]
         path = []
@@ -208,8 +213,8 @@ class PromptGraph:
             given: Iterable[Any] = node.inputs.values()
             if node.kind in _SWITCHES and (chosen := self._passed_on(node)):
                 given = [chosen]  # the host runs no other side of a decided switch
-            links = (as_link(value) for value in given)
-            found[node.id] = list(dict.fromkeys(link.node for link in links if link and link.node in self.nodes))
+            links = [link.node for value in given if (link := as_link(value)) is not None]
+            found[node.id] = [parent for parent in dict.fromkeys(links) if parent in self.nodes]
         return found
 
     @cached_property
@@ -219,6 +224,10 @@ class PromptGraph:
             for parent in parents:
                 found[parent].append(node)
         return found
+
+
+def _is_mapping(value: Any) -> bool:
+    return type(value) is dict or isinstance(value, Mapping)  # asking the abstract class takes ten times as long
 
 
 def _reach(starts: Iterable[str], neighbours: Mapping[str, list[str]]) -> set[str]:

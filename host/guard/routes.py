@@ -19,7 +19,7 @@ from typing import Any
 import folder_paths
 from server import PromptServer
 
-from ...checkpoint.file.header import CheckpointError, open_regular
+from ...checkpoint.file.header import CheckpointError, no_collection, open_regular
 from ..doctor import report as doctor
 from ..doctor.probe import probe
 from ..show import reports
@@ -142,6 +142,7 @@ def _handle(data: dict[str, Any]) -> dict[str, Any]:
     return data | {"extra_data": extra | {IN_HISTORY: listed}}
 
 
+@no_collection()  # which would look at the 10,000 nodes of a prompt again and again
 def _judge(data: dict[str, Any]) -> tuple[str | None, list[guard.Finding]]:
     """Body of POST /prompt -> policy, findings; None for a user who switched the check off."""
     graph = PromptGraph(data.get("prompt"))

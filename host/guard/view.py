@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from ..files import VAE_FOLDERS
@@ -202,12 +202,11 @@ class View:
         """Video decodes whose VAE's file is known."""
         nodes = {}
         for node in self.graph.nodes.values():
-            kind = node.kind.lower()
-            if "decode" in kind and "audio" not in kind and "vae" in node.inputs:
+            if "vae" in node.inputs and _decodes(node.kind):
                 nodes[node.id] = node
         if not nodes:
             return []
-        final = self.graph.upstream(node.id for node in self.graph.nodes.values() if _saves(node))
+        final = self.graph.upstream(node.id for node in self.graph.nodes.values() if _saves(node.kind))
         found = []
         for node in nodes.values():
             link = self.graph.source(node.id, "vae")
@@ -222,7 +221,7 @@ class View:
     def model(self, link: Link | None) -> ModelPath:
         """The MODEL on a link, along the `model` inputs up to its loader."""
         end = ModelPath(None, None, False)
-        return self._walk(link, self._models, end, lambda node, _: self._model_before(node), self._model_after)
+        return self._walk(link, self._models, end, self._model_before, self._model_after)
 
     def latent(self, link: Link | None) -> Latent:
         """The LATENT on a link: from the node that makes it, through those that keep its kind."""
@@ -239,6 +238,8 @@ class View:
 
     def _walk(self, link: Link | None, memory: dict, end: Any, before: Callable, after: Callable) -> Any:
         """Back along links until ``before`` gives a result, not a link; then forth, each result from the one before."""
+        if link in memory:
+            return memory[link]
         path, result = [], end
         while link is not None:
             if link in memory:
@@ -255,16 +256,15 @@ class View:
             result = memory[link] = after(self.graph.nodes[link.node], result)
         return result
 
-    def _model_before(self, node: Node) -> Link | ModelPath:
+    def _model_before(self, node: Node, _: int) -> Link | ModelPath:
         return self.graph.source(node.id, "model") or ModelPath(node, None, False)
 
     def _model_after(self, node: Node, before: ModelPath) -> ModelPath:
-        cured = before.cured or (node.kind == GUARD_NODE and self.graph.value(node.id, "policy") == "cure")
-        lora = before.lora
-        if name_says_distilled(self.graph.value(node.id, "lora_name")):
-            strength = self.graph.number(node.id, "strength_model")
-            lora = node if strength else lora
-        return ModelPath(before.loader, lora, cured)
+        if node.kind == GUARD_NODE and self.graph.value(node.id, "policy") == "cure":
+            return before._replace(cured=True)
+        if "lora_name" in node.inputs and name_says_distilled(self.graph.value(node.id, "lora_name")):
+            return before._replace(lora=node) if self.graph.number(node.id, "strength_model") else before
+        return before
 
     def _schedule_before(self, node: Node, _: int) -> Link | Node:
         return (self.graph.source(node.id, "sigmas") if node.kind == SPLIT_SIGMAS else None) or node
@@ -278,18 +278,23 @@ class View:
 
     def _latent_before(self, node: Node, slot: int) -> Link | Latent | None:
         kind = node.kind
-        ltx = kind.startswith(("LTXV", "EmptyLTXV"))
+        if kind in _LATENT_IN:
+            return self.graph.source(node.id, _LATENT_IN[kind])
         if kind == CONCAT:
             return Latent(JOINT, True, node)
         if kind == SEPARATE:
             return Latent(AUDIO if slot == 1 else VIDEO, True, None)
-        if kind in _LATENT_IN:
-            return self.graph.source(node.id, _LATENT_IN[kind])
+        ltx = kind.startswith(("LTXV", "EmptyLTXV"))
         if kind in _VIDEO_ROOTS:
             return Latent(VIDEO, ltx, node)
         return Latent(AUDIO if "audio" in kind.lower() else UNKNOWN, ltx, node)
 
 
-def _saves(node: Node) -> bool:
-    kind = node.kind.lower()
-    return any(word in kind for word in _SAVING)
+@lru_cache(maxsize=1024)
+def _decodes(kind: str) -> bool:
+    return "decode" in kind.lower() and "audio" not in kind.lower()
+
+
+@lru_cache(maxsize=1024)
+def _saves(kind: str) -> bool:
+    return any(word in kind.lower() for word in _SAVING)
