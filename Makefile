@@ -1,4 +1,4 @@
-# make demo | test | lint | bench
+# make demo | test | lint | fuzz | bench
 #
 # The first target run makes .venv and installs requirements-dev.txt into it. `make test PY=/path/to/python` uses an
 # interpreter of your own instead. ARGS goes to the command: make test ARGS="-k dialects".
@@ -14,7 +14,7 @@ PY := .venv/bin/python
 setup := .venv/.installed
 endif
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint fuzz bench
 
 demo: $(setup)
 	$(PY) . demo $(ARGS)
@@ -24,6 +24,9 @@ test: $(setup)
 
 lint: $(setup)
 	$(PY) -m ruff check . $(ARGS)
+
+fuzz: $(setup)
+	$(PY) . fuzz $(ARGS)
 
 bench: $(setup)
 	$(PY) benchmarks/dequant.py $(ARGS)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from ..checkpoint.file.place import write_small
 from ..measure.text import size_text
 
 MAX_WIDTH = 100
@@ -42,6 +41,8 @@ def check_ending(out: Path | None, ending: str) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all, replacing an old one; its folder is made if need be. OSError."""
+    from ..checkpoint.file.place import write_small  # and with it torch, which --help does without
+
     path.parent.mkdir(parents=True, exist_ok=True)
     write_small(path, data, overwrite=True)
 

@@ -71,7 +71,11 @@ def prepare(folder: Path) -> Bases:
         write_checkpoint(folder / name / "m.safetensors", planned(tensors), metadata)
         drafts.append(read_draft(folder / name / "m.safetensors"))
     source = folder / "bf16-" / "m.safetensors"
-    return Bases(tuple(drafts), source, stub.connect() if stub.there() else None)
+    folder_paths = stub.connect() if stub.there() else None
+    bases = Bases(tuple(drafts), source, folder_paths)
+    (folder / "first").mkdir()
+    _read_all(bases, 0, [], 0, folder / "first")  # imports what the processes of the cases share
+    return bases
 
 
 def small(tensor: torch.Tensor) -> torch.Tensor:

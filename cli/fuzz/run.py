@@ -7,6 +7,7 @@ that a case which ends the process, or does not end, is known by its number.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import mmap
@@ -29,7 +30,7 @@ from typing import Any
 
 FOREIGN, SLOW, WRONG, ENDED = "foreign exception", "slow", "wrong", "ended or hung"
 SLOW_SECONDS = 2.0
-HANG_SECONDS = 60.0
+HANG_SECONDS = 120.0
 MOST_ALIKE = 3  # findings of one place that are kept as files
 _MOST_KEPT = 4 << 20
 _SLOT = struct.Struct("qd")
@@ -290,6 +291,7 @@ def _be_quiet() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
+    faulthandler.disable()
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
 

@@ -7,8 +7,10 @@ it: LoRA branches, layers that share rows, CUDA graphs of the blocks. report.py 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_detection
@@ -66,11 +68,13 @@ def load_model(
     config_source = _complete_config(metadata, header, model, config_from)
     state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(model.prefix)}
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
-    compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
+    with _by_host(header.path.name):
+        compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
     operations = weight_only_operations(compute_dtype, device, backend, header.path.name, how)
     options = {"custom_operations": operations}
     state_dict_keys = frozenset(state_dict)
-    patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
+    with _by_host(header.path.name):
+        patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
     check_linears(patcher.model.diffusion_model, operations.Linear, state_dict_keys, header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
 
@@ -140,6 +144,19 @@ def _compute_dtype(state_dict: dict, metadata: dict, device: torch.device, name:
     )
 
 
+@contextlib.contextmanager
+def _by_host(name: str) -> Iterator[None]:
+    """What the host raises at tensors or a `config` it cannot build from becomes CheckpointError."""
+    try:
+        yield
+    except (CheckpointError, torch.cuda.OutOfMemoryError):
+        raise
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
+        found = f"ComfyUI could not build a model from it ({' '.join(str(error).split())[:300]})"
+        remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
+        raise CheckpointError(found, where=name, remedy=remedy) from error
+
+
 def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool, name: str):
     load = comfy.sd.load_diffusion_model_state_dict
     arguments = {"model_options": options, "metadata": metadata}
@@ -149,8 +166,6 @@ def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool
     if patcher is None:
         raise CheckpointError("ComfyUI could not build a model from it", where=name, remedy="update ComfyUI")
     return patcher
-
-
 
 
 __all__ = ["COMPUTE_MODES", "DIALECTS", "load_model"]
