@@ -35,7 +35,7 @@ def killed(sources: Sources, rng: Random, folder: Path) -> Outcome:
         target.write_bytes(old)
     pause = rng.choice(_PAUSES)
     child = Child(job, source, target, overwrite=old is not None, pause=pause)
-    time.sleep(rng.uniform(0, sources.seconds[name] * (1.2 if not pause else 3)))
+    time.sleep(rng.uniform(0, sources.seconds[name] * (0.8 if not pause else 1.5)))
     child.kill()
     code, said = child.wait()
     outcome.notes["killed" if code < 0 else "ended before the kill"] += 1
@@ -129,7 +129,7 @@ def changed(sources: Sources, rng: Random, folder: Path) -> Outcome:
     source, target = sources.set_up(job, 0, folder)
     pause = rng.choice(_PAUSES)
     child = Child(job, source, target, pause=pause)
-    time.sleep(rng.uniform(0, sources.seconds[name] * (1.2 if not pause else 3)))
+    time.sleep(rng.uniform(0, sources.seconds[name] * (0.8 if not pause else 1.5)))
     _change(how, source, sources.files[job.source, 1][".safetensors"], rng)
     code, said = child.wait()
     found = _read(target)
