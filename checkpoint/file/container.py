@@ -301,10 +301,12 @@ def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut, where the system can."""
     if os.name != "posix":
         return
-    # Some network and FUSE file systems cannot sync a folder; the file is complete all the same.
-    with contextlib.suppress(OSError):
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:  # some network and FUSE file systems; the file is complete all the same
+        text = "%s cannot be synchronised (%s): after a power cut, a new file in it may be missing."
+        logger.info(text, folder, error)

@@ -215,10 +215,10 @@ def _parse(file: BinaryIO, path: Path, length: int, size: int) -> Header:
         if type(entry) is not TensorInfo:
             entries[name] = _tensor_info(name, entry, data_start, where)
     trailing = _check_layout(entries, data_start, size, where)
-    return Header(path, entries, metadata, size, _read_markers(file, entries), trailing)
+    return Header(path, entries, metadata, size, _read_markers(file, entries, where), trailing)
 
 
-def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str, bytes]:
+def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo], where: str) -> dict[str, bytes]:
     """Contents of the `comfy_quant` tensors, in the order in which they lie in the file."""
     markers = {}
     names = [name for name in tensors if name.endswith(MARKER) and tensors[name].nbytes <= _MAX_MARKER_BYTES]
@@ -226,6 +226,9 @@ def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str
         if name.rpartition(".")[2] == MARKER:
             file.seek(tensors[name].start)
             markers[name] = file.read(tensors[name].nbytes)
+            if len(markers[name]) != tensors[name].nbytes:
+                found, remedy = "the file became shorter while it was read", "try again once nothing writes to it"
+                raise CheckpointError(found, where=where, remedy=remedy)
     return markers
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
+_COPIED_BYTES = 16 * 2**20
 _HIDDEN = re.compile(r"\.[0-9a-f]{16}\.part")
 
 
@@ -116,8 +118,22 @@ def give_name(file: BinaryIO, name: Path) -> None:
     try:
         # With a folder given, os.link calls linkat, which alone follows the link in /proc to the file.
         os.link(f"/proc/self/fd/{file.fileno()}", name.name, dst_dir_fd=folder, follow_symlinks=True)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        logger.warning("%s: this file system cannot link an unnamed file (%s); it is copied.", name.parent, error)
+        _copy(file, name)
     finally:
         os.close(folder)
+
+
+def _copy(file: BinaryIO, name: Path) -> None:
+    """A file without a name, written once more under a new one, with its rights, synchronised with the disk."""
+    with open(f"/proc/self/fd/{file.fileno()}", "rb") as source, open(name, "xb") as twin:
+        shutil.copyfileobj(source, twin, _COPIED_BYTES)
+        os.fchmod(twin.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+        twin.flush()
+        os.fsync(twin.fileno())
 
 
 def _rename_new(temporary: Path, target: Path) -> None:

@@ -34,7 +34,7 @@ def structure_faults(checkpoint: Checkpoint) -> list[str]:
     found = []
     for header in checkpoint.files:
         try:
-            with safe_open(header.path, framework="np") as file:
+            with open_regular(header.path), safe_open(header.path, framework="np") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             found.append(f"{header.path.name}: safetensors cannot open it ({error})")
