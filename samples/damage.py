@@ -252,7 +252,8 @@ def _beside(draft: Draft, rng: Random) -> None:
     for _ in range(rng.choice((1, 1, 3))):
         inner = damage_json(inner, rng)
     text = dump(inner).encode()
-    draft.beside[name] = rng.choice((text, text, text, b"", rng.randbytes(40), text[: len(text) // 2], b"\xef\xbb\xbf{}"))
+    others = (b"", rng.randbytes(40), text[: len(text) // 2], b"\xef\xbb\xbf{}")
+    draft.beside[name] = rng.choice((text, text, text, *others))
 
 
 def _entry(draft: Draft, rng: Random) -> None:
@@ -306,7 +307,11 @@ def _longer(draft: Draft, rng: Random) -> None:
 
 def _length(draft: Draft, rng: Random) -> None:
     by = rng.choice((1, -1, 7, 10**8, 2**63, -8))
-    draft.in_bytes.append(lambda raw: ((int.from_bytes(raw[:8], "little") + by) % 2**64).to_bytes(8, "little") + raw[8:])
+
+    def change(raw: bytes) -> bytes:
+        return ((int.from_bytes(raw[:8], "little") + by) % 2**64).to_bytes(8, "little") + raw[8:]
+
+    draft.in_bytes.append(change)
 
 
 def _twice(draft: Draft, rng: Random) -> None:

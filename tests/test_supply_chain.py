@@ -72,7 +72,7 @@ def test_the_shipped_code_neither_runs_text_nor_unpickles_nor_starts_a_shell():
 )  # fmt: skip
 def test_each_of_these_would_be_seen(text: str):
     assert faults(ast.parse(text))
-    assert not faults(ast.parse("subprocess.run(c, shell=False); re.compile(x); model.eval(); torch.loads; json.load(f)"))
+    assert not faults(ast.parse("subprocess.run(c, shell=False); re.compile(x); model.eval(); json.load(f)"))
 
 
 def test_workflows_name_actions_by_commit_and_version():
@@ -83,7 +83,8 @@ def test_workflows_name_actions_by_commit_and_version():
         if "uses:" in line and "uses: ./" not in line
     ]
     assert used
-    assert [entry for entry in used if not re.fullmatch(r"- uses: [\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*", entry[1])] == []
+    by_commit = re.compile(r"- uses: [\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*")
+    assert [entry for entry in used if not by_commit.fullmatch(entry[1])] == []
 
 
 @pytest.mark.parametrize("name", ["requirements-dev.lock", ".github/requirements-publish.txt"])

@@ -39,7 +39,8 @@ def fuzz(parser: argparse.ArgumentParser) -> None:
         "causes it. Exits with 1 if there is one. For developers; needs Linux or macOS."
     )
     parser.add_argument("--what", default=",".join(KINDS), metavar="KIND,...", help=f"some of {', '.join(KINDS)}")
-    parser.add_argument("--minutes", type=amount, default=_MINUTES, metavar="N", help="for all kinds together; %(default)s")
+    minutes = "for all kinds together; %(default)s"
+    parser.add_argument("--minutes", type=amount, default=_MINUTES, metavar="N", help=minutes)
     parser.add_argument("--cases", type=positive_count, metavar="N", help="at most so many of each kind")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed, the same cases; chosen if left out")
     parser.add_argument("--case", type=int, metavar="N", help="only this case, of one kind")
@@ -67,7 +68,8 @@ def run_fuzz(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any]
     _show(rows, left_out, console)
     found = sum(sum(row["counts"].values()) for row in rows.values())
     if found:
-        console.say(f"\n{found:,} findings, examples in {args.out}. To see one again: --what KIND --seed {seed} --case N", "red")
+        again = f"--what KIND --seed {seed} --case N"
+        console.say(f"\n{found:,} findings, examples in {args.out}. To see one again: {again}", "red")
     return {"seed": seed, "kinds": rows, "not run": left_out, "ok": not found}, not found
 
 

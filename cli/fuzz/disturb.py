@@ -1,4 +1,4 @@
-"""Runs that are killed, whose source changes under them, or that meet another writer: nothing torn, lost or replaced."""
+"""Runs that are killed, whose source changes, or that meet another writer: nothing is torn, lost or replaced."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def _change(how: str, source: Path, other: bytes, rng: Random) -> None:
         source.mkdir()
 
 
-_CHANGES = ("shorter", "shorter", "replaced", "written", "written", "written whole", "longer", "gone", "a pipe", "a folder")
+_CHANGES = (
+    "shorter", "shorter", "replaced", "written", "written", "written whole", "longer", "gone", "a pipe", "a folder",
+)  # fmt: skip
 
 
 def changed(sources: Sources, rng: Random, folder: Path) -> Outcome:

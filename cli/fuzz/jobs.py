@@ -135,7 +135,8 @@ def prepare(folder: Path) -> Sources:
             if code != DONE:
                 raise RuntimeError(f"undisturbed, {name} ends with {code}: {said}")
             sources.seconds[name] = time.monotonic() - start
-            sources.made[name, model] = (place / (f"m{model}" if job.in_place else "t")).with_suffix(".safetensors").read_bytes()
+            made = f"m{model}" if job.in_place else "t"
+            sources.made[name, model] = (place / f"{made}.safetensors").read_bytes()
     return sources
 
 

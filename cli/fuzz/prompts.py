@@ -1,4 +1,4 @@
-"""Wild prompts, which the guard must hand on as they came, and huge ones, which must not keep the event loop waiting."""
+"""Wild prompts, which the guard must hand on as they came; huge ones, which must not keep the event loop waiting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def prepare(folder: Path) -> Any:
 
 
 def case(routes: Any, rng: Random, folder: Path) -> Outcome:
-    """One wild body of POST /prompt: what the host gets with the guard is what it gets without, but for the findings."""
+    """One wild body of POST /prompt: with the guard the host gets what it gets without, but for the findings."""
     outcome, data = Outcome(), body(rng)
     routes._failed.clear()
     before = {key: _shown(value) for key, value in data.items()}

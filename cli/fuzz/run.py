@@ -180,7 +180,7 @@ class _Task:
 
 
 class _Worker:
-    """One lane of cases, ``start + lane``, ``start + lane + jobs`` and so on, in a process that is begun anew if lost."""
+    """One lane of cases, ``start + lane``, ``start + lane + jobs``, ..., in a process that is begun anew if lost."""
 
     def __init__(self, task: _Task, lane: int) -> None:
         self.task, self.lane = task, lane

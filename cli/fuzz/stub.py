@@ -24,7 +24,8 @@ def connect(base: Path | None = None) -> Any:
     if base is not None:
         folders = folder_paths.DEFAULT_FOLDERS.items()
         folder_paths.base_path = str(base)
-        folder_paths.folder_names_and_paths = {name: ([str(base / "models" / name)], ends) for name, (_, ends) in folders}
+        places = {name: ([str(base / "models" / name)], ends) for name, (_, ends) in folders}
+        folder_paths.folder_names_and_paths = places
     return folder_paths
 
 
