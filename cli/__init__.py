@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of `python <pack folder> <command>`, and what they have in common.
 
 A command is a function of the module that ``COMMANDS`` names; it gives the parser its arguments and says what to run

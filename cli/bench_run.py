@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parent of ``bench``: which files and rows there are, the turns they take, and the result after each of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands show: text and tables on stdout, progress and errors on stderr."""
 
 from __future__ import annotations

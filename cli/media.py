@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``sharpness`` and ``compare``: measure/ over files, with its pictures as PNG."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``plan``: what a checkpoint needs on a GPU, and what NVFP4 changes there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures that nodes show: the same records as the large ones, so few and so large that they are legible there.
 
 A node is about 310 pixels wide and gives a picture about 220 of its height, below the report's text, which names the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of measurements: curves over the frames, heat map, frame strip, and the card of a comparison.
 
 The colours of the heat map are OpenCV's. Every function returns (H, W, 3) uint8 RGB.

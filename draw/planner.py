@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws a RenderPlan: the roofline of the GPU with the model's work on it, the formats side by side, and the memory.
 
 On the roofline every dot is one kind of work of a step: across, how many FLOPs it does for each byte it moves; up, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the planning nodes need of the host: its own count of audio latents, tensors of sigmas, the planner's files."""
 
 from __future__ import annotations

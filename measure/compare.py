@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two clips of the same seed, in numbers: picture (PSNR, SSIM, sharpness, difference) and sound (sound.py).
 
 Definitions, A being the one to trust and B the one under test:

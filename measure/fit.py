@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of a checkpoint lies in GPU memory when, and whether it fits.
 
 A render has three phases, and ComfyUI moves a model out only when the next one needs the room:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPUs as the planner sees them: memory, bandwidth, dense tensor rates. A value without a source is not in the table.
 
 Memory: sheets print GB and mean GiB, of which a card shows nearly all (an H200 139.8 of 141, measured); SHOWN of it is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures and sound in and out: what the measuring functions read, and the one place that knows array conventions.
 
 * A frame is (H, W, 3) uint8 RGB. A clip is (F, H, W, 3) uint8 RGB.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The planner: a file's header, a clip and a GPU -> what fits, what bounds a step, what NVFP4 changes.
 
 The header comes in as plain mappings, so that this stays free of the checkpoint code; the `plan` command and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arithmetic against bandwidth: where the time of a denoising step goes on a GPU, and what NVFP4 changes about it.
 
 For each Linear of the diffusion model, T tokens and a weight of (N, K):

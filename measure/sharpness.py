@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sharpness of a clip: the variance of the Laplacian, and whether the clip looks like a preview decode.
 
 The value is exactly ``cv2.Laplacian(gray, cv2.CV_64F).var()`` on 8-bit grey, per frame. It depends on content and

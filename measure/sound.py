@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two sounds of the same seed, in numbers: level, spectral distance, sync offset. A is the one to trust, B under test.
 
 * level   RMS of all channels in dBFS (a full-scale sine reads -3.01); below ``SILENCE_DBFS`` it is silent: None.

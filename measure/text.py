@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How numbers are written: the one formatter of bytes and the one table of all that is printed or drawn."""
 
 from __future__ import annotations

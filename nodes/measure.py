@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes that measure clips."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes that plan a render: settings a distilled model can make, and what a model needs on a GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Safetensors files that are wrong in ways a writer, a disk or an enemy makes them wrong: sound ones, changed in parts.
 
 A ``Draft`` is a file in three stages: tensors and metadata, from which a sound header follows; the header's JSON

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts and headers of N parts in shapes that are slow to read for whoever looks at a part twice.
 
 Nobody draws or writes these; anybody can send them. Tests and ``benchmarks/scaling.py`` read them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the pack is made of and runs on: licences, versions and hashes, Actions by commit, no code from data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The NVFP4 Doctor's panel: a state object in, DOM out. No requests and no knowledge of the graph; guard.js has both.
 //
 // Everything that comes from the server is set as text, never as HTML. Colours are the front end's own variables, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The safetensors container: reads headers of untrusted files, maps their tensors, writes new files atomically.
 
 The layout of a file is in header.py. Nothing is unpickled, and nothing but the header is read before a tensor is asked

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The header of a safetensors file: the records that describe it, and a reader that trusts nothing in it.
 
 Layout of a file (https://github.com/huggingface/safetensors#format):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gives new files their names: nothing that somebody else put there is replaced, and what is replaced keeps its rights.
 
 Temporary files have random names and are made exclusively, so that neither a link nor another program's file is ever

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A safetensors file that is written in any order, survives ``kill -9`` at any moment, and is gone on with later.
 
 Beside the target lie two files while it is made:

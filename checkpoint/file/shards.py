@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint that may be spread over several files: its merged header, and a reader that keeps one tensor in memory.
 
 A checkpoint is named by its file, by its ``*.safetensors.index.json``, by any one of its shards
@@ -22,6 +23,8 @@ from .header import HEADER_ENTRY, CheckpointError, Header, layers_entry, open_re
 
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
+# What a file of a sharded checkpoint has in its name beside that of the checkpoint.
+_NOT_THE_NAME = re.compile(r"-\d{5}-of-\d{5}|\.(safetensors|sft)(\..*)?$|[*?\[\]]")
 _MAX_INDEX_BYTES = 64 * 2**20
 _READ_BYTES = 2**26  # at a time: systems limit one call to 2 GiB
 
@@ -65,6 +68,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     trailing = sum(header.trailing for header in files)
     merged = Header(path, tensors, _merge_metadata(files), size, markers, trailing)
     return Checkpoint(merged, homes, tuple(files))
+
+
+def plain_name(path: str | os.PathLike[str]) -> str:
+    """Name of a file, index, shard or wildcard -> that of the checkpoint, without ending and folder; may be empty."""
+    return _NOT_THE_NAME.sub("", os.path.basename(path)).strip("-_. ")
 
 
 class Source:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How each layer of a file is stored: the one function that reads it, and the one that accounts for the whole file.
 
 ``group_tensors`` Header -> {layer: {key suffix: TensorInfo}}; every tensor beside or below a weight is in its group.

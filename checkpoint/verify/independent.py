@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A second reading that shares nothing with the pack's readers: safetensors' own, and plain struct and numpy.
 
 ``structure_faults`` lets safetensors list the tensors; ``sample`` decodes the first rows of a few layers by the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What quantising a checkpoint would give and take, without doing it: exact sizes from headers, times from trials."""
 
 from __future__ import annotations

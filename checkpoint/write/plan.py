@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a quantised file will hold, tensor by tensor, worked out from headers before a weight is read.
 
 The target has ComfyUI's own dialect with a `comfy_quant` marker in every quantised layer and no header entry: markers

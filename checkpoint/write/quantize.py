@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantises a checkpoint to NVFP4: streams it tensor by tensor into a file that a kill cannot tear (resume.py).
 
 The source is read once, front to back, and hashed on the way by a thread of its own; each tensor is copied, or brought

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes a full checkpoint apart: each component into a file of its own, which ComfyUI's loaders take as it is.
 
 Names lose exactly the prefix they have in the checkpoint (components.py). All metadata is kept, `config` and licence
@@ -124,9 +125,9 @@ def check_targets(
             raise CheckpointError(found, where=os.fspath(target), remedy=remedy)
         if path.suffix != ".safetensors":
             raise CheckpointError("this is no name for the new file", where=path.name, expected="one in .safetensors")
-        if any(_same(path, file) for file in sources):
+        if any(same_file(path, file) for file in sources):
             raise CheckpointError("the target is the source itself", where=path.name, remedy="choose another name")
-        if any(_same(path, other) or str(path).casefold() == str(other).casefold() for other in paths.values()):
+        if any(same_file(path, other) or str(path).casefold() == str(other).casefold() for other in paths.values()):
             raise CheckpointError("two components have this one target", where=path.name, remedy="choose two names")
         if path.exists() and not overwrite:
             remedy = "choose another name, or allow overwriting"
@@ -135,7 +136,7 @@ def check_targets(
     return paths
 
 
-def _same(path: Path, other: Path) -> bool:
+def same_file(path: Path, other: Path) -> bool:
     """Whether two names are of one file, by links or by case."""
     if os.path.exists(path) and os.path.exists(other):
         return os.path.samefile(path, other)

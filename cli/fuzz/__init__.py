@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``fuzz``: what others may send or do to the pack, made up at random by the thousand, and what went wrong with it.
 
 ``files.py``, ``media.py``, ``prompts.py``, ``disturb.py`` each have kinds of cases, ``run.py`` runs them. The guard and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that are killed, whose source changes, or that meet another writer: nothing is torn, lost or replaced."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged checkpoints through everything that reads them: each is read rightly, or refused by the pack's own error."""
 
 from __future__ import annotations
@@ -139,9 +140,9 @@ def readers(bases: Bases, path: Path, rng: Random) -> dict[str, Callable[[], Any
         "vae": lambda: [refusal(pick_vae(read_header(path), audio), audio) for audio in (False, True)],
         "encoder": lambda: _encoder(path),
     }
-    other = path if rng.random() < 0.3 else bases.source
+    alike = rng.random() < 0.3
     longer: dict[str, Callable[[], Any]] = {
-        "verify": lambda: str(verify(path, other, dialect=dialect)),
+        "verify": lambda: str(verify(path, shutil.copy(path, out / "a.safetensors") if alike else bases.source)),
         "repair": lambda: _sound(repair(path, out / "repaired.safetensors", dialect=dialect).path),
         "repair in place": lambda: _in_place(path, out, dialect),
         "split": lambda: _split(path, out, dialect),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged pictures, clips and sounds through what Compare and Sharpness read."""
 
 from __future__ import annotations

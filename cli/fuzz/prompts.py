@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wild prompts, which the guard must hand on as they came; huge ones, which must not keep the event loop waiting."""
 
 from __future__ import annotations

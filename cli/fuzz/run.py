@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the cases of one kind in processes of their own, which may be killed by what they do, and keeps what they find.
 
 A case is a number; with the seed it decides everything. Each process writes the number it is at into shared memory, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stand-in of ComfyUI's modules under which the guard and the loaders can be run without a ComfyUI."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replaying the blocks of LTX's joint audio and video transformer as CUDA graphs, where a step waits for the CPU.
 
 A block queues some 250 kernels, most of which take the CPU longer to launch than the GPU to run as long as the clip is
@@ -66,7 +67,7 @@ def obstacle(model: torch.nn.Module, device: torch.device) -> str:
     if _is_out_of_question(model, device):
         return "they are made for LTX's audio and video transformer on an NVIDIA GPU"
     if device.index:
-        return "they are made on the first GPU only; on a second one a capture failed where that was tried"
+        return "they are made on the first GPU only"
     if not residency.has_block_prefetch():
         return "this ComfyUI does not say in its options which model it samples"
     if residency.option("disable_comfy_compiler"):

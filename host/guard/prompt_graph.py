@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A prompt in API form as a graph: links followed, literal values found, without running or trusting anything in it.
 
 A prompt is ``{"<id>": {"class_type": "...", "inputs": {"<name>": value or ["<id>", slot]}}}``; nodes of subgraphs have

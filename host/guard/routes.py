@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the guard meets the host's server: one line at start-up, the handler of queued prompts, three read-only routes.
 
 The handler sees every prompt before the host validates it, whoever queued it. It logs the findings, sends them to the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a prompt graph does, in the terms the guard's rules speak: samplers, their models and latents, decodes.
 
 Knows the class names and inputs of ComfyUI's own nodes. Other packs' nodes are recognised by their inputs where that

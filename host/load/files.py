@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensors of a checkpoint as the host reads them, of all its files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An NVFP4 file of any dialect -> the host's MODEL, and a report of what was loaded and how it will compute.
 
 The host does the loading. This module decides how each layer computes, has the state dict brought to the host's layout

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Gemma text encoder of LTX-2.x in NVFP4, any dialect -> the host's CLIP, with the pack's Linear, and a report.
 
 The host builds the model and owns tokenizer, patcher and offload. This module brings both state dicts to the host's

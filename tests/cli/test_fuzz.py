@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cli/fuzz: some cases of every kind, always the same ones; and what is planted is found, kept, and seen again."""
 
 from __future__ import annotations

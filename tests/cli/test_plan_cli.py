@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `plan` command: text, JSON, picture, exit codes, and one line for each mistake."""
 
 from __future__ import annotations

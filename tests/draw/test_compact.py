@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures on nodes: as wide as nodes are, twice, no higher than a node gives them, and of the record's numbers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Comparison of two clips: scikit-image is the judge of the picture, constructed signals are that of the sound."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fits where: the article's two verdicts, the measured working memory, and the plan as a whole."""
 
 from __future__ import annotations

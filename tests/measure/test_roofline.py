@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The roofline against hand-counted layers and against the measured steps of an H200."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sharpness: OpenCV's own value, the verdicts on scikit-image's photographs, and reading what people have on disk."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4Sharpness and NVFP4Compare on the stubbed host: their numbers are OpenCV's, their verdicts a person's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4DistilledSettings and NVFP4Planner on the stubbed host: outputs, types, texts, refusals."""
 
 from __future__ import annotations

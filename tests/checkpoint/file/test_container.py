@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The safetensors container: parity with the safetensors package, memory mapping, atomic writing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints in several files: what an index, a wildcard or a shard's name opens, and what is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """File systems without locks, hard links, unnamed files or folders that can be synchronised: the work is done all the
 same, and what is lost is named."""
 

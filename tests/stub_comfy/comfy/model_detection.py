@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detects one made-up family: any state dict with transformer blocks. Its model has one module per tensor name."""
 
 from __future__ import annotations
