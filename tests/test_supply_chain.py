@@ -16,7 +16,7 @@ OWN_BUILDS = {"torch", "triton"}  # of which machines have builds of their own
 NO_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NO_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.hub.load", "yaml.load",
-    "np.load", "numpy.load", "subprocess.getoutput", "subprocess.getstatusoutput",
+    "subprocess.getoutput", "subprocess.getstatusoutput",
 }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_the_shipped_code_neither_runs_text_nor_unpickles_nor_starts_a_shell():
     "text",
     [
         "eval('1')", "exec(x)", "torch.load(p)", "torch.load(p, weights_only=True)", "os.system('ls')",
-        "subprocess.run(c, shell=True)", "subprocess.Popen(c, shell=flag)", "np.load(p)", "f(p, allow_pickle=True)",
+        "subprocess.run(c, shell=True)", "subprocess.Popen(c, shell=flag)", "f(p, allow_pickle=True)",
         "__import__(name)", "compile(text, '', 'exec')",
     ],
 )  # fmt: skip
