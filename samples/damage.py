@@ -262,13 +262,15 @@ def _entry(draft: Draft, rng: Random) -> None:
     key = rng.choice(("dtype", "shape", "data_offsets", ""))
     how, by = rng.randrange(4), rng.choice((1, -1, 8, 2**40, -(2**40)))
 
-    def change(entries: dict) -> None:
+    def change(entries: Any) -> None:
+        if not isinstance(entries, dict):
+            return
         entry = entries.get(name)
         if not isinstance(entry, dict) or not key or key not in entry:
             entries[name or "x"] = list(entry.items()) if isinstance(entry, dict) and how == 0 else wild
         elif how == 1:
             del entry[key]
-        elif how == 2 and key != "dtype" and entry[key]:
+        elif how == 2 and isinstance(entry[key], list) and entry[key] and type(entry[key][-1]) is int:
             entry[key][-1] += by
         else:
             entry[key] = wild
@@ -281,7 +283,8 @@ def _object(draft: Draft, rng: Random) -> None:
 
 
 def _metadata_entry(draft: Draft, rng: Random) -> None:
-    draft.in_object.append(lambda entries: entries.update({METADATA_KEY: rng.choice((*WILD, {"a": 1}, {"a": {}}))}))
+    wild = rng.choice((*WILD, {"a": 1}, {"a": {}}))
+    draft.in_object.append(lambda entries: entries | {METADATA_KEY: wild} if isinstance(entries, dict) else entries)
 
 
 def _bytes(draft: Draft, rng: Random) -> None:

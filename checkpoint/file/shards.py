@@ -207,9 +207,9 @@ def _indexed(path: Path) -> tuple[list[Path], set[str]]:
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
             raise error(f"the index names the file {quote(name)}", "files must lie beside the index: do not use it")
-    missing = [name for name in names if not path.with_name(name).is_file()]
+    missing = [name for name in names if not os.path.isfile(path.with_name(name))]  # also of names too long for a file
     if missing:
-        found = f"of its {len(names)} files {len(missing)} are missing, {missing[0]} for one"
+        found = f"of its {len(names)} files {len(missing)} are missing, {quote(missing[0])} for one"
         raise error(found, "download the others")
     return [path.with_name(name) for name in names], set(weight_map)
 

@@ -108,3 +108,11 @@ def test_a_source_that_is_replaced_meanwhile_is_refused(tmp_path):
     save(path, {"a": torch.ones(4)})
     with Source(checkpoint) as source, pytest.raises(CheckpointError, match="changed while"):
         source.view("a")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\ud800", "é" * 200])
+def test_an_index_of_files_that_cannot_exist_is_refused(tmp_path, name):
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="of its 1 files 1 are missing"):
+        open_checkpoint(index)
