@@ -182,11 +182,17 @@ def _siblings(path: Path, shard: re.Match) -> list[Path]:
         found = f"its name makes it part {int(shard['number'])} of {count}"
         raise CheckpointError(found, where=path.name, expected=f"a part from 1 to {count}", remedy="check its name")
     names = [f"{shard['stem']}{number:05}-of-{shard['count']}{shard['end']}" for number in range(1, count + 1)]
-    missing = [name for name in names if not path.with_name(name).is_file()]
+    missing = _not_beside(path, names)
     if missing:
         found = f"of its {count} parts {len(missing)} are missing, {missing[0]} for one"
         raise CheckpointError(found, where=path.name, expected="all parts in one folder", remedy="download the others")
     return [path.with_name(name) for name in names]
+
+
+def _not_beside(path: Path, names: list[str]) -> list[str]:
+    """Which of ``names`` are not in the folder of ``path``: by one listing, since a name can promise 99,999 parts."""
+    present = set(os.listdir(path.parent))
+    return [name for name in names if name not in present]
 
 
 def _indexed(path: Path) -> tuple[list[Path], set[str]]:
@@ -207,7 +213,7 @@ def _indexed(path: Path) -> tuple[list[Path], set[str]]:
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
             raise error(f"the index names the file {quote(name)}", "files must lie beside the index: do not use it")
-    missing = [name for name in names if not os.path.isfile(path.with_name(name))]  # also of names too long for a file
+    missing = _not_beside(path, names)
     if missing:
         found = f"of its {len(names)} files {len(missing)} are missing, {quote(missing[0])} for one"
         raise error(found, "download the others")

@@ -20,7 +20,7 @@ import torch
 from ...measure.text import size_text
 from ..file.container import PlannedTensor, write_checkpoint
 from ..file.guard import SourceGuard
-from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry, read_header
+from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry
 from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, REST, VIDEO_VAE, Component, find_components
@@ -157,7 +157,7 @@ def metadata_of(header: Header, component: Component) -> dict[str, str]:
 def with_config(header: Header, config_from: str | os.PathLike[str] | None) -> Header:
     if config_from is None:
         return header
-    config = read_header(config_from).metadata.get("config")
+    config = open_checkpoint(config_from).header.metadata.get("config")
     if config is None:
         remedy = "name a file of the same model that has it"
         raise CheckpointError("its header has no `config`", where=Path(config_from).name, remedy=remedy)
