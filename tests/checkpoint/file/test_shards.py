@@ -55,7 +55,7 @@ INDEXES = [
     ({"weight_map": {"a": "../other.safetensors"}}, "names the file '../other.safetensors'"),
     ({"weight_map": {"a": "/other.safetensors"}}, "names the file '/other.safetensors'"),
     ({"weight_map": {"a": 3}}, "names the file 3"),
-    ({"weight_map": {"a": "gone.safetensors"}}, "1 are missing, gone.safetensors"),
+    ({"weight_map": {"a": "gone.safetensors"}}, "1 are missing, 'gone.safetensors'"),
     ({"weight_map": {"a": "part.safetensors", "b": "part.safetensors"}}, "promises are in none of its files, 'b'"),
     ({"weight_map": {}}, "names no file"),
     ({"weights": {}}, "cannot be read"),
