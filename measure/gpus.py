@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, replace
 
+from ..kernels.errors import PackError
+
 GB, TERA = 1e9, 1e12
 SHOWN = 0.99 * 2**30
 _BLACKWELL = "https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
@@ -111,12 +113,12 @@ def pick_gpu(
     """Name, or "detected" -> Gpu; numbers above 0 replace its values.
 
     ``memory``: GB as on the box; ``bandwidth``: GB/s; ``tflops``: dense BF16, to which the other rates are scaled. An
-    unlisted GPU needs all three for times; memory alone gives the fit. ValueError says what is missing.
+    unlisted GPU needs all three for times; memory alone gives the fit. PackError says what is missing.
     """
     gpu = detect_gpu() if name == DETECTED else find_gpu(name)
     if gpu is None and not memory:
         what = "no CUDA GPU was found" if name == DETECTED else f"{name!r} is not in the table of GPUs"
-        raise ValueError(
+        raise PackError(
             f"{what}; name one of {', '.join(GPUS)}, or state the memory in GB (for times also the bandwidth in GB/s "
             "and the dense BF16 TFLOP/s): --memory --bandwidth --tflops"
         )
@@ -128,7 +130,7 @@ def pick_gpu(
         scale = tflops * TERA / gpu.bf16 if gpu.bf16 else 0.0
         given |= {"bf16": tflops * TERA} | {key: scale * rate for key in ("fp8", "fp4") if (rate := getattr(gpu, key))}
     if not all(value > 0 for value in given.values()):
-        raise ValueError(f"memory, bandwidth and TFLOP/s must be above 0, found {memory}, {bandwidth} and {tflops}")
+        raise PackError(f"memory, bandwidth and TFLOP/s must be above 0, found {memory}, {bandwidth} and {tflops}")
     if not given:
         return gpu
     return replace(gpu, **given, source=", ".join(filter(None, [gpu.source, "values of the user"])))
