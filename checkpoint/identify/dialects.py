@@ -251,7 +251,8 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
         raise error(f"it has no global scale, only {', '.join(sorted(group))}", expected)
     for suffix in ("weight_scale_2", "weight_global_scale", "alpha", "input_global_scale"):
         if suffix in group and (group[suffix].numel != 1 or group[suffix].dtype not in FLOATS):
-            raise error(f"its `{suffix}` has shape {group[suffix].shape}, {group[suffix].dtype}", "one number, a float")
+            found = f"has shape {group[suffix].shape}" if group[suffix].numel != 1 else f"is {group[suffix].dtype}"
+            raise error(f"its `{suffix}` {found}", "one number, in floating point")
     return rows, 2 * width
 
 
