@@ -17,6 +17,7 @@ from .run import FOREIGN, SLOW, WRONG, Found, Kind, Outcome, describe
 NODES = 10_000
 LOOP_SECONDS = 0.2
 _REPEATS = 3
+faults: list[str] = []  # of the guard in this process, which it would only log
 
 
 def prepare(folder: Path) -> Any:
@@ -26,13 +27,14 @@ def prepare(folder: Path) -> Any:
 
     facts = stub.vulnerable_host()
     routes.probe = lambda: facts
+    routes.log_fault = lambda error, doing: faults.append(describe(error))
     return routes
 
 
 def case(routes: Any, rng: Random, folder: Path) -> Outcome:
     """One wild body of POST /prompt: with the guard the host gets what it gets without, but for the findings."""
     outcome, data = Outcome(), body(rng)
-    routes._failed.clear()
+    faults.clear()
     before = {key: _shown(value) for key, value in data.items()}
     start = time.process_time()
     try:
@@ -42,8 +44,7 @@ def case(routes: Any, rng: Random, folder: Path) -> Outcome:
         return outcome
     outcome.most = time.process_time() - start
     outcome.notes["with findings" if after is not data else "without findings"] += 1
-    if routes._failed:
-        outcome.found.append(Found(WRONG, "guard", "failed: a check raised and the prompt went on unchecked"))
+    outcome.found += [Found(FOREIGN, "guard", text) for text in faults]  # the prompt went on unchecked
     if {key: _shown(value) for key, value in data.items()} != before:
         outcome.found.append(Found(WRONG, "guard", "written: the guard wrote into the prompt"))
     if after is data:
