@@ -13,7 +13,7 @@ import numpy as np
 
 from ..measure.media import to_frames
 from ..measure.sharpness import REFERENCE_RATIO, Sharpness
-from .canvas import BLUE, FAINT, GRID, INK, ORANGE, RED, SMOOTH, Canvas, Colour, resized
+from .canvas import BLUE, FAINT, GRID, INK, ORANGE, RED, SMOOTH, Canvas, Colour, resized, wrap
 
 if TYPE_CHECKING:
     from ..measure.compare import Comparison
@@ -138,11 +138,17 @@ def comparison_card(comparison: Comparison, a: np.ndarray, b: np.ndarray) -> np.
                 curves({"": comparison.ssim_per_frame}, "SSIM", half, _CURVES, limits=limits),
             )
         )
-    head = 124
+    first, *others = comparison.findings
+    lines = [(line, 30) for line in wrap(first, 30, inner)]
+    lines += [(line, 22) for finding in others for line in wrap(finding, 22, inner)]
+    head = 32 + sum(size + 12 for _, size in lines) + 48
     canvas = Canvas(_WIDTH, head + sum(block.shape[0] + _GAP for block in blocks) + _MARGIN - _GAP)
-    canvas.text(_MARGIN, 32, comparison.verdict, 30, bold=True)
-    canvas.text(_MARGIN, 78, f"A: {comparison.names[0]}", 19, BLUE, limit=_TABLE)
-    canvas.text(right, 78, f"B: {comparison.names[1]}", 19, ORANGE, limit=_WIDTH - _MARGIN - right)
+    y = 32
+    for line, size in lines:
+        canvas.text(_MARGIN, y, line, size, INK if comparison.agree else RED, bold=True)
+        y += size + 12
+    canvas.text(_MARGIN, y + 4, f"A: {comparison.names[0]}", 19, BLUE, limit=_TABLE)
+    canvas.text(right, y + 4, f"B: {comparison.names[1]}", 19, ORANGE, limit=_WIDTH - _MARGIN - right)
     y = head
     for block in blocks:
         canvas.paste(_MARGIN, y, block)
