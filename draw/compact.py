@@ -122,7 +122,7 @@ def compact_sharpness(found: Sharpness) -> np.ndarray:
     if found.reference is not None:
         lines = [("reference", found.reference, FAINT), ("warning below", REFERENCE_RATIO * found.reference, RED)]
     canvas = _page(218)
-    canvas.text(_MARGIN, _MARGIN, found.verdict, _TITLE, RED if found.warns else INK, bold=True)
+    canvas.text(_MARGIN, _MARGIN, found.title, _TITLE, RED if found.warns else INK, bold=True, limit=180)
     median = f"{found.median:,.0f}" if found.median >= 100 else f"{found.median:.1f}"
     canvas.text(WIDTH - _MARGIN, _MARGIN + 1, f"median {median}", _TEXT, FAINT, anchor="ra")
     left, right, top, bottom = 52, WIDTH - _MARGIN, 40, 182

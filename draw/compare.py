@@ -30,7 +30,7 @@ def sharpness_plot(sharpness: Sharpness, width: int = 1000, height: int = 460) -
     if sharpness.reference is not None:
         threshold = REFERENCE_RATIO * sharpness.reference
         lines = [("reference", sharpness.reference, FAINT), ("warning below", threshold, RED)]
-    title = f"Sharpness (variance of the Laplacian): {sharpness.verdict}"
+    title = f"Sharpness (variance of the Laplacian): {sharpness.title}"
     plot = curves({"": sharpness.values}, title, width - 2 * _PADDING, height - 2 * _PADDING, lines)
     return np.pad(plot, ((_PADDING, _PADDING), (_PADDING, _PADDING), (0, 0)), constant_values=255)
 
@@ -139,13 +139,14 @@ def comparison_card(comparison: Comparison, a: np.ndarray, b: np.ndarray) -> np.
             )
         )
     first, *others = comparison.findings
-    lines = [(line, 30) for line in wrap(first, 30, inner)]
-    lines += [(line, 22) for finding in others for line in wrap(finding, 22, inner)]
-    head = 32 + sum(size + 12 for _, size in lines) + 48
+    colour = INK if comparison.agree else RED
+    lines = [(line, 30, colour) for line in wrap(first, 30, inner)]
+    lines += [(line, 20, INK) for finding in others for line in wrap(finding, 20, inner)]
+    head = 32 + sum(size + 12 for _, size, _ in lines) + 48
     canvas = Canvas(_WIDTH, head + sum(block.shape[0] + _GAP for block in blocks) + _MARGIN - _GAP)
     y = 32
-    for line, size in lines:
-        canvas.text(_MARGIN, y, line, size, INK if comparison.agree else RED, bold=True)
+    for line, size, colour in lines:
+        canvas.text(_MARGIN, y, line, size, colour, bold=True)
         y += size + 12
     canvas.text(_MARGIN, y + 4, f"A: {comparison.names[0]}", 19, BLUE, limit=_TABLE)
     canvas.text(right, y + 4, f"B: {comparison.names[1]}", 19, ORANGE, limit=_WIDTH - _MARGIN - right)

@@ -186,6 +186,13 @@ class Sharpness:
         return lines
 
     @property
+    def title(self) -> str:
+        """The verdict with what calls for a warning beside it, in a few words."""
+        counts = ((kind, len(self.frames_of(kind))) for kind in _KINDS)
+        extra = [f"{count} of {len(self.values)} {kind}" for kind, count in counts if count]
+        return ", ".join([self.verdict, *extra, *(["stands still"] if self.stands_still else [])])
+
+    @property
     def _meaning(self) -> str:
         if self.verdict == "undecided" and self.excess and not self.blank:
             return _MORE

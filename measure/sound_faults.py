@@ -4,7 +4,7 @@ All take (channels, samples) float, of one length and rate, A being the one to t
 none where nothing is wrong:
 
 * silent channel          below SILENCE_DBFS beside others that are not
-* gap                     one below -60 dBFS and 40 dB under the other, where that has its usual loudness (20 dB below
+* gap                     one below -60 dBFS and 40 dB under the other, where that has its usual loudness (12 dB below
                           its level and more), for 0.3 s or more in windows of 0.1 s
 * antiphase               mixed to mono a sound loses 6 dB, and 3 dB more than the other: its channels cancel each
                           other. Uncorrelated channels lose 3 dB
@@ -22,7 +22,7 @@ import numpy as np
 
 from .sound import best_lag, envelope, mel_edges, mel_power, one_channel
 
-_GAP_DBFS, _GAP_DEPTH_DB, _USUAL_DB, _GAP_SECONDS, _GAP_WINDOW = -60.0, 40.0, 20.0, 0.3, 0.1
+_GAP_DBFS, _GAP_DEPTH_DB, _USUAL_DB, _GAP_SECONDS, _GAP_WINDOW = -60.0, 40.0, 12.0, 0.3, 0.1
 _CANCELLED_DB, _BEYOND_DB = 6.0, 3.0
 _AUDIBLE_DB, _LOUD_DB, _MISSING_DB, _LOW_HERTZ, _TOP_SHARE = 60.0, 40.0, 20.0, 200.0, 1.5
 _MOST_STRETCH, _DRIFT_SECONDS, _DRIFT_POINTS = 0.1, 0.02, 4096
