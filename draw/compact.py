@@ -13,10 +13,11 @@ import numpy as np
 
 from ..checkpoint.identify.report import OUTSIDE, Inspection, size_text
 from ..measure.compare import Comparison
-from ..measure.fit import RESERVE, Fit
+from ..measure.fit import Fit
 from ..measure.media import to_frames
 from ..measure.plan import RenderPlan
 from ..measure.sharpness import REFERENCE_RATIO, Sharpness
+from ..measure.text import gib
 from .canvas import BLUE, FAINT, GRID, INK, ORANGE, RED, Canvas, Colour, resized
 from .compare import ticks
 from .inspect import COMPONENT_COLOURS, FORMAT_COLOURS, OTHER_FORMAT
@@ -106,13 +107,13 @@ def _memory(canvas: Canvas, found: Fit, y: float) -> float:
     for one in found.phases:
         canvas.text(_MARGIN, y, one.name, _TEXT, FAINT)
         x = float(left)
-        for (_, colour), value in zip(parts, (one.weights, one.working, RESERVE), strict=True):
+        for (_, colour), value in zip(parts, (one.weights, one.working, one.free), strict=True):
             canvas.box(x, y + 1, x + room * value / longest, y + 14, colour)
             x += room * value / longest
-        canvas.text(max(x, limit) + 6, y, f"{one.needs / 1e9:.1f} GB", _TEXT, INK if one.alone else RED)
+        canvas.text(max(x, limit) + 6, y, gib(one.needs), _TEXT, INK if one.alone else RED)
         y += 18
     canvas.line([(limit, top - 1), (limit, y)], RED, 1.5)
-    canvas.text(limit + 6, y, f"of {found.memory / 1e9:.1f} GB", _SMALL, RED)
+    canvas.text(limit + 6, y, f"of {gib(found.memory)}", _SMALL, RED)
     return y + 14
 
 

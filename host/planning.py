@@ -5,14 +5,22 @@ from __future__ import annotations
 import importlib
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from ..checkpoint.file.shards import open_checkpoint
 from ..checkpoint.identify.components import find_components
+from ..draw.compact import compact_plan
+from ..draw.planner import notice, roofline_picture
 from ..measure import ltx, settings
-from ..measure.gpus import pick_gpu
-from ..measure.plan import RenderPlan, make_plan
+from ..measure.gpus import NoGpuError, pick_gpu
+from ..measure.plan import make_plan
 from ..measure.roofline import Clip
+
+NO_GPU = (
+    "No NVIDIA GPU was found on this machine. Choose a card in `gpu`, or type its memory in `memory_gib`: the planner "
+    "then says what fits it."
+)
 
 
 def audio_latents(frames: int, fps: float) -> int:
@@ -35,9 +43,19 @@ def distilled(**wishes: object) -> tuple[settings.RenderSettings, torch.Tensor, 
     return found, torch.tensor(found.sigmas), torch.tensor(found.sigmas_stage_2)
 
 
-def plan_rendering(path: str, clip: Clip, gpu: str, compute: str, text_encoder_gb: float = 0.0) -> RenderPlan:
-    """A checkpoint on disk -> RenderPlan. ``gpu``: "detected" or a name of the table; 0 GB: the usual text encoder."""
+def planned(
+    path: str, clip: Clip, gpu: str, compute: str, text_encoder_gb: float = 0.0, memory_gib: float = 0.0
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """A checkpoint on disk -> text, picture for a node, large picture.
+
+    ``gpu``: "detected" or a name of the table; 0: its memory, the usual text encoder. Where no GPU is found and none is
+    named, what to name takes the plan's place: the planner may stand behind a render that is done.
+    """
     header = open_checkpoint(path).header
-    components = find_components(header)
-    size = text_encoder_gb * 1e9 or None
-    return make_plan(header.path.name, header.tensors, components, clip, pick_gpu(gpu), compute, size)
+    parts, encoder = find_components(header), text_encoder_gb * 1e9 or None
+    try:
+        chosen = pick_gpu(gpu, memory=memory_gib or None)
+    except NoGpuError:
+        return NO_GPU, notice(NO_GPU), notice(NO_GPU)
+    plan = make_plan(header.path.name, header.tensors, parts, clip, chosen, compute, encoder)
+    return str(plan), compact_plan(plan), roofline_picture(plan)

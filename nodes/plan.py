@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
-from ..draw.compact import compact_plan
-from ..draw.planner import roofline_picture
 from ..host.files import file_names, file_path, fingerprint
-from ..host.planning import distilled, plan_rendering
+from ..host.planning import distilled, planned
 from ..host.show import show, to_image
 from ..measure.gpus import DETECTED, GPUS
 from ..measure.ltx import VERSIONS
@@ -90,6 +88,11 @@ class NVFP4Planner(io.ComfyNode):
                 io.Int.Input("frames", default=121, min=1, max=8193, step=1),
                 io.Float.Input("fps", **_FPS),
                 io.Combo.Input("gpu", options=[DETECTED, *GPUS], default=DETECTED, tooltip="detected: this machine's."),
+                io.Float.Input(
+                    "memory_gib", default=0.0, min=0.0, max=1024.0, step=1.0, optional=True,
+                    tooltip="GPU memory in GiB, as on the box: for a card that is not in the list, or of another size. "
+                    "0: the card's own.",
+                ),
                 io.Combo.Input("compute", options=list(MODES), default=MODES[0], tooltip="How NVFP4 is multiplied."),
                 io.Float.Input(
                     "text_encoder_gb", default=0.0, min=0.0, max=200.0, step=0.1, optional=True, advanced=True,
@@ -107,8 +110,10 @@ class NVFP4Planner(io.ComfyNode):
         return fingerprint((file_name,), FOLDERS, sorted(options.items()))
 
     @classmethod
-    def execute(cls, file_name, width, height, frames, fps, gpu, compute, text_encoder_gb=0.0) -> io.NodeOutput:
+    def execute(
+        cls, file_name, width, height, frames, fps, gpu, compute, memory_gib=0.0, text_encoder_gb=0.0
+    ) -> io.NodeOutput:
         clip = Clip(width, height, frames, fps)
-        plan = plan_rendering(file_path(file_name, FOLDERS), clip, gpu, compute, text_encoder_gb)
-        picture = to_image(roofline_picture(plan))
-        return io.NodeOutput(str(plan), picture, ui=show(cls, str(plan), to_image(compact_plan(plan)), picture))
+        text, small, large = planned(file_path(file_name, FOLDERS), clip, gpu, compute, text_encoder_gb, memory_gib)
+        picture = to_image(large)
+        return io.NodeOutput(text, picture, ui=show(cls, text, to_image(small), picture))
