@@ -39,7 +39,8 @@ def roofline_picture(plan: RenderPlan) -> np.ndarray:
         _roofline(canvas, plan)
         _choices(canvas, plan)
     else:
-        canvas.text(_LEFT, 300, "No times: " + "; ".join(plan.notes), 21, FAINT, limit=_RIGHT - _LEFT)
+        for index, line in enumerate(wrap(". ".join(plan.notes), 21, _RIGHT - _LEFT)):
+            canvas.text(_LEFT, 300 + 32 * index, line, 21, FAINT)
     _memory(canvas, plan.fit, 500)
     return canvas.pixels()
 

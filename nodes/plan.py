@@ -88,15 +88,15 @@ class NVFP4Planner(io.ComfyNode):
                 io.Int.Input("frames", default=121, min=1, max=8193, step=1),
                 io.Float.Input("fps", **_FPS),
                 io.Combo.Input("gpu", options=[DETECTED, *GPUS], default=DETECTED, tooltip="detected: this machine's."),
-                io.Float.Input(
-                    "memory_gib", default=0.0, min=0.0, max=1024.0, step=1.0, optional=True,
-                    tooltip="GPU memory in GiB, as on the box: for a card that is not in the list, or of another size. "
-                    "0: the card's own.",
-                ),
                 io.Combo.Input("compute", options=list(MODES), default=MODES[0], tooltip="How NVFP4 is multiplied."),
                 io.Float.Input(
                     "text_encoder_gb", default=0.0, min=0.0, max=200.0, step=0.1, optional=True, advanced=True,
                     tooltip="Size of the text encoder's file. 0: 9 GB, that of gemma_3_12B_it_fp4_mixed.",
+                ),
+                io.Float.Input(
+                    "memory_gib", default=0.0, min=0.0, max=1024.0, step=1.0, optional=True,
+                    tooltip="GPU memory in GiB, as on the box: for a card that is not in the list, or of another size. "
+                    "0: the card's own.",
                 ),
             ],
             outputs=[io.String.Output("text", display_name="text"), io.Image.Output("picture", display_name="picture")],
