@@ -8,8 +8,11 @@ very same model (`in_process.without_graphs`). Cases, 8 distilled steps of euler
 * lora      a LoRA on every quantised Linear, added after a first run
 * bypass    the same by ComfyUI's own bypass loader, which replaces the layers' `forward`
 * hooks     the same as a hook of the positive conditioning
-* two       cfg 3, two conditionings with different hooks
+* cfg       cfg 3, two conditionings of different frame rates, which ComfyUI therefore does not join in one batch
+* two       the same with different hooks
 * override  an `optimized_attention_override` that appears in the middle of the sampling
+
+With hooks a ComfyUI with DynamicVRAM samples a second model without it, loaded for that, whose blocks are then counted.
 
 For each: are the latents with graphs those without; blocks captured, replayed, run by themselves; breaks and rogues of
 ComfyUI's compiler; free memory of the card before, at the least at the end of a step, and after; seconds of every step,
@@ -29,8 +32,10 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +44,10 @@ import in_process
 from lora import make_lora, with_lora
 from step import ROWS, load_row, relative_error, say, write_nvfp4
 
-CASES = ("plain", "lora", "bypass", "hooks", "two", "override")
+CASES = ("plain", "lora", "bypass", "hooks", "cfg", "two", "override")
 OURS = ("ours", "fp8")
 COUNTED = ("captured", "recaptured", "replayed", "eager")
-CFG = {"two": 3.0}
+CFG = {"cfg": 3.0, "two": 3.0}
 COMPILER_SWITCH = "--disable-comfy-compiler"
 GIGABYTES = dict.fromkeys(("free before GB", "free least GB", "free after GB"), ".2f")
 LATE = 0.95  # sigma from which on the override stands in the options
@@ -63,15 +68,16 @@ def sample(patcher: Any, config: Mapping, options: Namespace, cfg: float = 1.0, 
     import comfy.samplers
     import torch
     from nvfp4_video.checkpoint.identify.signatures import context_width
+    from nvfp4_video.host.compute import block_graphs
 
     shapes = in_process.latent_shapes(options.size, options.frames)
     generator = torch.Generator().manual_seed(1)
     nested = comfy.nested_tensor.NestedTensor
     noise = nested([torch.randn(shape, generator=generator) for shape in shapes])
     conditionings = []
-    for hook in hooks:
+    for place, hook in enumerate(hooks):
         text = torch.randn(1, 256, context_width(config), generator=generator)
-        one = [[text, {"frame_rate": in_process.FRAME_RATE}]]
+        one = [[text, {"frame_rate": in_process.FRAME_RATE - place}]]
         conditionings.append(one if hook is None else comfy.hooks.set_hooks_for_conditioning(one, hook))
     ends, free = [], [free_bytes(patcher)]
 
@@ -82,8 +88,18 @@ def sample(patcher: Any, config: Mapping, options: Namespace, cfg: float = 1.0, 
 
     sampler = comfy.samplers.sampler_object("euler")
     euler = sampler.sampler_function
-    sampler.sampler_function = lambda *given, **named: (stamp(), euler(*given, **named))[1]
-    counted = graph_counts(patcher)
+    sampled = [patcher]
+    counted: Counter[str] = Counter()
+
+    def begin(model: Any, *given: Any, **named: Any) -> Any:
+        sampled[0] = sampled_patcher(model)
+        if options.waiting:
+            block_graphs.blocks_of(sampled[0].model.diffusion_model).waits_for_cpu = Everything()
+        counted.update(graph_counts(sampled[0]))
+        stamp()
+        return euler(model, *given, **named)
+
+    sampler.sampler_function = begin
     result = comfy.sample.sample_custom(
         patcher, noise, cfg, sampler, torch.tensor(in_process.SIGMAS), *conditionings,
         nested([torch.zeros(shape) for shape in shapes]), callback=stamp, disable_pbar=True, seed=1,
@@ -93,13 +109,21 @@ def sample(patcher: Any, config: Mapping, options: Namespace, cfg: float = 1.0, 
     in_process.end_of_node()
     synchronize(patcher)
     gc.collect()
-    after = graph_counts(patcher)
+    after = graph_counts(sampled[0])
     steps = [end - start for start, end in zip(ends, ends[1:], strict=False)]
     found: dict[str, Any] = {name: after[name] - counted[name] for name in COUNTED}
     found |= compiler | {"steps s": steps, "all steps s": sum(steps), "steady s": statistics.median(steps[-4:])}
     found |= {"free before GB": free[0], "free least GB": min(free[1:]), "free after GB": free_bytes(patcher)}
-    found |= {"digest": digest(latents), "finite": all(bool(stream.isfinite().all()) for stream in latents)}
-    return found | {"latents": latents}
+    found |= {"sampled": "as loaded" if sampled[0].model is patcher.model else "its own", "digest": digest(latents)}
+    return found | {"finite": all(bool(stream.isfinite().all()) for stream in latents), "latents": latents}
+
+
+def sampled_patcher(model: Any) -> Any:
+    """What a sampler is given as its model -> the patcher that is sampled.
+
+    For weight hooks the host exchanges a patcher under DynamicVRAM for one without it, which has a model of its own.
+    """
+    return model.inner_model.model_patcher
 
 
 def digest(latents: list) -> str:
@@ -122,7 +146,7 @@ def free_bytes(patcher: Any) -> float:
 
 
 def graph_counts(patcher: Any) -> Mapping[str, int]:
-    """What the pack has counted of a model's blocks so far."""
+    """What the pack has counted of a model's blocks."""
     from nvfp4_video.host.compute import block_graphs
 
     model = patcher.model.diffusion_model
@@ -167,10 +191,11 @@ def prepare(case: str, patcher: Any, loras: list) -> tuple[Any, dict]:
         return comfy.sd.load_bypass_lora_for_models(patcher, None, loras[0], 1.0, 0.0)[0], {}
     if case == "override":
         return with_late_override(patcher), {}
+    further: dict[str, Any] = {"cfg": CFG.get(case, 1.0)}
     if case in ("hooks", "two"):
         hooks = [comfy.hooks.create_hook_lora(lora, 1.0, 0.0) for lora in loras]
-        return patcher, {"hooks": (hooks[0], hooks[1] if case == "two" else None), "cfg": CFG.get(case, 1.0)}
-    return patcher, {}
+        further["hooks"] = hooks[0], hooks[1] if case == "two" else None
+    return patcher, further
 
 
 def without_graphs(patcher: Any) -> Any:
@@ -180,45 +205,42 @@ def without_graphs(patcher: Any) -> Any:
     return patcher
 
 
-def capturing(patcher: Any, options: Namespace) -> Any:
-    """The same patcher; with --waiting its blocks count as seen waiting."""
-    from nvfp4_video.host.compute import block_graphs
-
-    if options.waiting:
-        block_graphs.blocks_of(patcher.model.diffusion_model).waits_for_cpu = Everything()
-    return patcher
-
-
 def of_case(case: str, patcher: Any, loras: list, config: Mapping, options: Namespace) -> dict[str, Any]:
-    """One sampling of a case."""
-    if case == "lora":
-        sample(patcher, config, options)  # the run that it is added after
-    changed, further = prepare(case, patcher, loras)
-    return sample(changed, config, options, **further)
+    """One sampling of a case; what stopped it, if something did, so that the other cases are still measured."""
+    try:
+        if case == "lora":
+            sample(patcher, config, options)  # the run that it is added after
+        changed, further = prepare(case, patcher, loras)
+        return sample(changed, config, options, **further)
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
 def compared(one: dict, other: Mapping) -> dict:
     """One sampling without its latents, and with what they are against those of another."""
+    if "failed" in one or "failed" in other:
+        return one
     error = max(relative_error(*pair) for pair in zip(one.pop("latents"), other["latents"], strict=True))
     return one | {"equal": one["digest"] == other["digest"], "error": error}
 
 
-def run_cases(row: str, patcher: Any, loras: list, config: Mapping, options: Namespace) -> list[dict]:
-    """All cases of one row at one size; ours without and with graphs, in turn."""
-    found = []
+def run_cases(row: str, patcher: Any, loras: list, config: Mapping, options: Namespace) -> Iterator[list[dict]]:
+    """All cases of one row at one size, one after the other; ours without and with graphs, in turn."""
     labels = {"row": ROWS[row], "size": options.size}
     if row not in OURS:
         sample(patcher, config, options)  # weights to the GPU, kernels loaded
         for _ in range(options.reps):
             one = sample(patcher, config, options)
             del one["latents"]
-            found.append({**labels, "case": "plain", "graphs": "", **one})
-        say(f"{ROWS[row]}: {told(found[-1])}")
-        return found
-    ways = {"off": without_graphs(patcher), "on": capturing(patcher, options)}
+            yield [{**labels, "case": "plain", "graphs": "", **one}]
+        say(f"{ROWS[row]}: {told(one)}")
+        return
+    ways = {"off": without_graphs(patcher), "on": patcher}
     ways = {way: ways[way] for way in options.graphs}
     sample(next(iter(ways.values())), config, options)
     for case in options.cases:
+        found = []
         for rep in range(options.reps if case == "plain" else 1):
             both = {way: of_case(case, ways[way], loras, config, options) for way in list(ways)[:: (1, -1)[rep % 2]]}
             if "on" in both and "off" in both:
@@ -227,48 +249,50 @@ def run_cases(row: str, patcher: Any, loras: list, config: Mapping, options: Nam
                 one.pop("latents", None)
             found += [{**labels, "case": case, "graphs": way, **one} for way, one in both.items()]
         say(f"{ROWS[row]}, {case}: {told(found[-1])}")
-    return found
+        yield found
 
 
 def short(one: Mapping) -> dict:
     """The columns of the table."""
-    names = ("row", "case", "size", "graphs", "equal", *COUNTED, "breaks", "rogues")
+    names = ("row", "case", "size", "graphs", "sampled", "failed", "equal", *COUNTED, "breaks", "rogues")
     names += ("all steps s", "steady s", "free before GB", "free least GB", "free after GB")
     return {name: one[name] for name in names if name in one}
 
 
 def told(one: Mapping) -> str:
     """A sampling in a line."""
+    if "failed" in one:
+        return f"failed, {one['failed']}"
     equal = f"equal {one['equal']} (error {one['error']:.1e}), " if "equal" in one else ""
     counted = ", ".join(f"{one[name]} {name}" for name in (*COUNTED, "breaks", "rogues") if name in one)
     return f"{equal}{counted}, {one['all steps s']:.3f} s in all, {one['steady s']:.4f} s a step"
 
 
-def two_gpus(path: Path, loras: list, config: Mapping, options: Namespace) -> list[dict]:
+def two_gpus(path: Path, loras: list, config: Mapping, options: Namespace) -> Iterator[dict]:
     """Models that ComfyUI's own nodes put on the second GPU, or split over both, against the first GPU alone."""
     from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode, SelectModelDeviceNode
 
-    found, second = [], "cpu" if options.cpu else "gpu:1"
+    second = "cpu" if options.cpu else "gpu:1"
     places = {
         "SelectModelDevice": lambda model: SelectModelDeviceNode.execute(model, second).args[0],
         "MultiGPU CFG Split": lambda model: MultiGPUCFGSplitNode.execute(model, 2).args[0],
     }
     for row in (row for row in options.rows if row in OURS):
         load = functools.partial(load_row, row, path, {}, config, options)
-        for case in (case for case in options.cases if case in ("plain", "lora", "two")):
+        for case in (case for case in options.cases if case in ("plain", "lora", *CFG)):
             right = of_case(case, without_graphs(load()), loras, config, options)
             for name, place in places.items():
-                if name == "MultiGPU CFG Split" and case != "two":
+                if name == "MultiGPU CFG Split" and case not in CFG:
                     continue
-                for graphs in ("off", "on"):
+                for graphs in options.graphs:
                     model = place(load())
-                    model = without_graphs(model) if graphs == "off" else capturing(model, options)
-                    one = of_case(case, model, loras, config, options)
-                    found.append({"row": f"{ROWS[row]}, {name}", "case": case, "graphs": graphs, "size": options.size})
-                    found[-1] |= compared(one, right) | {"device": str(model.load_device)}
-                    say(f"{found[-1]['row']}, {case}, graphs {graphs}, on {model.load_device}: {told(found[-1])}")
+                    model = without_graphs(model) if graphs == "off" else model
+                    one = {"row": f"{ROWS[row]}, {name}", "case": case, "graphs": graphs, "size": options.size}
+                    one |= compared(of_case(case, model, loras, config, options), right)
+                    one["device"] = str(model.load_device)
+                    say(f"{one['row']}, {case}, graphs {graphs}, on {model.load_device}: {told(one)}")
+                    yield one
                     end_of_models()
-    return found
 
 
 def end_of_models() -> None:
@@ -284,7 +308,7 @@ def write(result: dict, options: Namespace) -> None:
 
 
 def run(options: Namespace, found: dict, scratch: Path) -> dict[str, Any]:
-    """Everything between writing the file and the table; the result so far is saved after each row."""
+    """Everything between writing the file and the table; the result so far is saved after each case."""
     import torch
     from nvfp4_video.host.compute.modes import obstacle
     from nvfp4_video.samples.released import recorded_model
@@ -298,8 +322,9 @@ def run(options: Namespace, found: dict, scratch: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"facts": found, "blocks": config["num_layers"], "frames": options.frames, "rows": []}
     result |= {"waiting": options.waiting, "compiler": options.compiler, "ranks": [options.rank, 2 * options.rank]}
     if options.two_gpus:
-        result["rows"] = two_gpus(path, loras, config, options)
-        write(result, options)
+        for one in two_gpus(path, loras, config, options):
+            result["rows"].append(one)
+            write(result, options)
         return result
     digests = {}
     for row in options.rows:
@@ -309,11 +334,11 @@ def run(options: Namespace, found: dict, scratch: Path) -> dict[str, Any]:
         patcher = load_row(row, path, keys, config, options)
         for size in options.sizes:
             options.size = size
-            rows = run_cases(row, patcher, loras, config, options)
-            result["rows"] += rows
-            plain = [one["digest"] for one in rows if one["case"] == "plain"]
-            digests |= {(row, size): plain[-1]} if plain else {}
-        write(result, options)
+            for rows in run_cases(row, patcher, loras, config, options):
+                result["rows"] += rows
+                write(result, options)
+                plain = [one["digest"] for one in rows if one["case"] == "plain" and "digest" in one]
+                digests |= {(row, size): plain[-1]} if plain else {}
         del patcher
         end_of_models()
     result["bf16 equals stock NVFP4"] = {
@@ -347,7 +372,7 @@ def parse() -> Namespace:
 
 
 def main() -> int:
-    """Returns 1 if latents that must be equal differ."""
+    """Returns 1 if latents that must be equal differ, or a sampling failed."""
     options = parse()
     flags = options.flags.split() + ["--cpu"] * options.cpu
     arguments = Path(options.comfyui or "", "comfy", "cli_args.py")
@@ -366,8 +391,9 @@ def main() -> int:
     say(f"bf16 equals stock NVFP4 bit for bit: {result.get('bf16 equals stock NVFP4', 'not compared')}")
     equal = [one["equal"] for one in result["rows"] if "equal" in one]
     equal += result.get("bf16 equals stock NVFP4", {}).values()
-    say(f"{sum(equal)} of {len(equal)} comparisons equal")
-    return int(not all(equal))
+    failed = sum("failed" in one for one in result["rows"])
+    say(f"{sum(equal)} of {len(equal)} comparisons equal, {failed} samplings failed")
+    return int(failed > 0 or not all(equal))
 
 
 if __name__ == "__main__":

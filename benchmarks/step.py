@@ -1,5 +1,6 @@
 """Time a denoising step of the whole LTX-2.3 DiT in a real ComfyUI: stock BF16, stock NVFP4 and this pack, side by
-side, the pack also with `fp8` compute and without CUDA graphs, and compiled by ComfyUI's TorchCompileModel (--rows).
+side, the pack also with `fp8` compute, without CUDA graphs, with attention by trial, and compiled by ComfyUI's
+TorchCompileModel (--rows).
 
 One process holds all models on the GPU. The weights are random, the tensor names and shapes the released ones,
 the quantised layers those of the published files (every Linear of all blocks but the first and last two). ComfyUI is
@@ -37,6 +38,8 @@ ROWS = {
     "ours-eager": "ours NVFP4, no graphs",
     "fp8": "ours NVFP4, fp8",
     "fp8-eager": "ours NVFP4, fp8, no graphs",
+    "ours-attention": "ours NVFP4, attention auto",
+    "fp8-attention": "ours NVFP4, fp8, attention auto",
     "bf16-compiled": "stock BF16, compiled",
     "ours-compiled": "ours NVFP4, compiled",
     "fp8-compiled": "ours NVFP4, fp8, compiled",
@@ -110,8 +113,9 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
     from nvfp4_video.host.load import model as load
 
     compute = "fp8" if row.startswith("fp8") else "bf16"
+    attention = "auto" if row.endswith("-attention") else "host"
     patcher, report = load.load_model(
-        str(path), compute, backend=options.backend, disable_dynamic=options.no_dynamic
+        str(path), compute, backend=options.backend, disable_dynamic=options.no_dynamic, attention=attention
     )
     say(str(report))
     if row.endswith("-eager"):
@@ -214,9 +218,10 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
                 again = functools.partial(in_process.sample, patchers[first], size, config, frames, seed=1 + rep)
                 latents.append(compare(outputs, first, second, lambda again=again: again()[1]))
                 say(f"{size} repetition {rep + 1}: {ROWS[second]} against {ROWS[first]} {latents[-1]}")
-        if {"fp8", "ours"} <= outputs.keys():
-            errors.append([relative_error(*pair) for pair in zip(outputs["fp8"], outputs["ours"], strict=True)])
-            say(f"{size} repetition {rep + 1}: fp8 against bf16 compute, latents of video and audio {errors[-1]}")
+        for name in outputs.keys() & {"fp8", "ours-attention", "fp8-attention"} if "ours" in outputs else ():
+            pairs = zip(outputs[name], outputs["ours"], strict=True)
+            errors.append({"row": ROWS[name], "video, audio": [relative_error(*pair) for pair in pairs]})
+            say(f"{size} repetition {rep + 1}: latents against bf16 compute with ComfyUI's attention {errors[-1]}")
     video = in_process.latent_shapes(size, frames)[0]
     medians = {name: statistics.median(sum(taken, [])) for name, taken in steps.items()}
     rows = []
@@ -226,7 +231,7 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
         row |= {"step s": medians[name], "lowest": min(each), "highest": max(each), "repetitions": len(each)}
         row |= {f"x {ROWS[base]}": medians[name] / medians[base] for base in ("bf16", "stock") if base in medians}
         rows.append(row)
-    return {"rows": rows, "latents": latents, "fp8_errors": errors}
+    return {"rows": rows, "latents": latents, "errors": errors}
 
 
 def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, Any]:
@@ -266,8 +271,15 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
             work = functools.partial(in_process.sample, patchers[name], size, config, options.frames)
             seconds = kernel_seconds(f"{size} {ROWS[name]}", lambda work=work: work(seed=0, steps=2), steps=2)
             result["kernel_s"].setdefault(size, {})[name] = seconds
+    result["attention"] = _trials()
     in_process.save("step", options, result)
     return result
+
+
+def _trials() -> list[str]:
+    from nvfp4_video.host.compute.attention import trials
+
+    return [str(trial) for trial in trials()]
 
 
 def parse() -> Namespace:

@@ -1,5 +1,6 @@
 """The pack's nodes, one file a family."""
 
+from .attention import NVFP4Attention
 from .checkpoint import NVFP4Inspect, NVFP4Split
 from .guard import NVFP4HostReport, NVFP4LaunchGuard
 from .measure import NVFP4Compare, NVFP4Sharpness
@@ -13,6 +14,7 @@ NODES = [
     NVFP4ModelLoader,
     NVFP4VAELoader,
     NVFP4TextEncoderLoader,
+    NVFP4Attention,
     NVFP4Inspect,
     NVFP4Split,
     NVFP4Quantize,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from ..host.compute.attention import BY_COMPUTE, choices
 from ..host.files import SAME_FILE, file_names, file_path, fingerprint, optional_path
 from ..host.load.model import COMPUTE_MODES, DIALECTS, load_model
 from ..kernels.backends import BACKENDS
@@ -67,19 +68,38 @@ class NVFP4ModelLoader(io.ComfyNode):
                     "counts.",
                     advanced=True,
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=choices(),
+                    default=BY_COMPUTE,
+                    optional=True,
+                    tooltip="by compute mode: ComfyUI's own for bf16, whose result is then exactly ComfyUI's, and auto "
+                    "for fp8 and fp4. auto: torch's kernels are compared and timed on this GPU in the first step, and "
+                    "the fastest accurate one is kept for each shape. host: ComfyUI's own. sdpa and the others: that "
+                    "one.",
+                    advanced=True,
+                ),
             ],
             outputs=[io.Model.Output(), io.String.Output("report", display_name="report")],
             search_aliases=["nvfp4", "fp4 loader", "load diffusion model nvfp4", "ltx nvfp4"],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, compute, dialect, backend="auto", config_from=SAME_FILE, layer_compute=""):
-        return fingerprint([model_name, config_from], FOLDERS, compute, dialect, backend, layer_compute)
+    def fingerprint_inputs(cls, model_name, compute, dialect, *, config_from=SAME_FILE, **options):
+        return fingerprint([model_name, config_from], FOLDERS, compute, dialect, *sorted(options.items()))
 
     @classmethod
     def execute(
-        cls, model_name, compute, dialect, backend="auto", config_from=SAME_FILE, layer_compute=""
+        cls,
+        model_name,
+        compute,
+        dialect,
+        backend="auto",
+        config_from=SAME_FILE,
+        layer_compute="",
+        attention=BY_COMPUTE,
     ) -> io.NodeOutput:
         path, config_path = file_path(model_name, FOLDERS), optional_path(config_from, FOLDERS)
-        patcher, report = load_model(path, compute, dialect, backend, config_path, layer_compute=layer_compute)
+        options = {"layer_compute": layer_compute, "attention": attention}
+        patcher, report = load_model(path, compute, dialect, backend, config_path, **options)
         return io.NodeOutput(patcher, str(report))

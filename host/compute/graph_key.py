@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import residency
+from .attention import OVERRIDE, Attention
 
 # What may stand in the options: these have no say in what a block computes ...
 _WITHOUT_EFFECT = frozenset((
@@ -38,7 +39,11 @@ def host_class(name: str) -> type | None:
 def strange(options: Mapping) -> list[str]:
     """Names of the options that might change what a block computes in a way this module does not see."""
     known = (*_WITHOUT_EFFECT, *_EFFECTIVE)
-    found = [name for name, value in options.items() if name not in known and not _is_nothing(value)]
+    found = [
+        name
+        for name, value in options.items()
+        if name not in known and not _is_nothing(value) and not (name == OVERRIDE and isinstance(value, Attention))
+    ]
     found += [name for name in _EFFECTIVE if not isinstance(options.get(name), bool | int | None)]
     replaced = options.get("patches_replace", _EMPTY)
     return found + [f"patches_replace of {kind}" for kind, value in replaced.items() if kind != "dit" and value]
@@ -51,7 +56,7 @@ def _is_nothing(value: Any) -> bool:
 def of_call(arguments: Mapping, tensors: list[torch.Tensor]) -> tuple | None:
     """A block's arguments -> what a graph of them depends on, or None; ``tensors`` receives those but ``img``."""
     options = arguments["transformer_options"]
-    found: list[Any] = [tuple(options.get(name) for name in _EFFECTIVE), *_attention()]
+    found: list[Any] = [tuple(options.get(name) for name in _EFFECTIVE), *_attention(options)]
     found += [_kind(tensor, []) for tensor in arguments["img"]]
     for name, value in arguments.items():
         if name not in ("img", "transformer_options"):
@@ -60,11 +65,13 @@ def of_call(arguments: Mapping, tensors: list[torch.Tensor]) -> tuple | None:
     return None if None in found[1:] else tuple(found)
 
 
-def _attention() -> tuple:
-    """The host's attention functions, which other packs exchange at run time."""
+def _attention(options: Mapping) -> tuple:
+    """This pack's choice of attention, and the host's functions, which other packs exchange at run time."""
+    own = options.get(OVERRIDE)
     module = sys.modules.get("comfy.ldm.modules.attention")
     names = ("optimized_attention", "optimized_attention_masked")
-    return tuple(getattr(module, name, name) for name in names)
+    functions = tuple(getattr(module, name, name) for name in names)
+    return (*functions, own.key() if isinstance(own, Attention) else ())
 
 
 def _kind(value: Any, tensors: list[torch.Tensor]) -> Any:

@@ -87,7 +87,7 @@ def _describe(patcher, facts: Mapping[str, Fact]) -> dict[str, str]:
         dynamic = bool(getattr(patcher, "is_dynamic", bool)())
         size, loaded = patcher.model_size(), patcher.loaded_size()
         text = f"{len(layers):,} of {len(every):,} layers in NVFP4, DynamicVRAM {'on' if dynamic else 'off'}, "
-        text += f"{gib(loaded)} of {gib(size)} on the GPU"
+        text += f"{gib(loaded)} of {gib(size)} on the GPU{_attention(patcher)}"
         if not layers:
             return _model(name, NO_NVFP4, text, _other_formats(every))
         verdict, reason = _compute_verdict(layers, facts)
@@ -97,6 +97,17 @@ def _describe(patcher, facts: Mapping[str, Fact]) -> dict[str, str]:
         return _model(name, verdict, text, reason)
     except Exception as error:  # a report must come whatever a model of a custom node does
         return _model(name, "unknown", "could not be examined", why(error))
+
+
+def _attention(patcher) -> str:
+    """This pack's choice of attention as the end of a sentence, with what trials of this process have found."""
+    module = sys.modules.get(f"{__package__.rpartition('.')[0]}.compute.attention")
+    override = getattr(patcher, "model_options", {}).get("transformer_options", {}).get("optimized_attention_override")
+    if module is None or not isinstance(override, module.Attention):
+        return ""
+    found = Counter(trial.winner for trial in module.trials()) if override.choice == module.AUTO else {}
+    shapes = ", ".join(f"{name} for {count} shape{'s' * (count > 1)}" for name, count in found.items())
+    return f", attention {override.choice}{f': {shapes}' if shapes else ''}"
 
 
 def _name(patcher) -> str:

@@ -22,6 +22,7 @@ from ...checkpoint.file.shards import open_checkpoint
 from ...checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan
 from ...checkpoint.identify.signatures import Model, find_model, transformer_config
 from ...kernels import backends
+from ..compute.attention import BY_COMPUTE, use_attention
 from ..compute.block_graphs import use_graphs
 from ..compute.device_modes import remember
 from ..compute.fusions import fuse
@@ -46,12 +47,13 @@ def load_model(
     config_from: str | None = None,
     disable_dynamic: bool = False,
     layer_compute: str = "",
+    attention: str = BY_COMPUTE,
 ) -> tuple[Any, LoadReport]:
     """File, options -> (ModelPatcher, LoadReport).
 
-    ``compute``, ``layer_compute``: host/compute/modes.py. ``config_from``: a safetensors file whose header entry
-    `config` is used where ``path`` has none. Raises CheckpointError for a file that cannot be loaded rightly,
-    ValueError for an option that cannot be had.
+    ``compute``, ``layer_compute``: host/compute/modes.py; ``attention``: host/compute/attention.py.
+    ``config_from``: a safetensors file whose header entry `config` is used where ``path`` has none. Raises
+    CheckpointError for a file that cannot be loaded rightly, ValueError for an option that cannot be had.
     """
     device = comfy.model_management.get_torch_device()
     picked = pick_mode(compute, device)
@@ -79,16 +81,19 @@ def load_model(
         return _plan_compute(pick_mode(compute, other, modes), parse_overrides(layer_compute, other), plan, model)
 
     remember(patcher.model.diffusion_model, device, operations.Linear, compute_on)
-    patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute))
+    patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute, attention))
+    attends = use_attention(patcher, attention, how.mode)
     graphs = use_graphs(patcher)
-    report = report_of(plan, model, how, (backend_name, reason), device, patcher, config_source, graphs)
+    report = report_of(plan, model, how, (backend_name, reason), device, patcher, config_source, attends, graphs)
     logger.info("%s", str(report).replace("\n", "; "))
     return patcher, report
 
 
-def _reload(path, compute, dialect, backend, config_from, layer_compute="", disable_dynamic: bool = False):
+def _reload(
+    path, compute, dialect, backend, config_from, layer_compute="", attention=BY_COMPUTE, disable_dynamic: bool = False
+):
     """The host's factory for clones that need weights of their own: another GPU, or no DynamicVRAM."""
-    return load_model(path, compute, dialect, backend, config_from, disable_dynamic, layer_compute)[0]
+    return load_model(path, compute, dialect, backend, config_from, disable_dynamic, layer_compute, attention)[0]
 
 
 def _plan_compute(picked: tuple[str, str], overrides: dict[str, str], plan: DialectPlan, model: Model) -> Compute:

@@ -32,6 +32,7 @@ class LoadReport:
     device: str
     dynamic_vram: bool
     config_from: str | None
+    attention: str
     graphs: str  # CUDA graphs of the blocks: which, or why none; empty if nobody would expect any
     unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
 
@@ -50,6 +51,8 @@ class LoadReport:
             f"compute: {how}",
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
         ]
+        if self.attention:
+            lines.append(f"attention: {self.attention}")
         if self.graphs:
             lines.append(f"CUDA graphs: {self.graphs}")
         if self.unknown:
@@ -76,6 +79,7 @@ def report_of(
     device: torch.device,
     patcher: Any,
     config_from: str | None,
+    attention: str,
     graphs: str,
 ) -> LoadReport:
     """What the loader read, decided and built -> its report; ``backend`` is a name and the reason for it."""
@@ -98,6 +102,7 @@ def report_of(
         device=str(device),
         dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
         config_from=config_from,
+        attention=attention,
         graphs=graphs,
         unknown=str(residency.check()),
     )

@@ -77,6 +77,31 @@ def books(scene) -> dict:
     return found
 
 
+def hooked(scene) -> dict:
+    """What the pack's wrapper of the model and its clean-up get when a dynamic model is sampled with a weight hook."""
+    extension, lora_patcher = load("comfy.patcher_extension"), load("nvfp4_video.host.compute.lora_patcher")
+    patcher = dynamic_patcher(scene, lora_patcher._patcher_class)
+    patcher.non_dynamic_delegate_model = None  # as its __init__ leaves it
+    entered, branched, cleaned = [], [], []
+
+    def wrapper(executor, *given, **named):
+        linears = [module for module in executor.class_obj.modules() if "nvfp4_mode" in module.__dict__]
+        entered.append(executor.class_obj)
+        branched.append(sum("nvfp4_lora" in module.__dict__ for module in linears))
+        return executor(*given, **named)
+
+    patcher.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    patcher.add_callback_with_key(extension.CallbacksMP.ON_CLEANUP, "test", lambda one: cleaned.append(one.model))
+    lora = load("comfy.utils").load_torch_file(str(scene.folder / "change.safetensors"))
+    scene.sample(patcher, hooks=load("comfy.hooks").create_hook_lora(lora, 1.0, 0.0))
+    return {
+        "models": len({id(model) for model in entered}),
+        "the loaded one": patcher.model.diffusion_model in entered,
+        "cleaned up": [model.diffusion_model for model in cleaned] == entered[:1],
+        "branches": min(branched) > 0,
+    }
+
+
 def large(layer) -> bool:
     """Whether DynamicVRAM would manage it."""
     return layer.weight._qdata.nbytes > 16 * 1024 if hasattr(layer.weight, "_qdata") else False
@@ -89,10 +114,11 @@ def main(folder: Path) -> None:
     scene = in_process.Scene(folder)
     facts["ltx"], facts["checked"] = scene.ltx, str(load("nvfp4_video.host.residency").check())
     if scene.ltx is not None and hasattr(load("comfy.model_patcher"), "ModelPatcherDynamic"):
-        try:
-            facts["books"] = books(scene)
-        except Exception:
-            facts["books"] = {"failed": traceback.format_exc()}
+        for topic in (books, hooked):
+            try:
+                facts[topic.__name__] = topic(scene)
+            except Exception:
+                facts[topic.__name__] = {"failed": traceback.format_exc()}
     sys.stdout.write(f"\n{MARK}{json.dumps(facts)}\n")
 
 

@@ -44,3 +44,11 @@ def test_the_host_s_patch_of_a_dynamic_layer_is_seen_and_can_be_taken_whole(book
 def test_a_weight_counts_as_resident_once_the_host_has_brought_it_and_is_the_one_it_brings(books: dict):
     assert not books["resident before it is brought"]
     assert books["what the host brings"] and books["equal"]
+
+
+def test_with_a_weight_hook_a_dynamic_model_lends_its_wrappers_branches_and_clean_up_to_one_that_is_not(
+    facts: dict, books: dict
+):
+    found = facts["hooked"]
+    assert "failed" not in found, found["failed"]
+    assert found == {"models": 1, "the loaded one": False, "cleaned up": True, "branches": True}

@@ -59,7 +59,7 @@ FILES, CHOICES, LATENTS = (0, 380), (470, 420), (990, 320)
 SAMPLING, SAMPLER, DECODE = (1410, 320), (1830, 260), (2550, 260)
 COLUMN = 420
 # Rows: y of their first nodes. VAEs and decoders share rows, so that the links between them run straight.
-MODEL_ROW, TEXT_ROW, SIZE_ROW, PICTURE_ROW, VIDEO_ROW, AUDIO_ROW = -700, -180, 240, 980, 1000, 1260
+MODEL_ROW, TEXT_ROW, SIZE_ROW, PICTURE_ROW, VIDEO_ROW, AUDIO_ROW = -730, -180, 240, 980, 1000, 1260
 PICTURE = 500  # height of the row that a picture takes
 LANE = 225  # between the conditioning and the latents
 BUS = 828  # below the latents
@@ -131,7 +131,7 @@ def files(
 ) -> Build:  # fmt: skip
     """Loaders, guard, settings, and the picture to start from."""
     x, wide = FILES
-    y, down = MODEL_ROW + 240, PICTURE if image else 0
+    y, down = MODEL_ROW + 270, PICTURE if image else 0
     vae_files = [(FP8_23, FP8_23), (VIDEO_VAE_25, AUDIO_VAE_25)][version == "2.5"]
     if version == "2.5":
         model = sheet.add("NVFP4ModelLoader", (x, MODEL_ROW), wide, models=[NVFP4_25], model_name=NVFP4_25[0])
@@ -158,7 +158,7 @@ def files(
     build = Build(sheet, guard["MODEL"], text["CLIP"], vaes[0]["VAE"], audio_vae, settings, down=down)
     loaders, checks = [model, text], [report, guard]
     if rival:
-        y = MODEL_ROW - 240
+        y = MODEL_ROW - 270
         other = sheet.add("NVFP4ModelLoader", (FILES[0], y), FILES[1], models=[rival], model_name=rival[0])
         watched = sheet.add("NVFP4LaunchGuard", (x, y), wide, room=80, model=other["MODEL"])
         build.rival, loaders, checks = watched["MODEL"], [*loaders, other], [*checks, watched]

@@ -7,12 +7,14 @@ import mmap
 import os
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management
 import pytest
 import torch
+from nvfp4_video.host.compute import attention
 from nvfp4_video.host.compute.linear import weight_only_operations
 from nvfp4_video.host.doctor import page_cache
 from nvfp4_video.host.doctor import report as doctor
@@ -333,3 +335,13 @@ def test_a_prompt_that_cannot_be_checked_is_one_line_of_error(tmp_path, content,
 def test_a_wrong_comfyui_path_is_named(tmp_path):
     done = run(COMFYUI_PATH=str(tmp_path))
     assert done.returncode == 2 and "expected the folder of a ComfyUI" in done.stderr
+
+
+def test_a_models_attention_is_told_with_what_trials_have_found(monkeypatch):
+    found = {number: attention.Trial("a shape", name) for number, name in enumerate(["host", "sdpa", "sdpa"])}
+    monkeypatch.setattr(attention, "_trials", found)
+    options = {"transformer_options": {attention.OVERRIDE: attention.Attention(attention.AUTO)}}
+    patcher = types.SimpleNamespace(model_options=options)
+    assert doctor._attention(patcher) == ", attention auto: host for 1 shape, sdpa for 2 shapes"
+    options["transformer_options"][attention.OVERRIDE] = print
+    assert doctor._attention(patcher) == ""
