@@ -154,7 +154,7 @@ def _show_comparison(found: Comparison, args: argparse.Namespace, console: Conso
     console.say(found.head)
     console.table([], [list(row) for row in found.rows()], "<<")
     for line in found.findings:
-        console.say(line, "green" if found.agree else "red")
+        console.say(line, "red" if line in found.faults else "green")
     for title, out in (("Card", args.png), ("Numbers", args.out)):
         if out:
             console.say(f"{title}: {out}")

@@ -21,6 +21,7 @@ from ..measure.text import gib
 from .canvas import BLUE, FAINT, GRID, INK, ORANGE, RED, Canvas, Colour, resized
 from .compare import ticks
 from .inspect import COMPONENT_COLOURS, FORMAT_COLOURS, OTHER_FORMAT
+from .planner import notice
 
 WIDTH, DENSITY = 310, 2
 _MARGIN = 10
@@ -75,8 +76,10 @@ def _blocks(canvas: Canvas, y: float, blocks: Mapping[str, Mapping[str, tuple[in
             canvas.text(left + pitch / 2, base + 3, label, _SMALL, FAINT, anchor="mt")
 
 
-def compact_plan(plan: RenderPlan) -> np.ndarray:
-    """Memory in each phase against that of the GPU, and a step by format and compute."""
+def compact_plan(plan: RenderPlan | str) -> np.ndarray:
+    """Memory in each phase against that of the GPU, and a step by format and compute; of a sentence the sentence."""
+    if isinstance(plan, str):
+        return notice(plan)
     choices = plan.choices if plan.step else ()
     canvas = _page(_MARGIN + 34 + 18 * len(plan.fit.phases) + (24 + 16 * len(choices) if choices else 0) + _MARGIN)
     y = _memory(canvas, plan.fit, _MARGIN)

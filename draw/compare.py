@@ -139,9 +139,9 @@ def comparison_card(comparison: Comparison, a: np.ndarray, b: np.ndarray) -> np.
             )
         )
     first, *others = comparison.findings
-    colour = INK if comparison.agree else RED
-    lines = [(line, 30, colour) for line in wrap(first, 30, inner)]
-    lines += [(line, 20, INK) for finding in others for line in wrap(finding, 20, inner)]
+    faults = comparison.faults
+    lines = [(line, 30, RED if first in faults else INK) for line in wrap(first, 30, inner)]
+    lines += [(line, 20, RED if one in faults else INK) for one in others for line in wrap(one, 20, inner)]
     head = 32 + sum(size + 12 for _, size, _ in lines) + 48
     canvas = Canvas(_WIDTH, head + sum(block.shape[0] + _GAP for block in blocks) + _MARGIN - _GAP)
     y = 32

@@ -27,8 +27,10 @@ _NAMED = 6
 _TOO_CLOSE = 16
 
 
-def roofline_picture(plan: RenderPlan) -> np.ndarray:
-    """RenderPlan -> (900, 1600, 3) uint8 RGB; without predictions the memory alone."""
+def roofline_picture(plan: RenderPlan | str) -> np.ndarray:
+    """RenderPlan -> (900, 1600, 3) uint8 RGB; without predictions the memory alone, of a sentence the sentence."""
+    if isinstance(plan, str):
+        return notice(plan)
     canvas = Canvas(_WIDTH, _HEIGHT, SMOOTH)
     clip = plan.clip
     canvas.text(_MARGIN, 28, f"{plan.file} on {plan.gpu.name}", 30, bold=True, limit=_WIDTH - 2 * _MARGIN)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 from ..checkpoint.file.shards import open_checkpoint
 from ..checkpoint.identify.components import find_components
-from ..draw.compact import compact_plan
-from ..draw.planner import notice, roofline_picture
 from ..measure import ltx, settings
 from ..measure.gpus import NoGpuError, pick_gpu
-from ..measure.plan import make_plan
+from ..measure.plan import RenderPlan, make_plan
 from ..measure.roofline import Clip
 
 NO_GPU = (
@@ -43,19 +40,18 @@ def distilled(**wishes: object) -> tuple[settings.RenderSettings, torch.Tensor, 
     return found, torch.tensor(found.sigmas), torch.tensor(found.sigmas_stage_2)
 
 
-def planned(
+def plan_rendering(
     path: str, clip: Clip, gpu: str, compute: str, text_encoder_gb: float = 0.0, memory_gib: float = 0.0
-) -> tuple[str, np.ndarray, np.ndarray]:
-    """A checkpoint on disk -> text, picture for a node, large picture.
+) -> RenderPlan | str:
+    """A checkpoint on disk -> RenderPlan, or what to name where no GPU is found and none is named.
 
-    ``gpu``: "detected" or a name of the table; 0: its memory, the usual text encoder. Where no GPU is found and none is
-    named, what to name takes the plan's place: the planner may stand behind a render that is done.
+    ``gpu``: "detected" or a name of the table; 0: its memory, the usual text encoder. The planner may stand behind a
+    render that is done, so that a machine without a GPU is no error.
     """
     header = open_checkpoint(path).header
     parts, encoder = find_components(header), text_encoder_gb * 1e9 or None
     try:
         chosen = pick_gpu(gpu, memory=memory_gib or None)
     except NoGpuError:
-        return NO_GPU, notice(NO_GPU), notice(NO_GPU)
-    plan = make_plan(header.path.name, header.tensors, parts, clip, chosen, compute, encoder)
-    return str(plan), compact_plan(plan), roofline_picture(plan)
+        return NO_GPU
+    return make_plan(header.path.name, header.tensors, parts, clip, chosen, compute, encoder)

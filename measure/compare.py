@@ -98,9 +98,14 @@ class Comparison:
         return differences.findings(self)[0]
 
     @property
+    def faults(self) -> list[str]:
+        """The findings that tell of more than a little detail."""
+        return differences.findings(self)[1]
+
+    @property
     def agree(self) -> bool:
         """Whether nothing but a little detail tells the clips apart."""
-        return differences.findings(self)[1]
+        return not self.faults
 
     @property
     def verdict(self) -> str:
@@ -158,7 +163,8 @@ class Comparison:
             "sameness": list(self.sameness), "other_frames": self.other_frames,
             "flicker": self.flicker, "flicker_a": self.flicker_a,
             "steps": {str(frame): size for frame, size in self.steps.items()}, "brighter": self.brighter,
-            "contrast": self.contrast, "fps": list(self.fps), "findings": self.findings, "agree": self.agree,
+            "contrast": self.contrast, "fps": list(self.fps), "findings": self.findings, "faults": self.faults,
+            "agree": self.agree,
             "verdict": self.verdict,
         }  # fmt: skip
 

@@ -91,8 +91,8 @@ def standing_out(similarity: tuple[float, ...]) -> list[int]:
     return [index for index, value in enumerate(similarity) if value < middle - max(DIP, 4.0 * deviation)]
 
 
-def findings(found: Comparison) -> tuple[list[str], bool]:
-    """-> (sentences, the most important first; whether nothing but a little detail tells the clips apart)."""
+def findings(found: Comparison) -> tuple[list[str], list[str]]:
+    """-> (sentences, the most important first; those of them that tell of a fault, not of a little detail)."""
     faults = [_blank(found, 1), _blank(found, 0), _frozen(found, 1), _frozen(found, 0)]
     if not _incomparable(found):
         faults += [*_unsteady(found), *_exposure(found)]
@@ -107,8 +107,9 @@ def findings(found: Comparison) -> tuple[list[str], bool]:
     if any(found.left_out):
         lengths = [found.frames + count for count in found.left_out]
         sound.append(f"A has {lengths[0]} frames, B {lengths[1]}; the first {found.frames} were compared.")
-    lines = [_identity(found), *filter(None, faults), *filter(None, [sharper]), *sound]
-    return lines, even and not (found.other_frames or any(faults) or sound)
+    identity, faults = _identity(found), [*filter(None, faults)]
+    wrong = [*([identity] if found.other_frames else []), *faults, *([] if even else [sharper]), *sound]
+    return [identity, *faults, *filter(None, [sharper]), *sound], wrong
 
 
 def _identity(found: Comparison) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import io
 
+from ..draw.compact import compact_plan
+from ..draw.planner import roofline_picture
 from ..host.files import file_names, file_path, fingerprint
-from ..host.planning import distilled, planned
+from ..host.planning import distilled, plan_rendering
 from ..host.show import show, to_image
 from ..measure.gpus import DETECTED, GPUS
 from ..measure.ltx import VERSIONS
@@ -114,6 +116,6 @@ class NVFP4Planner(io.ComfyNode):
         cls, file_name, width, height, frames, fps, gpu, compute, memory_gib=0.0, text_encoder_gb=0.0
     ) -> io.NodeOutput:
         clip = Clip(width, height, frames, fps)
-        text, small, large = planned(file_path(file_name, FOLDERS), clip, gpu, compute, text_encoder_gb, memory_gib)
-        picture = to_image(large)
-        return io.NodeOutput(text, picture, ui=show(cls, text, to_image(small), picture))
+        plan = plan_rendering(file_path(file_name, FOLDERS), clip, gpu, compute, text_encoder_gb, memory_gib)
+        picture = to_image(roofline_picture(plan))
+        return io.NodeOutput(str(plan), picture, ui=show(cls, str(plan), to_image(compact_plan(plan)), picture))
