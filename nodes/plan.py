@@ -112,10 +112,8 @@ class NVFP4Planner(io.ComfyNode):
         return fingerprint((file_name,), FOLDERS, sorted(options.items()))
 
     @classmethod
-    def execute(
-        cls, file_name, width, height, frames, fps, gpu, compute, memory_gib=0.0, text_encoder_gb=0.0
-    ) -> io.NodeOutput:
+    def execute(cls, file_name, width, height, frames, fps, gpu, compute, **sizes) -> io.NodeOutput:
         clip = Clip(width, height, frames, fps)
-        plan = plan_rendering(file_path(file_name, FOLDERS), clip, gpu, compute, text_encoder_gb, memory_gib)
+        plan = plan_rendering(file_path(file_name, FOLDERS), clip, gpu, compute, **sizes)
         picture = to_image(roofline_picture(plan))
         return io.NodeOutput(str(plan), picture, ui=show(cls, str(plan), to_image(compact_plan(plan)), picture))
