@@ -286,11 +286,11 @@ def measure_sharpness(
             grey = gray(frame)
             octave = _octave_variances(grey)
             kinds.append(frame_kind(grey, [_ratio(*pair) for pair in pairwise(octave)]))
-            if kinds[-1] in (NOISE_FRAME, PICTURE) and repeats(grey, before):
-                repeated.append(len(values))
+            again = kinds[-1] in (NOISE_FRAME, PICTURE) and repeats(grey, before)
+            repeated += [len(values)] if again else []
             values.append(laplacian_variance(grey))
             octaves.append(octave)
-            before = grey
+            before = before if again else grey
             if on_frame:
                 on_frame(len(values))
     if size is None:

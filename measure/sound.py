@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import sound_faults
 from .media import MediaError, to_sound
+from .signals import best_lag, envelope, mel_power, one_channel
 
 if TYPE_CHECKING:
     Sound = tuple[np.ndarray, int] | dict[str, Any]
@@ -33,7 +35,6 @@ SILENCE_DBFS = -100.0
 MAX_OFFSET_SECONDS = 1.0
 # Codecs pad to whole packets; tracks that differ by less than this are compared over their common part.
 LENGTH_TOLERANCE_SECONDS = 0.1
-_MEL_BANDS = 64
 _FLOOR_DB = 80.0
 _WAVEFORM_MATCH, _ENVELOPE_MATCH, _INVERTED_BEYOND = 0.3, 0.5, 0.1
 WAVEFORM, INVERTED, ENVELOPE = "waveform", "waveform, inverted", "envelope"
@@ -125,8 +126,6 @@ def _heard(
     a: np.ndarray, b: np.ndarray, rate: int, levels: tuple[float, float], findings: list[str]
 ) -> AudioComparison:
     """Two sounds (channels, samples) of one length, neither silent -> AudioComparison."""
-    from . import sound_faults  # which uses the parts below
-
     count = a.shape[1]
     findings += sound_faults.channel_faults(a, b, SILENCE_DBFS)
     difference = levels[1] - levels[0]
@@ -164,44 +163,12 @@ def level_dbfs(sound: np.ndarray) -> float | None:
     return None if level < SILENCE_DBFS else level
 
 
-def one_channel(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two sounds (channels, samples) -> (samples,) each: their mono mixes, or where one of these loses half of its
-    loudness the channel that is loudest in B, of A too if it has as many.
-    """
-    mixed = [sound.mean(axis=0, dtype=np.float64) for sound in (a, b)]
-    power = [np.square(sound, dtype=np.float64).mean(axis=1) for sound in (a, b)]
-    if all(np.square(mix).mean() >= each.mean() / 4 for mix, each in zip(mixed, power, strict=True)):
-        return mixed[0], mixed[1]
-    loudest = [int(each.argmax()) for each in power]
-    first = loudest[1] if len(a) == len(b) else loudest[0]
-    return a[first].astype(np.float64), b[loudest[1]].astype(np.float64)
-
-
 def spectral_distance(a: np.ndarray, b: np.ndarray, rate: int) -> float:
     """Two signals (samples,) or (channels, samples) of one length -> log-mel distance in dB, see above."""
     powers = [mel_power(np.atleast_2d(x), rate) for x in (a, b)]
     floor = max(float(max(p.max() for p in powers)) * 10 ** (-_FLOOR_DB / 10), 1e-30)
     left, right = (10.0 * np.log10(np.maximum(p, floor)) for p in powers)
     return float(np.sqrt(np.square(left - right).mean(axis=1)).mean())
-
-
-def mel_edges(rate: int) -> np.ndarray:
-    """(66,) hertz: band k rises from edge k to k + 1 and falls to k + 2."""
-    return 700.0 * (10.0 ** np.linspace(0.0, math.log10(1.0 + rate / 2 / 700.0), _MEL_BANDS + 2) - 1.0)
-
-
-def mel_power(sound: np.ndarray, rate: int) -> np.ndarray:
-    """(channels, samples) -> (times, 64) power in triangular mel bands, mean over the channels."""
-    window = 2 ** round(math.log2(max(rate * 0.04, 16)))
-    edges, hertz = mel_edges(rate), np.fft.rfftfreq(window, 1.0 / rate)[:, None]
-    rise, fall = (hertz - edges[:-2]) / np.diff(edges)[:-1], (edges[2:] - hertz) / np.diff(edges)[1:]
-    bands = np.clip(np.minimum(rise, fall), 0.0, None)
-    total = 0.0
-    for channel in sound:
-        padded = np.pad(channel, (window // 2, window))
-        blocks = np.lib.stride_tricks.sliding_window_view(padded, window)[:: window // 4]
-        total = total + np.square(np.abs(np.fft.rfft(blocks * np.hanning(window + 1)[:-1], axis=1))) @ bands
-    return total / len(sound)
 
 
 def sync_offset(a: np.ndarray, b: np.ndarray, rate: int) -> tuple[float | None, float | None, str | None]:
@@ -217,27 +184,3 @@ def sync_offset(a: np.ndarray, b: np.ndarray, rate: int) -> tuple[float | None, 
     if correlation >= _ENVELOPE_MATCH:
         return 1000.0 * lag * step / rate, correlation, ENVELOPE
     return None, None, None
-
-
-def envelope(signal: np.ndarray, step: int) -> np.ndarray:
-    """(samples,) -> RMS loudness in windows of 10 steps, one value a step."""
-    energy = np.square(signal[: len(signal) // step * step]).reshape(-1, step).mean(axis=1)
-    return np.sqrt(np.convolve(energy, np.full(10, 0.1), mode="same").clip(0.0))
-
-
-def best_lag(a: np.ndarray, b: np.ndarray, reach: int) -> tuple[int, float]:
-    """Lag of the highest peak of sum a[t] b[t + lag] / (|a| |b|), means removed; nearest of the near-equal."""
-    reach = min(reach, len(a) - 1)
-    if reach < 1:
-        return 0, 0.0
-    a, b = a - a.mean(), b - b.mean()
-    energy = math.sqrt(float(a @ a) * float(b @ b))
-    if energy == 0.0:
-        return 0, 0.0
-    size = 1 << (2 * len(a) - 1).bit_length()
-    product = np.fft.irfft(np.conj(np.fft.rfft(a, size)) * np.fft.rfft(b, size), size) / energy
-    around = np.concatenate((product[-reach:], product[: reach + 1]))
-    walls = np.concatenate(([-np.inf], around, [-np.inf]))
-    peaks = np.flatnonzero((around >= walls[:-2]) & (around >= walls[2:]) & (around >= 0.98 * around.max())) - reach
-    lag = int(min(peaks, key=abs, default=0))
-    return lag, float(around[lag + reach])

@@ -10,7 +10,8 @@ none where nothing is wrong:
                           other. Uncorrelated channels lose 3 dB
 * bandwidth               long-term spectra in 64 mel bands; bands count where the fuller sound is within 60 dB of its
                           peak, and are missing where the other is 20 dB lower than in the loud bands it has best. Said
-                          if the other's range goes on for half as much again, or begins below 200 Hz: a radio
+                          if the other's range goes on for an octave, as a codec's 15 kHz of 24 do not, or if 200 Hz and
+                          what is below are missing: a radio, a telephone
 * drift                   the loudness envelopes match better after B was stretched, by up to a tenth
 """
 
@@ -20,11 +21,11 @@ import math
 
 import numpy as np
 
-from .sound import best_lag, envelope, mel_edges, mel_power, one_channel
+from .signals import best_lag, envelope, mel_edges, mel_power, one_channel
 
 _GAP_DBFS, _GAP_DEPTH_DB, _USUAL_DB, _GAP_SECONDS, _GAP_WINDOW = -60.0, 40.0, 12.0, 0.3, 0.1
 _CANCELLED_DB, _BEYOND_DB = 6.0, 3.0
-_AUDIBLE_DB, _LOUD_DB, _MISSING_DB, _LOW_HERTZ, _TOP_SHARE = 60.0, 40.0, 20.0, 200.0, 1.5
+_AUDIBLE_DB, _LOUD_DB, _MISSING_DB, _LOW_HERTZ, _TOP_SHARE = 60.0, 40.0, 20.0, 200.0, 2.0
 _MOST_STRETCH, _DRIFT_SECONDS, _DRIFT_POINTS = 0.1, 0.02, 4096
 # Envelopes that match by less are other sounds. A stretch counts if it removes a third of what is missing to 1.
 _DRIFT_MATCH, _DRIFT_SHARE, _KEEPS_PACE = 0.5, 2 / 3, 0.97

@@ -153,7 +153,7 @@ def test_a_few_frames_of_noise_are_named_and_warned_of():
 
 def test_a_frozen_clip_stands_still_also_when_a_codec_changed_it_a_little():
     still = np.repeat(moving()[:1], 9, axis=0)
-    touched = np.clip(still + rng(8).integers(-1, 2, still.shape), 0, 255).astype(np.uint8)
+    touched = np.clip(still + rng(8).integers(-2, 3, still.shape), 0, 255).astype(np.uint8)
     for clip in (still, touched):
         found = measure_sharpness(clip)
         assert found.repeated == tuple(range(1, 9))
@@ -167,6 +167,17 @@ def test_a_clip_that_moves_in_one_small_place_does_not_stand_still():
         frame[40:46, 40 + 3 * t : 46 + 3 * t] = 255
     found = measure_sharpness(clip)
     assert (found.repeated, found.warns) == ((), False)
+
+
+@pytest.mark.parametrize("pixels", [0.1, 0.03])
+def test_a_slow_pan_does_not_stand_still(pixels):
+    image = data.coffee()
+    clip = [
+        cv2.warpAffine(image, np.float32([[1, 0, -pixels * t], [0, 1, 0]]), (600, 400), flags=cv2.INTER_CUBIC)
+        for t in range(13)
+    ]
+    found = measure_sharpness(np.stack(clip)[:, 20:212, 20:276])
+    assert not found.stands_still and not found.warns
 
 
 def test_film_on_twos_repeats_frames_and_does_not_stand_still():
