@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.file.shards import open_checkpoint
+from ..checkpoint.file.shards import open_checkpoint, plain_name
 from ..checkpoint.identify.components import COMPONENTS, find_components
 from ..checkpoint.identify.diagnosis import Fault
 from ..checkpoint.identify.report import inspect_checkpoint
@@ -20,8 +19,6 @@ from .console import CommandError, Console, check_ending, size
 from .options import add_dialect, add_source, add_target
 
 _OPEN = "for a file that leaves it open: "
-# What a file of a sharded checkpoint has in its name beside that of the checkpoint.
-_NOT_THE_NAME = re.compile(r"-\d{5}-of-\d{5}|\.safetensors.*$|[*?\[\]]")
 
 
 def inspect(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +91,7 @@ def run_split(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any
     """-> ({"files": what was written}, True)."""
     header = open_checkpoint(args.source).header
     parts = args.only or list(find_components(header, args.vae_prefix))
-    name = args.name or _NOT_THE_NAME.sub("", header.path.name).strip("-_. ")
+    name = args.name or plain_name(header.path)
     if not name:
         raise CommandError(f"{args.source} gives the new files no name; state one with --name")
     targets = {part: f"{name}_{part}.safetensors" for part in parts}

@@ -12,7 +12,7 @@ import torch
 from ..checkpoint.file.resume import PART
 from ..checkpoint.identify.components import DIFFUSION_MODEL
 from ..checkpoint.identify.dialects import AUTO
-from ..checkpoint.verify.verify import Verification, summary
+from ..checkpoint.verify.found import Verification, summary, worst_layers
 from ..checkpoint.verify.verify import verify as verify_files
 from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
@@ -173,12 +173,6 @@ def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
 
 
 def _say_worst(found: Verification, console: Console, count: int) -> None:
-    rows = [
-        (check.layer, check.format, f"{check.error:.4f}", f"{check.allowed:.4f}", f"{check.sqnr:.1f}",
-         f"{100 * check.saturated:.2f} %", f"{100 * check.lost:.2f} %")
-        for check in found.worst(count)
-    ]  # fmt: skip
-    if rows:
+    if rows := worst_layers(found, count):
         console.say()
-        head = ["worst layers", "format", "error", "allowed", "SQNR dB", "saturated", "lost"]
-        console.table(head, rows, "<<>>>>>", indent=0)
+        console.table(rows[0], rows[1:], "<<>>>>>", indent=0)

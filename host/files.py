@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 import comfy.model_management
 import comfy.utils
@@ -12,6 +12,7 @@ import folder_paths
 import torch
 
 from ..checkpoint.file.header import CheckpointError
+from ..checkpoint.file.shards import plain_name
 from ..checkpoint.identify.components import AUDIO_VAE, DIFFUSION_MODEL, REST, TEXT_PROJECTION, VIDEO_VAE
 
 SUFFIXES = (".safetensors", ".sft")
@@ -28,6 +29,10 @@ OUTPUT_FOLDERS = {
 }
 
 
+# Folder of models -> folder below output/ whose files ComfyUI lists with it, for a file like one of that folder.
+LIKE_FOLDERS = {"diffusion_models": "diffusion_models", "checkpoints": "checkpoints", "text_encoders": "clip"}
+
+
 def file_names(folders: Iterable[str]) -> list[str]:
     """Safetensors files of the model folders, each name once, in the folders' order."""
     names = dict.fromkeys(name for folder in folders for name in folder_paths.get_filename_list(folder))
@@ -36,11 +41,16 @@ def file_names(folders: Iterable[str]) -> list[str]:
 
 def file_path(name: str, folders: Iterable[str]) -> str:
     """Name from ``file_names`` -> path in the first folder that has it; FileNotFoundError if none has."""
+    return _found(name, folders)[1]
+
+
+def _found(name: str, folders: Iterable[str]) -> tuple[str, str]:
+    """As ``file_path``, and the folder's name first."""
     folders = tuple(folders)
     for folder in folders:
         path = folder_paths.get_full_path(folder, name)
         if path is not None:
-            return path
+            return folder, path
     places = ", ".join(f"models/{folder}" for folder in folders)
     raise FileNotFoundError(f"{name} is in none of {places}; put it into one of them")
 
@@ -67,12 +77,27 @@ def output_targets(source: str, name: str, components: Iterable[str]) -> dict[st
 
     ``name`` may hold subfolders; empty, it is that of ``source``. Raises CheckpointError for one that leads elsewhere.
     """
-    name = name.strip() or Path(source).stem
+    name = _output_name(source, name)
+    return {part: os.path.join(OUTPUT_FOLDERS[part], f"{name}_{part}.safetensors") for part in components}
+
+
+def output_like(source: str, name: str, ending: str) -> str:
+    """Path below the output folder, ``<folder>/<name>_<ending>.safetensors``, that is listed where ``source`` is.
+
+    ``source``: a name from ``file_names`` of LIKE_FOLDERS. ``name`` and errors: as for ``output_targets``.
+    """
+    folder = LIKE_FOLDERS[_found(source, LIKE_FOLDERS)[0]]
+    return os.path.join(folder, f"{_output_name(source, name)}_{ending}.safetensors")
+
+
+def _output_name(source: str, name: str) -> str:
+    """The user's ``name``, or that of the checkpoint ``source``. CheckpointError for one that leads elsewhere."""
+    name = name.strip() or plain_name(source) or PurePath(source).stem
     pure = PurePath(name)
     if pure.is_absolute() or pure.drive or {".", ".."} & set(name.replace("\\", "/").split("/")) or name[-1] in "/\\":
         found, remedy = "this name leads out of the folder where loaders look", "give a plain name, without `..`"
         raise CheckpointError(found, where=name, remedy=remedy)
-    return {part: os.path.join(OUTPUT_FOLDERS[part], f"{name}_{part}.safetensors") for part in components}
+    return name
 
 
 def restore_device() -> torch.device:

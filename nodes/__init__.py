@@ -7,8 +7,10 @@ from .measure import NVFP4Compare, NVFP4Sharpness
 from .model import NVFP4ModelLoader
 from .plan import NVFP4DistilledSettings, NVFP4Planner
 from .quantize import NVFP4Quantize
+from .repair import NVFP4Repair
 from .text_encoder import NVFP4TextEncoderLoader
 from .vae import NVFP4VAELoader
+from .verify import NVFP4Verify
 
 NODES = [
     NVFP4ModelLoader,
@@ -18,6 +20,8 @@ NODES = [
     NVFP4Inspect,
     NVFP4Split,
     NVFP4Quantize,
+    NVFP4Verify,
+    NVFP4Repair,
     NVFP4DistilledSettings,
     NVFP4Planner,
     NVFP4LaunchGuard,

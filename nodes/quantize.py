@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from comfy_api.v0_0_2 import io
 
 from ..checkpoint.identify.components import DIFFUSION_MODEL, REST
@@ -14,8 +12,7 @@ from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import AUTO, FAMILIES, Options
 from ..host import files
 from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
-from ..host.show import show, tell
-from ..measure.text import size_text
+from ..host.show import show, telling
 
 WHOLE, MODEL_ONLY = "whole checkpoint", "diffusion model only"
 SEARCHES = {"best": MSE, "fast": AMAX}
@@ -96,22 +93,6 @@ class NVFP4Quantize(io.ComfyNode):
             return io.NodeOutput(target, text, ui=show(cls, text))
         record = quantize_checkpoint(
             source, target, settings, base=files.output_folder(), overwrite=overwrite, device=device,
-            on_step=cls.reporting(files.progress()),
+            on_step=telling(cls, files.progress()),
         )  # fmt: skip
         return io.NodeOutput(target, text_of(record), ui=show(cls, text_of(record)))
-
-    @classmethod
-    def reporting(cls, on_step):
-        """``on_step``, and once a second a line of text on the node: how far, how fast, how long still."""
-        started = shown = time.monotonic()
-
-        def step(done: int, total: int) -> None:
-            nonlocal shown
-            on_step(done, total)
-            now = time.monotonic()
-            if done and now - shown > 1:
-                shown, rate = now, done / (now - started)
-                left = (total - done) / rate
-                tell(cls, f"{size_text(done)} of {size_text(total)}, {size_text(int(rate))}/s, {left:.0f} s left")
-
-        return step

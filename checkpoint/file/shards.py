@@ -22,6 +22,8 @@ from .header import HEADER_ENTRY, CheckpointError, Header, layers_entry, open_re
 
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
+# What a file of a sharded checkpoint has in its name beside that of the checkpoint.
+_NOT_THE_NAME = re.compile(r"-\d{5}-of-\d{5}|\.(safetensors|sft)(\..*)?$|[*?\[\]]")
 _MAX_INDEX_BYTES = 64 * 2**20
 _READ_BYTES = 2**26  # at a time: systems limit one call to 2 GiB
 
@@ -65,6 +67,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     trailing = sum(header.trailing for header in files)
     merged = Header(path, tensors, _merge_metadata(files), size, markers, trailing)
     return Checkpoint(merged, homes, tuple(files))
+
+
+def plain_name(path: str | os.PathLike[str]) -> str:
+    """Name of a file, index, shard or wildcard -> that of the checkpoint, without ending and folder; may be empty."""
+    return _NOT_THE_NAME.sub("", os.path.basename(path)).strip("-_. ")
 
 
 class Source:
@@ -174,11 +181,17 @@ def _siblings(path: Path, shard: re.Match) -> list[Path]:
         found = f"its name makes it part {int(shard['number'])} of {count}"
         raise CheckpointError(found, where=path.name, expected=f"a part from 1 to {count}", remedy="check its name")
     names = [f"{shard['stem']}{number:05}-of-{shard['count']}{shard['end']}" for number in range(1, count + 1)]
-    missing = [name for name in names if not path.with_name(name).is_file()]
+    missing = _not_beside(path, names)
     if missing:
         found = f"of its {count} parts {len(missing)} are missing, {missing[0]} for one"
         raise CheckpointError(found, where=path.name, expected="all parts in one folder", remedy="download the others")
     return [path.with_name(name) for name in names]
+
+
+def _not_beside(path: Path, names: list[str]) -> list[str]:
+    """Which of ``names`` are not in the folder of ``path``: by one listing, since a name can promise 99,999 parts."""
+    present = set(os.listdir(path.parent))
+    return [name for name in names if name not in present]
 
 
 def _indexed(path: Path) -> tuple[list[Path], set[str]]:
@@ -199,7 +212,7 @@ def _indexed(path: Path) -> tuple[list[Path], set[str]]:
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
             raise error(f"the index names the file {quote(name)}", "files must lie beside the index: do not use it")
-    missing = [name for name in names if not path.with_name(name).is_file()]
+    missing = _not_beside(path, names)
     if missing:
         found = f"of its {len(names)} files {len(missing)} are missing, {missing[0]} for one"
         raise error(found, "download the others")

@@ -183,6 +183,12 @@ def detect(header: Header, requested: str = AUTO, prefix: str = "", read: Read |
     )
 
 
+def packed_layers(header: Header, prefix: str = "") -> list[str]:
+    """Layers whose names start with ``prefix`` and whose tensors are NVFP4's, declared or not, matrices or banks."""
+    groups = group_tensors(header, prefix).items()
+    return [layer for layer, members in groups if weight_suffix(members) is not None and kind_of(members) == "nvfp4"]
+
+
 def _is_packed(members: Group) -> bool:
     """Whether a layer's tensors are those of an NVFP4 matrix, in whatever dialect."""
     weight = weight_suffix(members)
@@ -287,7 +293,7 @@ def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) ->
         if algorithm not in _MODELOPT_ALGORITHMS:
             found = f"ModelOpt's quant_algo is {quote(algorithm)}, its tensors are NVFP4"
             expected = ", ".join(name for name in _MODELOPT_ALGORITHMS if name)
-            remedy = "state the loader's `dialect` if that entry is left over from another file"
+            remedy = "state `dialect` if that entry is left over from another file"
             raise CheckpointError(found, where=header.path.name, expected=expected, remedy=remedy)
         return _modelopt_layout(header, packed, layouts, modelopt, read)
     if HEADER_ENTRY in header.metadata:
@@ -303,7 +309,7 @@ def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) ->
         "it holds NVFP4 weights, but neither markers nor the header say in which layout",
         where=header.path.name,
         expected="a declared dialect: nibble order does not show in shapes, and a wrong one gives noise, no error",
-        remedy=f"set the loader's `dialect` ({likely})",
+        remedy=f"set `dialect` ({likely})",
     )
 
 
@@ -322,7 +328,7 @@ def _modelopt_layout(
         f"ModelOpt wrote it, with or without its option that tiles the block scales ({order or 'not measured'})",
         where=header.path.name,
         expected="a stated layout: no layer of this file has a shape that tells",
-        remedy="set the loader's `dialect` to modelopt_swizzled if the export tiled its scales, else modelopt",
+        remedy="set `dialect` to modelopt_swizzled if the export tiled its scales, else modelopt",
     )
 
 

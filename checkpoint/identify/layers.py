@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...kernels.format import round_up
+from ...kernels.format import block_scale_shape, round_up
 from ..file.header import MARKER, CheckpointError, Header, TensorInfo, quote
 from .declarations import Declared
 from .formats import (
@@ -157,8 +157,12 @@ def read_layer(
     if kind == "nvfp4":
         if packed is None and (said is None or len(shape) != 3):
             raise error(f"its packed weight has shape {shape}", "a matrix, or a declared bank of them")
-        shape, suffixes = packed or (shape, _BANK)
-        read |= {*suffixes, SMOOTHING, *LOW_RANK}
+        if packed is None:  # a bank of experts, whose smoothing or low-rank part nobody would apply
+            _check_bank(shape, members, error)
+            read |= {*_BANK}
+        else:
+            shape, suffixes = packed
+            read |= {*suffixes, SMOOTHING, *LOW_RANK}
     elif form.weight and set(form.weight) <= {*FP8_FORMATS, "I8"}:
         scale = scale_suffix(members)
         read |= {scale} if scale else set()
@@ -236,6 +240,20 @@ def _check_scale(kind: str, shape, scale: str | None, members: Group, declared, 
     if block is None:
         raise error(text, f"one number, one a row, or one for each {FP8_BLOCK} x {FP8_BLOCK}")
     return block
+
+
+def _check_bank(shape: tuple[int, ...], members: Group, error) -> None:
+    """Scales of an NVFP4 bank (E, N, K/2): tiled ones of each expert, and one global scale or one an expert."""
+    experts, rows, width = shape
+    missing = [suffix for suffix in ("weight_scale", "weight_scale_2") if suffix not in members]
+    if missing:
+        raise error(f"it is a bank of {experts} experts without `{missing[0]}`", "both scales")
+    blocks, factors = members["weight_scale"].shape, members["weight_scale_2"]
+    wanted = (experts, *block_scale_shape((rows, 2 * width)))
+    if blocks != wanted:
+        raise error(f"its `weight_scale` has shape {blocks} for {experts} experts", f"{wanted}, tiled")
+    if factors.numel not in (1, experts):
+        raise error(f"its `weight_scale_2` has shape {factors.shape}", f"one number, or {experts}")
 
 
 def _check_shapes(members: Group, read: set[str], shape: tuple[int, ...], error) -> None:

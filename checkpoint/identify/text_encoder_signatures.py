@@ -22,6 +22,7 @@ CONNECTORS = tuple(f"model.diffusion_model.{kind}_embeddings_connector." for kin
 EMBEDDING = "model.embed_tokens"
 _NORM, _Q_NORM, _V = "post_feedforward_layernorm", "self_attn.q_norm", "self_attn.v_proj"
 _BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_TYPE = "set `type` to the model that it is for"
 _LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight")
 _WEIGHTS = ("weight", "weight_packed")
 _ENCODERS = "a Gemma 3 12B (LTX-2, LTX-2.3) or Gemma 4 12B (LTX-2.5) file for ComfyUI"
@@ -34,6 +35,9 @@ _OTHERS = (
     (("decoder.", "encoder."), "this is a VAE"),
     (("model.layers.", "layers."), "this is a text encoder, but no Gemma"),
 )
+
+
+_ENCODERS_OF_OTHERS = tuple(starts for starts, found in _OTHERS if "text encoder" in found)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class Projection:
     names: tuple[str, ...]
 
 
+def is_t5(header: Header) -> bool:
+    """Whether it is the T5 XXL of LTX-Video, the family before LTX-2."""
+    return any(name.startswith("encoder.block.23.layer.1.DenseReluDense.") for name in header.tensors)
+
+
 def find_text_encoder(header: Header) -> TextEncoder:
     """Header -> the Gemma it holds, complete. Raises CheckpointError for any other file, with what it is."""
     where, names = header.path.name, header.tensors.keys()
@@ -72,7 +81,7 @@ def find_text_encoder(header: Header) -> TextEncoder:
         raise CheckpointError(found, where=where, expected=_ENCODERS, remedy=remedy)
     family = _family(modules, layers)
     if family not in ("Gemma 3 12B", "Gemma 4 12B"):
-        remedy = "LTX-2.x was trained with no other: choose one of these"
+        remedy = f"LTX-2.x was trained with no other: choose one of these, or {_TYPE}"
         raise CheckpointError(f"this is {family}", where=where, expected=_ENCODERS, remedy=remedy)
     for number in range(layers):
         layer = f"model.layers.{number}."
@@ -152,5 +161,6 @@ def _what_else(names: Collection[str]) -> tuple[str, str]:
         return "this is a text projection, without a text encoder", "choose it as `projection`"
     for starts, found in _OTHERS:
         if any(name.startswith(starts) for name in names):
-            return found, "choose the file from models/text_encoders that was made for ComfyUI"
+            remedy = "choose the file from models/text_encoders that was made for ComfyUI"
+            return found, f"{remedy}, or {_TYPE}" if starts in _ENCODERS_OF_OTHERS else remedy
     return "no text encoder is in it", "choose another file"

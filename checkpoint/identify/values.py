@@ -35,6 +35,8 @@ def check_layer(where: str, layer: Layer, get: Get) -> None:
         raise _error(where, layer, "its block scales hold NaN")
     elif layer.kind == "fp8_cast":
         check_cast(where, layer, get(layer.weight))
+    elif layer.kind == "nvfp4" and len(layer.shape) == 3:
+        _check_bank(where, layer, get)
     for suffix in _INPUTS:
         if suffix in layer.read:
             check_input_scale(where, layer.name, suffix, get(suffix))
@@ -42,6 +44,16 @@ def check_layer(where: str, layer: Layer, get: Get) -> None:
         values = get(SMOOTHING).float()
         if not torch.isfinite(values).all() or (values == 0).any():
             raise _error(where, layer, f"its `{SMOOTHING}` holds NaN, infinity or zero")
+
+
+def _check_bank(where: str, layer: Layer, get: Get) -> None:
+    """As ``check_packed``, for each expert of a bank."""
+    factors = get("weight_scale_2").float().reshape(-1).expand(layer.shape[0])
+    if not torch.isfinite(factors).all() or (factors < 0).any():
+        raise _error(where, layer, "its `weight_scale_2` holds NaN, infinity or a negative number")
+    for index, factor in enumerate(factors):
+        name = f"{layer.name}, expert {index}"
+        check_packed(where, name, get("weight_scale")[index], factor, lambda index=index: get(layer.weight)[index])
 
 
 def check_input_scale(where: str, layer: str, suffix: str, value: torch.Tensor) -> None:

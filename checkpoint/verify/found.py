@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from ...measure.text import table
+
 
 @dataclass(frozen=True)
 class LayerCheck:
@@ -109,6 +111,26 @@ def summary(found: Verification) -> str:
     lines += _some([f"{name}: the file has it, the source does not" for name in found.extra])
     lines += _some(found.faults)
     return "\n".join(lines)
+
+
+def worst_layers(found: Verification, count: int) -> list[tuple[str, ...]]:
+    """Verification -> rows of a table, its heading first; empty without quantised layers."""
+    rows = [
+        (check.layer, check.format, f"{check.error:.4f}", f"{check.allowed:.4f}", f"{check.sqnr:.1f}",
+         f"{100 * check.saturated:.2f} %", f"{100 * check.lost:.2f} %")
+        for check in found.worst(count)
+    ]  # fmt: skip
+    head = ("worst layers", "format", "error", "allowed", "SQNR dB", "saturated", "lost")
+    return [head, *rows] if rows else []
+
+
+def report(found: Verification, count: int = 10) -> str:
+    """Verification -> ``summary``, and the layers furthest above what is allowed, their numbers first.
+
+    So a reader with little room, as on a node, need not scroll past the names.
+    """
+    rows = [(error, allowed, layer) for layer, _, error, allowed, *_ in worst_layers(found, count)]
+    return "\n".join([summary(found), *(["", *table(rows, right=(0, 1))] if rows else [])])
 
 
 def _some(lines: Sequence[str], most: int = 10) -> list[str]:

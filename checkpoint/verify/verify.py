@@ -23,6 +23,7 @@ from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
 from ..identify.formats import LOW_RANK, SMOOTHING
 from ..identify.layers import Layer, refuse
+from ..write.split import same_file
 from ..write.weights import FloatRows, FloatWeight
 from .account import Side, account_for, input_scale_faults
 from .found import LayerCheck, Verification, blocks_and_kinds, summary
@@ -41,15 +42,19 @@ def verify(
     source: str | os.PathLike[str],
     *,
     dialect: str = dialects.AUTO,
+    plain_source: bool = False,
     device: str | torch.device = "cpu",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Quantised file, its source (each a file, index, shard or wildcard) -> Verification; reads both once.
 
-    ``on_step(done, total)`` counts bytes of the quantised file and may raise. Raises CheckpointError.
+    ``plain_source``: refuse a source that is NVFP4 itself; a file that `repair` wrote can be compared with one, but how
+    far off its numbers are is then not measured. ``on_step(done, total)`` counts bytes of the quantised file and may
+    raise. Raises CheckpointError.
     """
     device, step = torch.device(device), on_step or (lambda done, total: None)
     ours, theirs = Side(open_checkpoint(path)), Side(open_checkpoint(source))
+    _check_pair(ours, theirs, plain_source)
     with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original:
         theirs.take(dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix))
         layers = Layers(ours, theirs, reader, original, device)
@@ -76,6 +81,17 @@ def verify(
         tuple(checks), identical, tuple(changed), account.alone, account.missing, account.extra,
         (*faults, *wrong), account.left_out, sampled,
     )  # fmt: skip
+
+
+def _check_pair(ours: Side, theirs: Side, plain_source: bool) -> None:
+    """Refuse two names of one checkpoint, which would agree with itself, and a source that can measure nothing."""
+    where, remedy = theirs.header.path.name, "choose the checkpoint that the file was made from"
+    if any(same_file(a.path, b.path) for a in ours.checkpoint.files for b in theirs.checkpoint.files):
+        raise CheckpointError("it is both the file and its source", where=where, expected="two files", remedy=remedy)
+    packed = dialects.packed_layers(theirs.header.of(theirs.own)) if plain_source else []
+    if packed:
+        found = f"the source is quantised itself ({len(packed):,} NVFP4 layers), so nothing can be measured against it"
+        raise CheckpointError(found, where=where, expected="a source in BF16, FP16, FP32 or FP8", remedy=remedy)
 
 
 class Layers:
@@ -180,7 +196,7 @@ class Layers:
         return LayerCheck(own, int(found[2]) if found else None, kind, kind_of, tuple(shape), *numbers, verdict)
 
     def _verdict(self, layer: str, weight, numbers) -> str:
-        error, allowed, _, _, bad = numbers
+        error, allowed, _, lost, bad = numbers
         if bad:
             return f"{bad:,} of its decoded values are NaN or infinite"
         if error <= allowed:
@@ -193,7 +209,9 @@ class Layers:
             if name != self._plan.dialect and other is not None and layer in other.nvfp4:
                 found = self._record(other, layer)
                 if layer_error(FloatRows(self.original, weight, self.device), *found)[0] <= allowed:
-                    return f"{text}; it is in the dialect {name}, not {self._plan.dialect} (`repair --dialect {name}`)"
+                    return f"{text}; it is in the dialect {name}, not {self._plan.dialect}: state that and repair it"
+        if lost > 0.5:
+            return f"{text}; {100 * lost:.0f} % of its blocks decode to zero, in the source they are not"
         if 0.25 < error < 0.6:
             return f"{text}; 0.36 is the mark of block scales in the wrong order"
         return f"{text}; 1.41 is the mark of exchanged nibbles, or of a source that is another model"
@@ -223,7 +241,7 @@ class Layers:
         refuse(header.path.name, plan.layers)
         self.ours.take(plan)
         if plan.dialect is None:
-            where, remedy = header.path.name, "name the quantised file first, its source second"
+            where, remedy = header.path.name, "choose the quantised file, and as source the one it was made from"
             raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
         return plan
 

@@ -45,7 +45,10 @@ _RENAMED = {"scale_weight": "weight_scale", "weight_scale_inv": "weight_scale", 
 
 @dataclass(frozen=True)
 class Repaired:
-    """What ``repair`` did. ``method``: "header" (in place), "copy" or "nothing". ``remaining``: faults that stay."""
+    """What ``repair`` did. ``method``: "header" (in place), "copy", "nothing", or "planned" in a dry run.
+
+    ``path``: the file that was written, else the source; ``remaining``: faults that stay.
+    """
 
     path: Path
     method: str
@@ -56,13 +59,19 @@ class Repaired:
     evidence: str = ""  # of the dialect, where the user stated it or the block scales were measured
 
     def __str__(self) -> str:
-        lines = [f"{self.path.name}: {'nothing to repair' if self.method == 'nothing' else 'repaired'}"]
+        planned = self.method == "planned"
+        nothing = "nothing that can be repaired" if self.remaining else "nothing to repair"
+        done = {"nothing": nothing, "planned": "can be repaired"}.get(self.method, "repaired")
+        lines = [f"{self.path.name}: {done}"]
         if self.method == "header":
             lines[0] += f", header rewritten in place, the old one kept in {self.backup.name}"
         elif self.converted:
-            lines[0] += f", {self.converted:,} layers converted"
+            lines[0] += f", {self.converted:,} layers {'to convert' if planned else 'converted'}"
         lines += [f"  dialect: {self.evidence}"] if self.evidence else []
-        lines += [f"  cured: {finding.text}" for finding in self.cured]
+        if planned:
+            lines += [f"  to cure: {finding.text}; stock ComfyUI {finding.stock}" for finding in self.cured]
+        else:
+            lines += [f"  cured: {finding.text}" for finding in self.cured]
         lines += [f"  remains: {finding.text}; stock ComfyUI {finding.stock}" for finding in self.remaining]
         return "\n".join(lines)
 
@@ -76,15 +85,16 @@ def repair(
     config_from: str | os.PathLike[str] | None = None,
     in_place: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> Repaired:
     """Write a repaired copy of ``source`` to ``target``, or change it ``in_place``; see the module's docstring.
 
     In place, old and new header are first saved beside the file (``restore_header`` puts the old one back); where more
     than the header has to change, the file is replaced by a copy once that is complete, and cannot be brought back.
-    ``dialect`` decides where the file
-    leaves it open; ``config_from``: a file whose `config` to use. ``base``, ``overwrite``, ``on_bytes``: as in
-    ``split``. A file without fault is left alone. Raises CheckpointError.
+    ``dialect`` decides where the file leaves it open; ``config_from``: a file whose `config` to use. ``base``,
+    ``overwrite``, ``on_bytes``: as in ``split``; it is called with 0 bytes while values are checked. ``dry_run``: check
+    all and write nothing; the target may exist. A file without fault is left alone. Raises CheckpointError.
     """
     checkpoint = open_checkpoint(source)
     guard = SourceGuard(checkpoint)
@@ -103,15 +113,23 @@ def repair(
     evidence = f"{found.plan.dialect}, {found.plan.evidence}" if found.plan.stated or found.plan.order else ""
     cured = tuple(finding for finding in found.faults if finding.curable)
     remaining = tuple(finding for finding in found.faults if not finding.curable)
+    if checkpoint.header != header:
+        lacks = "another `config` than" if "config" in header.metadata else "no `config`, unlike"
+        text = f"the header has {lacks} {Path(config_from).name}"
+        cured += (Fault("config", text, "guesses the model's settings, several of them wrong"),)
     path = header.path
     if target is not None:
-        path = check_targets(header, {"": target}, [file.path for file in checkpoint.files], base, overwrite)[""]
-    if not cured and checkpoint.header == header:
-        return Repaired(path, "nothing", (), remaining, 0, None, evidence)
+        sources = [file.path for file in checkpoint.files]
+        path = check_targets(header, {"": target}, sources, base, overwrite or dry_run)[""]
+    if not cured:
+        return Repaired(header.path, "nothing", (), remaining, 0, None, evidence)
     _check_sidecar(path, found)
+    converted = 0 if found.plan.native else len(found.plan.nvfp4)
     with Source(checkpoint) as reader:
-        _check_values(found.plan, reader)
+        _check_values(found.plan, reader, on_bytes or (lambda done, total: None))
         names = _names(found, reader)
+    if dry_run:
+        return Repaired(header.path, "planned", cured, remaining, converted, None, evidence)
     metadata = _metadata(found, names)
     if base is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +145,6 @@ def repair(
             path, _plan(found, names, reader), metadata, on_bytes,
             overwrite=overwrite or in_place, before_naming=guard.check,
         )  # fmt: skip
-    converted = 0 if found.plan.native else len(found.plan.nvfp4)
     return Repaired(path, "copy", cured, remaining, converted, None, evidence)
 
 
@@ -168,10 +185,11 @@ def _check_sidecar(path: Path, found: Diagnosis) -> None:
         raise CheckpointError(found_there, where=path.name, remedy=remedy)
 
 
-def _check_values(plan: dialects.DialectPlan, reader: Source) -> None:
+def _check_values(plan: dialects.DialectPlan, reader: Source, on_bytes: Callable[[int, int], None]) -> None:
     """The scales of every layer, also of those that are copied; CheckpointError names the layer."""
-    file = plan.header.path.name
+    file, total = plan.header.path.name, sum(info.nbytes for info in plan.header.tensors.values())
     for name, layer in plan.layers.items():
+        on_bytes(0, total)
         if layer.coded:
             check_layer(file, layer, lambda suffix, name=name: reader.tensor(f"{name}.{suffix}"))
         if name in plan.nvfp4:

@@ -19,7 +19,7 @@ import torch
 from ...measure.text import size_text
 from ..file.container import PlannedTensor, write_checkpoint
 from ..file.guard import SourceGuard
-from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry, read_header
+from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry
 from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, REST, VIDEO_VAE, Component, find_components
@@ -124,9 +124,9 @@ def check_targets(
             raise CheckpointError(found, where=os.fspath(target), remedy=remedy)
         if path.suffix != ".safetensors":
             raise CheckpointError("this is no name for the new file", where=path.name, expected="one in .safetensors")
-        if any(_same(path, file) for file in sources):
+        if any(same_file(path, file) for file in sources):
             raise CheckpointError("the target is the source itself", where=path.name, remedy="choose another name")
-        if any(_same(path, other) or str(path).casefold() == str(other).casefold() for other in paths.values()):
+        if any(same_file(path, other) or str(path).casefold() == str(other).casefold() for other in paths.values()):
             raise CheckpointError("two components have this one target", where=path.name, remedy="choose two names")
         if path.exists() and not overwrite:
             remedy = "choose another name, or allow overwriting"
@@ -135,7 +135,7 @@ def check_targets(
     return paths
 
 
-def _same(path: Path, other: Path) -> bool:
+def same_file(path: Path, other: Path) -> bool:
     """Whether two names are of one file, by links or by case."""
     if os.path.exists(path) and os.path.exists(other):
         return os.path.samefile(path, other)
@@ -156,7 +156,7 @@ def metadata_of(header: Header, component: Component) -> dict[str, str]:
 def with_config(header: Header, config_from: str | os.PathLike[str] | None) -> Header:
     if config_from is None:
         return header
-    config = read_header(config_from).metadata.get("config")
+    config = open_checkpoint(config_from).header.metadata.get("config")
     if config is None:
         remedy = "name a file of the same model that has it"
         raise CheckpointError("its header has no `config`", where=Path(config_from).name, remedy=remedy)

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 KEY = "nvfp4_video.graphs"
 _FEWEST_STEPS = 4  # with fewer, capturing takes longer than replaying saves
 _MOST_PLANS = 2
+_WAITS = 2  # steps one after the other in which the GPU waited: a single one may be a hiccup of the CPU
 _MOST_BRANCHES = 4  # LoRAs and hooks for which one block is captured; as many stay on the GPU (lora_patcher.py)
 _MOST_RECAPTURES = 2  # of one block in a sampling: weights that keep moving are not worth it
 _KNOWN_CALLS = 2 * _MOST_PLANS * _MOST_BRANCHES
@@ -65,8 +66,6 @@ def obstacle(model: torch.nn.Module, device: torch.device) -> str:
     """Why no block of this model can be captured on this device, or an empty string."""
     if _is_out_of_question(model, device):
         return "they are made for LTX's audio and video transformer on an NVIDIA GPU"
-    if device.index:
-        return "they are made on the first GPU only; on a second one a capture failed where that was tried"
     if not residency.has_block_prefetch():
         return "this ComfyUI does not say in its options which model it samples"
     if residency.option("disable_comfy_compiler"):
@@ -145,6 +144,7 @@ class Blocks:
         self.counts: Counter[str] = Counter()
         self.replacements = {("double_block", i): functools.partial(self.run, i) for i in range(len(self.blocks))}
         self._passes: Counter[tuple] = Counter()
+        self._waits: Counter[tuple] = Counter()
         self._ran: list[dict[int, None]] = [{} for _ in self.blocks]  # calls of each block, the latest last
         self._said: set[str] = set()
         self._most_bytes = 0  # GPU memory that one graph took
@@ -229,7 +229,8 @@ class Blocks:
         if self._last_block is not None:
             key, event = self._last_block
             self._last_block = None
-            if event.query():
+            self._waits[key] = self._waits[key] + 1 if event.query() else 0
+            if self._waits[key] >= _WAITS:
                 self.waits_for_cpu.add(key)
         for plan in self.plans.values():
             plan.forget()

@@ -15,18 +15,18 @@ from types import SimpleNamespace
 import comfy.model_management
 import comfy.ops
 import torch
-from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ...checkpoint.file.header import CheckpointError
 from ...kernels import reference
-from ...kernels.format import OUTPUT_DTYPES, PackedWeight, packed_shape
+from ...kernels.format import OUTPUT_DTYPES, packed_shape
 from .. import residency
 from . import lora
+from .experts import bank_class
 from .low_rank import LOW_RANK, add_low_rank
-from .matmul import multiply, multiply_with_lora
+from .matmul import LAYOUT, multiply, multiply_with_lora, wrap
 from .modes import Compute
 
-LAYOUT = "TensorCoreNVFP4Layout"
 _OWN_MODES = ("bf16", "fp8")
 _WEIGHT_ONLY = Compute()
 
@@ -98,6 +98,8 @@ def weight_only_operations(
                     return _streamed(self, input, weight, backend, matmul, activation)
                 return matmul(own, input, *found, device, backend, activation)
 
+    if hasattr(base, "MoEExperts"):
+        WeightOnlyOperations.MoEExperts = bank_class(base.MoEExperts, backend, source)
     return WeightOnlyOperations
 
 
@@ -126,17 +128,6 @@ def choose_mode(module, mode: str) -> None:
     elif own.get("nvfp4_mode"):  # it is not being loaded
         module._full_precision_mm = False
     own["nvfp4_mode"] = mode
-
-
-def wrap(record: PackedWeight) -> QuantizedTensor:
-    """PackedWeight -> the host's tensor; it shows the logical shape, from which the host detects architectures.
-
-    Its dtype is provisional: the layer that loads it computes in its own.
-    """
-    params = get_layout_class(LAYOUT).Params(
-        scale=record.global_scale, orig_dtype=torch.bfloat16, orig_shape=record.shape, block_scale=record.block_scale
-    )
-    return QuantizedTensor(record.packed, LAYOUT, params)
 
 
 def _unwrap(state_dict: dict, prefix: str, weight: QuantizedTensor, shape: tuple[int, int], source: str) -> None:
@@ -172,3 +163,6 @@ def _streamed(
         return out if branch is None else lora.add(out, input, branch)
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+__all__ = ["LAYOUT", "choose_mode", "supports", "weight_only_operations", "wrap"]

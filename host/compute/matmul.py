@@ -7,7 +7,7 @@ weight dequantised on the device. Called a thousand times a step: what depends o
 from __future__ import annotations
 
 import torch
-from comfy.quant_ops import QuantizedTensor
+from comfy.quant_ops import QuantizedTensor, get_layout_class
 
 from ...kernels import dispatch, reference
 from ...kernels.format import PackedWeight
@@ -15,8 +15,20 @@ from .. import residency
 from . import lora
 from .fusions import shared_rows
 
+LAYOUT = "TensorCoreNVFP4Layout"
 # Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
 FP8_MIN_TOKENS = 256
+
+
+def wrap(record: PackedWeight) -> QuantizedTensor:
+    """PackedWeight -> the host's tensor; it shows the logical shape, from which the host detects architectures.
+
+    Its dtype is provisional: the layer that loads it computes in its own.
+    """
+    params = get_layout_class(LAYOUT).Params(
+        scale=record.global_scale, orig_dtype=torch.bfloat16, orig_shape=record.shape, block_scale=record.block_scale
+    )
+    return QuantizedTensor(record.packed, LAYOUT, params)
 
 
 def multiply(

@@ -1,16 +1,19 @@
 """What the guard has to know of a model file that a loader node names: from its name and its header, remembered.
 
-Nothing but the header is read, and a file that is missing or cannot be read is simply unknown: its loader will say why.
+Of a shard the whole checkpoint counts, as for the loaders. Nothing but headers is read, and a file that is missing or
+cannot be read is simply unknown: its loader will say why.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import folder_paths
 
-from ...checkpoint.file.header import CheckpointError, Header, read_header
+from ...checkpoint.file.header import CheckpointError, Header
+from ...checkpoint.file.shards import open_checkpoint
 from ...checkpoint.identify.signatures import find_model
 from ...checkpoint.identify.vae_signatures import AUDIO, LTX, Vae, count_quantised, find_vaes
 from ..files import SUFFIXES
@@ -19,7 +22,8 @@ _MOST_REMEMBERED = 128
 _LONGEST_NAME = 4096  # PATH_MAX
 _LONGEST_ENTRY = 4096  # `config` and the like say nothing about it and may be large
 _DISTILLED = "distill"
-_remembered: dict[tuple[str, int, int], FileFacts] = {}
+_State = tuple[tuple[str, int, int], ...]  # path, time of change and size of each file, and of the folder
+_remembered: dict[str, tuple[_State, FileFacts]] = {}
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,16 @@ def file_facts(name: object, folders: tuple[str, ...]) -> FileFacts | None:
     if path is None or not path.lower().endswith(SUFFIXES):
         return None
     try:
-        stat = os.stat(path)
-        key = (path, stat.st_mtime_ns, stat.st_size)
-        if key not in _remembered:
-            while len(_remembered) >= _MOST_REMEMBERED:
-                _remembered.pop(next(iter(_remembered), None), None)
-            _remembered[key] = _read(str(name), path)
-        return _remembered[key]
+        known = _remembered.get(path)
+        if known is not None and known[0] == _state(entry[0] for entry in known[0]):
+            return known[1]
+        while len(_remembered) >= _MOST_REMEMBERED:
+            _remembered.pop(next(iter(_remembered), None), None)
+        checkpoint = open_checkpoint(path)
+        files = [str(header.path) for header in checkpoint.files]
+        state = _state([*files, os.path.dirname(path) or os.curdir])  # an index beside it makes it a shard
+        _remembered[path] = state, _facts(str(name), checkpoint.header)
+        return _remembered[path][1]
     except (OSError, ValueError, KeyError):  # CheckpointError is a ValueError
         return None
 
@@ -73,8 +80,12 @@ def name_says_distilled(name: object) -> bool:
     return _DISTILLED in os.path.basename(name.replace("\\", "/")).lower()
 
 
-def _read(name: str, path: str) -> FileFacts:
-    header = read_header(path)
+def _state(paths: Iterable[str]) -> _State:
+    stats = [(path, os.stat(path)) for path in paths]
+    return tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
+
+
+def _facts(name: str, header: Header) -> FileFacts:
     visual = [vae for vae in find_vaes(header) if vae.kind != AUDIO]
     full = any(vae.family == LTX and not vae.preview for vae in visual)
     nvfp4 = "NVFP4" in count_quantised(header.tensors)

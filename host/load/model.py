@@ -17,7 +17,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...checkpoint.file.header import CheckpointError, read_header
+from ...checkpoint.file.header import CheckpointError
 from ...checkpoint.file.shards import open_checkpoint
 from ...checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan
 from ...checkpoint.identify.signatures import Model, find_model, transformer_config
@@ -56,8 +56,7 @@ def load_model(
     CheckpointError for a file that cannot be loaded rightly, ValueError for an option that cannot be had.
     """
     device = comfy.model_management.get_torch_device()
-    picked = pick_mode(compute, device)
-    overrides = parse_overrides(layer_compute, device)
+    planned_for, picked, overrides = _pick_device(device, compute, layer_compute)
     backend_name, reason = backends.pick_backend(device, backend)
     checkpoint = open_checkpoint(path)
     header = checkpoint.header
@@ -69,7 +68,7 @@ def load_model(
     state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(model.prefix)}
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
     compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
-    operations = weight_only_operations(compute_dtype, device, backend, header.path.name, how)
+    operations = weight_only_operations(compute_dtype, planned_for, backend, header.path.name, how)
     options = {"custom_operations": operations}
     state_dict_keys = frozenset(state_dict)
     patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
@@ -80,11 +79,12 @@ def load_model(
         modes = MODES if how.uses("fp4") else tuple(mode for mode in MODES if mode != "fp4")
         return _plan_compute(pick_mode(compute, other, modes), parse_overrides(layer_compute, other), plan, model)
 
-    remember(patcher.model.diffusion_model, device, operations.Linear, compute_on)
+    remember(patcher.model.diffusion_model, planned_for, operations.Linear, compute_on)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute, attention))
     attends = use_attention(patcher, attention, how.mode)
     graphs = use_graphs(patcher)
-    report = report_of(plan, model, how, (backend_name, reason), device, patcher, config_source, attends, graphs)
+    place = f"{device} (on another GPU modes are chosen again)" if len(_gpus()) > 1 else str(device)
+    report = report_of(plan, model, how, (backend_name, reason), place, patcher, config_source, attends, graphs)
     logger.info("%s", str(report).replace("\n", "; "))
     return patcher, report
 
@@ -94,6 +94,32 @@ def _reload(
 ):
     """The host's factory for clones that need weights of their own: another GPU, or no DynamicVRAM."""
     return load_model(path, compute, dialect, backend, config_from, disable_dynamic, layer_compute, attention)[0]
+
+
+def _gpus() -> list[torch.device]:
+    """All GPUs of a host that can place a model on any of them."""
+    return getattr(comfy.model_management, "get_all_torch_devices", list)()
+
+
+def _pick_device(
+    default: torch.device, compute: str, layer_compute: str
+) -> tuple[torch.device, tuple[str, str], dict[str, str]]:
+    """-> the first device, the host's own before others, that runs all modes asked for; (mode, reason); overrides.
+
+    The host places a model on another GPU after it was loaded. Until then nothing runs, and ``settle`` refuses a
+    device that cannot run a mode asked for. ValueError where none can.
+    """
+    refusal = None
+    for device in (default, *(other for other in _gpus() if other != default)):
+        try:
+            (mode, reason), overrides = pick_mode(compute, device), parse_overrides(layer_compute, device)
+        except ValueError as error:
+            refusal = refusal or error
+            continue
+        if device != default:
+            reason = f"for {device}, where SelectModelDevice has to place the model; on {default}, {refusal}"
+        return device, (mode, reason), overrides
+    raise refusal
 
 
 def _plan_compute(picked: tuple[str, str], overrides: dict[str, str], plan: DialectPlan, model: Model) -> Compute:
@@ -112,7 +138,7 @@ def _complete_config(metadata: dict, header, model: Model, config_from: str | No
     if transformer_config(header) is not None:
         return None
     if config_from is not None:
-        other = read_header(config_from)
+        other = open_checkpoint(config_from).header
         if transformer_config(other) is None:
             found = "its header has no `config` with a `transformer` section"
             raise CheckpointError(found, where=other.path.name, expected="the file of a model of the same version")

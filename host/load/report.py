@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...checkpoint.identify.dialects import DialectPlan
 from ...checkpoint.identify.signatures import Model
 from .. import residency
@@ -76,7 +74,7 @@ def report_of(
     model: Model,
     compute: Compute,
     backend: tuple[str, str],
-    device: torch.device,
+    device: str,
     patcher: Any,
     config_from: str | None,
     attention: str,
@@ -99,7 +97,7 @@ def report_of(
         modes=dict(modes.most_common()),
         backend=backend[0],
         reason=backend[1],
-        device=str(device),
+        device=device,
         dynamic_vram=bool(getattr(patcher, "is_dynamic", bool)()),
         config_from=config_from,
         attention=attention,

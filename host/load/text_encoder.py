@@ -1,8 +1,9 @@
-"""The Gemma text encoder of LTX-2.x in NVFP4, any dialect -> the host's CLIP, with the pack's Linear, and a report.
+"""A text encoder in NVFP4, any dialect and any family ComfyUI knows -> the host's CLIP, with the pack's Linear.
 
-The host builds the model and owns tokenizer, patcher and offload. This module brings both state dicts to the host's
-layout (state_dict.py), passes an operations class, and lets the host replay the token loop of the prompt enhancer as
-CUDA graphs (host/compute/token_graphs.py).
+The host tells the family, builds the model and owns tokenizer, patcher and offload. This module brings the state dicts
+to the host's layout (state_dict.py) and passes an operations class (encoder_layers.py). For LTX-2.x, type ``ltxv``, it
+knows more: which Gemma and which text projection belong together, and how the host can replay the token loop of the
+prompt enhancer as CUDA graphs (host/compute/token_graphs.py).
 """
 
 from __future__ import annotations
@@ -14,36 +15,46 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
-import comfy.ops
 import comfy.sd
-import comfy.utils
 import folder_paths
 import torch
-from comfy.quant_ops import QuantizedTensor
 
 from ...checkpoint.file.header import CheckpointError
 from ...checkpoint.file.shards import Checkpoint, open_checkpoint
-from ...checkpoint.identify.dialects import AUTO, MARKER, DialectPlan
+from ...checkpoint.identify.dialects import AUTO, DialectPlan
 from ...checkpoint.identify.text_encoder_signatures import (
     CONNECTORS,
-    EMBEDDING,
     PROJECTION,
     TextEncoder,
     find_projection,
     find_text_encoder,
+    is_t5,
 )
-from ...kernels import backends, dispatch
-from ...kernels.format import OUTPUT_DTYPES, PackedWeight
-from ..compute.linear import weight_only_operations
+from ...kernels import backends
+from ...kernels.format import OUTPUT_DTYPES
 from ..compute.lora_patcher import use_branches
 from ..compute.token_graphs import use_graphs
+from .encoder_layers import check_shapes, check_taken, restore_embeddings, text_operations
 from .files import read_tensors
 from .report import count_layers
-from .state_dict import plan_file, rewrite, stored_shape
+from .state_dict import plan_file, rewrite
 
 logger = logging.getLogger(__name__)
 
 DEVICES = ("default", "cpu")
+LTX = "ltxv"
+# The host's names of families whose hidden states were compared with those of ComfyUI's own loader.
+TRIED = (
+    *("T5_XXL", "CLIP_L", "GEMMA_2_2B", "GEMMA_3_4B", "LLAMA3_8", "QWEN25_7B", "QWEN3_4B", "QWEN3VL_4B"),
+    "GPT_OSS_20B",
+)
+# Norms, whose dtype is the one in which the host builds an encoder.
+_NORMS = (
+    *("model.norm.weight", "model.layers.0.input_layernorm.weight", "model.language_model.norm.weight"),
+    *("encoder.final_layer_norm.weight", "norm.weight", "text_model.final_layer_norm.weight"),
+)
+# Files that ComfyUI takes for a text encoder by other means than ``detect_te_model``.
+_OTHER_SIGNS = ("transformer.resblocks.0.ln_1.weight", "model.audio_decoder.projection.weight")
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class TextEncoderReport:
     evidence: str
     layers: Mapping[str, int]  # format -> number of Linears
     gigabytes: float
-    projection: str
+    beside: str  # the text projection, or a second text encoder
     backend: str
     reason: str
     device: str
@@ -71,12 +82,30 @@ class TextEncoderReport:
             f"{self.file}: {self.family}, {self.gigabytes:.2f} GB",
             f"dialect: {self.dialect} ({self.evidence})",
             f"layers: {layers}",
-            f"projection: {self.projection}",
+            *([self.beside] if self.beside else []),
             f"compute: {how if self.dialect != 'none' else 'as ComfyUI, there is nothing to dequantise'}",
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
             f"token loop: {self.decode}",
         ]
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the host is given, and what it is. ``gemma``: that of LTX-2.x, None for any other text encoder."""
+
+    plan: DialectPlan
+    state_dicts: list[dict[str, torch.Tensor]]
+    family: str
+    beside: str
+    gemma: TextEncoder | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def types() -> tuple[str, ...]:
+    """What a text encoder can be for: the names of ComfyUI's own loaders, LTX's first."""
+    names = [name.lower() for name in comfy.sd.CLIPType.__members__]
+    return (LTX, *(name for name in names if name != LTX))
 
 
 def load_text_encoder(
@@ -86,70 +115,128 @@ def load_text_encoder(
     backend: str = "auto",
     device: str = "default",
     graphs: bool = True,
+    kind: str = LTX,
     disable_dynamic: bool = False,
 ) -> tuple[Any, TextEncoderReport]:
-    """Text encoder file, file with the text projection (None: the same) -> (the host's CLIP, TextEncoderReport).
+    """Text encoder file, second file -> (the host's CLIP, TextEncoderReport).
 
-    ``dialect`` reads NVFP4 weights of the text encoder that do not declare theirs. ``graphs``: replay the blocks of the
-    token loop as CUDA graphs where the host can. Raises CheckpointError for files that do not belong together or
-    cannot be read, ValueError for an option that cannot be had.
+    ``kind``: what it is for, one of ``types()``. ``projection``: for LTX-2.x the file with the text projection (None:
+    the same), for others a second text encoder, as the host's loader of two takes it (None: there is none).
+    ``dialect`` reads NVFP4 weights that do not declare theirs. ``graphs``: replay the blocks of LTX's token loop as
+    CUDA graphs where the host can. Raises CheckpointError for files that do not belong together or cannot be read,
+    ValueError for an option that cannot be had.
     """
     if device not in DEVICES:
         raise ValueError(f"unknown device {device!r}; expected {' or '.join(DEVICES)}")
+    if kind not in types():
+        raise ValueError(f"this ComfyUI knows no text encoders of type {kind!r}; expected {', '.join(types())}")
     options: dict[str, Any] = {}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     load_device = options.get("load_device") or comfy.model_management.text_encoder_device()
     backend_name, reason = backends.pick_backend(load_device, backend)
     checkpoint = open_checkpoint(path)
-    header = checkpoint.header
-    encoder = find_text_encoder(header)
-    beside_it = checkpoint if projection is None else open_checkpoint(projection)
-    other = beside_it.header
-    found = find_projection(other, encoder)
-    plan = plan_file(checkpoint, dialect)
-    tensors = _read(checkpoint, plan, lambda name: not name.startswith((PROJECTION, *CONNECTORS)))
-    beside = _read_projection(beside_it, dialect)
-    norm = header.tensors["model.layers.0.input_layernorm.weight"].torch_dtype
-    compute = norm if norm in OUTPUT_DTYPES else torch.bfloat16
-    operations = _full_precision(weight_only_operations(compute, load_device, backend, header.path.name))
-    restored = _restore_embedding(tensors, operations, backend, load_device)
-    clip = _build([tensors, beside], options | {"custom_operations": operations}, disable_dynamic, header.path.name)
-    _check(clip.cond_stage_model, encoder, operations.Linear, header.path.name)
+    header, name = checkpoint.header, checkpoint.header.path.name
+    second = None if projection is None else open_checkpoint(projection)
+    read = _ltx_parts if kind == LTX and not is_t5(header) else _host_parts
+    parts = read(checkpoint, second, dialect, kind)
+    operations = text_operations(_compute_dtype(checkpoint), load_device, backend, name)
+    restored = [
+        text for tensors in parts.state_dicts for text in restore_embeddings(tensors, operations, backend, load_device)
+    ]
+    given = {key for tensors in parts.state_dicts for key in tensors}
+    clip = _build(parts.state_dicts, options | {"custom_operations": operations}, kind, disable_dynamic, name)
+    if parts.gemma is not None:
+        _check_family(clip.cond_stage_model, parts.gemma, name)
+    check_shapes(clip.cond_stage_model, operations.Linear, name)
+    left = []
+    if parts.gemma is None:
+        placed = {key for tensors in parts.state_dicts for key in tensors}
+        left = check_taken(clip.cond_stage_model, given | placed, placed, name)
     use_branches(clip.patcher)
-    decode = use_graphs(clip) if graphs else "block by block, graphs are switched off"
-    clip.patcher.cached_patcher_init = (_reload, (path, projection, dialect, backend, device, graphs))
-    warnings = []
-    if restored:
-        why = "this ComfyUI cannot look up rows in that"
-        warnings.append(f"its token embedding was {restored}, it is BF16 now: {why}")
-    if not encoder.vision:
-        warnings.append("it has no vision tower: the prompt enhancer cannot look at an image")
+    decode = "ComfyUI's own"
+    if parts.gemma is not None:
+        decode = use_graphs(clip) if graphs else "block by block, graphs are switched off"
+    clip.patcher.cached_patcher_init = (_reload, (path, projection, dialect, backend, device, graphs, kind))
     report = TextEncoderReport(
-        file=header.path.name,
-        family=encoder.family,
-        dialect=plan.dialect or "none",
-        evidence=plan.evidence,
-        layers=dict(count_layers(plan).most_common()),
+        file=name,
+        family=parts.family,
+        dialect=parts.plan.dialect or "none",
+        evidence=parts.plan.evidence,
+        layers=dict(count_layers(parts.plan).most_common()),
         gigabytes=sum(info.nbytes for info in header.tensors.values()) / 1e9,
-        projection=f"{found.family}, {' + '.join(map(str, found.widths))} wide, from {other.path.name}",
+        beside=parts.beside,
         backend=backend_name,
         reason=reason,
         device=str(clip.patcher.load_device),
         dynamic_vram=bool(getattr(clip.patcher, "is_dynamic", bool)()),
         decode=decode,
-        warnings=tuple(warnings),
+        warnings=(*restored, *parts.warnings, *left),
     )
     logger.info("%s", str(report).replace("\n", "; "))
     return clip, report
 
 
-def _reload(path, projection, dialect, backend, device, graphs, disable_dynamic: bool = False):
+def _reload(path, projection, dialect, backend, device, graphs, kind=LTX, disable_dynamic: bool = False):
     """The host's factory for clones that need weights of their own: another GPU, or no DynamicVRAM."""
-    return load_text_encoder(path, projection, dialect, backend, device, graphs, disable_dynamic)[0].patcher
+    return load_text_encoder(path, projection, dialect, backend, device, graphs, kind, disable_dynamic)[0].patcher
 
 
-def _read(checkpoint: Checkpoint, plan: DialectPlan, wanted) -> dict[str, torch.Tensor]:
+def _ltx_parts(checkpoint: Checkpoint, second: Checkpoint | None, dialect: str, kind: str) -> _Parts:
+    """A Gemma and LTX's text projection that fits it."""
+    encoder = find_text_encoder(checkpoint.header)
+    second = second or checkpoint
+    found = find_projection(second.header, encoder)
+    plan = plan_file(checkpoint, dialect)
+    tensors = _read(checkpoint, plan, lambda name: not name.startswith((PROJECTION, *CONNECTORS)))
+    widths = " + ".join(map(str, found.widths))
+    beside = f"projection: {found.family}, {widths} wide, from {second.header.path.name}"
+    blind = "it has no vision tower: the prompt enhancer cannot look at an image"
+    warnings = () if encoder.vision else (blind,)
+    return _Parts(plan, [tensors, _read_projection(second, dialect)], encoder.family, beside, encoder, warnings)
+
+
+def _host_parts(checkpoint: Checkpoint, second: Checkpoint | None, dialect: str, kind: str) -> _Parts:
+    """A text encoder, or two, of whatever family the host finds them to be."""
+    plan = plan_file(checkpoint, dialect)
+    state_dicts, families, beside = [_read(checkpoint, plan)], [], ""
+    families.append(_family(state_dicts[0], checkpoint.header.path.name))
+    if second is not None:
+        other = plan_file(second, dialect)
+        state_dicts.append(_read(second, other))
+        families.append(_family(state_dicts[1], second.header.path.name))
+        formats = ", ".join(f"{count:,} {name}" for name, count in count_layers(other).most_common())
+        beside = f"second text encoder: {families[1]} from {second.header.path.name}, layers: {formats}"
+    untried = tuple(
+        f"{family} has not been tried with this loader: compare a picture with one that ComfyUI's own loader makes of "
+        "a BF16 or FP8 file"
+        for family in families
+        if family not in TRIED
+    )
+    return _Parts(plan, state_dicts, f"{families[0]} for {kind}", beside, warnings=untried)
+
+
+def _family(state_dict: dict[str, torch.Tensor], name: str) -> str:
+    """The host's name for the text encoder in a state dict."""
+    detect = getattr(comfy.sd, "detect_te_model", None)
+    found = detect(state_dict) if detect is not None else None
+    if found is None and detect is not None and not any(sign in state_dict for sign in _OTHER_SIGNS):
+        raise CheckpointError(
+            "ComfyUI does not recognise a text encoder in it",
+            where=name,
+            expected="a text encoder of a family this ComfyUI knows, with the names ComfyUI uses",
+            remedy="choose the file from models/text_encoders that was made for ComfyUI, or update ComfyUI",
+        )
+    return "a text encoder that ComfyUI does not name" if found is None else found.name
+
+
+def _compute_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    tensors = checkpoint.header.tensors
+    norm = next((tensors[name].torch_dtype for name in _NORMS if name in tensors), torch.bfloat16)
+    return norm if norm in OUTPUT_DTYPES else torch.bfloat16
+
+
+def _read(checkpoint: Checkpoint, plan: DialectPlan, wanted=lambda name: True) -> dict[str, torch.Tensor]:
     """The wanted tensors of a file in the host's layout; native ones stay mapped."""
     state_dict, _ = read_tensors(checkpoint)
     return rewrite(plan, {name: tensor for name, tensor in state_dict.items() if wanted(name)})
@@ -164,46 +251,9 @@ def _read_projection(checkpoint: Checkpoint, dialect: str) -> dict[str, torch.Te
     return state
 
 
-def _restore_embedding(tensors: dict, operations: type, backend: str, device: torch.device) -> str:
-    """Give the host a BF16 token embedding in the place of one it cannot look up -> the format it had, if any."""
-    key = f"{EMBEDDING}.weight"
-    weight, scale = tensors.get(key), tensors.get(f"{EMBEDDING}.weight_scale")
-    if isinstance(weight, QuantizedTensor):
-        params, found = weight._params, "NVFP4"
-        parts = (weight._qdata, params.block_scale, params.scale)
-        record = PackedWeight(*(part.to(device) for part in parts), params.orig_shape)
-        restored = dispatch.dequantize(record, torch.bfloat16, backend)
-    elif scale is not None and not _reads_embeddings(operations):
-        restored, found = (weight.float() * scale.float()).bfloat16(), "FP8"
-    else:
-        return ""
-    tensors[key] = restored.cpu()
-    for suffix in (MARKER, "weight_scale", "input_scale", "pre_quant_scale"):
-        tensors.pop(f"{EMBEDDING}.{suffix}", None)
-    return found
-
-
-def _reads_embeddings(operations: type) -> bool:
-    """Whether the host's operations for quantised models know quantised embeddings; older ones drop the scale."""
-    known = getattr(operations, "Embedding", None)
-    return known is not None and known is not getattr(comfy.ops.manual_cast, "Embedding", None)
-
-
-def _full_precision(operations: type) -> type:
-    """Operations whose layers of other formats leave activations alone too, as the host's for text encoders do."""
-
-    class TextEncoderOperations(operations):
-        class Linear(operations.Linear):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                self._full_precision_mm = True
-
-    return TextEncoderOperations
-
-
-def _build(state_dicts: list[dict], options: dict, disable_dynamic: bool, name: str) -> Any:
+def _build(state_dicts: list[dict], options: dict, kind: str, disable_dynamic: bool, name: str) -> Any:
     load = comfy.sd.load_text_encoder_state_dicts
-    arguments: dict[str, Any] = {"clip_type": comfy.sd.CLIPType.LTXV, "model_options": options}
+    arguments: dict[str, Any] = {"clip_type": comfy.sd.CLIPType[kind.upper()], "model_options": options}
     if "disable_dynamic" in inspect.signature(load).parameters:  # 0.15.1 lacks it
         arguments["disable_dynamic"] = disable_dynamic
     folders = folder_paths.get_folder_paths("embeddings")
@@ -214,20 +264,12 @@ def _build(state_dicts: list[dict], options: dict, disable_dynamic: bool, name: 
         raise CheckpointError(found, where=name, remedy="update ComfyUI, or download the file again") from error
 
 
-def _check(model: torch.nn.Module, encoder: TextEncoder, linear: type, name: str) -> None:
-    """Refuse a model that is another Gemma than the file's, or one of whose blocks has no weight of its size."""
+def _check_family(model: torch.nn.Module, encoder: TextEncoder, name: str) -> None:
+    """Refuse a model that is another Gemma than the file's."""
     built = "Gemma 4" if getattr(model, "text_encoder_key", "") == "gemma4" else "Gemma 3"
     if not encoder.family.startswith(built):
         found = f"this ComfyUI does not know {encoder.family} as a text encoder of LTX"
         raise CheckpointError(found, where=name, remedy="update ComfyUI")
-    for layer, module in model.named_modules():
-        if not isinstance(module, linear) or "vision" in layer or "audio_" in layer:
-            continue
-        shape, stored = (module.out_features, module.in_features), stored_shape(module)
-        if stored != shape:
-            found = "it has no `weight`" if stored is None else f"its `weight` has shape {stored}"
-            remedy = "the file is damaged, or of another size of the model: download it again"
-            raise CheckpointError(found, where=f"{name}, layer {layer}", expected=f"shape {shape}", remedy=remedy)
 
 
-__all__ = ["DEVICES", "TextEncoderReport", "load_text_encoder"]
+__all__ = ["DEVICES", "LTX", "TRIED", "TextEncoderReport", "load_text_encoder", "types"]

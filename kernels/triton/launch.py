@@ -57,12 +57,12 @@ def store_modifier(shape: tuple[int, int], dtype: torch.dtype) -> str:
 class Launcher:
     """One kernel with everything fixed but its tensors.
 
-    From its second call on it skips the JIT's analysis of arguments, which costs the CPU more than all the rest; that
-    needs the first call's alignment, and a single GPU, since the compiled kernel belongs to a device. ``as_bytes``:
-    positions of tensors that the kernel sees as uint8.
+    From its second call on it skips the JIT's analysis of arguments, which costs the CPU more than all the rest, and
+    Triton's look at each pointer, which fails for what cudaMallocAsync gives out while a CUDA graph is captured; that
+    needs the first call's alignment. ``as_bytes``: positions of tensors that the kernel sees as uint8.
     """
 
-    __slots__ = ("_arguments", "_as_bytes", "_device", "_direct", "_grid", "_kernel", "_may_skip", "_options")
+    __slots__ = ("_arguments", "_as_bytes", "_device", "_direct", "_grid", "_kernel", "_options")
 
     def __init__(
         self,
@@ -75,7 +75,6 @@ class Launcher:
     ):
         self._kernel, self._grid, self._arguments = kernel, (*grid, 1, 1)[:3], arguments
         self._device, self._options, self._as_bytes, self._direct = device, options, as_bytes, None
-        self._may_skip = _DIRECT and (device.type != "cuda" or torch.cuda.device_count() == 1)
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         """Launch on the current stream; ``tensors`` are the kernel's first arguments. The grid must not be empty."""
@@ -90,7 +89,7 @@ class Launcher:
         seen = [tensor.view(torch.uint8) if at in self._as_bytes else tensor for at, tensor in enumerate(tensors)]
         with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
             compiled = self._kernel[self._grid](*seen, *self._arguments, **self._options)
-        if aligned and self._may_skip:
+        if aligned and _DIRECT:
             self._direct = direct_launch(compiled, self._grid, self._device, (*pointers, *self._arguments))
 
 
@@ -109,7 +108,18 @@ def direct_launch(compiled: Any, grid: tuple[int, int, int], device: torch.devic
         def launch(*arguments: Any) -> None:
             run(*grid, current_stream(index), function, metadata, None, None, None, *arguments)
 
-        launch(*trial)
+        with torch.cuda.device(index):
+            launch(*trial)
     except (AttributeError, TypeError):
         return slower
-    return launch
+    return launch if torch.cuda.device_count() < 2 else _on(index, launch)
+
+
+def _on(index: int, launch: Callable[..., None]) -> Callable[..., None]:
+    """``launch`` where the GPU for which it was compiled may not be the current one."""
+
+    def switched(*arguments: Any) -> None:
+        with torch.cuda.device(index):
+            launch(*arguments)
+
+    return switched

@@ -93,7 +93,7 @@ def test_the_demo_shows_that_a_wrong_dialect_gives_noise_and_no_error(demo):
 
 def test_the_demo_shows_the_refusals_and_that_stating_the_dialect_helps(demo):
     undeclared, cut = demo[0]["refusals"]
-    assert "set the loader's `dialect`" in undeclared["message"] and undeclared["identical_when_stated"]
+    assert "set `dialect`" in undeclared["message"] and undeclared["identical_when_stated"]
     assert "cut short" in cut["message"]
 
 

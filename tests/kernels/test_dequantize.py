@@ -209,3 +209,16 @@ def test_a_captured_cuda_graph_decodes_what_lies_there_when_it_is_replayed(gener
             target.view(torch.uint8).copy_(part.view(torch.uint8)) if part.ndim else target.copy_(part)
         graph.replay()
         assert_same_bits(values.cpu(), decode(record, torch.bfloat16))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_a_weight_on_the_second_gpu_is_decoded_whichever_is_the_current_one(generator):
+    record = random_record((64, 256), generator)
+    right = reference.dequantize(record, torch.bfloat16)
+    for device in (torch.device("cuda", 1), torch.device("cuda", 0)):
+        run = dispatch.prepare("dequantize", record.shape, torch.bfloat16, device, "triton")
+        parts = [part.to(device) for part in record.parts]
+        for current in (0, 1, 0):
+            with torch.cuda.device(current):
+                assert_same_bits(run(*parts).cpu(), right)

@@ -198,3 +198,8 @@ def test_only_safetensors_files_are_offered(full, tmp_path):
 def test_an_empty_name_is_that_of_the_checkpoint_without_its_folder():
     targets = output_targets("ltx/model.v2.safetensors", "  ", ["video_vae"])
     assert Path(targets["video_vae"]).as_posix() == "vae/model.v2_video_vae.safetensors"
+
+
+@pytest.mark.parametrize("source", ["ltx/model.v2-00001-of-00003.safetensors", "model.v2.safetensors.index.json"])
+def test_an_empty_name_of_a_file_in_shards_has_no_number_of_a_shard(source):
+    assert Path(output_targets(source, "", ["video_vae"])["video_vae"]).name == "model.v2_video_vae.safetensors"

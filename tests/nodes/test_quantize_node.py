@@ -12,7 +12,7 @@ from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
 from nvfp4_video.checkpoint.verify.verify import verify
 from nvfp4_video.checkpoint.write.recipes import FAMILIES
-from nvfp4_video.nodes import quantize as module
+from nvfp4_video.host import show
 from nvfp4_video.nodes.quantize import MODEL_ONLY, WHOLE, NVFP4Quantize
 from nvfp4_video.tests.support.files import metadata
 from nvfp4_video.tests.support.quantize_sources import save, tiny
@@ -106,7 +106,7 @@ def test_how_far_and_how_fast_is_written_on_the_node(full, output, monkeypatch):
         hidden = type("Hidden", (), {"unique_id": "7"})
 
     clock = iter(range(0, 10_000, 2))
-    monkeypatch.setattr(module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: next(clock))}))
+    monkeypatch.setattr(show, "time", type("Clock", (), {"monotonic": staticmethod(lambda: next(clock))}))
     result = Running.execute(**WIDGETS)
     sent = [text for text, node in server.PromptServer.instance.sent if node == "7"]
     assert len(sent) > 10

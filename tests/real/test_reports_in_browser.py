@@ -31,12 +31,14 @@ GRAPH = {
     "9": ("EmptyImage", CLIP),
     "10": ("NVFP4Sharpness", {"images": ["9", 0]}),
     "11": ("NVFP4Compare", {"images_a": ["9", 0], "images_b": ["9", 0]}),
+    "12": ("NVFP4Verify", {"file_name": NVFP4, "source": FP8}),
+    "13": ("NVFP4Repair", {"file_name": NVFP4}),
 }
 # The nodes side by side, as narrow as nodes are, and all of them in view.
 GRID = """() => {
   app.rootGraph.nodes.forEach((node, index) => {
     node.setSize([310, node.size[1]]);
-    node.pos = [(index % 6) * 340, Math.floor(index / 6) * 800];
+    node.pos = [(index % 7) * 340, Math.floor(index / 7) * 800];
   });
   app.canvas.ds.scale = 0.55;
   app.canvas.ds.offset = [150, 120];
@@ -46,7 +48,8 @@ GRID = """() => {
 VERDICTS = {
     "1": f"{NVFP4}: full checkpoint", "2": "video VAE: ", "3": "ltx-2.3-22b-distilled-fp8", "4": "LTX-2.3 distilled: ",
     "5": "fits all at once", "7": "nothing found", "8": "nothing found; models: ", "10": "Verdict: undecided.",
-    "11": "The pictures are identical.",
+    "11": "The pictures are identical.", "12": f"{NVFP4} against {FP8}: as good as",
+    "13": f"{NVFP4}: nothing to repair",
 }  # fmt: skip
 
 

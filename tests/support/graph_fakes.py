@@ -144,6 +144,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         known[branches] = graph_plan.Captured(graph, weights)
         return known[branches]
 
+    monkeypatch.setattr(block_graphs, "_WAITS", 1)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

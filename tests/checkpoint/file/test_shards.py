@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -93,6 +94,17 @@ def test_an_index_beside_a_file_makes_it_a_shard_only_if_it_names_it_among_other
     assert not open_checkpoint(tmp_path / "a.safetensors").sharded
     with pytest.raises(CheckpointError, match="c.safetensors"):
         open_checkpoint(tmp_path / "b.safetensors")
+
+
+def test_a_name_that_promises_many_parts_costs_one_listing_of_its_folder(tmp_path, monkeypatch):
+    path = save(tmp_path / "m-00001-of-99999.safetensors", {"a": torch.ones(2)})
+    listed, looked = [], []
+    listing, is_file = os.listdir, Path.is_file
+    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or listing(folder))
+    monkeypatch.setattr(Path, "is_file", lambda self: looked.append(self) or is_file(self))
+    with pytest.raises(CheckpointError, match="of its 99999 parts 99998 are missing, m-00002-of-99999"):
+        open_checkpoint(path)
+    assert (len(listed), len(looked)) == (1, 0)
 
 
 def test_a_shard_beyond_its_count_is_refused(tmp_path):

@@ -213,7 +213,7 @@ def test_a_file_without_a_mark_is_accepted_from_lightricks(class_name: str):
 
 def test_modelopt_with_only_aligned_shapes_is_a_question_where_the_scales_cannot_be_looked_at():
     message = refusal(header(MODELOPT, q=comfy_layer()))
-    assert "not measured" in message and "set the loader's `dialect` to modelopt_swizzled" in message
+    assert "not measured" in message and "set `dialect` to modelopt_swizzled" in message
 
 
 def test_a_file_beside_the_checkpoint_counts_only_if_modelopt_wrote_it(tmp_path: Path):

@@ -34,20 +34,20 @@ from nvfp4_video.tests.support.header_by_hand import (
 def test_undeclared_bytes_are_never_guessed_and_the_error_names_the_widget(metadata):
     message = refusal(header(metadata, q=comfy_layer()))
     assert "neither markers nor the header say in which layout" in message
-    assert "set the loader's `dialect` (comfy if ComfyUI or Lightricks' tools wrote it, modelopt or" in message
+    assert "set `dialect` (comfy if ComfyUI or Lightricks' tools wrote it, modelopt or" in message
 
 
 def test_row_major_scales_without_a_declaration_suggest_modelopt_but_do_not_decide():
     for metadata in ({}, LIGHTRICKS):
         message = refusal(header(metadata, q=row_major_layer()))
-        assert "set the loader's `dialect`" in message and "dialect modelopt is the likely one" in message
+        assert "set `dialect`" in message and "dialect modelopt is the likely one" in message
 
 
 def test_modelopt_with_layer_entries_and_only_aligned_shapes_is_left_to_the_user():
     head = header(MODELOPT | {ENTRY: '{"layers": {}}'}, q=comfy_layer(256, 128))
     message = refusal(head)
     assert "no layer of this file has a shape that tells" in message
-    assert "set the loader's `dialect` to modelopt_swizzled if the export " in message
+    assert "set `dialect` to modelopt_swizzled if the export " in message
 
 
 def test_a_file_beside_the_checkpoint_never_decides_over_markers_or_header_entries(tmp_path: Path):
@@ -175,4 +175,4 @@ def test_a_header_entry_that_calls_packed_bytes_something_else_is_refused():
 
 
 def test_a_config_nested_without_end_is_no_declaration():
-    assert "set the loader's `dialect`" in refusal(header({"config": "[" * 100_000}, q=comfy_layer()))
+    assert "set `dialect`" in refusal(header({"config": "[" * 100_000}, q=comfy_layer()))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError, Header
 from nvfp4_video.checkpoint.identify.dialects import detect
 from nvfp4_video.checkpoint.identify.formats import FORMATS
 from nvfp4_video.checkpoint.identify.layers import group_tensors, refuse
+from nvfp4_video.checkpoint.identify.values import check_layer
 from nvfp4_video.tests.support.header_by_hand import ENTRY, MODELOPT, comfy_layer, entry, header, marked, refusal
 
 FP8 = {"weight": entry("F8_E4M3", 256, 384)}
@@ -238,3 +240,47 @@ def test_what_quantisers_keep_below_a_layer_is_of_that_layer():
     more = {"weight.quant_state.bitsandbytes__nf4": entry("U8", 90), "weight.nested_absmax": entry("F32", 1)}
     groups = group_tensors(header(**{"blocks.0.q": KINDS["bitsandbytes"] | more, "blocks.0.k": marked(comfy_layer())}))
     assert {layer: len(group) for layer, group in groups.items()} == {"blocks.0.q": 4, "blocks.0.k": 4}
+
+
+def bank(**others) -> dict:
+    """Four experts of 256 x 384 in NVFP4."""
+    scales = {"weight_scale": entry("F8_E4M3", 4, 256, 24), "weight_scale_2": entry("F32", 4)}
+    return {"weight": entry("U8", 4, 256, 192)} | scales | others
+
+
+def test_a_declared_bank_of_experts_is_read_with_its_scales():
+    layer = detect(said({"format": "nvfp4"}, q=bank())).layers["q"]
+    assert (layer.kind, layer.shape) == ("nvfp4", (4, 256, 192))
+    assert set(layer.read) == {*bank(), "comfy_quant"}
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ({"pre_quant_scale": entry("BF16", 384)}, "`pre_quant_scale` beside its weight .* is not understood"),
+        ({"svdquant_lora_a": entry("BF16", 8, 384)}, "`svdquant_lora_a` beside its weight"),
+        ({"weight_scale": entry("F8_E4M3", 4, 256, 12)}, r"has shape \(4, 256, 12\) for 4 experts"),
+        ({"weight_scale_2": entry("F32", 3)}, r"`weight_scale_2` has shape \(3,\); expected one number, or 4"),
+    ],
+)
+def test_what_a_bank_of_experts_would_not_be_multiplied_by_is_refused(others: dict, words: str):
+    with pytest.raises(CheckpointError, match=f"layer q: .*{words}"):
+        detect(said({"format": "nvfp4"}, q=bank(**others)))
+
+
+def test_a_bank_of_experts_without_scales_is_refused():
+    group = bank()
+    del group["weight_scale_2"]
+    with pytest.raises(CheckpointError, match="layer q: .*bank of 4 experts without `weight_scale_2`"):
+        detect(said({"format": "nvfp4"}, q=group))
+
+
+@pytest.mark.parametrize(("block", "factor", "words"), [(0x7F, 1e-3, "block scales hold NaN"), (8, float("nan"), "")])
+def test_a_bank_one_of_whose_experts_has_nan_in_its_scales_is_refused(block: int, factor: float, words: str):
+    layer = detect(said({"format": "nvfp4"}, q=bank())).layers["q"]
+    tensors = {"weight": torch.ones(4, 256, 192, dtype=torch.uint8), "weight_scale_2": torch.full((4,), 1e-3)}
+    tensors["weight_scale"] = torch.full((4, 256, 24), 8, dtype=torch.uint8)
+    check_layer("some.safetensors", layer, tensors.__getitem__)
+    tensors["weight_scale"][2, 0, 0], tensors["weight_scale_2"][2] = block, factor
+    with pytest.raises(CheckpointError, match=f"layer q.*{words or 'weight_scale_2. holds NaN'}"):
+        check_layer("some.safetensors", layer, tensors.__getitem__)

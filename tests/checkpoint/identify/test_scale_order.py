@@ -58,7 +58,7 @@ def test_a_modelopt_file_of_aligned_shapes_is_decided_by_its_scales_or_is_a_ques
         plan = detect(head, read=read)
         assert plan.dialect == dialect and "measured" in plan.evidence and "6 of 6 layers" in plan.evidence
     head, read = file(0.0, False, about)
-    with pytest.raises(CheckpointError, match="too little to decide.*set the loader's `dialect`"):
+    with pytest.raises(CheckpointError, match="too little to decide.*set `dialect`"):
         detect(head, read=read)
     assert detect(head, "modelopt", read=read).dialect == "modelopt"
 

@@ -76,6 +76,22 @@ def test_a_file_of_the_diffusion_model_alone_is_compared_with_the_full_checkpoin
     assert found.ok and len(found.layers) == len(linears(tiny()))
 
 
+def test_two_names_of_one_file_are_refused_instead_of_agreeing(folder, tmp_path):
+    file, twin = folder / "whole.safetensors", tmp_path / "twin.safetensors"
+    twin.hardlink_to(file)
+    for source in (file, twin):
+        with pytest.raises(CheckpointError, match="it is both the file and its source; expected two files"):
+            verify(file, source)
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "metadata_less"])
+def test_a_source_that_is_nvfp4_itself_is_refused_where_a_plain_one_is_asked_for(small, tmp_path, kind):
+    source = tmp_path / "source.safetensors"
+    synthetic.write(source, kind, *synthetic.small_ltx23())
+    with pytest.raises(CheckpointError, match="source is quantised itself .*; expected a source in BF16, FP16"):
+        verify(small / "lightx2v.safetensors", source, plain_source=True)
+
+
 def test_an_fp8_source_counts_with_its_scale(tmp_path):
     tensors = tiny()
     stored = dict(tensors)
@@ -195,7 +211,7 @@ def test_a_layer_without_its_original_and_an_unrelated_source_are_not_in_order(f
     assert found.alone == (LAYER,) and not found.ok
     other = verify(folder / "whole.safetensors", save(tmp_path / "o.safetensors", tiny(seed=9)))
     assert all("another model" in check.verdict for check in other.layers)
-    with pytest.raises(CheckpointError, match="no NVFP4 layer.*first"):
+    with pytest.raises(CheckpointError, match="no NVFP4 layer.*choose the quantised file"):
         verify(folder / "source.safetensors", folder / "whole.safetensors")
 
 

@@ -95,6 +95,44 @@ def test_a_sound_file_is_left_alone(tmp_path, model, kind):
     assert source.read_bytes() == before
 
 
+def test_a_dry_run_says_what_would_be_cured_and_writes_nothing(tmp_path, model):
+    source = write(tmp_path / "source.safetensors", "modelopt", model)
+    (tmp_path / "there.safetensors").write_bytes(b"mine")
+    before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+    for target in ("new.safetensors", "there.safetensors"):
+        report = repair(source, target, base=tmp_path, dry_run=True)
+        assert (report.method, report.path, report.converted) == ("planned", source, len(model[2]))
+        first, *lines = str(report).splitlines()
+        assert first == f"source.safetensors: can be repaired, {len(model[2])} layers to convert"
+        assert any(line.startswith("  to cure: ") and "modelopt" in line for line in lines)
+    assert sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir()) == before
+    done = repair(source, "new.safetensors", base=tmp_path)
+    assert (done.cured, done.remaining) == (report.cured, report.remaining)
+
+
+def test_a_cancel_is_possible_while_values_are_checked(tmp_path, model):
+    source = write(tmp_path / "source.safetensors", "metadata_less", model)
+
+    def cancel(done: int, total: int) -> None:
+        assert 0 == done < total
+        raise KeyboardInterrupt
+
+    for dry_run in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            repair(source, tmp_path / "new.safetensors", dry_run=dry_run, on_bytes=cancel)
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_a_lent_config_is_a_cure_that_the_report_names(tmp_path, model):
+    state, config, packed, _ = model
+    lender = write(tmp_path / "lender.safetensors", "comfy_markers", model)
+    source = save(tmp_path / "source.safetensors", load(lender), {})
+    assert "nothing that can be repaired" in str(repair(source, tmp_path / "new.safetensors"))
+    done = repair(source, tmp_path / "new.safetensors", config_from=lender)
+    assert [fault.code for fault in done.cured] == ["config"] and done.remaining == ()
+    assert "cured: the header has no `config`, unlike lender.safetensors" in str(done)
+
+
 def test_an_open_dialect_has_to_be_stated(tmp_path, model):
     state, config, packed, wanted = model
     source = tmp_path / "source.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import comfy.model_management
 import pytest
 import torch
 from nvfp4_video.host.compute import device_modes
@@ -53,6 +54,41 @@ def test_a_mode_asked_for_by_name_that_the_device_cannot_run_is_an_error_that_sa
     with pytest.raises(ValueError, match="compute fp8 cannot run: FP8 needs 8.9, it has 8.6; choose bf16 or auto"):
         device_modes.settle(patcher.model.diffusion_model, OLD)
     assert "fp8" in modes(patcher), "nothing was changed"
+
+
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's own device does not run FP8, another does."""
+    monkeypatch.setattr(fp8, "obstacle", lambda device: "" if device == OLD else f"FP8 needs 8.9, {device} has 8.6")
+    monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda: [CPU, OLD], raising=False)
+
+
+def test_a_mode_that_only_another_gpu_runs_is_planned_for_that_gpu_and_refused_on_the_first(path, monkeypatch):
+    two_gpus(monkeypatch)
+    patcher, report = load_model(str(path), "fp8")
+    assert "fp8" in modes(patcher)
+    found = "compute: fp8 (for cuda:1, where SelectModelDevice has to place the model; on cpu, compute fp8 cannot run"
+    assert found in str(report)
+    device_modes.settle(patcher.model.diffusion_model, OLD)
+    with pytest.raises(ValueError, match="compute fp8 cannot run: FP8 needs 8.9, cpu has 8.6"):
+        device_modes.settle(patcher.model.diffusion_model, CPU)
+
+
+def test_the_report_says_that_another_gpu_has_modes_of_its_own(path, monkeypatch):
+    assert "device: cpu, DynamicVRAM" in str(load_model(str(path))[1])
+    two_gpus(monkeypatch)
+    patcher, report = load_model(str(path), "auto")
+    assert modes(patcher) == {"bf16"}
+    assert "device: cpu (on another GPU modes are chosen again), DynamicVRAM" in str(report)
+    device_modes.settle(patcher.model.diffusion_model, OLD)
+    assert "fp8" in modes(patcher)
+
+
+def test_a_mode_that_no_gpu_runs_is_refused_with_what_the_first_lacks(path, monkeypatch):
+    two_gpus(monkeypatch)
+    with pytest.raises(ValueError, match="compute fp4 cannot run: no FP4"):
+        load_model(str(path), "fp4")
+    with pytest.raises(ValueError, match="expected PART=MODE"):
+        load_model(str(path), layer_compute="to_out")
 
 
 def test_a_model_of_another_loader_is_left_alone():

@@ -16,6 +16,7 @@ from nvfp4_video.host.guard import files as guard_files
 from nvfp4_video.host.guard.prompt_graph import PromptGraph
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.host.guard.test_prompt_graph import PROMPTS
+from nvfp4_video.tests.support import containers
 from nvfp4_video.tests.support.guard_prompts import DISTILLED, HEALTHY, VULNERABLE, clip, facts, ids, node, only
 from safetensors.torch import load_file, save_file
 
@@ -273,8 +274,8 @@ def test_an_old_torch_on_a_gpu_with_fp4_cores_is_a_matter_of_the_host():
 
 def test_a_file_is_read_once_and_again_when_it_changes(models, monkeypatch):
     read = []
-    original = guard_files.read_header
-    monkeypatch.setattr(guard_files, "read_header", lambda path: read.append(path) or original(path))
+    original = guard_files.open_checkpoint
+    monkeypatch.setattr(guard_files, "open_checkpoint", lambda path: read.append(path) or original(path))
     path = models / "diffusion_models" / "ltx-2.3-dev.safetensors"
     first = [guard_files.file_facts(path.name, ("diffusion_models",)) for _ in range(3)]
     assert len(read) == 1 and first[0] == first[2]
@@ -282,6 +283,28 @@ def test_a_file_is_read_once_and_again_when_it_changes(models, monkeypatch):
     save_file({"x": torch.zeros(1)}, path)
     assert guard_files.file_facts(path.name, ("diffusion_models",)).family is None
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("make", [containers.numbered, containers.indexed])
+def test_a_shard_of_a_checkpoint_is_known_by_the_whole_and_read_again_when_another_changes(models, tmp_path, make):
+    folder = models / "diffusion_models"
+    shard = make(containers.whole(tmp_path / "whole.safetensors"), folder)
+    found = guard_files.file_facts(shard.name, ("diffusion_models",))
+    assert (found.family, found.nvfp4) == ("LTX-2.3", True)
+    for other in ("m-00001-of-00002.safetensors", "upper.safetensors"):
+        (folder / other).unlink(missing_ok=True)
+    assert guard_files.file_facts(shard.name, ("diffusion_models",)) is None
+
+
+def test_an_index_that_appears_beside_a_remembered_file_makes_it_a_shard(models, tmp_path):
+    folder = models / "diffusion_models"
+    shard = containers.indexed(containers.whole(tmp_path / "whole.safetensors"), folder)
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text()
+    index.unlink()
+    alone = guard_files.file_facts(shard.name, ("diffusion_models",))
+    index.write_text(text)
+    assert guard_files.file_facts(shard.name, ("diffusion_models",)).family == "LTX-2.3" != alone.family
 
 
 @pytest.mark.parametrize("name", [None, 3, "", "no.safetensors", "../vae/ae.safetensors", "a\0b", ["x", 0], "t.txt"])

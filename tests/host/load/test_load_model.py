@@ -330,7 +330,7 @@ def test_a_file_that_no_mark_explains_is_refused_until_the_dialect_is_stated(mod
         metadata["config"] = json.dumps({"transformer": {"_class_name": "Other"}})
 
     path = edit("metadata_less", foreign_config)
-    assert_refused(path, r"edited\.safetensors: .*neither markers nor the header.*set the loader's `dialect`.*comfy.*")
+    assert_refused(path, r"edited\.safetensors: .*neither markers nor the header.*set `dialect`.*comfy.*")
     assert_computes_the_decoded_weights(load_model(path, dialect="comfy")[0], model)
 
 

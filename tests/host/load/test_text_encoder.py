@@ -14,7 +14,9 @@ from nvfp4_video.checkpoint.file.header import CheckpointError, read_header
 from nvfp4_video.checkpoint.identify.dialects import AUTO, DIALECTS
 from nvfp4_video.checkpoint.identify.text_encoder_signatures import find_projection, find_text_encoder
 from nvfp4_video.host.compute import token_graphs as text_decode
+from nvfp4_video.host.compute.matmul import wrap
 from nvfp4_video.host.files import SAME_FILE
+from nvfp4_video.host.load.encoder_layers import restore_embeddings, text_operations
 from nvfp4_video.host.load.text_encoder import load_text_encoder
 from nvfp4_video.kernels import reference
 from nvfp4_video.kernels.format import swap_nibbles, unswizzle
@@ -195,7 +197,7 @@ def test_the_cpu_can_be_asked_for_and_the_patcher_can_load_again(put, state, pro
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (lambda: gemma(34), "this is Gemma 3 4B; expected a Gemma 3 12B .*LTX-2.x was trained with no other"),
+        (lambda: gemma(34), "this is Gemma 3 4B; expected a Gemma 3 12B .*trained with no other: .*set `type`"),
         (lambda: gemma(60), "this is Gemma 4 31B"),
         (lambda: gemma(47), "this is a Gemma of 47 layers"),
         (lambda: {k: v for k, v in gemma(26).items() if "q_norm" not in k}, "this is Gemma 2"),
@@ -275,7 +277,8 @@ def test_the_node_lists_files_loads_and_runs_again_when_either_file_changes(put,
     assert shown["required"]["text_encoder"][1]["options"] == ["gemma.safetensors"]
     assert shown["required"]["projection"][1]["options"] == [SAME_FILE, "ltx.safetensors", "gemma.safetensors"]
     assert shown["optional"]["dialect"][1]["options"] == [AUTO, *DIALECTS]
-    assert all(options["advanced"] for _, options in shown["optional"].values())
+    assert [name for name, (_, options) in shown["optional"].items() if not options.get("advanced")] == ["type"]
+    assert shown["optional"]["type"][1]["options"][0] == shown["optional"]["type"][1]["default"] == "ltxv"
     schema = NVFP4TextEncoderLoader.GET_SCHEMA()
     assert [output.io_type for output in schema.outputs] == ["CLIP", "STRING"]
     clip, report = NVFP4TextEncoderLoader.execute("gemma.safetensors", "ltx.safetensors").args
@@ -306,3 +309,30 @@ def test_a_prompt_shorter_than_the_window_hides_nothing():
     slots.take(0, 3)
     slots.take(3, 1)
     assert slots.bias.eq(0).tolist() == [True] * 4 + [False] * 4
+
+
+def test_a_type_this_comfyui_does_not_know_is_refused_with_those_it_knows(put, state):
+    path = put("text_encoders", "gemma.safetensors", state)
+    with pytest.raises(ValueError, match="no text encoders of type 'qwen'; expected ltxv"):
+        load_text_encoder(path, kind="qwen")
+
+
+def test_embeddings_the_host_cannot_look_up_become_bf16_whatever_they_are_called():
+    operations = text_operations(torch.bfloat16, torch.device("cpu"), "torch", "the file")
+    record = reference.quantize(torch.randn(32, 64))
+    names = ("shared", "embed_tokens", "text_model.embeddings.token_embedding", "block.0.relative_attention_bias")
+    linears = ("model.layers.0.mlp.up_proj", "embed_vision.embedding_projection")
+    tensors = {f"{name}.weight": wrap(record) for name in names + linears}
+    texts = restore_embeddings(tensors, operations, "torch", torch.device("cpu"))
+    assert [name for name in tensors if type(tensors[name]) is torch.Tensor] == [f"{name}.weight" for name in names]
+    assert torch.equal(tensors["shared.weight"], reference.dequantize(record))
+    assert len(texts) == len(names) and texts[0].startswith("its token embedding was NVFP4, it is BF16 now")
+
+
+def test_plain_weights_and_biases_of_a_text_encoder_keep_the_dtype_of_their_file():
+    operations = text_operations(torch.bfloat16, torch.device("cpu"), "torch", "the file")
+    layer = operations.Linear(16, 8)
+    state = {"weight": torch.randn(8, 16).half(), "bias": torch.randn(8).half()}
+    layer.load_state_dict(dict(state))
+    assert torch.equal(layer.weight, state["weight"]) and torch.equal(layer.bias, state["bias"])
+    assert layer.weight.dtype == layer.bias.dtype == torch.float16

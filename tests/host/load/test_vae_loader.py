@@ -18,6 +18,7 @@ from nvfp4_video.host.load.vae import ResidentVAE, load_vae
 from nvfp4_video.kernels import reference
 from nvfp4_video.nodes.vae import NVFP4VAELoader
 from nvfp4_video.samples.recorded import recorded
+from nvfp4_video.tests.support import containers
 from safetensors.torch import save_file
 
 CONFIG = {"vae": {"dims": 3}, "audio_vae": {"model": {}}, "vocoder": {"vocoder": {}, "bwe": {}}}
@@ -87,6 +88,20 @@ def test_a_video_vae_is_the_same_from_its_own_file_and_from_a_checkpoint(put, vi
         assert same(weights(vae), video)
         assert report.startswith(f"{name}: LTX 2.3 video VAE, {place}, 170 tensors")
         assert "device: cpu, dtype: float32" in report
+
+
+@pytest.mark.parametrize("make", [containers.numbered, containers.indexed])
+def test_a_vae_in_shards_is_the_same_whichever_shard_is_named_and_lends_its_config(put, tmp_path, video, audio, make):
+    whole = Path(put("checkpoints", "full.safetensors", full(video, audio)))
+    make(whole, whole.parent)  # the config is in the first shard only
+    names = sorted(path.name for path in whole.parent.glob("*.safetensors") if path != whole)
+    assert len(names) == 2
+    for name in names:
+        assert same(weights(run(name, "video")[0]), video)
+        assert same(weights(run(name, "audio")[0]), audio)
+    put("vae", "bare.safetensors", video, None)
+    for name in names:
+        assert same(weights(run("bare.safetensors", config_from=name)[0]), video)
 
 
 def test_kind_chooses_the_audio_vae_of_a_checkpoint_and_a_file_of_its_own_needs_no_choice(put, video, audio):

@@ -146,7 +146,7 @@ def mixed_precision_ops(quant_config=None, compute_dtype=torch.bfloat16, full_pr
                 if weight is None:
                     self.weight = None
                 elif marker is None:
-                    self.weight = torch.nn.Parameter(weight.to(compute_dtype), requires_grad=False)
+                    self.weight = torch.nn.Parameter(weight.to(self.factory_kwargs["dtype"]), requires_grad=False)
                 else:
                     self._load_quantized(weight, json.loads(bytes(marker.tolist())), take)
                 super()._load_from_state_dict(*args)
