@@ -29,6 +29,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
+from ..kernels.errors import PackError
 from .console import MAX_WIDTH, CommandError, Console, put
 
 # Command -> (module of this package, summary).
@@ -147,15 +148,9 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _expected() -> tuple[type[Exception], ...]:
-    """Errors that are the user's to solve: one line, no traceback. Only modules already in use can have raised them."""
-    names = {
-        "checkpoint.file.header": "CheckpointError",
-        "measure.media": "MediaError",
-        "tests.real.harness": "HostError",
-    }
-    loaded = {sys.modules.get(f"{__package__.rpartition('.')[0]}.{module}"): name for module, name in names.items()}
-    found = [getattr(module, name) for module, name in loaded.items() if module is not None]
-    return (CommandError, OSError, ModuleNotFoundError, *found)
+    """Errors that are the user's to solve: one line, no traceback. The harness is the demo's, if it is in use."""
+    harness = sys.modules.get(f"{__package__.rpartition('.')[0]}.tests.real.harness")
+    return (PackError, OSError, ModuleNotFoundError, *([harness.HostError] if harness is not None else []))
 
 
 def _describe(error: Exception) -> str:

@@ -112,6 +112,7 @@ def _plot_paths(paths: list[Path], out: Path | None) -> list[Path | None]:
     if out.suffix.lower() == ".png":
         if len(paths) > 1:
             raise CommandError(f"--png {out} is one file for {len(paths)} plots; name a folder")
+        check_ending(out, ".png")
         _check_output(out, paths)
         return [out]
     pictures = [out / f"{path.resolve().name}-sharpness.png" for path in paths]

@@ -13,7 +13,7 @@ from ..measure.plan import make_plan
 from ..measure.roofline import MODES, Clip
 from ..measure.text import gib
 from .amounts import amount, positive_count
-from .console import CommandError, Console, check_ending
+from .console import Console, check_ending
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +57,9 @@ def run_plan(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any]
     header = open_checkpoint(args.source).header
     clip = Clip(args.width, args.height, args.frames, args.fps)
     encoder = args.text_encoder and args.text_encoder * 1e9
-    try:
-        gpu = pick_gpu(args.gpu, memory=args.memory, bandwidth=args.bandwidth, tflops=args.tflops)
-        parts = find_components(header)
-        found = make_plan(header.path.name, header.tensors, parts, clip, gpu, args.compute, encoder)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    gpu = pick_gpu(args.gpu, memory=args.memory, bandwidth=args.bandwidth, tflops=args.tflops)
+    parts = find_components(header)
+    found = make_plan(header.path.name, header.tensors, parts, clip, gpu, args.compute, encoder)
     if args.picture:
         from ..draw.planner import roofline_picture  # Pillow, which only the picture needs
         from ..measure.media import write_png

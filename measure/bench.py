@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from . import escape
 from .text import markdown_table, size_text
 
 OK, REFUSED, FAILED, WAITING = "ok", "refused", "failed", "waiting"
@@ -219,4 +220,5 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows = quality_rows(result)
     if rows:
         lines += ["", *markdown_table(QUALITY, rows)]
-    return "\n".join([*lines, "", *(f"- {text}" for text in remarks(result)), ""])
+    notes = (f"- {escape.markdown(text, escape.LONGEST_LINE)}" for text in remarks(result))
+    return "\n".join([*lines, "", *notes, ""])

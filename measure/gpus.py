@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
+from ..kernels.errors import PackError
 from . import gpu_table as table
 
 GB, TERA, GIB = 1e9, 1e12, 2.0**30
@@ -87,7 +88,7 @@ _NOISE = re.compile(
 _SIZE = re.compile(r" \d+ GB$")
 
 
-class NoGpuError(ValueError):
+class NoGpuError(PackError):
     """There is no GPU to plan for: which to name, or what to state."""
 
 
@@ -134,7 +135,7 @@ def pick_gpu(
         scale = tflops * TERA / gpu.bf16 if gpu.bf16 else 0.0
         given |= {"bf16": tflops * TERA} | {key: scale * rate for key in ("fp8", "fp4") if (rate := getattr(gpu, key))}
     if not all(value > 0 for value in given.values()):
-        raise ValueError(f"memory, bandwidth and TFLOP/s must be above 0, found {memory}, {bandwidth} and {tflops}")
+        raise PackError(f"memory, bandwidth and TFLOP/s must be above 0, found {memory}, {bandwidth} and {tflops}")
     if not given:
         return gpu
     return replace(gpu, **given, source=", ".join(filter(None, [gpu.source, "values of the user"])))

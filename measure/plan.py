@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from ..kernels.errors import PackError
+from .escape import report
 from .fit import PARTLY, RESIDENT, STREAMING, SWAPPING, TEXT_ENCODER, TOO_LARGE, Fit, advice, fit
 from .gpus import Gpu
 from .roofline import (
@@ -102,7 +104,7 @@ class RenderPlan:
         return plain | {"changes": list(self.changes), "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return report(_lines(self))
 
 
 def make_plan(
@@ -111,15 +113,15 @@ def make_plan(
 ) -> RenderPlan:  # fmt: skip
     """File name, its header entries and components, clip, GPU, compute mode -> RenderPlan.
 
-    ValueError for a file without a diffusion model, an empty clip, or a mode that the GPU cannot run.
+    PackError for a file without a diffusion model, an empty clip, or a mode that the GPU cannot run.
     """
     if "diffusion_model" not in components:
-        raise ValueError(f"{file}: no diffusion model is in it; choose a full checkpoint or a diffusion model")
+        raise PackError(f"{file}: no diffusion model is in it; choose a full checkpoint or a diffusion model")
     if not clip.fps > 0 or clip.tokens["video"] <= 0:
-        raise ValueError(f"{clip.width}x{clip.height}, {clip.frames} frames at {clip.fps:g} fps is no clip; expected "
+        raise PackError(f"{clip.width}x{clip.height}, {clip.frames} frames at {clip.fps:g} fps is no clip; expected "
                          "at least 32x32, 1 frame and an fps above 0")  # fmt: skip
     if gpu.known and modes_of(gpu)[mode]:
-        raise ValueError(f"{mode} compute: {modes_of(gpu)[mode]}; choose bf16")
+        raise PackError(f"{mode} compute: {modes_of(gpu)[mode]}; choose bf16")
     sizes = {part: sum(tensors[name].nbytes for name in found.names) for part, found in components.items()}
     model = read_model({own: tensors[name] for name, own in components["diffusion_model"].names.items()})
     own_vae = components["video_vae"].names.values() if "video_vae" in components else ()

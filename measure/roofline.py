@@ -31,6 +31,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
+from ..kernels.errors import PackError
 from .gpus import Gpu
 from .ltx import audio_latents, latent_size
 
@@ -219,13 +220,13 @@ def modes_of(gpu: Gpu) -> dict[str, str]:
 
 
 def step(model: Transformer, clip: Clip, gpu: Gpu, mode: str = "bf16", launch: str = GRAPHS) -> Step:
-    """One denoising step at cfg 1. ValueError: it cannot run.
+    """One denoising step at cfg 1. PackError: it cannot run.
 
     ``launch``: GRAPHS, or for a model without them the key of LAUNCH_SECONDS for its quantised Linears.
     """
     obstacle = modes_of(gpu)[mode] if gpu.known else f"bandwidth and BF16 rate of {gpu.name} are not known"
     if obstacle:
-        raise ValueError(f"no prediction for {mode} compute: {obstacle}")
+        raise PackError(f"no prediction for {mode} compute: {obstacle}")
     tokens = clip.tokens
     kinds = [_linear(one, count, tokens[one.tokens], gpu, mode) for one, count in model.linears.items()]
     kinds += [_attend(*key, count, tokens, gpu) for key, count in model.attention.items()]

@@ -208,13 +208,8 @@ def blocks(count: int) -> list[str]:
     return known + [f"transformer_blocks.{i}.attn1.to_q.weight" for i in range(count)]
 
 
-def long_prefix(count: int) -> list[str]:
-    """A VAE under a prefix of ``count`` characters."""
-    return [f"{'W.' * (count // 2)}decoder.{end}" for end in ("1.weight", "22.bias")]
-
-
 HEADERS: Mapping[str, Callable[[int], list[str]]] = {
-    made.__name__: made for made in (vae_prefixes, shared_beginnings, models, blocks, long_prefix)
+    made.__name__: made for made in (vae_prefixes, shared_beginnings, models, blocks)
 }
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
 # Ring -> its wings, each of which may import those before it.
 WINGS = {
     "checkpoint": ("file", "identify", "write", "verify"),
-    "host": ("residency", "files", "show", "compute", "doctor", "guard", "load", "planning", "bench"),
+    "host": ("residency", "files", "border", "show", "compute", "doctor", "guard", "load", "planning", "bench"),
 }
 HOST_MODULES = {
     "comfy",

@@ -7,12 +7,14 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { createPanel } from "./doctor.js";
 import { request, setting, texts } from "./host.js";
+import { visible } from "./visible.js";
 
 const PANEL = "nvfp4-doctor";
 const EVENT = "nvfp4.findings";
 const ENABLED = "NVFP4.guard.enabled";
 const TOAST_CLASS = "nvfp4-doctor-toast";
 const TOAST_LIFE_MS = 20000;
+const LONGEST_TOAST = 500;
 const SEVERITIES = ["info", "warning", "error"];
 
 const state = { report: null, findings: null, problem: null };
@@ -77,7 +79,7 @@ function notify(findings, text) {
   const { toast } = app.extensionManager;
   const [{ severity, title }] = findings;
   const more = findings.length > 1 ? ` ${text("more", { count: findings.length - 1 })}` : "";
-  const description = title + more;
+  const description = visible(title, LONGEST_TOAST) + more;
   const details = () => {
     dismissToast();
     openPanel();

@@ -96,6 +96,12 @@ def kind_of(members: Group) -> str:
     return "int" if info.dtype[:1] in "IUB" else "other"
 
 
+def title_of(members: Group) -> str:
+    """A weight's format in words, from the tensors alone: plain floats, and what no tool reads, by their dtype."""
+    kind = kind_of(members)
+    return members[weight_suffix(members)].dtype if kind in ("float", "other") else FORMATS[kind].title
+
+
 def _kind_of_fp4(members: Group) -> str:
     """Of a weight whose dtype is F4: MXFP4 has powers of two for scales, NVFP4 E4M3 numbers."""
     scale = members.get("weight_scale")

@@ -222,7 +222,7 @@ def _rename(name: str, suffix: str) -> str:
 def _like(header: Header, stored: dialects.DialectPlan, name: str) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape of a copy: a scale a row gets a column of its own, or it would multiply columns."""
     info, layer = header.tensors[name], stored.layers.get(name.rpartition(".")[0])
-    if layer is not None and layer.kind == "fp8_rows" and name == f"{layer.name}.{layer.scale}":
+    if layer is not None and name == f"{layer.name}.{layer.scale}" and layer.scaled_by_rows(header):
         return info.dtype, (layer.shape[0], *[1] * (len(layer.shape) - 1))
     return info.dtype, info.shape
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ...kernels.format import block_scale_shape, packed_shape
+from ...measure.escape import report
 from ..file.container import PlannedTensor, sync_folder, write_checkpoint
 from ..file.dtypes import ITEM_BYTES
 from ..file.guard import SourceGuard
@@ -73,7 +74,7 @@ class Repaired:
         else:
             lines += [f"  cured: {finding.text}" for finding in self.cured]
         lines += [f"  remains: {finding.text}; stock ComfyUI {finding.stock}" for finding in self.remaining]
-        return "\n".join(lines)
+        return report(lines)
 
 
 def repair(
@@ -109,7 +110,9 @@ def repair(
     if found.plan is None:
         where = header.path.name
         raise CheckpointError(found.open_dialect, where=where, remedy="state the dialect; `auto` cannot decide")
-    refuse(header.path.name, found.plan.layers, repair=True)
+    own = found.components[DIFFUSION_MODEL].names if DIFFUSION_MODEL in found.components else header.tensors
+    strays = [text for name, text in found.plan.strays.items() if name in own]
+    refuse(header.path.name, found.plan.layers, repair=True, strays=strays)
     evidence = f"{found.plan.dialect}, {found.plan.evidence}" if found.plan.stated or found.plan.order else ""
     cured = tuple(finding for finding in found.faults if finding.curable)
     remaining = tuple(finding for finding in found.faults if not finding.curable)
@@ -240,7 +243,7 @@ def _names(found: Diagnosis, reader: Source) -> _Names:
             if suffix == "scale_input" and reader.tensor(f"{name}.{suffix}").float().item() == 1:
                 dropped.add(f"{name}.{suffix}")
         scale = f"{name}.{layer.scale}"
-        if layer.kind == "fp8_rows" and header.tensors[scale].shape != (wanted := _column(layer.shape)):
+        if layer.scaled_by_rows(header) and header.tensors[scale].shape != (wanted := _column(layer.shape)):
             shapes[scale] = wanted
     if declared:  # ComfyUI looks for this key only where the header declares nothing
         dropped |= {name for name in tensors if name.rpartition(".")[2] == OLD_FP8}

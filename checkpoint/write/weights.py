@@ -51,6 +51,8 @@ def float_weight(header: Header, layer: Layer) -> FloatWeight | str:
     """Header, a layer of its plan -> FloatWeight, or why its values are not read here."""
     if not FORMATS[layer.kind].quantises:
         return f"stored as {layer.title}"
+    if not layer.name:  # the tensors made of it would have no names either
+        return "a tensor called `weight` alone, without the name of a layer"
     name = f"{layer.name}.{layer.weight}"
     return FloatWeight(name, header.tensors[name], layer)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...kernels.errors import PackError
 from ...measure import ltx
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 FRAME_RATE = 25.0
 
 
-class SessionError(RuntimeError):
+class SessionError(PackError):
     """ComfyUI cannot be brought up here; the message says why and what to do."""
 
 

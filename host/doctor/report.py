@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import PurePath
 
+from ...measure import escape
 from .probe import Fact, gib, probe, why
 from .profiles import launch_profile
 
@@ -57,7 +58,7 @@ def text(report: Mapping) -> str:
     lines += [f"  {launch['note']}"] if launch["note"] else []
     lines += ["", "Other flags of this ComfyUI"] if launch["others"] else []
     lines += [f"  {flag['flag']}: {flag['what']}" for flag in launch["others"]]
-    return "\n".join(lines)
+    return escape.report(lines)
 
 
 def headline(report: Mapping) -> str:

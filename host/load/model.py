@@ -32,7 +32,7 @@ from ..compute.modes import AUTO as FASTEST
 from ..compute.modes import MODES, Compute, parse_overrides, pick_mode, plan_layers
 from .files import read_tensors
 from .report import LoadReport, report_of
-from .state_dict import check_linears, plan_file, rewrite
+from .state_dict import as_named, check_model, plan_file, rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,9 @@ def load_model(
     compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
     operations = weight_only_operations(compute_dtype, planned_for, backend, header.path.name, how)
     options = {"custom_operations": operations}
-    state_dict_keys = frozenset(state_dict)
+    given = dict(state_dict)  # the host empties what it is handed
     patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
-    check_linears(patcher.model.diffusion_model, operations.Linear, state_dict_keys, header.path.name)
+    check_model(patcher.model.diffusion_model, operations.Linear, as_named(patcher.model, given), header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
 
     def compute_on(other: torch.device) -> Compute:
@@ -176,12 +176,17 @@ def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool
     arguments = {"model_options": options, "metadata": metadata}
     if "disable_dynamic" in inspect.signature(load).parameters:  # since 0.15.1
         arguments["disable_dynamic"] = disable_dynamic
-    patcher = load(state_dict, **arguments)
+    try:
+        patcher = load(state_dict, **arguments)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):  # torch's words for tensors of another shape than the model's
+            raise
+        found = f"ComfyUI cannot load it into the model it is taken for ({' '.join(str(error).split())[:300]})"
+        remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
+        raise CheckpointError(found, where=name, remedy=remedy) from error
     if patcher is None:
         raise CheckpointError("ComfyUI could not build a model from it", where=name, remedy="update ComfyUI")
     return patcher
-
-
 
 
 __all__ = ["COMPUTE_MODES", "DIALECTS", "load_model"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...checkpoint.identify.dialects import DialectPlan
 from ...checkpoint.identify.signatures import Model
+from ...measure.escape import report as text_report
 from .. import residency
 from ..compute.modes import Compute, describe
 
@@ -57,7 +58,7 @@ class LoadReport:
             lines.append(self.unknown)
         if self.config_from:
             lines.append(f"config taken from {self.config_from}")
-        return "\n".join(lines)
+        return text_report(lines)
 
 
 def count_layers(plan: DialectPlan) -> Counter[str]:
