@@ -75,7 +75,7 @@ def test_softness_of_the_published_preview_decoder_is_caught_on_14_of_16(photogr
 def test_the_documented_ratios_of_sharp_and_enlarged_photographs_hold(photographs):
     sharp = [measure_sharpness([image]).detail[0] for image in photographs.values()]
     soft = [measure_sharpness([enlarged(i, f)]).detail[0] for i in photographs.values() for f in (2, 3, 4)]
-    assert (min(sharp), max(sharp)) == (pytest.approx(0.24, abs=0.01), pytest.approx(1.13, abs=0.01))
+    assert (min(sharp), max(sharp)) == (pytest.approx(0.24, abs=0.01), pytest.approx(1.16, abs=0.01))
     assert max(soft) == pytest.approx(0.17, abs=0.01)
     assert max(soft) < DETAIL_RATIO
 
