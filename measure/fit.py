@@ -1,9 +1,5 @@
-<<<<<<< HEAD
 # SPDX-License-Identifier: Apache-2.0
-"""What of a checkpoint lies in GPU memory when, and whether it fits.
-=======
 """What of a checkpoint lies in GPU memory when, and whether it fits: as ComfyUI 0.33 and newer do it.
->>>>>>> meters
 
 A render has three phases, and a model leaves GPU memory only when the next one needs the room:
 

@@ -1,9 +1,5 @@
-<<<<<<< HEAD
 # SPDX-License-Identifier: Apache-2.0
-"""GPUs as the planner sees them: memory, bandwidth, dense tensor rates. A value without a source is not in the table.
-=======
 """GPUs as the planner sees them: memory, bandwidth, dense tensor rates; the rows are in gpu_table.py.
->>>>>>> meters
 
 Memory: sheets print GB and mean GiB, of which a card shows nearly all (an H200 139.8 of 141, measured); SHOWN of it is
 counted. A GB10 shows 119.7 GiB of its 128 (https://github.com/GuigsEvt/dgx_spark_config/issues/1).
