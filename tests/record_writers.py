@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes tests/data/writers/: small files by other people's quantisers, and what their own libraries read in them.
 
     python tests/record_writers.py [FOLDER]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The head of a GGUF file: the names of its tensors and its texts, nothing of its data.
 
 Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3), little-endian: `GGUF`, version

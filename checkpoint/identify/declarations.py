@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a file says of its layers: `comfy_quant` markers, the header entry `_quantization_metadata`, ModelOpt's notes.
 
 Who wins: markers and header entries speak of single layers and win over `quantization_config`, which may be left over

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What keeps stock ComfyUI from loading a checkpoint's quantised layers, found without loading a weight.
 
 Beside the header only `comfy_quant` markers are read, a few bytes each (files exist whose markers are all NUL), and a

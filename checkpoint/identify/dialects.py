@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every way NVFP4 weights are written to disk, and how each is brought to the host's own layout.
 
 ``DIALECTS`` says how a file's bytes are to be read; ``detect`` finds out from the header alone which entry a file
@@ -249,10 +250,9 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
         expected = " or ".join(" + ".join(f"`{key}`" for key in keys) for keys, _ in kind.global_scales)
         raise error(f"it has no global scale, only {', '.join(sorted(group))}", expected)
     for suffix in ("weight_scale_2", "weight_global_scale", "alpha", "input_global_scale"):
-        if suffix in group and group[suffix].numel != 1:
-            raise error(f"its `{suffix}` has shape {group[suffix].shape}", "one number")
-        if suffix in group and group[suffix].dtype not in FLOATS:
-            raise error(f"its `{suffix}` is {group[suffix].dtype}", "floating point")
+        if suffix in group and (group[suffix].numel != 1 or group[suffix].dtype not in FLOATS):
+            found = f"has shape {group[suffix].shape}" if group[suffix].numel != 1 else f"is {group[suffix].dtype}"
+            raise error(f"its `{suffix}` {found}", "one number, in floating point")
     return rows, 2 * width
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ways to store a weight: what each is called, how its tensors show it, and which tools take it.
 
 ``FORMATS`` is the table, ``kind_of`` tells from the tensors of a layer which of its rows they are. How a layer is read

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How each layer of a file is stored: the one function that reads it, and the one that accounts for the whole file.
 
 ``group_tensors`` {name: TensorInfo} -> {layer: {key suffix: TensorInfo}}; what is beside or below a weight is its.
@@ -298,10 +299,10 @@ def _check_shapes(members: Group, read: set[str], shape: tuple[int, ...], error)
         return
     if down is None or up is None:
         raise error(f"of {_list(LOW_RANK)} it has one", "both")
-    fits = len(down.shape) == len(up.shape) == 2 and down.shape[0] == up.shape[1]
+    fits = len(shape) == len(down.shape) == len(up.shape) == 2 and down.shape[0] == up.shape[1]
     if not fits or down.shape[1] != shape[-1] or round_up(up.shape[0], 16) != round_up(shape[0], 16):
         found = f"its low-rank tensors have shapes {down.shape} and {up.shape}"
-        raise error(found, f"(r, {shape[-1]}) and ({shape[0]}, r)")
+        raise error(found, f"(r, K) and (N, r) for a weight of shape {shape}")
     if down.dtype not in FLOATS or up.dtype not in FLOATS:
         raise error(f"its low-rank tensors are {down.dtype} and {up.dtype}", "floating point")
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is in a checkpoint and what becomes of it: the `inspect` command and node. Only the header is read.
 
 ``draw/inspect.py`` draws the same record.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Are block scales row-major or tiled? Padding proves it; without, it shows in what rows and columns have in common.
 
 The rows of a trained weight differ in size, and so do its columns. In the right order the logarithm of a block scale

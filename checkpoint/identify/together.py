@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults that no layer shows alone: what the layers of one file must have in common."""
 
 from __future__ import annotations

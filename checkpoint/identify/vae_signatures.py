@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which VAE a file holds, where, and what is wrong with it: from the names, shapes and dtypes in its header.
 
 ``_ROWS`` is read from top to bottom, LTX first and the specific before the general, because the families share names:

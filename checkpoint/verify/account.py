@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every tensor of a file and of its source has a place: copied, coded anew, rightly left out, or named as a fault.
 
 Headers decide it; no values are read here but the few of input scales. Names are compared without the prefix of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a quantised checkpoint loadable by stock ComfyUI: marks, names and, for foreign dialects, layout.
 
 Where the layers already have ComfyUI's layout, only the header changes and the data are copied as a stream, or stay in
@@ -19,7 +20,7 @@ import torch
 from ...kernels.format import block_scale_shape, packed_shape
 from ...measure.escape import report
 from ..file.container import PlannedTensor, sync_folder, write_checkpoint
-from ..file.dtypes import ITEM_BYTES
+from ..file.dtypes import BITS
 from ..file.guard import SourceGuard
 from ..file.header import (
     BACKUP_ENDING,
@@ -281,7 +282,7 @@ def _plan(found: Diagnosis, names: _Names, reader: Source) -> list[PlannedTensor
         info = header.tensors[name]
         shape = names.shapes.get(name, info.shape)
         planned.append(PlannedTensor(names.tensors[name], info.dtype, shape, _copied(reader, name)))
-    return sorted(planned, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
+    return sorted(planned, key=lambda tensor: -BITS[tensor.dtype])
 
 
 def _copied(reader: Source, name: str) -> Callable[[], memoryview]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the guard has to know of a model file that a loader node names: from its name and its header, remembered.
 
 Of a shard the whole checkpoint counts, as for the loaders. Nothing but headers is read, and a file that is missing or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How large the pictures and films are that a prompt loads: from their headers, in the host's own folders.
 
 What cannot be read at a glance is unknown: its loader will say why. A picture that a camera marked as turned is unknown

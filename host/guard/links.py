@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a prompt in API form is made of: nodes, and the links between them."""
 
 from __future__ import annotations

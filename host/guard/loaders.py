@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which nodes load a file, the inputs that name it, and the model folders it is looked up in; LoRAs on the way.
 
 ComfyUI's own loaders, this pack's, and those of ComfyUI-GGUF, ComfyUI-KJNodes, ComfyUI-LTXVideo (low VRAM) and

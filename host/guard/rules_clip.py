@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard's rules on the size, the length and the timing of a clip.
 
 LTX latents: one holds 32 x 32 pixels and eight frames, the first one a single frame; 25 audio latents last a second.

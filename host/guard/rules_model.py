@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard's rules on models, VAEs and schedules: a prompt's view -> findings, each with its reason and remedy.
 
 ``RULES`` has all of them, those on size and time of the clip (rules_clip.py) too. A rule speaks only of what it knows:

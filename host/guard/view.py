@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a prompt graph does, in the terms the guard's rules speak: samplers, their models and latents, decodes.
 
 Knows the class names and inputs of ComfyUI's own nodes. Other packs' nodes are recognised by their inputs where that
@@ -10,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from .files import FileFacts, file_facts, name_says_distilled
@@ -66,7 +67,6 @@ _LATENT_IN = {
 # What samplers call the latent they sample; LTXVBaseSampler makes its own.
 _SAMPLED = ("latent_image", "latents")
 _RESAMPLED = re.compile(r"ModelSampling")
-_PIPE_OUT, _PIPE_IN = ("FromBasicPipe", "FromBasicPipe_v2"), "basic_pipe"
 _ENCODERS = ("VAEEncode", "VAEEncodeTiled")
 _VIDEO_ROOTS = (*SIZED, *_ENCODERS)
 _SAMPLES = ("samples", "latents", "latent")
@@ -230,12 +230,11 @@ class View:
         """Video decodes whose VAE's file is known."""
         nodes = {}
         for node in self.graph.nodes.values():
-            kind = node.kind.lower()
-            if "decode" in kind and "audio" not in kind and "vae" in node.inputs:
+            if "vae" in node.inputs and _decodes(node.kind):
                 nodes[node.id] = node
         if not nodes:
             return []
-        final = self.graph.upstream(node.id for node in self.graph.nodes.values() if _saves(node))
+        final = self.graph.upstream(node.id for node in self.graph.nodes.values() if _saves(node.kind))
         found = []
         for node in nodes.values():
             link = self.graph.source(node.id, "vae")
@@ -250,7 +249,7 @@ class View:
     def model(self, link: Link | None) -> ModelPath:
         """The MODEL on a link, along the `model` inputs up to its loader."""
         end = ModelPath(None)
-        return self._walk(link, self._models, end, lambda node, _: self._model_before(node), self._model_after)
+        return self._walk(link, self._models, end, self._model_before, self._model_after)
 
     def latent(self, link: Link | None) -> Latent:
         """The LATENT on a link: from the node that makes it, through those that keep its kind."""
@@ -319,6 +318,8 @@ class View:
 
     def _walk(self, link: Link | None, memory: dict, end: Any, before: Callable, after: Callable) -> Any:
         """Back along links until ``before`` gives a result, not a link; then forth, each result from the one before."""
+        if link in memory:
+            return memory[link]
         path, result = [], end
         while link is not None:
             if link in memory:
@@ -335,9 +336,8 @@ class View:
             result = memory[link] = after(self.graph.nodes[link.node], result)
         return result
 
-    def _model_before(self, node: Node) -> Link | ModelPath:
-        name = _PIPE_IN if node.kind in (*_PIPE_OUT, "EditBasicPipe") and "model" not in node.inputs else "model"
-        return self.graph.source(node.id, name) or ModelPath(node)
+    def _model_before(self, node: Node, _: int) -> Link | ModelPath:
+        return self.graph.source(node.id, "model") or ModelPath(node)
 
     def _model_after(self, node: Node, before: ModelPath) -> ModelPath:
         lora, distilling = before.lora, before.distilling
@@ -365,13 +365,13 @@ class View:
 
     def _latent_before(self, node: Node, slot: int) -> Link | Latent | None:
         kind = node.kind
-        ltx = kind.startswith(("LTXV", "EmptyLTXV"))
+        if kind in _LATENT_IN:
+            return self.graph.source(node.id, _LATENT_IN[kind])
         if kind == CONCAT:
             return Latent(JOINT, True, node)
         if kind == SEPARATE:
             return Latent(AUDIO if slot == 1 else VIDEO, True, None)
-        if kind in _LATENT_IN:
-            return self.graph.source(node.id, _LATENT_IN[kind])
+        ltx = kind.startswith(("LTXV", "EmptyLTXV"))
         if kind in _VIDEO_ROOTS:
             return Latent(VIDEO, ltx, node)
         return Latent(AUDIO if "audio" in kind.lower() else UNKNOWN, ltx, node)
@@ -382,6 +382,11 @@ def _sampled_by(node: Node) -> str:
     return next((name for name in _SAMPLED if name in node.inputs), "")
 
 
-def _saves(node: Node) -> bool:
-    kind = node.kind.lower()
-    return any(word in kind for word in _SAVING)
+@lru_cache(maxsize=1024)
+def _decodes(kind: str) -> bool:
+    return "decode" in kind.lower() and "audio" not in kind.lower()
+
+
+@lru_cache(maxsize=1024)
+def _saves(kind: str) -> bool:
+    return any(word in kind.lower() for word in _SAVING)

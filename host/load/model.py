@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An NVFP4 file of any dialect -> the host's MODEL, and a report of what was loaded and how it will compute.
 
 The host does the loading. This module decides how each layer computes, has the state dict brought to the host's layout
@@ -7,8 +8,10 @@ it: LoRA branches, layers that share rows, CUDA graphs of the blocks. report.py 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_detection
@@ -67,11 +70,13 @@ def load_model(
     config_source = _complete_config(metadata, header, model, config_from)
     state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(model.prefix)}
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
-    compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
+    with _by_host(header.path.name):
+        compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
     operations = weight_only_operations(compute_dtype, planned_for, backend, header.path.name, how)
     options = {"custom_operations": operations}
     given = dict(state_dict)  # the host empties what it is handed
-    patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
+    with _by_host(header.path.name):
+        patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
     check_model(patcher.model.diffusion_model, operations.Linear, as_named(patcher.model, given), header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
 
@@ -169,6 +174,19 @@ def _compute_dtype(state_dict: dict, metadata: dict, device: torch.device, name:
         expected="a model family this ComfyUI knows",
         remedy="update ComfyUI, or pick the diffusion model's own file",
     )
+
+
+@contextlib.contextmanager
+def _by_host(name: str) -> Iterator[None]:
+    """What the host raises at tensors or a `config` it cannot build from becomes CheckpointError."""
+    try:
+        yield
+    except (CheckpointError, torch.cuda.OutOfMemoryError):
+        raise
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
+        found = f"ComfyUI could not build a model from it ({' '.join(str(error).split())[:300]})"
+        remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
+        raise CheckpointError(found, where=name, remedy=remedy) from error
 
 
 def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool, name: str):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state dict of an NVFP4 file -> the host's layout, and the checks before and after the host loads it.
 
 Each packed weight becomes a tensor in the host's layout that shows its logical shape, and every quantised layer gets

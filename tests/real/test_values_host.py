@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the guard computes of a prompt is what a real ComfyUI's own nodes make; run once, in the host's Python."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a real ComfyUI's own nodes make beside what the guard computes, as JSON; run by test_values_host.py.
 
 usage: <the host's python> values_in_process.py, in the folder of a ComfyUI checkout

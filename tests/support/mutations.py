@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways to damage or change a stored file: its tensors, names, dtypes, shapes, scales, declarations and sidecars.
 
 ``mutants`` lists them all for one file; each keeps what the tensors were meant to be, so a reader has two right answers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One small model as every writer would store it, made in NumPy alone, and the weights that each file means.
 
 Nothing of the pack is used here: codes, scales and their order are written down from the definition of each format, and

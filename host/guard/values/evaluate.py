@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluates a prompt's nodes by the tables of this folder, each node once, without recursion.
 
 A row of a table is a function of ``Given``, what a node is given, and returns its outputs; ``chooses`` marks rows that

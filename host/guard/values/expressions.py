@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arithmetic that a node has as text, evaluated by walking its syntax tree: nothing is compiled or called by name.
 
 Every node's dialect is a table of functions, names and operators, as its own code has them. What the host's evaluator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes that make and change LTX latents and conditionings: size, length, sound, guides, frame rate; a line a node.
 
 Sizes are in pixels and frames of the clip, as the latent can hold them: 32 x 32 pixels a latent, eight frames a latent

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes that put out numbers and texts, and nodes that hand on one of their inputs: a line a node.
 
 ``NUMBERS`` and ``CHOICES`` name the code that each line follows: a file of ComfyUI, or of the pack that has the node.

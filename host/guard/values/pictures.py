@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes that make and change pictures: how wide, how high and how many, a line a node.
 
 A side is known where the node decides it, whatever the picture was: a crop to 1280 x 720 has that size although the

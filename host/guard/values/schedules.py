@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes that make and cut schedules of sigmas: a line a node; what a scheduler makes is computed by the host itself.
 
 The host's functions are asked with LTX-2's own sampling, `ModelSamplingFlux` with the shift of its model class. Nodes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The head of a GGUF file gives names, sides and texts; what is no such head is refused with a reason."""
 
 from __future__ import annotations

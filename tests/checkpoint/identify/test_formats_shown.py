@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formats that no tool here reads are called what they are by inspect, and refused by that name elsewhere."""
 
 from __future__ import annotations

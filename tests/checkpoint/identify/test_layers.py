@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """layers.py and declarations.py: each way to store a layer is told by its tensors; nothing beside it goes unread."""
 
 from __future__ import annotations

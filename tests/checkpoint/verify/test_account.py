@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways to break a quantised file, each found by name; what a file may lack; how far off its numbers may be."""
 
 from __future__ import annotations

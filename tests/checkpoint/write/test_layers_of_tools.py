@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers of every kind through inspect, repair, quantize and verify: read, copied, or refused by name."""
 
 from __future__ import annotations

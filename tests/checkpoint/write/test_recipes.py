@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes: which layers of which family become NVFP4, what the user changes about it, and what is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the guard says about a prompt, on which facts, and when it keeps silent."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What anybody may post: the server stays up, the work is in proportion, what cannot be read goes on as it came."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The size of a picture or a film that a prompt loads is read from its header, inside the host's folders alone."""
 
 from __future__ import annotations

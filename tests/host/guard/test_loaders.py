@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model behind other packs' loaders is found, and how much of a distilling LoRA is on it; twins stay silent."""
 
 from __future__ import annotations

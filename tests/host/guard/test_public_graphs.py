@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LTX graphs that people have published, reduced to node types, links and numbers: what is known, what is found.
 
 File names in them stand for what the files are. A finding is recorded in `checked` with the reason for which it is

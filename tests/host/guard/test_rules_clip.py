@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the guard says about size, length, frame rates and sound of a clip, and how much work a large prompt is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """After the host has built a model, its parameters are held against what the file had: nothing is left to chance."""
 
 from __future__ import annotations

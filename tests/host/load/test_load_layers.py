@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formats beside NVFP4 in one file, on the stub: loaded to their writer's weights, or refused by layer; never bare."""
 
 from __future__ import annotations

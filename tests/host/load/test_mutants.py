@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Thousands of damaged files, in every dialect: each loads to the weights it was made from, or is refused in words.
 
 What the loader gives to the host is decoded by the host's own tensors (comfy-kitchen) and compared with what NumPy says

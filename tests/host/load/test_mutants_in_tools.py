@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the loader says of a damaged file, inspect, repair, quantize and verify say too: one reading, or a refusal."""
 
 from __future__ import annotations

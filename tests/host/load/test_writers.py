@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files by other people's quantisers load to the weights that their own libraries read in them.
 
 The recorded ones need no library (tests/record_writers.py says how they were made); where a library is installed, its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operations: the classes a model is built from, and the one way a layer gets at its weight.
 
 As on the host, a Linear of ``mixed_precision_ops`` turns an NVFP4 or FP8 layer's tensors into a ``QuantizedTensor`` and

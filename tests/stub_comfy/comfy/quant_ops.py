@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's quantised tensors are comfy-kitchen's, so these are the real ones."""
 
 from __future__ import annotations

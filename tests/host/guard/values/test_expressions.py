@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arithmetic in a node's text comes to what the node's own evaluator makes of it, and nothing else is evaluated."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LTX latents keep their size, length, batch and guides through whatever changes them."""
 
 from __future__ import annotations

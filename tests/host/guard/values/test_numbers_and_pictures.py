@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each line of the tables gives what its node gives, and nothing where an input is missing or unknown."""
 
 from __future__ import annotations

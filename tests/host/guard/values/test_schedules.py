@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Schedules are cut as the host cuts them; what the host alone can compute is asked of it, and unknown without it."""
 
 from __future__ import annotations
