@@ -56,6 +56,7 @@ def test_a_card_of_two_sizes_is_told_by_its_memory_and_taken_small_without():
     assert find_gpu("NVIDIA GeForce RTX 3060", 12.6e9).name == "RTX 3060 12 GB"
     assert find_gpu("RTX 5060 Ti", 17.1e9).name == "RTX 5060 Ti 16 GB"
     assert find_gpu("3080").name == "RTX 3080 10 GB"
+    assert find_gpu("NVIDIA GeForce RTX 5070 Laptop GPU", 12.8e9).name == "RTX 5070 Laptop 12 GB"
     assert pick_gpu("RTX 3080", memory=12).name == "RTX 3080 12 GB"
 
 
