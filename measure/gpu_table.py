@@ -148,8 +148,8 @@ OTHERS = (
 # Name -> GB, by source, capability and the reason why there are no times.
 MEMORY_ONLY = (
     (LAPTOPS, "12.0", LAPTOP_NOTE, {
-        "RTX 5090 Laptop": 24, "RTX 5080 Laptop": 16, "RTX 5070 Ti Laptop": 12, "RTX 5070 Laptop 12 GB": 12, "RTX 5070 Laptop 8 GB": 8,
-        "RTX 5060 Laptop": 8, "RTX 5050 Laptop": 8, "RTX PRO 5000 Blackwell Laptop": 24,
+        "RTX 5090 Laptop": 24, "RTX 5080 Laptop": 16, "RTX 5070 Ti Laptop": 12, "RTX 5070 Laptop 12 GB": 12,
+        "RTX 5070 Laptop 8 GB": 8, "RTX 5060 Laptop": 8, "RTX 5050 Laptop": 8, "RTX PRO 5000 Blackwell Laptop": 24,
         "RTX PRO 4000 Blackwell Laptop": 16, "RTX PRO 3000 Blackwell Laptop": 12, "RTX PRO 2000 Blackwell Laptop": 8,
         "RTX PRO 1000 Blackwell Laptop": 8, "RTX PRO 500 Blackwell Laptop": 6,
     }),
