@@ -12,11 +12,12 @@ page; this gives the whitepapers' own values where they state them (RTX 5090 209
 154.8), RTX PRO Blackwell ones a quarter of their published FP4 rate (RTX PRO 6000: 2,015 and 503.8).
 
 The rows were first written from memory, and on 2026-11-30 each was compared with second-hand copies of its sources:
-memory, bandwidth, SMs, boost clock and capability with TechPowerUp's database (December 2025) or NVIDIA's list of MIG
-devices, rates with quotations of NVIDIA's whitepapers, data sheets and product pages. The addresses in the rows are
-those of the originals, which were not opened. Where TechPowerUp differs from a quoted NVIDIA figure, NVIDIA's stands:
-bandwidths of Hopper, B200, B300, RTX 2000 Ada and RTX PRO 6000 Server, clocks of RTX PRO 4000 SFF, 4500, 5000 and
-6000 Server. A value for which nothing was found is not in the table.
+memory, bandwidth, SMs, boost clock and capability with TechPowerUp's database (December 2025) or, for what that lacks,
+NVIDIA's list of MIG devices and owners' reports; rates with quotations of NVIDIA's whitepapers, data sheets and product
+pages. NVIDIA's own documents, whose addresses the rows give, were not opened. No quotation was found of the rates of RTX
+A5500, 4500 Ada, PRO 4000, PRO 2000, A30 and A2: they agree with SMs times clock. Where TechPowerUp differs from a quoted
+NVIDIA figure, NVIDIA's stands: bandwidths of Hopper, B200, B300, RTX 2000 Ada and RTX PRO 6000 Server, clocks of RTX
+PRO 4000 SFF, 4500, 5000 and 6000 Server. A value for which nothing was found is not in the table.
 """
 
 from __future__ import annotations
@@ -119,8 +120,7 @@ OTHERS = (
     ("B300", 270, 7700, (2250, 4500, 13500), "10.3", f"{DATA_CENTER}hgx/",
      "an eighth of an HGX B300, whose sheet rounds FP4 to 14 PFLOP/s for each GPU"),
     ("GB300", 279, 8000, (2500, 5000, 15000), "10.3", f"{DATA_CENTER}gb300-nvl72/", "a 72nd of a GB300 NVL72"),
-    ("B200", 180, 7700, (2250, 4500, 9000), "10.0", f"{DATA_CENTER}hgx/",
-     "an eighth of an HGX B200"),
+    ("B200", 180, 7700, (2250, 4500, 9000), "10.0", f"{DATA_CENTER}hgx/", "an eighth of an HGX B200"),
     ("GB200", 186, 8000, (2500, 5000, 10000), "10.0", f"{DATA_CENTER}gb200-nvl72/", "a 72nd of a GB200 NVL72"),
     ("H200", 141, 4800, (989.5, 1979, None), "9.0", f"{DATA_CENTER}h200/", "SXM"),
     ("H200 NVL", 141, 4800, (835.5, 1670.5, None), "9.0", f"{DATA_CENTER}h200/", ""),
