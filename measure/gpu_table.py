@@ -14,10 +14,10 @@ page; this gives the whitepapers' own values where they state them (RTX 5090 209
 The rows were first written from memory, and on 2026-11-30 each was compared with second-hand copies of its sources:
 memory, bandwidth, SMs, boost clock and capability with TechPowerUp's database (December 2025) or, for what that lacks,
 NVIDIA's list of MIG devices and owners' reports; rates with quotations of NVIDIA's whitepapers, data sheets and product
-pages. NVIDIA's own documents, whose addresses the rows give, were not opened. No quotation was found of the rates of RTX
-A5500, 4500 Ada, PRO 4000, PRO 2000, A30 and A2: they agree with SMs times clock. Where TechPowerUp differs from a quoted
-NVIDIA figure, NVIDIA's stands: bandwidths of Hopper, B200, B300, RTX 2000 Ada and RTX PRO 6000 Server, clocks of RTX
-PRO 4000 SFF, 4500, 5000 and 6000 Server. A value for which nothing was found is not in the table.
+pages. NVIDIA's own documents, whose addresses the rows give, were not opened. No quotation was found of the rates of
+RTX A5500, 4500 Ada, PRO 4000, PRO 2000, A30 and A2: they agree with SMs times clock. Where TechPowerUp differs from a
+quoted NVIDIA figure, NVIDIA's stands: bandwidths of Hopper, B200, B300, RTX 2000 Ada and RTX PRO 6000 Server, clocks of
+RTX PRO 4000 SFF, 4500, 5000 and 6000 Server. A value for which nothing was found is not in the table.
 """
 
 from __future__ import annotations
