@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of `python <pack folder> <command>`, and what they have in common.
 
 A command is a function of the module that ``COMMANDS`` names; it gives the parser its arguments and says what to run
@@ -29,6 +30,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
+from ..kernels.errors import PackError
 from .console import MAX_WIDTH, CommandError, Console, put
 
 # Command -> (module of this package, summary).
@@ -43,6 +45,7 @@ COMMANDS = {
     "bench": ("bench", "render one clip by every format and compute mode: size, time, memory, quality"),
     "sharpness": ("media", "measure how sharp images, folders or videos are, and name preview decodes"),
     "compare": ("media", "compare two clips of the same seed: picture, sharpness, sound"),
+    "fuzz": ("fuzz", "damage files, prompts and runs at random and report what goes wrong; for developers"),
     "doctor": ("doctor", "report what this machine and its ComfyUI can do, and check a prompt"),
 }
 OK, FOUND, FAILED, INTERRUPTED = 0, 1, 2, 130
@@ -147,15 +150,9 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _expected() -> tuple[type[Exception], ...]:
-    """Errors that are the user's to solve: one line, no traceback. Only modules already in use can have raised them."""
-    names = {
-        "checkpoint.file.header": "CheckpointError",
-        "measure.media": "MediaError",
-        "tests.real.harness": "HostError",
-    }
-    loaded = {sys.modules.get(f"{__package__.rpartition('.')[0]}.{module}"): name for module, name in names.items()}
-    found = [getattr(module, name) for module, name in loaded.items() if module is not None]
-    return (CommandError, OSError, ModuleNotFoundError, *found)
+    """Errors that are the user's to solve: one line, no traceback. The harness is the demo's, if it is in use."""
+    harness = sys.modules.get(f"{__package__.rpartition('.')[0]}.tests.real.harness")
+    return (PackError, OSError, ModuleNotFoundError, *([harness.HostError] if harness is not None else []))
 
 
 def _describe(error: Exception) -> str:

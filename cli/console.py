@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands show: text and tables on stdout, progress and errors on stderr."""
 
 from __future__ import annotations
@@ -6,6 +7,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -15,12 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from ..kernels.errors import PackError
+from ..measure.escape import line, visible
 from ..measure.text import size_text
 
 MAX_WIDTH = 100
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 _BAR = 24
 _WIPE = "\r\033[K"
+_BLANKS = re.compile(r"[ \t\r\n]+")
 _REFRESH_SECONDS = 0.1
 _LOG_SECONDS = 10.0
 _ESTIMATE_AFTER_SECONDS = 2.0
@@ -29,14 +34,24 @@ Cell = str | tuple[str, str]  # text, or (text, style)
 size = functools.partial(size_text, decimals=2)  # columns of sizes line up
 
 
-class CommandError(Exception):
+class CommandError(PackError):
     """A request that cannot be met, in one line for the user."""
 
 
 def check_ending(out: Path | None, ending: str) -> None:
-    """Refuse to write an output under a name of another kind."""
+    """Refuse to write an output under a name of another kind, or in a folder's place."""
     if out and out.suffix.lower() != ending:
         raise CommandError(f"the output {out} does not end in {ending}")
+    if out and out.is_dir():
+        raise CommandError(f"the output {out} is a folder; name a file in it")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all, replacing an old one; its folder is made if need be. OSError."""
+    from ..checkpoint.file.place import write_small  # and with it torch, which --help does without
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_small(path, data, overwrite=True)
 
 
 def put(stream: TextIO, text: str) -> None:
@@ -67,15 +82,15 @@ class Console:
 
     def say(self, text: str = "", style: str = "", indent: int = 0) -> None:
         """Lines, wrapped to the width; a wrapped one keeps its own indentation."""
-        for line in text.split("\n"):
-            own = " " * (indent + len(line) - len(line.lstrip()))
-            for part in textwrap.wrap(line.lstrip(), self.width, initial_indent=own, subsequent_indent=own) or [""]:
+        for row in visible(text).split("\n"):
+            own = " " * (indent + len(row) - len(row.lstrip()))
+            for part in textwrap.wrap(row.lstrip(), self.width, initial_indent=own, subsequent_indent=own) or [""]:
                 self._write(self.paint(part, style))
 
     def title(self, text: str) -> None:
         """A heading with a blank line before it."""
         self._write()
-        self._write(self.paint(text, "bold"))
+        self._write(self.paint(line(text), "bold"))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Cell]], align: str, indent: int = 2) -> None:
         """Columns as wide as their widest cell; ``align`` has `<` or `>` for each. The last column wraps if it must.
@@ -83,14 +98,14 @@ class Console:
         An empty ``head`` leaves the heading out.
         """
         lines = [[(text, "dim") for text in head], *rows] if head else rows
-        texts = [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in lines]
+        texts = [[line(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in lines]
         styles = [["" if isinstance(cell, str) else cell[1] for cell in row] for row in lines]
         widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
         start = indent + sum(widths[:-1]) + 2 * (len(widths) - 1)
         widths[-1] = max(min(widths[-1], self.width - start), 10)
-        for line, style in zip(texts, styles, strict=True):
-            last = textwrap.wrap(line[-1], widths[-1]) or [""]
-            shown = zip([*line[:-1], last[0]], align, widths, strict=True)
+        for row, style in zip(texts, styles, strict=True):
+            last = textwrap.wrap(row[-1], widths[-1]) or [""]
+            shown = zip([*row[:-1], last[0]], align, widths, strict=True)
             cells = [f"{text:{how}{width}}" for text, how, width in shown]
             painted = "  ".join(self.paint(cell, how) for cell, how in zip(cells, style, strict=True))
             self._write((" " * indent + painted).rstrip())
@@ -104,15 +119,15 @@ class Console:
     def error(self, text: str) -> None:
         """One line on stderr, if it can be written to."""
         with contextlib.suppress(OSError):
-            put(sys.stderr, f"error: {' '.join(text.split())}\n")
+            put(sys.stderr, f"error: {line(_BLANKS.sub(' ', text).strip())}\n")
 
     def progress(self, title: str, total: int | None = None, amount: Callable[[int], str] = str) -> Progress:
         """Context manager for a long step; ``amount`` writes its units (files, frames, bytes)."""
         return Progress(sys.stderr, title, total, amount)
 
-    def _write(self, line: str = "") -> None:
+    def _write(self, row: str = "") -> None:
         if not self.quiet:
-            put(sys.stdout, line + "\n")
+            put(sys.stdout, row + "\n")
 
 
 class Progress:
@@ -152,14 +167,14 @@ class Progress:
     def line(self) -> str:
         """Title, bar, amount, note, rate in bytes, seconds passed and left."""
         seconds = max(time.monotonic() - self._started, 0.001)
-        parts = [self.title]
+        parts = [line(self.title)]
         if self.total:
             filled = _BAR * min(self.done, self.total) // self.total
             parts += [self._full * filled + self._empty * (_BAR - filled)]
             parts += [f"{self.amount(self.done)} / {self.amount(self.total)}"]
         elif self.done:
             parts += [self.amount(self.done)]
-        parts += [self.note] if self.note else []
+        parts += [line(self.note)] if self.note else []
         parts += [f"{size(int(self.done / seconds))}/s"] if self.amount is size and self.done else []
         parts += [f"{seconds:.1f} s"]
         if self.total and 0 < self.done < self.total and seconds > _ESTIMATE_AFTER_SECONDS:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a node shows besides its outputs: its report and pictures, on the node and in the history; and its progress.
 
 The web extension (web/reports.js) draws a report from the ``ui`` of the node's output, and once more from the host's
@@ -16,6 +17,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 from server import PromptServer
 
+from ..measure.escape import html, visible
 from ..measure.text import size_text
 
 # Key in a node's ``ui``: [query of /view], the large picture that belongs to the compact one in "images".
@@ -33,7 +35,7 @@ def show(
     node: type[io.ComfyNode], text: str, compact: torch.Tensor | None = None, large: torch.Tensor | None = None
 ) -> dict:
     """-> the ``ui`` of a NodeOutput: a report, a picture legible at the width of a node, and one that a link opens."""
-    shown = dict(ui.PreviewText(text).as_dict())
+    shown = dict(ui.PreviewText(visible(text)).as_dict())
     if compact is not None:
         shown |= ui.PreviewImage(compact, cls=node).as_dict()
     if large is not None:
@@ -44,11 +46,11 @@ def show(
 
 
 def tell(node: type[io.ComfyNode], text: str) -> None:
-    """Show how far a running node is; the front end takes the text off when the node has its report."""
+    """Show how far a running node is, as HTML; the front end takes it off when the node has its report."""
     server = getattr(PromptServer, "instance", None)
     node_id = getattr(node.hidden, "unique_id", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(html(text), node_id)
 
 
 def telling(node: type[io.ComfyNode], on_step: Callable[[int, int], None]) -> Callable[[int, int], None]:

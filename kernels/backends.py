@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation computes, and why: Triton where it runs, plain torch elsewhere."""
 
 from __future__ import annotations
@@ -6,6 +7,8 @@ import functools
 import importlib
 
 import torch
+
+from .errors import PackError
 
 BACKENDS = ("triton", "torch")
 TRITON_CAPABILITY = (7, 5)
@@ -17,17 +20,17 @@ FP8_CAPABILITY = (8, 9)
 def pick_backend(device: torch.device, requested: str = "auto") -> tuple[str, str]:
     """Device, "auto" or a name of ``BACKENDS`` -> (backend, reason).
 
-    "auto" falls back to torch and says why; a backend asked for by name that cannot run raises ValueError.
+    "auto" falls back to torch and says why; a backend asked for by name that cannot run raises PackError.
     """
     if requested not in (*BACKENDS, "auto"):
-        raise ValueError(f"unknown backend {requested!r}; expected auto, {' or '.join(BACKENDS)}")
+        raise PackError(f"unknown backend {requested!r}; expected auto, {' or '.join(BACKENDS)}")
     if requested == "torch":
         return "torch", "asked for"
     obstacle = _triton_obstacle(device)
     if not obstacle:
         return "triton", "asked for" if requested == "triton" else f"Triton runs on {_describe(device)}"
     if requested == "triton":
-        raise ValueError(f"the triton backend cannot run: {obstacle}; choose backend auto or torch")
+        raise PackError(f"the triton backend cannot run: {obstacle}; choose backend auto or torch")
     return "torch", obstacle
 
 

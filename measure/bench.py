@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of ``bench``: which rows there are, what their repetitions amount to, and the tables for people.
 
 A result is a JSON-ready dictionary; cli/bench_run.py fills it. Each row has ``status`` ("ok", "refused", "failed",
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from . import escape
 from .text import markdown_table, size_text
 
 OK, REFUSED, FAILED, WAITING = "ok", "refused", "failed", "waiting"
@@ -219,4 +221,5 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows = quality_rows(result)
     if rows:
         lines += ["", *markdown_table(QUALITY, rows)]
-    return "\n".join([*lines, "", *(f"- {text}" for text in remarks(result)), ""])
+    notes = (f"- {escape.markdown(text, escape.LONGEST_LINE)}" for text in remarks(result))
+    return "\n".join([*lines, "", *notes, ""])

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures and sound in and out: what the measuring functions read, and the one place that knows array conventions.
 
 * A frame is (H, W, 3) uint8 RGB. A clip is (F, H, W, 3) uint8 RGB.
@@ -7,27 +8,33 @@
   colours under transparent pixels are not measured.
 * Sound is (channels, samples) float32 in -1..1, with its sample rate.
 
-OpenCV reads and writes still pictures, PyAV (ComfyUI's own) videos and sound; both are imported on first use.
+OpenCV reads and writes still pictures, after Pillow has read how large they say they are; PyAV (ComfyUI's own) reads
+videos and sound. All are imported on first use.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import secrets
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..kernels.errors import PackError
+
 if TYPE_CHECKING:
     import torch
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MOST_PIXELS = 80_000_000  # of a frame: a small file may say that it is of any size, and decoding it takes that memory
+_MOST_IMAGE_BYTES = 16 * MOST_PIXELS
+_SMALLER = f"Expected at most {MOST_PIXELS:,} pixels; reduce it first."
 
 
-class MediaError(ValueError):
+class MediaError(PackError):
     """A picture, clip or sound that cannot be used: what was found, where, what was expected, what to do."""
 
 
@@ -171,11 +178,11 @@ def read_audio(path: str | os.PathLike[str]) -> tuple[np.ndarray, int] | None:
             return None
         stream = container.streams.audio[0]
         rate = stream.rate
-        resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
         try:
+            resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
             chunks = [out.to_ndarray() for frame in container.decode(stream) for out in resampler.resample(frame)]
             chunks += [out.to_ndarray() for out in resampler.resample(None)]
-        except av.FFmpegError as error:
+        except (av.FFmpegError, ValueError, MemoryError, OverflowError) as error:
             raise MediaError(f"found a damaged sound track in {path} ({error}); expected a complete file.") from error
     if not chunks:
         raise MediaError(f"found a sound track without samples in {path}; expected at least one. Export it again.")
@@ -190,33 +197,21 @@ def encode_png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", ordered)[1].tobytes()
 
 
-def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 RGB or (H, W) uint8 grey. A crash leaves the old file or none."""
-    write_bytes(path, encode_png(image))
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a small file through a temporary name in the same folder, creating the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # mkstemp would make it private
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _read_image(path: Path) -> np.ndarray:
     import cv2
 
     _check_plain(path)
+    if (size := _stated_size(path)) is not None:
+        _check_size(path, size)
     # imdecode instead of imread: OpenCV cannot open non-ASCII paths on Windows.
-    data = np.frombuffer(path.read_bytes(), np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    with open(path, "rb") as file:
+        data = np.frombuffer(file.read(_MOST_IMAGE_BYTES), np.uint8)
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    except cv2.error:  # more pixels than it takes, for one
+        image = None
     if image is None:
-        raise MediaError(f"found a file that is no readable image: {path}; expected {', '.join(IMAGE_SUFFIXES)}.")
+        raise _unreadable(path)
     if image.dtype == np.uint16:
         image = (image.astype(np.float32) / 65535.0).astype(np.float32)
     if image.ndim == 3 and image.shape[-1] >= 3:
@@ -226,6 +221,33 @@ def _read_image(path: Path) -> np.ndarray:
         return to_frames(image)[0]
     except MediaError as error:
         raise MediaError(f"{path}: {error}") from error
+
+
+def _stated_size(path: Path) -> tuple[int, int] | None:
+    """Width and height that the file's own header says, no pixel is decoded; None for a TIFF that only OpenCV reads."""
+    import PIL
+    import PIL.Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # MOST_PIXELS is checked instead
+            with PIL.Image.open(path) as image:
+                return image.size
+    except PIL.Image.DecompressionBombError as error:
+        raise MediaError(f"found an image too large to be read: {path} ({error}). {_SMALLER}") from error
+    except (OSError, ValueError, SyntaxError, OverflowError) as error:
+        if isinstance(error, PIL.UnidentifiedImageError) and path.suffix.lower() in (".tif", ".tiff"):
+            return None  # one of floating-point numbers, say; OpenCV has a limit of its own
+        raise _unreadable(path) from error
+
+
+def _check_size(path: Path, size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MOST_PIXELS:
+        raise MediaError(f"found a picture of {size[0]:,} x {size[1]:,} pixels: {path}. {_SMALLER}")
+
+
+def _unreadable(path: Path) -> MediaError:
+    return MediaError(f"found a file that is no readable image: {path}; expected {', '.join(IMAGE_SUFFIXES)}.")
 
 
 def _decode_video(path: Path) -> Iterator[np.ndarray]:
@@ -239,9 +261,10 @@ def _decode_video(path: Path) -> Iterator[np.ndarray]:
         stream.thread_type = "AUTO"
         try:
             for frame in container.decode(stream):
+                _check_size(path, (frame.width, frame.height))
                 yield frame.to_ndarray(format="rgb24")
                 count += 1
-        except av.FFmpegError as error:
+        except (av.FFmpegError, MemoryError, OverflowError) as error:
             raise MediaError(
                 f"found damage after frame {count} of {path} ({error}); expected a complete video. Export it again."
             ) from error
@@ -254,8 +277,9 @@ def _open(path: Path) -> Any:
 
     _check_plain(path)
     try:
-        return av.open(str(path))
-    except (av.FFmpegError, OSError) as error:
+        # A tag that is no UTF-8 says nothing about the pictures.
+        return av.open(str(path), metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(
             f"found a file that PyAV cannot open: {path} ({error}); expected a video, an image, or a folder of images."
         ) from error

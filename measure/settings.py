@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a distilled LTX-2.x model has to be given: sizes it can make, frame counts, audio length, sigmas.
 
 Two stages sample at half the size first, so that the final sides are multiples of 64. ComfyUI's nodes round other
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from ..kernels.errors import PackError
 from . import ltx
 
 ONE_STAGE, TWO_STAGES = "one stage", "two stages"
@@ -84,7 +86,7 @@ def distilled_settings(
     """Wishes -> RenderSettings the model can make, each wish moved to the nearest possible value (of two, the smaller).
 
     ``width``, ``height``: of the finished clip. ``seconds``: if above 0, decides instead of ``frames``.
-    ``count_audio``: (frames, fps) -> audio latents; a running ComfyUI's own, where there is one. ValueError for a
+    ``count_audio``: (frames, fps) -> audio latents; a running ComfyUI's own, where there is one. PackError for a
     value that means nothing.
     """
     _check(width, height, frames, fps, seconds, stages, version)
@@ -112,12 +114,12 @@ def distilled_settings(
 def _check(width: int, height: int, frames: int, fps: float, seconds: float, stages: str, version: str) -> None:
     for name, value in (("width", width), ("height", height), ("frames", frames), ("fps", fps)):
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} is {value}; expected a number above 0")
+            raise PackError(f"{name} is {value}; expected a number above 0")
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise ValueError(f"seconds is {seconds}; expected 0 (frames decides) or a length above it")
+        raise PackError(f"seconds is {seconds}; expected 0 (frames decides) or a length above it")
     for name, value, known in (("stages", stages, STAGES), ("version", version, ltx.VERSIONS)):
         if value not in known:
-            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+            raise PackError(f"{name} is {value!r}; expected one of {', '.join(known)}")
 
 
 def _nearest(side: int, step: int, smallest: int) -> int:

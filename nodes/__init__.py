@@ -1,5 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pack's nodes, one file a family."""
 
+from ..host.border import guarded
 from .attention import NVFP4Attention
 from .checkpoint import NVFP4Inspect, NVFP4Split
 from .guard import NVFP4HostReport, NVFP4LaunchGuard
@@ -29,3 +31,5 @@ NODES = [
     NVFP4Sharpness,
     NVFP4Compare,
 ]
+for _node in NODES:
+    guarded(_node)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pack's architecture, checked on its source: which ring may import what, and the rules a linter cannot express."""
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MAY_IMPORT = {
 # Ring -> its wings, each of which may import those before it.
 WINGS = {
     "checkpoint": ("file", "identify", "write", "verify"),
-    "host": ("residency", "files", "show", "compute", "doctor", "guard", "load", "planning", "bench"),
+    "host": ("residency", "files", "border", "show", "compute", "doctor", "guard", "load", "planning", "bench"),
 }
 HOST_MODULES = {
     "comfy",

@@ -1,9 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
 // The NVFP4 Doctor's panel: a state object in, DOM out. No requests and no knowledge of the graph; guard.js has both.
 //
-// Everything that comes from the server is set as text, never as HTML. Colours are the front end's own variables, so
-// that the panel follows every colour palette; the second names are those of front ends before the design tokens.
+// Everything that comes from the server is set as text that hides nothing (visible.js). Colours are the front end's own
+// variables, so that the panel follows every colour palette; the second names are those of front ends before the design
+// tokens.
+
+import { visible } from "./visible.js";
 
 const STYLE_ID = "nvfp4-doctor-style";
+const LONGEST_COPY = 500000; // characters of a report
 const ICONS = {
   error: "pi pi-times-circle",
   warning: "pi pi-exclamation-triangle",
@@ -82,15 +87,16 @@ function h(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") element.addEventListener(name, value);
     else if (typeof value === "boolean") element.toggleAttribute(name, value);
-    else if (value !== undefined && value !== null) element.setAttribute(name, value);
+    else if (value !== undefined && value !== null) element.setAttribute(name, visible(value));
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+  const kept = children.flat().filter((child) => child !== null && child !== undefined && child !== "");
+  element.append(...kept.map((child) => (child instanceof Node ? child : visible(child))));
   return element;
 }
 
 /** A sentence of the server -> text and, for what stands in backticks, code. */
 const prose = (sentence) =>
-  String(sentence ?? "").split("`").map((part, index) => (index % 2 ? h("code", {}, part) : part));
+  visible(sentence).split("`").map((part, index) => (index % 2 ? h("code", {}, part) : part));
 
 const tone = (word) => h("span", { class: "nd-tone" }, word);
 const icon = (name) => h("i", { class: ICONS[name] ?? ICONS.unknown, "aria-hidden": "true" });
@@ -262,7 +268,7 @@ function reportAsText(report, findings, text) {
   const found = (findings ?? []).map((finding) => `${finding.severity}: ${finding.title} ${nodeList(finding)}`.trim());
   lines.push("", `[${text("models")}]`, ...models, "", `[${text("findings")}]`, ...found);
   if (report?.launch) lines.push("", `[${text("launch")}]`, report.launch.command);
-  return `${lines.join("\n")}\n`;
+  return `${visible(lines.join("\n"), LONGEST_COPY)}\n`;
 }
 
 const nodeList = ({ nodes }) => (nodes?.length ? `(${nodes.map((id) => `#${id}`).join(", ")})` : "");

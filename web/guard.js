@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // NVFP4 Video in the front end: a toast when the guard finds something at queue time, and the tab "NVFP4 Doctor".
 //
 // The server's part is host/guard/routes.py: GET /nvfp4/report, POST /nvfp4/check and the websocket event "nvfp4.findings".
@@ -7,12 +8,14 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { createPanel } from "./doctor.js";
 import { request, setting, texts } from "./host.js";
+import { visible } from "./visible.js";
 
 const PANEL = "nvfp4-doctor";
 const EVENT = "nvfp4.findings";
 const ENABLED = "NVFP4.guard.enabled";
 const TOAST_CLASS = "nvfp4-doctor-toast";
 const TOAST_LIFE_MS = 20000;
+const LONGEST_TOAST = 500;
 const SEVERITIES = ["info", "warning", "error"];
 
 const state = { report: null, findings: null, problem: null };
@@ -77,7 +80,7 @@ function notify(findings, text) {
   const { toast } = app.extensionManager;
   const [{ severity, title }] = findings;
   const more = findings.length > 1 ? ` ${text("more", { count: findings.length - 1 })}` : "";
-  const description = title + more;
+  const description = visible(title, LONGEST_TOAST) + more;
   const details = () => {
     dismissToast();
     openPanel();

@@ -1,7 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
 // A report as DOM: text in, an element out. No knowledge of nodes and graphs; reports.js has it.
 //
-// Everything is set as text, never as HTML: names in a report come from files. Words are never broken: prose wraps
-// between words and after the separators of paths, tables keep their columns and scroll sideways.
+// Everything is set as text that hides nothing (visible.js): names in a report come from files. Words are never
+// broken: prose wraps between words and after the separators of paths, tables keep their columns and scroll sideways.
+
+import { visible } from "./visible.js";
 
 const STYLE_ID = "nvfp4-report-style";
 const STYLE = `
@@ -31,6 +34,7 @@ const STYLE = `
 `;
 const LONG_WORD = 36; // of a node 310 pixels wide nearly a line
 const MAX_HEIGHT = 260;
+const LONGEST = 200000; // characters, as the server sends them at most
 
 /**
  * `urlOf`: the picture of an output, a query string of /view -> its address; `texts()` -> promise of texts.js' function.
@@ -56,8 +60,8 @@ export function createReport(urlOf, texts) {
     element,
     text: () => shown,
     show(text, picture) {
-      shown = text;
-      body.replaceChildren(...blocks(text));
+      shown = visible(text, LONGEST);
+      body.replaceChildren(...blocks(shown));
       link.replaceChildren();
       if (!picture) return;
       link.href = urlOf(picture);

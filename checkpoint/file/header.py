@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The header of a safetensors file: the records that describe it, and a reader that trusts nothing in it.
 
 Layout of a file (https://github.com/huggingface/safetensors#format):
@@ -30,6 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
+from ...kernels.errors import PackError
 from .dtypes import BITS, DTYPES, ITEM_BYTES, bytes_of
 from .mistaken import AGAIN, what_it_is
 
@@ -46,6 +48,7 @@ _INT64_MAX = 2**63 - 1
 _MAX_DIMENSIONS = 64  # torch's own operators stop there
 # What a header may hold beyond what its tensors need. A value of two bytes in JSON can take a hundred as an object.
 _MOST_FURTHER, _MOST_UNUSUAL = 1_000_000, 200_000
+_LONGEST_NAME = 1000  # characters of a tensor's name; longer ones are in no model, and no report has room for them
 _MOST_SHAPES = 4096  # shared by the tensors that have them; a file with more has each its own
 _CODES = {name: (name, size) for name, size in ITEM_BYTES.items()}  # with the one string that all tensors share
 
@@ -56,7 +59,7 @@ _short = reprlib.Repr()
 _short.maxstring, _short.maxlist, _short.maxdict, _short.maxlevel, _short.maxlong = 200, 8, 4, 2, 40
 
 
-class CheckpointError(ValueError):
+class CheckpointError(PackError):
     """A file that cannot be used, in one line: ``where: found; expected ...; remedy``."""
 
     def __init__(self, found: str, *, where: str | os.PathLike[str] = "", expected: str = "", remedy: str = "") -> None:
@@ -135,10 +138,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file for reading; OSError, here or in the body, becomes CheckpointError."""
-    if "\0" in str(path):
-        raise CheckpointError("a file name cannot hold a NUL character", where=repr(str(path)))
     try:
-        _check_regular(path, os.stat(path).st_mode)  # before open(), which may wind a tape, or wait for ever on a pipe
+        _check_regular(path, stat_of(path).st_mode)  # before open(), which may wind a tape, or wait for ever on a pipe
         with open(path, "rb", opener=_open_at_once) as file:
             _check_regular(path, os.fstat(file.fileno()).st_mode)  # what was opened, should it have changed meanwhile
             yield file
@@ -147,6 +148,15 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointError("the file does not exist", where=path, remedy=remedy) from error
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error})", where=path, remedy="check rights and disk") from error
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """os.stat; CheckpointError for what no file can be called."""
+    try:
+        return os.stat(path)
+    except ValueError as error:  # NUL, or half of a surrogate pair
+        found = f"this is no name of a file ({error})"
+        raise CheckpointError(found, where=quote(str(path)), remedy="check the name") from error
 
 
 def _check_regular(path: Path, mode: int) -> None:
@@ -179,12 +189,12 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
         found = f"its header should be {length:,} bytes long, but {length - (size - 8):,} of them are missing"
         raise CheckpointError(found, where=where, remedy=_CUT_SHORT)
     file.seek(8)
-    with _no_collection():
+    with no_collection():
         return _parse(file, path, length, size)
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Without Python's search for cycles, which looks at all of a million new objects again and again, finding none."""
     enabled = gc.isenabled()
     gc.disable()
@@ -211,14 +221,18 @@ def _parse(file: BinaryIO, path: Path, length: int, size: int) -> Header:
     except UnicodeEncodeError as error:
         found = f"a name or metadata in its header is not valid Unicode ({error.reason})"
         raise CheckpointError(found, where=where, remedy=_REWRITE) from error
+    longest = max(entries, key=len, default="")
+    if len(longest) > _LONGEST_NAME:
+        found, expected = f"the name of its tensor {quote(longest)} has {len(longest):,} characters", "at most 1,000"
+        raise CheckpointError(found, where=where, expected=expected, remedy=_REWRITE)
     for name, entry in entries.items():
         if type(entry) is not TensorInfo:
             entries[name] = _tensor_info(name, entry, data_start, where)
     trailing = _check_layout(entries, data_start, size, where)
-    return Header(path, entries, metadata, size, _read_markers(file, entries), trailing)
+    return Header(path, entries, metadata, size, _read_markers(file, entries, where), trailing)
 
 
-def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str, bytes]:
+def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo], where: str) -> dict[str, bytes]:
     """Contents of the `comfy_quant` tensors, in the order in which they lie in the file."""
     markers = {}
     names = [name for name in tensors if name.endswith(MARKER) and tensors[name].nbytes <= _MAX_MARKER_BYTES]
@@ -226,6 +240,9 @@ def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str
         if name.rpartition(".")[2] == MARKER:
             file.seek(tensors[name].start)
             markers[name] = file.read(tensors[name].nbytes)
+            if len(markers[name]) != tensors[name].nbytes:
+                found, remedy = "the file became shorter while it was read", "try again once nothing writes to it"
+                raise CheckpointError(found, where=where, remedy=remedy)
     return markers
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint that may be spread over several files: its merged header, and a reader that keeps one tensor in memory.
 
 A checkpoint is named by its file, by its ``*.safetensors.index.json``, by any one of its shards
@@ -7,6 +8,7 @@ A checkpoint is named by its file, by its ``*.safetensors.index.json``, by any o
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import json
 import os
@@ -18,7 +20,17 @@ from typing import BinaryIO
 
 import torch
 
-from .header import HEADER_ENTRY, CheckpointError, Header, layers_entry, open_regular, parse_header, quote, read_header
+from .header import (
+    HEADER_ENTRY,
+    CheckpointError,
+    Header,
+    layers_entry,
+    open_regular,
+    parse_header,
+    quote,
+    read_header,
+    stat_of,
+)
 
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
@@ -146,20 +158,34 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
     """-> the files, and the tensors that an index says they hold."""
     if path.name.endswith(_INDEX_ENDING):
         return _indexed(path)
-    if path.exists():
+    if _exists(path):
         index = _index_beside(path)
         if index is not None:
             return _indexed(index)
         shard = _SHARD.fullmatch(path.name)
         return (_siblings(path, shard) if shard else [path]), set()
     if glob.has_magic(path.name):
-        matching = sorted(entry for entry in path.parent.glob(path.name) if entry.is_file())
+        # Not Path.glob, which takes `**` for folders within folders, or refuses it.
+        beside = (entry for entry in path.parent.glob("*") if fnmatch.fnmatch(entry.name, path.name))
+        matching = sorted(entry for entry in beside if entry.is_file())
         found = [entry for entry in matching if entry.suffix != ".json"]
         if not found:
             remedy = "check the name; a wildcard may stand in the file's name only"
             raise CheckpointError("no file matches this name", where=path, remedy=remedy)
         return found, set()
     return [path], set()
+
+
+def _exists(path: Path) -> bool:
+    """CheckpointError for a name that is too long, or none at all."""
+    try:
+        stat_of(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        found = f"there is no file of this name ({error.strerror})"
+        raise CheckpointError(found, where=path, remedy="check the name") from error
+    return True
 
 
 def _index_beside(path: Path) -> Path | None:
@@ -214,7 +240,7 @@ def _indexed(path: Path) -> tuple[list[Path], set[str]]:
             raise error(f"the index names the file {quote(name)}", "files must lie beside the index: do not use it")
     missing = _not_beside(path, names)
     if missing:
-        found = f"of its {len(names)} files {len(missing)} are missing, {missing[0]} for one"
+        found = f"of its {len(names)} files {len(missing)} are missing, {quote(missing[0])} for one"
         raise error(found, "download the others")
     return [path.with_name(name) for name in names], set(weight_map)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What verifying a file has found, layer by layer and tensor by tensor, and how it is told to people and programs."""
 
 from __future__ import annotations
@@ -6,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from ...measure.escape import report as text_report
 from ...measure.text import table
 
 
@@ -110,7 +112,7 @@ def summary(found: Verification) -> str:
     lines += _some([f"{name}: the source has it, the file does not" for name in found.missing])
     lines += _some([f"{name}: the file has it, the source does not" for name in found.extra])
     lines += _some(found.faults)
-    return "\n".join(lines)
+    return text_report(lines)
 
 
 def worst_layers(found: Verification, count: int) -> list[tuple[str, ...]]:
@@ -130,7 +132,7 @@ def report(found: Verification, count: int = 10) -> str:
     So a reader with little room, as on a node, need not scroll past the names.
     """
     rows = [(error, allowed, layer) for layer, _, error, allowed, *_ in worst_layers(found, count)]
-    return "\n".join([summary(found), *(["", *table(rows, right=(0, 1))] if rows else [])])
+    return "\n".join([summary(found), *(["", text_report(table(rows, right=(0, 1)))] if rows else [])])
 
 
 def _some(lines: Sequence[str], most: int = 10) -> list[str]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model card beside a written file, and the provenance in its header.
 
 The card leads with what makes people think a good file is a bad one: a preview decoder taken for the VAE, settings of
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...measure.escape import LONGEST_CELL, LONGEST_LINE, line, markdown, report
 from ...measure.ltx import CFG, SIGMAS, sigmas_text
 from ...measure.text import size_text
 from ..file.container import sync_folder
@@ -30,6 +32,7 @@ CARD_ENDING = ".md"
 _MAX_CARD_BYTES = 2**24
 _SEAL = re.compile(rb"<!-- NVFP4 Video, ([0-9a-f]{64}) -->\n\Z")
 _LICENCE_KEYS = ("license", "licence", "license_name", "modelspec.license", "ss_license")
+_NO_LICENCE = "the original's; its header names none, see where the original was published"
 _UNKNOWN_SHA = "0" * 64
 
 _LTX_TRAPS = f"""\
@@ -59,8 +62,9 @@ def tool_version() -> str:
 
 
 def licence_of(header: Header) -> str | None:
-    """What the header says of the licence, or None."""
-    return next((header.metadata[key] for key in _LICENCE_KEYS if header.metadata.get(key)), None)
+    """What the header says of the licence, cut to what a card has room for, or None; the header goes along whole."""
+    found = next((header.metadata[key] for key in _LICENCE_KEYS if header.metadata.get(key)), None)
+    return None if found is None else line(re.sub(r"\s+", " ", found, flags=re.ASCII), LONGEST_CELL)
 
 
 def provenance(record: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> str:
@@ -89,20 +93,21 @@ def _card_text(record: Mapping[str, Any]) -> str:
     ltx = record["family"] and record["family"].startswith("LTX")
     traps = (_LTX_TRAPS if ltx else _OTHER_TRAPS).format(vae=vae)
     sources = record["sources"]
-    kept = [f"| {reason} | {count:,} |" for reason, count in record["kept"].items()]
-    options = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in record["options"].items())
+    kept = [f"| {markdown(reason)} | {count:,} |" for reason, count in record["kept"].items()]
+    options = "; ".join(markdown(f"{key.replace('_', ' ')}: {value}") for key, value in record["options"].items())
     shrunk = 1 - record["nbytes"] / record["source_bytes"]
     search = {
         "mse": "block scales chosen for the least squared error among candidates, same format as plain NVFP4",
         "amax": "plain block maxima, as comfy-kitchen's quantiser",
     }[record["search"]]
     weighted = ", weighted by calibration statistics" if record["calibration"] else ""
-    licence = record["licence"] or "the original's; its header names none, see where the original was published"
+    licence = markdown(record["licence"] or _NO_LICENCE, LONGEST_LINE)
+    family = markdown(record["family"] or "A diffusion model")
     return "\n".join(
         [
-            f"# {record['file']}",
+            f"# {markdown(record['file'])}",
             "",
-            f"{record['family'] or 'A diffusion model'} with {record['layers']:,} layers in NVFP4, for ComfyUI.",
+            f"{family} with {record['layers']:,} layers in NVFP4, for ComfyUI.",
             "",
             "## Before you judge it",
             "",
@@ -115,12 +120,12 @@ def _card_text(record: Mapping[str, Any]) -> str:
             f"| size | {size_text(record['nbytes'])}, {100 * shrunk:.1f} % less than the source "
             f"({size_text(record['source_bytes'])}) |",
             f"| sha256 | `{record['sha256']}` |",
-            *(f"| made from | {name}, sha256 `{sha}` |" for name, sha in sources.items()),
-            f"| made by | {record['tool']}, recipe {record['recipe']} ({record['why']}) |",
+            *(f"| made from | {markdown(name)}, sha256 `{sha}` |" for name, sha in sources.items()),
+            f"| made by | {record['tool']}, recipe {markdown(record['recipe'])} ({markdown(record['why'])}) |",
             *([f"| options | {options} |"] if options else []),
             f"| scales | {search}{weighted} |",
             f"| licence | {licence} |",
-            f"| contents | {record['contents']} |",
+            f"| contents | {markdown(record['contents'])} |",
             "",
             "Load it with ComfyUI's own loaders (NVFP4 needs ComfyUI 0.8 or later) or with *NVFP4 Model Loader*.",
             "",
@@ -130,8 +135,8 @@ def _card_text(record: Mapping[str, Any]) -> str:
             "|---|---|",
             *(kept or ["| - | 0 |"]),
             "",
-            *(["Profile after: " + ", ".join(record["profile"]) + ".", ""] if record["profile"] else []),
-            *(f"Warning: {text}.\n" for text in record["warnings"]),
+            *(["Profile after: " + ", ".join(map(markdown, record["profile"])) + ".", ""] if record["profile"] else []),
+            *(f"Warning: {markdown(text, LONGEST_LINE)}.\n" for text in record["warnings"]),
             "Check it against its source: `python <pack folder> verify FILE SOURCE`.",
             "",
         ]
@@ -151,7 +156,7 @@ def text_of(record: Mapping[str, Any]) -> str:
     lines += [f"layers: {record['layers']:,} in NVFP4, recipe {record['recipe']}: {record['why']}"]
     lines += [f"kept: {count:,} {reason}" for reason, count in record["kept"].items()]
     lines += [f"warning: {text}" for text in record["warnings"]]
-    return "\n".join(lines)
+    return report(lines)
 
 
 def write_card(target: Path, record: Mapping[str, Any]) -> Path:

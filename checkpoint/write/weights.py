@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of a checkpoint that are still floating point, FP8 with its scale among them, as FP32 rows.
 
 The quantiser and the verifier read through this module, so that both take the same numbers for the original: an FP8
@@ -51,6 +52,8 @@ def float_weight(header: Header, layer: Layer) -> FloatWeight | str:
     """Header, a layer of its plan -> FloatWeight, or why its values are not read here."""
     if not FORMATS[layer.kind].quantises:
         return f"stored as {layer.title}"
+    if not layer.name:  # the tensors made of it would have no names either
+        return "a tensor called `weight` alone, without the name of a layer"
     name = f"{layer.name}.{layer.weight}"
     return FloatWeight(name, header.tensors[name], layer)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One row of ``bench``: a model file loaded, sampled and decoded in this process, as a job of the parent says.
 
 The parent (cli/bench_child.py) starts one process for each repetition of a row, so that the first clip is a cold one
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...kernels.errors import PackError
 from . import session
 from .meter import PeakMemory, peak_host_memory
 
@@ -59,7 +61,7 @@ def _describe(error: Exception) -> str:
         return f"out of GPU memory: {text}"
     if isinstance(error, MemoryError):
         return f"out of host memory: {text}"
-    return text if isinstance(error, (ValueError, session.SessionError)) and text else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, PackError) and text else f"{type(error).__name__}: {text}"
 
 
 def _make(job: Mapping[str, Any]) -> None:

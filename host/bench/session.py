@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ComfyUI in this process: brought up as its main.py does it, without the server, and sampled by its own functions.
 
 For the command line and the benchmarks; no node uses it. torch and comfy are imported inside the functions, because the
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...kernels.errors import PackError
 from ...measure import ltx
 
 logger = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ logger = logging.getLogger(__name__)
 FRAME_RATE = 25.0
 
 
-class SessionError(RuntimeError):
+class SessionError(PackError):
     """ComfyUI cannot be brought up here; the message says why and what to do."""
 
 

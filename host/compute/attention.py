@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which function computes attention: the host's, one by name, or the one that a trial on this GPU finds fastest.
 
 ComfyUI asks torch for FlashAttention before anything else. What is fastest differs by GPU and by shape: on an H200
@@ -23,6 +24,7 @@ import torch
 from comfy import patcher_extension
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...kernels.errors import PackError
 from .. import residency
 
 logger = logging.getLogger(__name__)
@@ -236,10 +238,10 @@ def use_attention(patcher: Any, choice: str, mode: str = "bf16") -> str:
     """Have a model's attention computed by ``choice`` (from ``choices``) -> what to expect, for the report.
 
     ``mode``: how its layers compute. BY_COMPUTE leaves models that promise the host's own result ("bf16") to the
-    host's attention. Raises ValueError for a choice that is not to be had here.
+    host's attention. Raises PackError for a choice that is not to be had here.
     """
     if choice not in choices():
-        raise ValueError(f"attention: there is no {choice!r} here; there are {', '.join(choices())}")
+        raise PackError(f"attention: there is no {choice!r} here; there are {', '.join(choices())}")
     if choice == BY_COMPUTE:
         choice = AUTO if mode in ("fp8", "fp4") else HOST
     device, options = patcher.load_device, patcher.model_options.setdefault("transformer_options", {})

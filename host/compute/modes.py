@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a model's NVFP4 layers compute: the mode that runs on this device and why, and which layers differ from it.
 
 * ``bf16``  weight-only: weights are dequantised, activations left alone; exact.
@@ -22,6 +23,7 @@ import torch
 from ...checkpoint.file.header import Header
 from ...checkpoint.write.recipes import Options, find_recipe, select
 from ...kernels import fp8
+from ...kernels.errors import PackError
 
 MODES = ("bf16", "fp8", "fp4")
 AUTO = "auto"
@@ -74,13 +76,13 @@ def _fp4_obstacle(device: torch.device) -> str:
 def pick_mode(requested: str, device: torch.device, modes: tuple[str, ...] = MODES) -> tuple[str, str]:
     """One of MODES or "auto", which takes one of ``modes``, device -> (mode, reason).
 
-    A mode asked for that cannot run raises ValueError.
+    A mode asked for that cannot run raises PackError.
     """
     if requested not in (*MODES, AUTO):
-        raise ValueError(f"unknown compute mode {requested!r}; expected {', '.join(MODES)} or {AUTO}")
+        raise PackError(f"unknown compute mode {requested!r}; expected {', '.join(MODES)} or {AUTO}")
     if requested != AUTO:
         if found := obstacle(requested, device):
-            raise ValueError(f"compute {requested} cannot run: {found}; choose bf16 or auto")
+            raise PackError(f"compute {requested} cannot run: {found}; choose bf16 or auto")
         return requested, "asked for"
     refused = []
     for mode in reversed(modes):
@@ -92,18 +94,18 @@ def pick_mode(requested: str, device: torch.device, modes: tuple[str, ...] = MOD
 
 
 def parse_overrides(text: str, device: torch.device) -> dict[str, str]:
-    """ "to_out=bf16, blocks.0=bf16" -> {part of layer names: mode}. ValueError for what is malformed or cannot run."""
+    """ "to_out=bf16, blocks.0=bf16" -> {part of layer names: mode}. PackError for what is malformed or cannot run."""
     found: dict[str, str] = {}
     for item in filter(None, (piece.strip() for piece in re.split(r"[,;\n]", text))):
         part, equals, mode = (piece.strip() for piece in item.partition("="))
         if not part or not equals:
-            raise ValueError(f"layer_compute: found {item!r}; expected PART=MODE, such as to_out=bf16")
+            raise PackError(f"layer_compute: found {item!r}; expected PART=MODE, such as to_out=bf16")
         if mode not in MODES:
             close = difflib.get_close_matches(mode, MODES, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"layer_compute: unknown mode {mode!r} for {part!r}; expected {', '.join(MODES)}{hint}")
+            raise PackError(f"layer_compute: unknown mode {mode!r} for {part!r}; expected {', '.join(MODES)}{hint}")
         if reason := obstacle(mode, device):
-            raise ValueError(f"layer_compute: {part}={mode} cannot run: {reason}; choose bf16")
+            raise PackError(f"layer_compute: {part}={mode} cannot run: {reason}; choose bf16")
         found[part] = mode
     return found
 
@@ -129,14 +131,14 @@ def plan_layers(
 ) -> Compute:
     """Mode with its reason, overrides, file, its NVFP4 layers, all its matrices -> Compute; names without prefix.
 
-    Raises ValueError for an override that matches no NVFP4 layer, with the nearest names there are.
+    Raises PackError for an override that matches no NVFP4 layer, with the nearest names there are.
     """
     mode, reason = picked
     chosen = dict.fromkeys(sensitive(header, layers, names) if mode != "bf16" else (), "bf16")
     for part, wanted in overrides.items():
         found = [layer for layer in layers if matches(part, layer)]
         if not found:
-            raise ValueError(
+            raise PackError(
                 f"layer_compute: {part!r} is in no name of the {len(layers)} NVFP4 layers{_near(part, layers)}"
             )
         chosen |= dict.fromkeys(found, wanted)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whose GPU it is, and what is said to owners of other ones than NVIDIA's: advice of their own, or that there is none.
 
 This pack was run on NVIDIA's GPUs only. What makes a GeForce faster can be what stops a Radeon, so nothing that is said

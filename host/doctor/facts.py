@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a fact is, and the few means by which facts are found. Imports nothing of ComfyUI and does not touch the GPU."""
 
 from __future__ import annotations

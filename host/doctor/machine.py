@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about the machine and its software: versions, the GPU that ComfyUI computes on, memory.
 
 Each function answers one question of probe.py: -> (value, text), or it raises.

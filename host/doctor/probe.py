@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about the ComfyUI this pack runs in, each with the place it was read from.
 
 Behaviour is asked for, not versions: the faults that the guard knows are tried on the functions that have them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host report: facts, verdict for each loaded model, findings and the recommended launch, as JSON and as text.
 
 It is the body of GET /nvfp4/report and what the `doctor` command prints, so it holds no paths and no names of users.
@@ -12,6 +13,7 @@ from itertools import groupby
 from pathlib import PurePath
 from typing import Any
 
+from ...measure import escape
 from .facts import Fact, gib, why
 from .probe import probe
 from .profiles import launch_profile
@@ -65,7 +67,7 @@ def text(report: Mapping) -> str:
     lines += [f"  {launch['note']}"] if launch["note"] else []
     lines += ["", "Other flags of this ComfyUI"] if launch["others"] else []
     lines += [f"  {flag['flag']}: {flag['what']}" for flag in launch["others"]]
-    return "\n".join(lines)
+    return escape.report(lines)
 
 
 def headline(report: Mapping) -> str:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about how this ComfyUI was started and what it decided: flags, offloading, its compiler, NVFP4 backends.
 
 Each function answers one question of probe.py: -> (value, text), or it raises.

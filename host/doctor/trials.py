@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Known faults, told by trying the functions that have them: with tiny arguments, on the CPU, nothing is left behind.
 
 Each function answers one question of probe.py: -> (whether the fault is there, text), or it raises.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The launch guard: a prompt and the host's facts -> findings, and what they look like to a user.
 
 Nothing here refuses, changes or runs anything; routes.py and the NVFP4LaunchGuard node act on the findings.
@@ -5,14 +6,16 @@ Nothing here refuses, changes or runs anything; routes.py and the NVFP4LaunchGua
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-import secrets
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from ...measure.escape import line, report
+from ..border import log_fault
 from ..doctor.cards import is_nvidia
 from . import rules_host, rules_model
 from .prompt_graph import PromptGraph
@@ -32,7 +35,6 @@ MOST_FINDINGS = 100
 _MOST_NAMED = 8
 _ORDER = (ERROR, WARNING, INFO)
 RULES = (*rules_model.RULES, *rules_host.RULES)
-_references: dict[tuple[str, str], str] = {}  # rule and kind of error -> reference in the log
 
 
 def check(
@@ -53,7 +55,7 @@ def check(
         outputs = _outputs(graph, targets)
         view = View(graph if outputs is None else graph.restricted_to(outputs), facts, until)
     except Exception as error:
-        return [_failed(["reading the prompt"], _log(error, "reading the prompt"))]
+        return [_failed(["reading the prompt"], log_fault(error, "reading the prompt"))]
     for rule in RULES:
         try:
             view.keep_time()
@@ -66,7 +68,7 @@ def check(
             late.append(rule.__name__)
         except Exception as error:
             failed.append(rule.__name__)
-            reference = reference or _log(error, rule.__name__)
+            reference = reference or log_fault(error, rule.__name__)
     found.sort(key=lambda finding: _ORDER.index(finding.severity))
     if len(found) > MOST_FINDINGS or more:
         why = f"Of one kind, and of all together, {MOST_FINDINGS} are listed."
@@ -116,15 +118,6 @@ def _failed(rules: list[str], reference: str) -> Finding:
         f"Failed: {', '.join(rules)}. It is a fault of NVFP4 Video, not of the prompt.",
         f"Please report it with the lines of ComfyUI's log that have the reference {reference}.",
     )
-
-
-def _log(error: Exception, doing: str) -> str:
-    """Log a failure with its traceback, the same one only once -> the reference under which the log has it."""
-    key = doing, type(error).__name__
-    if key not in _references:
-        _references[key] = secrets.token_hex(4)
-        logger.error("NVFP4 guard: %s failed, reference %s", doing, _references[key], exc_info=error)
-    return _references[key]
 
 
 def _outputs(graph: PromptGraph, targets: Collection[str] | None) -> Collection[str] | None:
@@ -205,13 +198,13 @@ def policy_in_graph(prompt: Any) -> str | None:
 
 def one_line(finding: Finding) -> str:
     """For a log: severity, sentence, remedy, nodes."""
-    return f"{finding.severity}: {finding.title} {finding.remedy}{_at(finding)}"
+    return line(f"{finding.severity}: {finding.title} {finding.remedy}{_at(finding)}")
 
 
 def describe(findings: Iterable[Finding]) -> str:
     """For a node or a console: every finding with its reason and remedy."""
-    parts = [f"{found.severity}: {found.title}{_at(found)}\n  {found.why}\n  {found.remedy}" for found in findings]
-    return "\n".join(parts) if parts else "nothing found"
+    lines = [(f"{one.severity}: {one.title}{_at(one)}", f"  {one.why}", f"  {one.remedy}") for one in findings]
+    return report(itertools.chain(*lines)) if lines else "nothing found"
 
 
 def _at(finding: Finding) -> str:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cure for the prefetch crash, per model and without a launch flag; and what the NVFP4LaunchGuard node does.
 
 The host asks for the prefetch of a dynamic model's blocks through ``transformer_options["prefetch_dynamic_vbars"]``,
@@ -14,6 +15,7 @@ from typing import Any
 
 from comfy import patcher_extension
 
+from ...kernels.errors import PackError
 from ..doctor.probe import probe
 from ..residency import PREFETCH_FLAG as FLAG
 from . import check as guard
@@ -24,7 +26,7 @@ KEY = "nvfp4_video.without_prefetch"
 _KIND = patcher_extension.WrappersMP.DIFFUSION_MODEL
 
 
-class CureError(RuntimeError):
+class CureError(PackError):
     """The cure did not take, which is said instead of believed."""
 
 
@@ -92,14 +94,14 @@ def _queue_of_host(options: dict[str, Any], device: Any) -> Any:
 def guard_model(model: Any, policy: str, prompt: Any) -> tuple[Any, str]:
     """What NVFP4LaunchGuard does: MODEL, policy, API prompt -> MODEL, report.
 
-    ``cure`` wraps the model only on a host that needs it, or of which that is not known. ``block`` raises RuntimeError
+    ``cure`` wraps the model only on a host that needs it, or of which that is not known. ``block`` raises PackError
     for errors in the prompt, for runs that no prompt handler saw. ``prompt`` may be None, then only the host is judged.
     """
     facts = probe()
     findings = guard.check_host(facts) + guard.check(prompt, facts)
     errors = [finding for finding in findings if finding.severity == guard.ERROR]
     if policy == guard.BLOCK and errors:
-        raise RuntimeError(guard.describe(errors))
+        raise PackError(guard.describe(errors))
     lines = [guard.describe(findings)]
     if policy == guard.CURE:
         crash = facts.get("prefetch_crash")

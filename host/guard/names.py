@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the host calls a node: its display name changes between versions, the class does not."""
 
 from __future__ import annotations

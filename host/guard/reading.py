@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a JSON text is that somebody wants checked, and the API prompt in it: unwrapped, or made of a saved graph.
 
 Prompts come as the front end exports them (API format), as it saves them (nodes and links), and wrapped in requests,
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...kernels.errors import PackError
 from .prompt_graph import PromptGraph
 from .saved_graph import Converted, converted
 
@@ -35,7 +37,7 @@ _MAGIC = {
 }
 
 
-class NotRead(ValueError):
+class NotRead(PackError):
     """A text in which there is no prompt; the message says what it is instead, and what was expected."""
 
 

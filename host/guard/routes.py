@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the guard meets the host's server: one line at start-up, the handler of queued prompts, three read-only routes.
 
 The handler sees every prompt before the host validates it, whoever queued it. It logs the findings, sends them to the
@@ -19,7 +20,9 @@ from typing import Any
 import folder_paths
 from server import PromptServer
 
-from ...checkpoint.file.header import CheckpointError, open_regular
+from ...checkpoint.file.header import CheckpointError, no_collection, open_regular
+from ...measure.escape import line
+from ..border import answered, log_fault
 from ..doctor import report as doctor
 from ..doctor.probe import probe
 from ..show import reports
@@ -40,7 +43,6 @@ LIMIT, CHECK_LIMIT = 1.0, 20.0  # seconds: a queued prompt, which keeps the host
 MOST_LINES = 20  # of the log, a prompt
 # What the policy widget of a refused prompt begins with; the rest is the reason (see NVFP4LaunchGuard.validate_inputs).
 REFUSED = "refused: "
-_failed: set[str] = set()
 
 
 def start() -> None:
@@ -54,13 +56,14 @@ def start() -> None:
     server.add_on_prompt_handler(on_prompt)
     try:
         findings = guard.check_host(probe())
-    except Exception:
-        _log_once("looking at the host")
+    except Exception as error:
+        log_fault(error, "looking at the host")
         return
     if findings:
         logger.warning("NVFP4 guard: %s", " ".join(guard.one_line(finding) for finding in findings))
 
 
+@answered
 async def get_report(request: Any) -> Any:
     """GET: the host report of doctor.py, findings on the host included."""
     from aiohttp import web
@@ -70,6 +73,7 @@ async def get_report(request: Any) -> Any:
     return web.json_response(report)
 
 
+@answered
 async def post_check(request: Any) -> Any:
     """POST a prompt, as it is or in an envelope -> {"findings": [...], "reading": {...}}. Nothing is queued or kept.
 
@@ -100,6 +104,7 @@ async def post_check(request: Any) -> Any:
     return web.json_response({"findings": [finding.as_dict() for finding in findings]} | answer)
 
 
+@answered
 async def get_reports(request: Any) -> Any:
     """GET ?workflow=<id>&node=<id> <class>&node=... -> {"reports": node id -> what it last reported}."""
     from aiohttp import web
@@ -113,8 +118,8 @@ def on_prompt(data: Any) -> Any:
     """The host's prompt handler: body of POST /prompt -> the same with findings in its extra_data, or a refused one."""
     try:
         return _handle(data) if isinstance(data, dict) else data
-    except Exception:
-        _log_once("checking a prompt")
+    except Exception as error:
+        log_fault(error, "checking a prompt, which goes on unchecked and unchanged,")
         return data
 
 
@@ -146,6 +151,7 @@ def _handle(data: dict[str, Any]) -> dict[str, Any]:
     return data | {"extra_data": extra | {IN_HISTORY: listed}}
 
 
+@no_collection()  # which would look at the 10,000 nodes of a prompt again and again
 def _judge(data: dict[str, Any]) -> tuple[str | None, list[guard.Finding]]:
     """Body of POST /prompt -> policy, findings; None for a user who switched the check off."""
     graph = PromptGraph(data.get("prompt"))
@@ -168,7 +174,7 @@ def _refused(data: dict[str, Any], errors: Collection[guard.Finding]) -> dict[st
     reasons: dict[str, list[str]] = {}
     for error in errors:
         node = error.nodes[0] if error.nodes else GUARD_NODE
-        reasons.setdefault(node, []).append(f"{error.title} {error.why} {error.remedy}")
+        reasons.setdefault(node, []).append(line(f"{error.title} {error.why} {error.remedy}"))
     prompt = {
         node: {"class_type": GUARD_NODE, "inputs": {"model": None, "policy": REFUSED + "\n".join(texts)}}
         for node, texts in reasons.items()
@@ -191,9 +197,3 @@ def _settings() -> dict[str, Any]:
     except (CheckpointError, ValueError, RecursionError):
         return {}
     return settings if isinstance(settings, dict) else {}
-
-
-def _log_once(doing: str) -> None:
-    if doing not in _failed:
-        _failed.add(doing)
-        logger.exception("NVFP4 guard: %s failed; prompts go on unchecked and unchanged", doing)

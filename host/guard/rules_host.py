@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard's rules on what other packs and launch flags do to a prompt that would be sound on a plain ComfyUI."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A workflow as the front end saves it -> the prompt it would queue, as far as that can be told without a browser.
 
 Links are followed through reroutes, Set and Get, bypassed nodes and subgraphs, whose nodes get ids like ``12:34``;

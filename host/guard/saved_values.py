@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which value belongs to which widget: a saved node stores its values by position, and only its class knows the order.
 
 Where the host runs, its node classes say it, as /object_info does; else the node's own ``inputs`` do, in which newer

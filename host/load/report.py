@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the loader of models tells: what was in the file, and how each kind of layer will compute. It only tells."""
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from typing import Any
 
 from ...checkpoint.identify.dialects import DialectPlan
 from ...checkpoint.identify.signatures import Model
+from ...measure.escape import report as text_report
 from .. import residency
 from ..compute.modes import Compute, describe
 
@@ -57,7 +59,7 @@ class LoadReport:
             lines.append(self.unknown)
         if self.config_from:
             lines.append(f"config taken from {self.config_from}")
-        return "\n".join(lines)
+        return text_report(lines)
 
 
 def count_layers(plan: DialectPlan) -> Counter[str]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A text encoder in NVFP4, any dialect and any family ComfyUI knows -> the host's CLIP, with the pack's Linear.
 
 The host tells the family, builds the model and owns tokenizer, patcher and offload. This module brings the state dicts
@@ -31,7 +32,9 @@ from ...checkpoint.identify.text_encoder_signatures import (
     is_t5,
 )
 from ...kernels import backends
+from ...kernels.errors import PackError
 from ...kernels.format import OUTPUT_DTYPES
+from ...measure.escape import report as text_report
 from ..compute.lora_patcher import use_branches
 from ..compute.token_graphs import use_graphs
 from .encoder_layers import check_shapes, check_taken, restore_embeddings, text_operations
@@ -87,7 +90,7 @@ class TextEncoderReport:
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
             f"token loop: {self.decode}",
         ]
-        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+        return text_report([*lines, *(f"warning: {text}" for text in self.warnings)])
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,12 @@ def load_text_encoder(
     the same), for others a second text encoder, as the host's loader of two takes it (None: there is none).
     ``dialect`` reads NVFP4 weights that do not declare theirs. ``graphs``: replay the blocks of LTX's token loop as
     CUDA graphs where the host can. Raises CheckpointError for files that do not belong together or cannot be read,
-    ValueError for an option that cannot be had.
+    PackError for an option that cannot be had.
     """
     if device not in DEVICES:
-        raise ValueError(f"unknown device {device!r}; expected {' or '.join(DEVICES)}")
+        raise PackError(f"unknown device {device!r}; expected {' or '.join(DEVICES)}")
     if kind not in types():
-        raise ValueError(f"this ComfyUI knows no text encoders of type {kind!r}; expected {', '.join(types())}")
+        raise PackError(f"this ComfyUI knows no text encoders of type {kind!r}; expected {', '.join(types())}")
     options: dict[str, Any] = {}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")

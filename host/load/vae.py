@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The VAE in a file, told by its signature -> the host's VAE, whole on its device when it decodes, and a report.
 
 The host builds and runs the VAE. This module picks the tensors of the one VAE, gives them the names the host looks for,
@@ -25,6 +26,8 @@ from ...checkpoint.identify.dialects import AUTO
 from ...checkpoint.identify.vae_signatures import AUDIO, Vae, find_vaes, pick_vae, refusal
 from ...checkpoint.write.restore import plan_restoration
 from ...checkpoint.write.split import metadata_of, with_config
+from ...kernels.errors import PackError
+from ...measure.escape import report as text_report
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ class VaeReport:
             lines.append(f"restored to BF16: {formats}")
         if self.config_from:
             lines.append(f"config taken from {self.config_from}")
-        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
+        return text_report([*lines, *(f"warning: {text}" for text in self.warnings)])
 
 
 def load_vae(
@@ -104,7 +107,7 @@ def load_vae(
     not declare it. Raises CheckpointError, with the remedy, for a file that cannot decode LTX latents well.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown kind of VAE {kind!r}; expected {', '.join(KINDS)}")
+        raise PackError(f"unknown kind of VAE {kind!r}; expected {', '.join(KINDS)}")
     checkpoint = open_checkpoint(path)
     header = checkpoint.header
     audio = kind == "audio" or (kind == "auto" and {vae.kind for vae in find_vaes(header)} == {AUDIO})

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard's nodes, and the cure: what the model is told with it and without it, through the host's own chain."""
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from comfy import patcher_extension
 from comfy.model_patcher import ModelPatcher
 from nvfp4_video.host.guard import cure
+from nvfp4_video.kernels.errors import PackError
 from nvfp4_video.nodes.guard import NVFP4HostReport, NVFP4LaunchGuard
 from nvfp4_video.tests.support.guard_prompts import HEALTHY, VULNERABLE, clip
 from server import PromptServer
@@ -129,7 +131,7 @@ def test_cure_wraps_the_model_on_a_vulnerable_host_and_on_an_unknown_one(run, mo
 
 
 def test_block_stops_a_run_that_no_handler_saw_and_only_for_errors(run, model):
-    with pytest.raises(RuntimeError, match="wait_stream"):
+    with pytest.raises(PackError, match="wait_stream"):
         run("block", VULNERABLE, clip())
     out = run("block", HEALTHY, clip(video={"length": 120}))
     assert out.args[0] is model and "120 frames" in out.args[1]

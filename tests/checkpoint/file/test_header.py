@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reader of safetensors headers: sound files, hostile files, fuzzing against the safetensors package."""
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def test_missing_files_folders_and_pipes_are_refused(tmp_path):
         read_header(tmp_path / "gone.safetensors")
     with pytest.raises(CheckpointError, match="this is a folder"):
         read_header(tmp_path)
-    with pytest.raises(CheckpointError, match="NUL"):
+    with pytest.raises(CheckpointError, match="no name of a file"):
         read_header("a\0b.safetensors")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.safetensors")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Owners of other GPUs than NVIDIA's get advice of their own, or none; and what small memory and WSL mean."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Known faults are told by trying the functions that have them; what other packs replaced, by whose code runs."""
 
 from __future__ import annotations

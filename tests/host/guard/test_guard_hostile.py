@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What anybody may post: the server stays up, the work is in proportion, what cannot be read goes on as it came."""
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nvfp4_video.host import border
 from nvfp4_video.host.guard import check as guard
 from nvfp4_video.host.guard import limit as guard_limit
 from nvfp4_video.host.guard import prompt_graph, routes
@@ -20,6 +22,7 @@ from nvfp4_video.host.guard import view as guard_view
 from nvfp4_video.host.guard.files import FileFacts
 from nvfp4_video.host.guard.limit import within
 from nvfp4_video.host.guard.prompt_graph import PromptGraph
+from nvfp4_video.host.guard.values import evaluate
 from nvfp4_video.samples import shapes
 from nvfp4_video.tests.support.guard_prompts import HEALTHY, VULNERABLE, clip, facts, ids, node
 from server import PromptServer
@@ -32,8 +35,7 @@ DISTILLED = FileFacts("ltx.safetensors", "LTX-2.3", None, False, True, "its file
 def host(stub_comfy: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> PromptServer:
     """A vulnerable host, a fresh server, no memory of failures; a file called distilled is a distilled model."""
     monkeypatch.setattr(routes, "probe", lambda: VULNERABLE | facts(torch_cuda=(12, 8), ltxav_needs_audio=True))
-    monkeypatch.setattr(routes, "_failed", set())
-    monkeypatch.setattr(guard, "_references", {})
+    monkeypatch.setattr(border, "_references", {})
     monkeypatch.setattr(guard_limit, "_started", [])
     monkeypatch.setattr(guard_view, "file_facts", lambda name, _: DISTILLED if name.startswith("distilled") else None)
     return PromptServer.instance
@@ -66,7 +68,7 @@ def test_extra_data_of_another_type_is_left_for_the_host_to_refuse(extra: object
 def test_targets_of_any_type_are_no_obstacle(targets: object, host):
     data = {"prompt": clip(), "partial_execution_targets": targets}
     assert routes.on_prompt(data)["prompt"] is data["prompt"]
-    assert not routes._failed
+    assert not border._references
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
@@ -89,7 +91,7 @@ def test_wild_prompts_go_on_as_they_came_and_no_rule_fails(host, caplog):
             extra = dict(after["extra_data"])
             json.dumps(extra.pop(routes.IN_HISTORY))
             assert extra == data.get("extra_data", {})
-    assert not routes._failed and not guard._references
+    assert not border._references
     assert guard.NOT_CHECKED not in caplog.text
 
 
@@ -119,7 +121,8 @@ def test_numbers_that_nobody_can_mean_are_unknown(field: str, host):
 def test_the_work_on_a_prompt_grows_with_its_size_alone(shape: str, host, monkeypatch):
     calls = []
     original = prompt_graph.as_link
-    monkeypatch.setattr(prompt_graph, "as_link", lambda value: calls.append(1) or original(value))
+    for module in (prompt_graph, evaluate):
+        monkeypatch.setattr(module, "as_link", lambda value: calls.append(1) or original(value))
     work = []
     for size in (500, 2000):
         prompt = shapes.PROMPTS[shape](size)
@@ -166,7 +169,7 @@ def test_a_rule_that_fails_is_one_finding_with_a_reference_and_the_others_still_
         assert [finding.id for finding in found] == ["prefetch_crash", "kept", "kept", "not_checked"]
         assert "broken, broken" in found[-1].why
     (record,) = [record for record in caplog.records if "failed, reference" in record.getMessage()]
-    reference = record.getMessage().rpartition(" ")[2]
+    reference = record.getMessage().partition("reference ")[2].split()[0]
     assert reference in found[-1].remedy and "the rule is broken" in caplog.text
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard on the host's server: what it adds, what the prompt handler does, and that it never stands in the way."""
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+from nvfp4_video.host import border
 from nvfp4_video.host.guard import routes
 from nvfp4_video.host.guard.prompt_graph import PromptGraph
 from nvfp4_video.nodes.guard import NVFP4LaunchGuard
@@ -21,7 +23,7 @@ from server import PromptServer
 def host(stub_comfy: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> PromptServer:
     """A vulnerable host with a fresh server, and no memory of failures."""
     monkeypatch.setattr(routes, "probe", lambda: VULNERABLE)
-    monkeypatch.setattr(routes, "_failed", set())
+    monkeypatch.setattr(border, "_references", {})
     return PromptServer.instance
 
 
@@ -189,7 +191,7 @@ def test_a_failure_of_the_guard_is_logged_once_with_its_traceback_and_never_stop
     data = queued()
     before = copy.deepcopy(data)
     assert all(routes.on_prompt(data) is data for _ in range(3)) and data == before
-    (record,) = [record for record in caplog.records if record.name.startswith("nvfp4_video.host.guard.routes")]
+    (record,) = [record for record in caplog.records if record.name == "nvfp4_video.host.border"]
     assert "unchecked and unchanged" in record.getMessage() and "the guard is broken" in caplog.text
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a text is that somebody wants checked: unwrapped, converted or refused, and never silently not understood."""
 
 from __future__ import annotations

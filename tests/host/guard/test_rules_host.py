@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What other packs and launch flags do to a sound prompt, and that nothing is said where they do not."""
 
 from __future__ import annotations

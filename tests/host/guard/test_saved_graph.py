@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Links of a saved workflow, followed as the front end follows them; values by position."""
 
 from __future__ import annotations

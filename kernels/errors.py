@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one kind of error that is the user's to solve. It lies in the lowest ring, since every ring raises it.
+
+At the borders (nodes, commands, routes) such an error, and one of the file system, is shown as it is; any other one is
+a fault of the pack, and is shown as such.
+"""
+
+from __future__ import annotations
+
+
+class PackError(ValueError):
+    """What was asked for, or a file, cannot be used. One line: what was found, where, what was expected, what to do."""

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and clips that somebody made to be more than they seem: refused before they cost anything, or read."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+av = pytest.importorskip("av")
+cv2 = pytest.importorskip("cv2")
+
+from nvfp4_video.measure import media  # noqa: E402
+
+
+def png(width: int, height: int) -> bytes:
+    """A sound PNG of this size with the data of a few pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(131_072, 131_072), (2**31 - 1, 2**31 - 1), (30_000, 30_000), (9_000, 9_000)])
+def test_a_picture_that_says_it_is_huge_is_not_decoded(size, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
+    (tmp_path / "x.png").write_bytes(png(*size))
+    with pytest.raises(media.MediaError, match=r"x\.png.*at most 80,000,000 pixels"):
+        media.read_frames(tmp_path / "x.png")
+
+
+def test_a_frame_of_a_clip_that_is_huge_is_not_converted(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(media, "MOST_PIXELS", 64 * 64 - 1)
+    with pytest.raises(media.MediaError, match="64 x 64 pixels"):
+        media.read_frames(clip(tmp_path / "x.mkv"))
+
+
+def clip(path: Path, **tags: str) -> Path:
+    with av.open(str(path), "w") as container:
+        container.metadata.update(tags)
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 64
+        for level in (0, 128):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("ending", [".mkv", ".mp4"])
+def test_a_clip_whose_tags_are_no_utf_8_is_read(ending: str, tmp_path: Path):
+    path = clip(tmp_path / f"x{ending}", title="MARKED!", comment="MARKED!")
+    data = path.read_bytes()
+    assert b"MARKED!" in data
+    path.write_bytes(data.replace(b"MARKED!", b"\xb1\xff\xfe\x80\xc3(!"))
+    frames, rate = media.read_frames(path)
+    assert frames.shape == (2, 64, 64, 3) and rate == 8
+    assert media.read_audio(path) is None
+
+
+def test_a_folder_may_be_called_as_a_picture_and_a_folder_in_it_is_none(tmp_path: Path):
+    folder = tmp_path / "x.png"
+    folder.mkdir()
+    media.write_png(folder / "1.png", np.zeros((4, 4, 3), np.uint8))
+    assert media.read_frames(folder)[0].shape == (1, 4, 4, 3)
+    assert media.read_audio(folder) is media.frame_rate(folder) is None
+    (folder / "2.png").mkdir()
+    with pytest.raises(media.MediaError, match=r"no plain file at .*2\.png"):
+        media.read_frames(folder)
+
+
+def test_a_tiff_of_floating_point_numbers_which_pillow_does_not_know_is_read(tmp_path: Path):
+    cv2.imwrite(str(tmp_path / "x.tif"), np.full((4, 4, 3), 0.5, np.float32))
+    assert (media.read_frames(tmp_path / "x.tif")[0] == 128).all()
