@@ -59,7 +59,7 @@ class Reading:
     def __str__(self) -> str:
         if self.shape == EMPTY:
             return "There are no nodes in it, so nothing was checked."
-        where = f", found at {self.place}" if self.place else ""
+        where = f", found at {self.place}" if self.place not in ("", "prompt") else ""
         if not self.unknown:
             return f"Read as: {self.shape}{where}; all {self.nodes:,} nodes understood."
         unknown = "; ".join(self.unknown)
