@@ -80,7 +80,7 @@ def launch_profile(facts: Mapping[str, Fact]) -> LaunchProfile:
 
 def _foreign(maker: str, known: Collection[str], started: Collection[str]) -> LaunchProfile:
     """The profile of a machine whose GPU is not NVIDIA's, of which nothing below is known to be true."""
-    name = "no GPU" if maker == CPU else f"a GPU of {maker}"
+    name = "no GPU" if maker == CPU else f"{maker} GPU"
     return LaunchProfile(name, COMMAND, (), " ".join(cards.advice(maker, known, started)), _others(known))
 
 

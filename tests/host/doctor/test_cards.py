@@ -10,7 +10,7 @@ from nvfp4_video.host.doctor.profiles import FOLKLORE, launch_profile
 
 FLAGS = frozenset((*FOLKLORE, "--disable-pinned-memory", "--vram-headroom", "--reserve-vram", "--cpu", "--fast-disk"))
 NVIDIAS = ("leave that out", "matters more than any flag", "not needed", "No flag is needed", "CUDA 13", "GB10")
-AMDS = "a GPU of AMD"
+AMDS = "AMD GPU"
 RADEON = {"gpu_maker": "AMD", "gpu_name": "AMD Radeon RX 7900 XTX", "gpu_memory": 24 * GIB}
 
 
@@ -31,8 +31,8 @@ def facts(**changes: object) -> dict[str, Fact]:
         (RADEON, AMDS),
         (RADEON | {"gpu_maker": None}, AMDS),
         (RADEON | {"gpu_name": "AMD Radeon 8060S Graphics", "gpu_memory": 96 * GIB, "unified_memory": True}, AMDS),
-        ({"gpu_maker": "Intel", "gpu_name": None, "gpu_memory": None}, "a GPU of Intel"),
-        ({"gpu_maker": "Apple", "gpu_name": None, "gpu_memory": None}, "a GPU of Apple"),
+        ({"gpu_maker": "Intel", "gpu_name": None, "gpu_memory": None}, "Intel GPU"),
+        ({"gpu_maker": "Apple", "gpu_name": None, "gpu_memory": None}, "Apple GPU"),
         ({"gpu_maker": "CPU", "gpu_name": None, "gpu_memory": None}, "no GPU"),
     ],
 )
