@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...checkpoint.file.header import no_collection
 from ...kernels.errors import PackError
 from .prompt_graph import PromptGraph
 from .saved_graph import Converted, converted
@@ -72,6 +73,7 @@ class Reading:
         return {"shape": self.shape, "place": self.place} | counts | {"text": str(self)}
 
 
+@no_collection()  # which would look at the 10,000 nodes of a prompt again and again
 def read(body: bytes) -> Reading:
     """Raises NotRead for a text without a prompt in it."""
     return understand(_parsed(body))

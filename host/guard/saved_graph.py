@@ -29,7 +29,7 @@ _DRAWN = {
 _BROWSER_ONLY = {*_REROUTES, *_SETTERS, *_GETTERS, _PRIMITIVE, *_DRAWN}
 _BROADCASTS = ("Anything Everywhere", "Prompts Everywhere", "Seed Everywhere")
 _GROUPS = ("workflow>", "workflow/")
-_DEEPEST, _LARGEST, _MOST_STEPS = 8, 50_000, 2000  # _LARGEST: nodes and links together
+_DEEPEST, _LARGEST = 8, 50_000  # _LARGEST: nodes and links together
 _NOTHING = object()  # what a link to a muted node brings: no input at all
 
 
@@ -158,8 +158,8 @@ class _Conversion:
         while isinstance(step, tuple):
             level, link = step
             key = (id(level), link)
-            if key in self.resolved or len(path) > _MOST_STEPS:
-                found = self.resolved.get(key, _NOTHING)
+            if key in self.resolved:
+                found = self.resolved[key]
                 break
             self.resolved[key] = _NOTHING  # what a cycle comes back to
             path.append(key)

@@ -155,6 +155,14 @@ def test_what_only_a_browser_could_tell_is_named():
     assert "Anything Everywhere" in found.notes[0] and "group nodes" in found.notes[1]
 
 
+def test_a_link_is_followed_however_long_the_way_is():
+    between = [node(10 + number, "Use", 10 + number, mode=4) for number in range(5000)]
+    links = [[10, 1, 0, 10, 0, "LATENT"]]
+    links += [[11 + number, 10 + number, 0, 11 + number, 0, "LATENT"] for number in range(4999)]
+    links += [[2, 5009, 0, 9, 0, "LATENT"]]
+    assert inputs(graph(MAKE, *between, USE, links=links))["latent"] == ["1", 0]
+
+
 def test_cycles_and_dangling_links_come_to_nothing():
     reroutes = [node(2, "Reroute", 3), node(3, "Reroute", 1)]
     links = [[1, 2, 0, 3, 0, "*"], [3, 3, 0, 2, 0, "*"], [2, 3, 0, 9, 0, "*"]]
