@@ -40,12 +40,15 @@ def why(error: Exception) -> str:
     """An error in a few words, without paths."""
     if isinstance(error, ModuleNotFoundError):
         missing = error.name in ("comfy", "comfyui_version")
-        return "there is no ComfyUI in this process" if missing else f"there is no module {error.name}"
+        # ComfyUI names the modules of a pack by the path of its folder.
+        name = re.split(r"[/\\]", str(error.name))[-1]
+        return "there is no ComfyUI in this process" if missing else f"there is no module {name}"
     if isinstance(error, importlib.metadata.PackageNotFoundError):
         return f"{error.name} is not installed"
     text = " ".join(str(error).split())
     if isinstance(error, ImportError) or not text or PATH.search(text):
-        return f"{type(error).__name__} in {error.name}" if getattr(error, "name", None) else type(error).__name__
+        name = re.split(r"[/\\]", str(getattr(error, "name", None) or ""))[-1]
+        return f"{type(error).__name__} in {name}" if name else type(error).__name__
     return text if isinstance(error, Unknown) else f"{type(error).__name__}: {text[:200]}"
 
 

@@ -143,5 +143,5 @@ def nvfp4_compute() -> tuple[str, str]:
 
 def own_backend() -> tuple[str, str]:
     """How this pack's Linear dequantises."""
-    name, reason = importlib.import_module("..kernels.backends", __package__).pick_backend(device())
+    name, reason = importlib.import_module("...kernels.backends", __package__).pick_backend(device())
     return name, f"{name} ({reason})"

@@ -333,6 +333,12 @@ def test_a_system_without_meminfo_has_no_page_cache_figure(monkeypatch, tmp_path
     assert not facts["page_cache"].known
 
 
+def test_how_this_pack_computes_is_asked_of_its_own_kernels(monkeypatch):
+    on_gpu(monkeypatch)
+    fact = probe.probe()["own_backend"]
+    assert fact.value in ("triton", "torch"), fact.text
+
+
 def test_pinned_memory_and_mapping_are_what_the_host_has_set(monkeypatch):
     monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 12.5 * GIB, raising=False)
     monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", True, raising=False)
@@ -347,6 +353,7 @@ def test_pinned_memory_and_mapping_are_what_the_host_has_set(monkeypatch):
     ("error", "words"),
     [
         (ModuleNotFoundError("No module named 'x'", name="x"), "there is no module x"),
+        (ModuleNotFoundError("No module", name="/srv/custom_nodes/pack.part"), "there is no module pack.part"),
         (ImportError("cannot import y (/srv/comfy/z.py)", name="comfy.z"), "ImportError in comfy.z"),
         (FileNotFoundError("/srv/secret/file"), "FileNotFoundError"),
         (OSError(r"C:\Users\somebody\x"), "OSError"),
