@@ -17,7 +17,7 @@ from typing import Any
 from ...measure.escape import line, report
 from ..border import log_fault
 from .prompt_graph import PromptGraph
-from .rules_model import RULES
+from .rules import RULES
 from .view import ERROR, GUARD_NODE, INFO, WARNING, Finding, OutOfTime, View
 
 __all__ = [
