@@ -20,6 +20,7 @@ from .values.latents import Video
 from .view import INFO, WARNING, Finding, View, ids_of
 
 _DEFAULTS = {"tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
+_WHOLE = "2.5"  # the version whose decoder has no chunks, so that tiles are what a small card needs
 _LEAST_FRAMES = 2  # latent frames of a tile, as the host has it
 _PLAIN = (
     "Use VAE Decode: it decodes LTX in chunks of time, exactly, and goes on in tiles by itself if memory runs out "
@@ -41,17 +42,17 @@ def tiles(view: View) -> Iterator[Finding]:
         if use.task != DECODE or not (use.ltx and use.final) or use.node.kind not in (TILED, *OWN_TILES):
             continue
         vae = use.file.vae if use.file is not None and use.kind == PICTURES else None
-        if vae is not None and vae.family != LTX:
-            continue  # what is wrong there is the VAE
+        if vae is None or vae.family != LTX:
+            continue  # which one it is decides what there is to say
         name = "latents" if use.node.kind in OWN_TILES else "samples"
         video = view.video(view.graph.source(use.node.id, name))
         if video is None:
             continue
         tile = _tile(view, use, video)
-        version = vae.version if vae is not None else None
-        if tile.frames is not None:
+        chunked = not vae.version.startswith(_WHOLE)
+        if chunked and tile.frames is not None:
             yield _temporal(use, tile, video)
-        elif version is not None and not version.startswith("2.5") and (tile.width or tile.height):
+        elif chunked and (tile.width or tile.height):
             yield Finding(
                 "tiled_decode",
                 INFO,
@@ -61,7 +62,7 @@ def tiles(view: View) -> Iterator[Finding]:
                 _PLAIN,
                 ids_of(use.node),
             )
-        if version is not None and (found := _too_large(view, use, tile, video, version)) is not None:
+        if (found := _too_large(view, use, tile, video, "" if chunked else _WHOLE)) is not None:
             yield found
 
 
@@ -90,7 +91,7 @@ def _too_large(view: View, use: Use, tile: Tile, video: Video, version: str) -> 
         return None
     width, height, frames = sides
     clip = Clip(width * SPATIAL, height * SPATIAL, (frames - 1) * TEMPORAL + 1)
-    needs = decode_bytes(clip, memory, "2.5" if version.startswith("2.5") else "")
+    needs = decode_bytes(clip, memory, version)
     if needs <= memory:
         return None
     return Finding(
