@@ -249,6 +249,23 @@ def conditioning(scene: Scene) -> dict[str, Callable[[], Any]]:
     }
 
 
+def rates(scene: Scene) -> dict[str, Callable[[], Any]]:
+    """Sound of another length than the picture, and a film at another rate than its sound was made for."""
+
+    def film(rate: float) -> str:
+        wave = run("LTXVAudioVAEDecode", samples=scene.audio(), audio_vae=scene.audio_vae)[0]
+        pictures = run("VAEDecode", vae=scene.vae, samples=scene.noisy())[0]
+        made = run("CreateVideo", images=pictures, audio=wave, fps=rate)[0].get_components()
+        heard = made.audio["waveform"].shape[-1] / made.audio["sample_rate"]
+        return f"{len(made.images) / float(made.frame_rate):.2f} s of picture, {heard:.2f} s of sound"
+
+    return {
+        "sound of 9 frames, picture of 17": lambda: scene.sampled(scene.joint(audio=scene.audio(9))),
+        "a film at 25": lambda: film(25.0),
+        "a film at 50": lambda: film(50.0),
+    }
+
+
 def old_model(scene: Scene) -> dict[str, Callable[[], Any]]:
     """LTX-Video's class, which knows no sound, with few blocks."""
     torch = scene.torch
@@ -342,7 +359,7 @@ def tiles(scene: Scene) -> dict[str, Callable[[], Any]]:
 
 
 TOPICS = (
-    audio_vae_at_picture_nodes, video_vae_at_sound_nodes, swapped, joint_whole, batches, guides, conditioning,
+    audio_vae_at_picture_nodes, video_vae_at_sound_nodes, swapped, joint_whole, batches, guides, conditioning, rates,
     old_model, other_vaes, previews, tiles,
 )  # fmt: skip
 

@@ -68,6 +68,13 @@ def test_without_a_conditioning_the_model_takes_25_frames_a_second(facts: dict):
     assert difference(found["without, against 50"]) > 0.001
 
 
+def test_nothing_compares_rates_and_lengths_of_sound_and_picture(facts: dict):
+    found = of(facts, "rates")
+    assert found["sound of 9 frames, picture of 17"] == "makes: [[1, 128, 3, 2, 2], [1, 8, 9, 16]]"
+    assert found["a film at 25"].startswith("makes: 0.68 s of picture, 0.6")
+    assert found["a film at 50"].startswith("makes: 0.34 s of picture, 0.6")
+
+
 def test_ltx_video_samples_a_video_latent_and_stops_on_a_joint_one(facts: dict):
     found = of(facts, "old_model")
     assert found["its class"] == "makes: LTXV"
