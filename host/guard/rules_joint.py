@@ -10,7 +10,7 @@ from . import view as seen
 from .links import Link
 from .loaders import MODEL_LOADERS
 from .vaes import DECODE
-from .values.latents import Conditioning, Joint, Sound, Video, frames_of
+from .values.latents import Conditioning, Sound, Video, frames_of
 from .view import ERROR, WARNING, Finding, View, ids_of
 
 DEFAULT_RATE = 25.0  # what the model takes where the conditioning has no frame rate: comfy/model_base.py
@@ -72,14 +72,11 @@ def swapped_streams(view: View) -> Iterator[Finding]:
 
 def _stream(view: View, link: Link | None) -> str:
     """Which stream a link carries, UNKNOWN where that is not certain."""
-    made = view.graph.output(link)
-    for record, kind in ((Joint, seen.JOINT), (Video, seen.VIDEO), (Sound, seen.AUDIO)):
-        if isinstance(made, record):
-            return kind
     found = view.latent(link)
-    if found.kind == seen.AUDIO and found.root is not None and found.root.kind not in _MAKE_SOUND:
-        return seen.UNKNOWN  # told by its name alone, and it may put out more than sound
-    return found.kind
+    if found.kind != seen.AUDIO or found.root is None or found.root.kind in _MAKE_SOUND:
+        return found.kind
+    made = view.graph.output(link)  # the name alone says sound, and the node may put out more than that
+    return seen.VIDEO if isinstance(made, Video) else seen.AUDIO if isinstance(made, Sound) else seen.UNKNOWN
 
 
 def batches(view: View) -> Iterator[Finding]:

@@ -38,6 +38,14 @@ _SAMPLES = ("samples", "latents", "latent")
 _SAVING = re.compile(r"save|video_?combine|createvideo", re.IGNORECASE)
 
 
+class _Held(NamedTuple):
+    """The VAE on a link, as ``Use`` has it."""
+
+    loader: Node
+    kind: str | None
+    file: FileFacts | None
+
+
 class Use(NamedTuple):
     """A VAE at ``node``, which does ``task`` with it.
 
@@ -68,7 +76,17 @@ def find_uses(view: View) -> list[Use]:
     if not nodes:
         return []
     final = view.graph.upstream(node.id for node in view.graph.nodes.values() if _saves(node.kind))
-    return [use for node, task in nodes.values() if (use := _use(view, node, task, node.id in final)) is not None]
+    held: dict[Link, _Held] = {}
+    found = []
+    for node, task in nodes.values():
+        link = view.graph.source(node.id, "vae")
+        if link is None:
+            continue
+        if link not in held:
+            held[link] = _held(view, view.graph.nodes[link.node])
+        if held[link].kind is not None or task == DECODE:  # of an unknown VAE only its decodes are of interest
+            found.append(_use(view, node, task, held[link], node.id in final))
+    return found
 
 
 def find_sounds(view: View) -> Iterator[tuple[Node, Node, str | None]]:
@@ -88,17 +106,17 @@ def upscaler_of(view: View, node: Node) -> tuple[Node | None, str | None]:
     return loader, name if isinstance(name, str) else None
 
 
-def _use(view: View, node: Node, task: str, final: bool) -> Use | None:
-    link: Link | None = view.graph.source(node.id, "vae")
-    if link is None:
-        return None
-    loader = view.graph.nodes[link.node]
+def _held(view: View, loader: Node) -> _Held:
     file = view.file(loader, VAE_LOADERS)
+    return _Held(loader, _kind(view, loader, file), file)
+
+
+def _use(view: View, node: Node, task: str, held: _Held, final: bool) -> Use:
     ltx = ENCODERS.get(node.kind, task == UPSCALE)
     if task == DECODE:
         samples = next((name for name in _SAMPLES if name in node.inputs), _SAMPLES[0])
         ltx = view.latent(view.graph.source(node.id, samples)).ltx
-    return Use(node, task, loader, _kind(view, loader, file), file, ltx, final)
+    return Use(node, task, *held, ltx, final)
 
 
 def _kind(view: View, loader: Node, file: FileFacts | None) -> str | None:
