@@ -142,12 +142,14 @@ def old_model(view: View) -> Iterator[Finding]:
 def untold_rate(view: View) -> Iterator[Finding]:
     """A conditioning without a frame rate, where sound or film have another than the one that the model then takes."""
     graph = view.graph
-    rated = graph.downstream(node.id for node in graph.of_kind(seen.CONDITIONING))
+    rated: set[str] | None = None
     for sampler in view.samplers:
         link = graph.source(sampler.guided_by.id, "positive")
-        told = graph.output(link)
-        if sampler.latent.kind != seen.JOINT or not isinstance(told, Conditioning) or told.rate is not None:
+        told = graph.output(link) if sampler.latent.kind == seen.JOINT else None
+        if not isinstance(told, Conditioning) or told.rate is not None:
             continue
+        if rated is None:
+            rated = graph.downstream(node.id for node in graph.of_kind(seen.CONDITIONING))
         if link.node in rated:
             continue  # told by a node whose rate is not known
         audio = view.latent(graph.source(sampler.latent.root.id, "audio_latent")).root

@@ -75,7 +75,9 @@ def find_uses(view: View) -> list[Use]:
             nodes[node.id] = node, task
     if not nodes:
         return []
-    final = view.graph.upstream(node.id for node in view.graph.nodes.values() if _saves(node.kind))
+    final = set()
+    if any(task == DECODE for _, task in nodes.values()):
+        final = view.graph.upstream(node.id for node in view.graph.nodes.values() if _saves(node.kind))
     held: dict[Link, _Held] = {}
     found = []
     for node, task in nodes.values():
