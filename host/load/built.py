@@ -108,7 +108,10 @@ def build_again(base: Any) -> torch.nn.Module:
 
 def _own_values(parameters: Mapping[str, torch.Tensor], build: Callable[[], torch.nn.Module]) -> list[str]:
     """Names of those that get the same values each time the model is built: neither left unwritten nor drawn."""
-    again = dict(build().named_parameters())
+    try:
+        again = dict(build().named_parameters())
+    except TypeError:  # a class that takes more than its config: nothing is known of its values
+        return []
     return [key for key, value in parameters.items() if key in again and torch.equal(value.cpu(), again[key].cpu())]
 
 
