@@ -95,8 +95,9 @@ class NVFP4Planner(io.ComfyNode):
                     tooltip="Size of the text encoder's file. 0: 9 GB, that of gemma_3_12B_it_fp4_mixed.",
                 ),
                 io.Float.Input(
-                    "memory_gib", default=0.0, min=0.0, max=1024.0, step=1.0, optional=True, tooltip="GPU memory in GiB"
-                    ", as on the box: for a card that is not in the list, or of another size. 0: the card's own.",
+                    "memory_gib", default=0.0, min=0.0, max=1024.0, step=1.0, optional=True,
+                    tooltip="GPU memory in GiB, as on the box: for a card that is not in the list, or of another size. "
+                    "0: the card's own.",
                 ),
             ],
             outputs=[io.String.Output("text", display_name="text"), io.Image.Output("picture", display_name="picture")],
