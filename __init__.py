@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4 Video: ComfyUI nodes for NVFP4 video models."""
 
 from comfy_api.v0_0_2 import ComfyExtension, io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: ``python <pack folder> <command>``. See cli/ for the commands."""
 
 from __future__ import annotations

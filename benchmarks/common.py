@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: the pack as a package, hardware facts, timing, tables, result files.
 
 torch is imported inside the functions: in_process.start_host has to choose the CUDA allocator first, as ComfyUI does.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where does the full VAE run, how fast, and with the same pixels? The host's own loader against NVFP4 VAE Loader.
 
 usage: python benchmarks/decode.py [--comfyui DIR] [--frames N] [--size WxH] [--folder DIR] [--out FILE]

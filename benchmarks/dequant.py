@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time the dequantisation of one NVFP4 weight to BF16 against the copy bandwidth measured in the same run.
 
 floor = bytes read (packed weight + block scales) and written (BF16 weight) / copy bandwidth; copy = a device-to-device

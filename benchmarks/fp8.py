@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time one NVFP4 Linear in FP8 (W4A8), everything included, against a dense BF16 matmul in the same run.
 
 "linear" is what a layer costs: weight to E4M3, activations quantised row by row, matmul with bias. The columns after it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time the fused dequantise-and-multiply kernel for 1 to 16 rows against its bytes and against dense BF16.
 
 floor = bytes of packed weight, block scales, input and output / copy bandwidth of the same run. "dequantised" is a

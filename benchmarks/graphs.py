@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CUDA graphs of the blocks in a real ComfyUI: are the latents those without, what do they bring, what do they take?
 
 LTX-2.3 with random weights, cut to --layers blocks: 8 for the cases, 48 for times and memory (`--cases plain`). Rows
@@ -19,8 +20,7 @@ ComfyUI's compiler; free memory of the card before, at the least at the end of a
 the capturing ones included. `--waiting` has blocks captured without the GPU having been seen waiting for the CPU, so
 that large clips and fast CPUs test them too. `--compiler off` starts a ComfyUI that has one with
 --disable-comfy-compiler. `--two-gpus` compares a model on the second GPU, placed there by ComfyUI's SelectModelDevice
-or split by MultiGPU CFG Split, with one on the first. `--tiny --cpu --sizes 64x64 --frames 9` tries the script without
-a GPU, where nothing is captured.
+or split by MultiGPU CFG Split, with one on the first. `--tiny --cpu --sizes 64x64 --frames 9` tries it without a GPU.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ComfyUI in this process for the benchmarks: host/bench/session.py, left with a message where it cannot measure."""
 
 from __future__ import annotations

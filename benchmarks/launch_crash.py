@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which launches of a vulnerable ComfyUI crash in the prefetch of joint audio and video, and what avoids it?
 
 usage: python benchmarks/launch_crash.py [--out FILE]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time one quantised Linear, and what it costs the CPU to launch one.
 
 GPU part: a weight of 16384 x 4096 against several token counts: dense BF16, comfy-kitchen's dequantisation (its CUDA

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A LoRA on NVFP4 weights in a real ComfyUI: this pack's branch beside the packed weight against stock ComfyUI, which
 adds it to the decoded weight and packs the sum again.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time packing to NVFP4, with amax scales and with the scale search, and measure what the search is worth.
 
 On a GPU: GB/s of BF16 source read by the kernel alone ("kernel"), and by a whole call that finds the global scale first

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much memory and time does quantising a whole LTX-2.3 checkpoint take?
 
 usage: python benchmarks/quantize_file.py [--bf16] [--scale full|small] [--model-only] [--fast] [--verify]

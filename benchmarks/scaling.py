@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does every reader of what others send take time in proportion to its size, also where the shape is made to be slow?
 
 usage: python benchmarks/scaling.py [--most N] [--repeats N] [--out FILE]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much memory does taking a checkpoint apart need, and how fast is it beside a plain copy of the same bytes?
 
 usage: python benchmarks/split.py [--gigabytes N] [--repeats N] [--folder DIR] [--out FILE]

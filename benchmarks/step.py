@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time a denoising step of the whole LTX-2.3 DiT in a real ComfyUI: stock BF16, stock NVFP4 and this pack, side by
 side, the pack also with `fp8` compute, without CUDA graphs, with attention by trial, and compiled by ComfyUI's
 TorchCompileModel (--rows).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast does the prompt enhancer write? Tokens a second of a Gemma 3 12B in NVFP4, stock ComfyUI and ours.
 
 usage: python benchmarks/text_encoder.py [--comfyui DIR] [--words N] [--tokens N] [--profile] [--scratch DIR]

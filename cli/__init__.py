@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of `python <pack folder> <command>`, and what they have in common.
 
 A command is a function of the module that ``COMMANDS`` names; it gives the parser its arguments and says what to run
@@ -44,6 +45,7 @@ COMMANDS = {
     "bench": ("bench", "render one clip by every format and compute mode: size, time, memory, quality"),
     "sharpness": ("media", "measure how sharp images, folders or videos are, and name preview decodes"),
     "compare": ("media", "compare two clips of the same seed: picture, sharpness, sound"),
+    "fuzz": ("fuzz", "damage files, prompts and runs at random and report what goes wrong; for developers"),
     "doctor": ("doctor", "report what this machine and its ComfyUI can do, and check a prompt"),
 }
 OK, FOUND, FAILED, INTERRUPTED = 0, 1, 2, 130

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers on the command line: types of arguments that refuse what no amount can be, `nan` and `-1` among them."""
 
 from __future__ import annotations

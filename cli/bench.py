@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``bench``: one clip by every format and compute mode of a model, side by side; only the model file differs.
 
 This module must not import torch: in the processes of the rows, ComfyUI has to choose the CUDA allocator first.

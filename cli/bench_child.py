@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The processes of ``bench``: one job each (host/bench/row.py), its messages read, its end made sure of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parent of ``bench``: which files and rows there are, the turns they take, and the result after each of them."""
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from ..host.bench.row import MAKE
 from ..measure import bench
 from ..measure.clip_quality import clip_quality
 from ..measure.ltx import CFG, SIGMAS, SPATIAL, TEMPORAL, whole_schedule
-from ..measure.media import write_bytes
 from . import bench_child
-from .console import CommandError, Console
+from .console import CommandError, Console, write_file
 
 JSON, MARKDOWN, PICTURE, LOGS = "bench.json", "bench.md", "bench.png", "logs"
 COLD_NOTE = (
@@ -57,7 +57,7 @@ def run_bench(args: argparse.Namespace, comfyui: Path, console: Console) -> tupl
     bench.finish(result)
     result["complete"] = True
     _draw(result, out)
-    write_bytes(out / MARKDOWN, bench.markdown(result).encode())
+    write_file(out / MARKDOWN, bench.markdown(result).encode())
     _save(result, out)
     _say_result(result, out, console)
     states = [row["status"] for row in result["rows"]]
@@ -256,7 +256,7 @@ def _compare(result: dict[str, Any], row: dict[str, Any], work: Path) -> None:
 
 
 def _save(result: dict[str, Any], out: Path) -> None:
-    write_bytes(out / JSON, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    write_file(out / JSON, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _draw(result: dict[str, Any], out: Path) -> None:
@@ -264,7 +264,7 @@ def _draw(result: dict[str, Any], out: Path) -> None:
     try:
         from ..draw.bench import bench_png
 
-        write_bytes(out / PICTURE, bench_png(result))
+        write_file(out / PICTURE, bench_png(result))
     except ModuleNotFoundError as error:
         if error.name != "PIL":
             raise

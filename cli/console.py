@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands show: text and tables on stdout, progress and errors on stderr."""
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ def check_ending(out: Path | None, ending: str) -> None:
         raise CommandError(f"the output {out} does not end in {ending}")
     if out and out.is_dir():
         raise CommandError(f"the output {out} is a folder; name a file in it")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all, replacing an old one; its folder is made if need be. OSError."""
+    from ..checkpoint.file.place import write_small  # and with it torch, which --help does without
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_small(path, data, overwrite=True)
 
 
 def put(stream: TextIO, text: str) -> None:

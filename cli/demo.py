@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``demo``: the pack's main job on a model small enough to make on the spot. Nothing is downloaded.
 
 A scaled-down LTX-2.3 with all its layer names is written in every dialect and read back. All files hold the same

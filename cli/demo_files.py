@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The second half of ``demo``: a BF16 checkpoint becomes an NVFP4 file, is verified, taken apart and given settings."""
 
 from __future__ import annotations

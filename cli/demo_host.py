@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The part of ``demo`` that boots a real ComfyUI and samples the small model in it through NVFP4ModelLoader.
 
 It uses the harness of tests/real, which the repository has and the published pack leaves out.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``doctor``: what host/ finds out about a ComfyUI, its launch flags and a prompt, and a file's page cache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``inspect``, ``split`` and ``repair``: checkpoint/ over files on disk."""
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..checkpoint.write.repair import BACKUP_ENDING, Repaired, restore_header
 from ..checkpoint.write.repair import repair as repair_checkpoint
 from ..checkpoint.write.split import BF16, KEEP
 from ..checkpoint.write.split import split as split_checkpoint
-from .console import CommandError, Console, check_ending, size
+from .console import CommandError, Console, check_ending, size, write_file
 from .options import add_dialect, add_source, add_target
 
 _OPEN = "for a file that leaves it open: "
@@ -78,9 +79,9 @@ def run_inspect(args: argparse.Namespace, console: Console) -> tuple[dict[str, A
     found = inspect_checkpoint(args.source, args.dialect)
     if args.png:
         from ..draw.inspect import inspection_picture  # Pillow, which only the picture needs
-        from ..measure.media import write_png
+        from ..measure.media import encode_png
 
-        write_png(args.png, inspection_picture(found))
+        write_file(args.png, encode_png(inspection_picture(found)))
     console.say(str(found))
     if args.png:
         console.say(f"\nPicture: {args.png}")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``sharpness`` and ``compare``: measure/ over files, with its pictures as PNG."""
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..measure import media
 from ..measure.compare import Comparison, compare_clips
-from ..measure.sharpness import REFERENCE_RATIO, Sharpness, measure_sharpness
+from ..measure.sharpness import Sharpness, measure_sharpness
 from .amounts import amount, positive_count
-from .console import CommandError, Console, check_ending
+from .console import CommandError, Console, check_ending, write_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,8 @@ def sharpness(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``sharpness``."""
     parser.description = (
         "Variance of the Laplacian of 8-bit grey (OpenCV), frame by frame. Exits with 1 if something looks like a "
-        "preview decode or blurred. The value depends on content and resolution: give the value of a good clip of the "
+        "preview decode or blurred, is noise, mostly black or of one colour, or stands still. The value "
+        "depends on content and resolution: give the value of a good clip of the "
         "same scene and size as --reference where there is one."
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=_FILE)
@@ -39,7 +41,8 @@ def compare(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``compare``."""
     parser.description = (
         "PSNR, SSIM, difference and sharpness of two clips of the same seed, and of their sound: level, spectral "
-        "distance, sync offset. Exits with 1 if one has less than half of the other's sharpness."
+        "distance, sync offset. Exits with 1 if they differ in more than a little detail: in what they show, in "
+        "sharpness by half, in frozen, black or noisy frames, flicker, frame rate, length, or sound."
     )
     parser.add_argument("a", type=Path, metavar="A", help=f"the clip to trust: {_FILE}")
     parser.add_argument("b", type=Path, metavar="B", help="the clip under test, of the same size")
@@ -55,7 +58,7 @@ def _add_limit(parser: argparse.ArgumentParser) -> None:
 
 
 def run_sharpness(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
-    """-> ({"files": [record]}, whether none is soft)."""
+    """-> ({"files": [record]}, whether none calls for a warning)."""
     reference = _reference(args, console)
     pictures = _plot_paths(args.paths, args.png)
     records, rows, measured = [], [], []
@@ -65,20 +68,20 @@ def run_sharpness(args: argparse.Namespace, console: Console) -> tuple[dict[str,
         if picture:
             from ..draw.compare import sharpness_plot  # Pillow, which only the pictures need
 
-            media.write_png(picture, sharpness_plot(found))
+            write_file(picture, media.encode_png(sharpness_plot(found)))
         records.append({"path": str(path), **found.to_dict(), "png": str(picture) if picture else None})
         values = [f"{value:.1f}" for value in (found.median, found.min, found.max)]
-        verdict = (found.verdict, {"sharp": "green", "undecided": ""}.get(found.verdict, "red"))
+        verdict = (found.verdict, "red" if found.warns else {"sharp": "green"}.get(found.verdict, ""))
         rows.append([str(len(found.values)), f"{found.width}x{found.height}", *values, verdict, str(path)])
     if len(measured) > 1:
         console.table(["frames", "size", "median", "min", "max", "verdict", "file"], rows, ">>>>><<", indent=0)
     for path, found in measured:
-        if len(measured) == 1 or found.soft:
+        if len(measured) == 1 or found.warns:
             console.say(("" if len(measured) == 1 else "\n") + f"{path}", "bold")
             console.say(found.text)
     for picture in filter(None, pictures):
         console.say(f"Plot: {picture}")
-    return {"files": records}, not any(found.soft for _, found in measured)
+    return {"files": records}, not any(found.warns for _, found in measured)
 
 
 def _reference(args: argparse.Namespace, console: Console) -> float | None:
@@ -127,39 +130,37 @@ def _check_output(out: Path, inputs: list[Path]) -> None:
 
 
 def run_compare(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
-    """-> (record, whether both are about equally sharp)."""
+    """-> (record, whether only a little detail tells them apart)."""
     for out, suffix in ((args.png, ".png"), (args.out, ".json")):
         check_ending(out, suffix)
         if out:
             _check_output(out, [args.a, args.b])
     a, b = (_read(path, args.max_frames, console) for path in (args.a, args.b))
     sound = [media.read_audio(path) for path in (args.a, args.b)]
+    rates = tuple(media.frame_rate(path) for path in (args.a, args.b))
     names = (args.a.name, args.b.name) if args.a.name != args.b.name else (str(args.a), str(args.b))
     with console.progress("Comparing", min(len(a), len(b)), _frames) as progress:
-        found = compare_clips(a, b, *sound, names, args.common_prefix, lambda done, _: progress.update(done))
+        found = compare_clips(a, b, *sound, names, args.common_prefix, rates, lambda done, _: progress.update(done))
     record = found.to_dict()
     if args.png:
         from ..draw.compare import comparison_card
 
-        media.write_png(args.png, comparison_card(found, a, b))
+        write_file(args.png, media.encode_png(comparison_card(found, a, b)))
     if args.out:
-        media.write_bytes(args.out, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+        write_file(args.out, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
     return record | {"png": str(args.png) if args.png else None}, _show_comparison(found, args, console)
 
 
 def _show_comparison(found: Comparison, args: argparse.Namespace, console: Console) -> bool:
-    """Show the table -> whether both are about equally sharp."""
-    ratio = found.sharpness_ratio
-    even = ratio is None or REFERENCE_RATIO <= ratio <= 1 / REFERENCE_RATIO
-    head, *_, verdict = found.text.split("\n")
-    console.say(head)
-    rows = [[label, (text, "red" if "ratio" in label and not even else "")] for label, text in found.rows()]
-    console.table([], rows, "<<")
-    console.say(verdict, "green" if even else "red")
+    """Show findings and table -> whether only a little detail tells the clips apart."""
+    console.say(found.head)
+    console.table([], [list(row) for row in found.rows()], "<<")
+    for line in found.findings:
+        console.say(line, "red" if line in found.faults else "green")
     for title, out in (("Card", args.png), ("Numbers", args.out)):
         if out:
             console.say(f"{title}: {out}")
-    return even
+    return found.agree
 
 
 def _read(path: Path, limit: int | None, console: Console) -> np.ndarray:

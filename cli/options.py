@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arguments that several commands on checkpoints have."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``quantize`` and ``verify``: make an NVFP4 file, and prove what it is."""
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import FAMILIES, Options
 from .amounts import count
-from .console import CommandError, Console, check_ending, size
+from .console import CommandError, Console, check_ending, size, write_file
 from .options import add_dialect, add_source, add_target
 
 
@@ -160,9 +161,9 @@ def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
         )
     if args.png:
         from ..draw.verify import verification_picture  # Pillow, which only the picture needs
-        from ..measure.media import write_png
+        from ..measure.media import encode_png
 
-        write_png(args.png, verification_picture(found))
+        write_file(args.png, encode_png(verification_picture(found)))
     console.say(summary(found))
     _say_worst(found, console, args.worst)
     if args.png:

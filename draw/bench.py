@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws a result of ``bench``: one line a row; size, step and clip time, memory, latent error and SSIM as bars.
 
 Colour is the file's format, full for stock and ours alike; a row that did not run is its reason in grey.

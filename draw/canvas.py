@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The white page that every picture is drawn on: text, lines, dots, boxes, pasted pixels.
 
 ComfyUI's own Pillow draws, with its built-in scalable font, so that no plotting library has to be installed beside

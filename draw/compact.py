@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures that nodes show: the same records as the large ones, so few and so large that they are legible there.
 
 A node is about 310 pixels wide and gives a picture about 220 of its height, below the report's text, which names the
@@ -13,13 +14,15 @@ import numpy as np
 
 from ..checkpoint.identify.report import OUTSIDE, Inspection, size_text
 from ..measure.compare import Comparison
-from ..measure.fit import RESERVE, Fit
+from ..measure.fit import Fit
 from ..measure.media import to_frames
 from ..measure.plan import RenderPlan
 from ..measure.sharpness import REFERENCE_RATIO, Sharpness
+from ..measure.text import gib
 from .canvas import BLUE, FAINT, GRID, INK, ORANGE, RED, Canvas, Colour, resized
 from .compare import ticks
 from .inspect import COMPONENT_COLOURS, FORMAT_COLOURS, OTHER_FORMAT
+from .planner import notice
 
 WIDTH, DENSITY = 310, 2
 _MARGIN = 10
@@ -74,8 +77,10 @@ def _blocks(canvas: Canvas, y: float, blocks: Mapping[str, Mapping[str, tuple[in
             canvas.text(left + pitch / 2, base + 3, label, _SMALL, FAINT, anchor="mt")
 
 
-def compact_plan(plan: RenderPlan) -> np.ndarray:
-    """Memory in each phase against that of the GPU, and a step by format and compute."""
+def compact_plan(plan: RenderPlan | str) -> np.ndarray:
+    """Memory in each phase against that of the GPU, and a step by format and compute; of a sentence the sentence."""
+    if isinstance(plan, str):
+        return notice(plan)
     choices = plan.choices if plan.step else ()
     canvas = _page(_MARGIN + 34 + 18 * len(plan.fit.phases) + (24 + 16 * len(choices) if choices else 0) + _MARGIN)
     y = _memory(canvas, plan.fit, _MARGIN)
@@ -106,13 +111,13 @@ def _memory(canvas: Canvas, found: Fit, y: float) -> float:
     for one in found.phases:
         canvas.text(_MARGIN, y, one.name, _TEXT, FAINT)
         x = float(left)
-        for (_, colour), value in zip(parts, (one.weights, one.working, RESERVE), strict=True):
+        for (_, colour), value in zip(parts, (one.weights, one.working, one.free), strict=True):
             canvas.box(x, y + 1, x + room * value / longest, y + 14, colour)
             x += room * value / longest
-        canvas.text(max(x, limit) + 6, y, f"{one.needs / 1e9:.1f} GB", _TEXT, INK if one.alone else RED)
+        canvas.text(max(x, limit) + 6, y, gib(one.needs), _TEXT, INK if one.alone else RED)
         y += 18
     canvas.line([(limit, top - 1), (limit, y)], RED, 1.5)
-    canvas.text(limit + 6, y, f"of {found.memory / 1e9:.1f} GB", _SMALL, RED)
+    canvas.text(limit + 6, y, f"of {gib(found.memory)}", _SMALL, RED)
     return y + 14
 
 
@@ -122,7 +127,7 @@ def compact_sharpness(found: Sharpness) -> np.ndarray:
     if found.reference is not None:
         lines = [("reference", found.reference, FAINT), ("warning below", REFERENCE_RATIO * found.reference, RED)]
     canvas = _page(218)
-    canvas.text(_MARGIN, _MARGIN, found.verdict, _TITLE, RED if found.soft else INK, bold=True)
+    canvas.text(_MARGIN, _MARGIN, found.title, _TITLE, RED if found.warns else INK, bold=True, limit=180)
     median = f"{found.median:,.0f}" if found.median >= 100 else f"{found.median:.1f}"
     canvas.text(WIDTH - _MARGIN, _MARGIN + 1, f"median {median}", _TEXT, FAINT, anchor="ra")
     left, right, top, bottom = 52, WIDTH - _MARGIN, 40, 182

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of measurements: curves over the frames, heat map, frame strip, and the card of a comparison.
 
 The colours of the heat map are OpenCV's. Every function returns (H, W, 3) uint8 RGB.
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..measure.media import to_frames
 from ..measure.sharpness import REFERENCE_RATIO, Sharpness
-from .canvas import BLUE, FAINT, GRID, INK, ORANGE, RED, SMOOTH, Canvas, Colour, resized
+from .canvas import BLUE, FAINT, GRID, INK, ORANGE, RED, SMOOTH, Canvas, Colour, resized, wrap
 
 if TYPE_CHECKING:
     from ..measure.compare import Comparison
@@ -30,7 +31,7 @@ def sharpness_plot(sharpness: Sharpness, width: int = 1000, height: int = 460) -
     if sharpness.reference is not None:
         threshold = REFERENCE_RATIO * sharpness.reference
         lines = [("reference", sharpness.reference, FAINT), ("warning below", threshold, RED)]
-    title = f"Sharpness (variance of the Laplacian): {sharpness.verdict}"
+    title = f"Sharpness (variance of the Laplacian): {sharpness.title}"
     plot = curves({"": sharpness.values}, title, width - 2 * _PADDING, height - 2 * _PADDING, lines)
     return np.pad(plot, ((_PADDING, _PADDING), (_PADDING, _PADDING), (0, 0)), constant_values=255)
 
@@ -138,11 +139,18 @@ def comparison_card(comparison: Comparison, a: np.ndarray, b: np.ndarray) -> np.
                 curves({"": comparison.ssim_per_frame}, "SSIM", half, _CURVES, limits=limits),
             )
         )
-    head = 124
+    first, *others = comparison.findings
+    faults = comparison.faults
+    lines = [(line, 30, RED if first in faults else INK) for line in wrap(first, 30, inner)]
+    lines += [(line, 20, RED if one in faults else INK) for one in others for line in wrap(one, 20, inner)]
+    head = 32 + sum(size + 12 for _, size, _ in lines) + 48
     canvas = Canvas(_WIDTH, head + sum(block.shape[0] + _GAP for block in blocks) + _MARGIN - _GAP)
-    canvas.text(_MARGIN, 32, comparison.verdict, 30, bold=True)
-    canvas.text(_MARGIN, 78, f"A: {comparison.names[0]}", 19, BLUE, limit=_TABLE)
-    canvas.text(right, 78, f"B: {comparison.names[1]}", 19, ORANGE, limit=_WIDTH - _MARGIN - right)
+    y = 32
+    for line, size, colour in lines:
+        canvas.text(_MARGIN, y, line, size, colour, bold=True)
+        y += size + 12
+    canvas.text(_MARGIN, y + 4, f"A: {comparison.names[0]}", 19, BLUE, limit=_TABLE)
+    canvas.text(right, y + 4, f"B: {comparison.names[1]}", 19, ORANGE, limit=_WIDTH - _MARGIN - right)
     y = head
     for block in blocks:
         canvas.paste(_MARGIN, y, block)

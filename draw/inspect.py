@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws an Inspection: bytes by component, bytes by block and format, and what stock ComfyUI does with the file.
 """
 

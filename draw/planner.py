@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws a RenderPlan: the roofline of the GPU with the model's work on it, the formats side by side, and the memory.
 
 On the roofline every dot is one kind of work of a step: across, how many FLOPs it does for each byte it moves; up, the
@@ -12,10 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..measure.fit import RESERVE, Fit
+from ..measure.fit import Fit
 from ..measure.plan import RenderPlan
 from ..measure.roofline import Work, decode_work
-from .canvas import BLUE, FAINT, GRID, INK, ORANGE, PAPER, PURPLE, RED, SMOOTH, TEAL, Canvas, Colour
+from ..measure.text import gib
+from .canvas import BLUE, FAINT, GRID, INK, ORANGE, PAPER, PURPLE, RED, SMOOTH, TEAL, Canvas, Colour, wrap
 
 _WIDTH, _HEIGHT, _MARGIN = 1600, 900, 40
 _LEFT, _RIGHT, _TOP, _BOTTOM = 110, 1040, 150, 800
@@ -26,8 +28,10 @@ _NAMED = 6
 _TOO_CLOSE = 16
 
 
-def roofline_picture(plan: RenderPlan) -> np.ndarray:
-    """RenderPlan -> (900, 1600, 3) uint8 RGB; without predictions the memory alone."""
+def roofline_picture(plan: RenderPlan | str) -> np.ndarray:
+    """RenderPlan -> (900, 1600, 3) uint8 RGB; without predictions the memory alone, of a sentence the sentence."""
+    if isinstance(plan, str):
+        return notice(plan)
     canvas = Canvas(_WIDTH, _HEIGHT, SMOOTH)
     clip = plan.clip
     canvas.text(_MARGIN, 28, f"{plan.file} on {plan.gpu.name}", 30, bold=True, limit=_WIDTH - 2 * _MARGIN)
@@ -38,8 +42,18 @@ def roofline_picture(plan: RenderPlan) -> np.ndarray:
         _roofline(canvas, plan)
         _choices(canvas, plan)
     else:
-        canvas.text(_LEFT, 300, "No times: " + "; ".join(plan.notes), 21, FAINT, limit=_RIGHT - _LEFT)
+        for index, line in enumerate(wrap(". ".join(plan.notes), 21, _RIGHT - _LEFT)):
+            canvas.text(_LEFT, 300 + 32 * index, line, 21, FAINT)
     _memory(canvas, plan.fit, 500)
+    return canvas.pixels()
+
+
+def notice(text: str) -> np.ndarray:
+    """A sentence -> (H, 620, 3) uint8 RGB."""
+    lines = wrap(text, 20, 580)
+    canvas = Canvas(620, 28 * len(lines) + 40)
+    for index, line in enumerate(lines):
+        canvas.text(20, 20 + 28 * index, line, 20, RED)
     return canvas.pixels()
 
 
@@ -127,7 +141,7 @@ def _choices(canvas: Canvas, plan: RenderPlan) -> None:
 
 def _memory(canvas: Canvas, found: Fit, y: float) -> None:
     """A bar for each phase: its own weights, working memory, what the host keeps free, the others' weights."""
-    canvas.text(_SIDE, y, "GPU memory in each phase, GB", 20, bold=True)
+    canvas.text(_SIDE, y, "GPU memory in each phase", 20, bold=True)
     y += 40
     parts = (("own weights", BLUE), ("working", ORANGE), ("always free", FAINT), ("other weights", (176, 196, 222)))
     x = _SIDE
@@ -135,12 +149,12 @@ def _memory(canvas: Canvas, found: Fit, y: float) -> None:
         canvas.box(x, y, x + 14, y + 14, colour)
         x += canvas.text(x + 20, y + 7, name, 15, FAINT, anchor="lm") + 34
     y += 34
-    longest = max(found.memory, *(found.total + one.working + RESERVE for one in found.phases))
+    longest = max(found.memory, *(found.total + one.working + one.free for one in found.phases))
     room = _WIDTH - _MARGIN - _SIDE - 90
     for one in found.phases:
         canvas.text(_SIDE, y + 17, one.name, 17, FAINT, anchor="lm")
         x = _SIDE + 80
-        values = (one.weights, one.working, RESERVE, found.total - one.weights)
+        values = (one.weights, one.working, one.free, found.total - one.weights)
         for (_, colour), value in zip(parts, values, strict=True):
             canvas.box(x, y, x + room * value / longest, y + 34, colour)
             x += room * value / longest
@@ -148,7 +162,7 @@ def _memory(canvas: Canvas, found: Fit, y: float) -> None:
     limit = _SIDE + 80 + room * found.memory / longest
     canvas.line([(limit, y - 172), (limit, y - 8)], RED, 2.5)
     anchor = "rt" if limit > _SIDE + 300 else "lt"
-    canvas.text(limit, y, f"{found.memory / 1e9:.1f} GB of memory", 17, RED, anchor=anchor)
+    canvas.text(limit, y, f"{gib(found.memory)} of memory", 17, RED, anchor=anchor)
 
 
 def _intensity(one: Work) -> float:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws a Verification: the error of every quantised layer, by block and by layer type, and the worst ones by name.
 """
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What leaves a node or a route when something fails: the pack's own errors as they are, all else as an internal error.
 
 An own error is a PackError or one of the file system; it names file, layer and remedy. Anything else is a fault of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names on widgets -> files of the host's model folders, and the places in its output folder where loaders look."""
 
 from __future__ import annotations

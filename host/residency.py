@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The names that ComfyUI keeps to itself and this pack reads: who patches a layer, where its weight lies at a call.
 
 All else of the pack asks here. Each name, and what the pack does without it:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a node shows besides its outputs: its report and pictures, on the node and in the history; and its progress.
 
 The web extension (web/reports.js) draws a report from the ``ui`` of the node's output, and once more from the host's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation computes, and why: Triton where it runs, plain torch elsewhere."""
 
 from __future__ import annotations

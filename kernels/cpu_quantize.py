@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing to NVFP4 on a CPU: the bytes of kernels/reference.py, in pieces of some rows that stay in a core's cache.
 
 Each piece is one thread's: every operation on it runs in that thread alone, so that nothing waits for another core

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operations on packed weights, each by the backend that runs: what the rest of the pack calls.
 
 Each function takes a PackedWeight or gives one. Outside torch.compile it goes straight to the chosen implementation,

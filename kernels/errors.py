@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one kind of error that is the user's to solve. It lies in the lowest ring, since every ring raises it.
 
 At the borders (nodes, commands, routes) such an error, and one of the file system, is shown as it is; any other one is

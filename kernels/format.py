@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4 constants, the packed-weight record, and the two byte orders that everything else relies on.
 
 The layout is the host's own (ComfyUI's ``TensorCoreNVFP4Layout``), for a weight W of logical shape (N, K):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """W4A8: NVFP4 weights and row-wise quantised activations meet on FP8 tensor cores, through ``torch._scaled_mm``.
 
 The weight is converted to E4M3 on every call, as the BF16 mode dequantises it: one byte written and read an element

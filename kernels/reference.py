@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4 in plain torch, FP32 arithmetic: the definition of right for every faster kernel. Runs on any device.
 
 Layout, names and the order of the multiplications: kernels/format.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of ``bench``: which rows there are, what their repetitions amount to, and the tables for people.
 
 A result is a JSON-ready dictionary; cli/bench_run.py fills it. Each row has ``status`` ("ok", "refused", "failed",

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One clip of ``bench`` against the reference's: latents, frames and sound as the row's process saved them.
 
 ``video_error``, ``audio_error`` (latents) and ``sound_error`` (waveform) are the norm of the difference over the norm

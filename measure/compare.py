@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two clips of the same seed, in numbers: picture (PSNR, SSIM, sharpness, difference) and sound (sound.py).
 
 Definitions, A being the one to trust and B the one under test:
@@ -7,6 +8,7 @@ Definitions, A being the one to trust and B the one under test:
           K1 = 0.01, K2 = 0.03, population covariance, mean over the pixels whose window lies inside. The clip's value
           is the mean over the frames. Equal to scikit-image's ``structural_similarity(..., gaussian_weights=True,
           use_sample_covariance=False, data_range=255)``, which the tests use as the judge.
+* the rest   what both show, flicker, steps, contrast and the sentences: differences.py
 
 Why no scikit-image and no matplotlib here: the pack lives in other people's environments, where each further package
 can move a pinned NumPy. OpenCV does the filtering and the heat map, NumPy the spectra, and ComfyUI's own Pillow
@@ -16,14 +18,15 @@ draws (draw/compare.py). scikit-image is a test dependency only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import differences
 from .media import MediaError, gray, to_frames
-from .sharpness import REFERENCE_RATIO, Sharpness, measure_sharpness
+from .sharpness import Sharpness, measure_sharpness
 from .sound import AudioComparison, compare_audio
 
 if TYPE_CHECKING:
@@ -42,6 +45,10 @@ class Comparison:
 
     ``difference`` is the mean absolute difference per pixel over frames and channels, (H, W) float32 in 0..255.
     ``left_out`` counts the frames beyond the common length, ``audio_note`` says why ``audio`` or part of it is None.
+    ``sameness``: correlation of each pair of coarse frames. ``flicker``, ``steps``: of B against A, see
+    differences.py; ``flicker_a``: A's own. ``brighter``, ``contrast``: B's mean grey less A's, and its deviation over
+    A's, of the coarse frames that show the same.
+    ``fps``: frame rates, None where not known.
     """
 
     names: tuple[str, str]
@@ -56,6 +63,13 @@ class Comparison:
     sharpness: tuple[Sharpness, Sharpness]
     audio: AudioComparison | None
     audio_note: str
+    sameness: tuple[float, ...]
+    flicker: float
+    flicker_a: float
+    steps: Mapping[int, float]
+    brighter: float
+    contrast: float
+    fps: tuple[float | None, float | None]
     difference: np.ndarray = field(repr=False, compare=False)
 
     @property
@@ -74,16 +88,30 @@ class Comparison:
         return int(np.argmin(self.ssim_per_frame))
 
     @property
+    def other_frames(self) -> list[int]:
+        """Numbers of the frames in which A and B do not show the same."""
+        pairs = enumerate(zip(self.sameness, self.ssim_per_frame, strict=True))
+        return [index for index, values in pairs if max(values) < differences.SAME]
+
+    @property
+    def findings(self) -> list[str]:
+        """Sentences, the most important first: whether both show the same, then what is wrong."""
+        return differences.findings(self)[0]
+
+    @property
+    def faults(self) -> list[str]:
+        """The findings that tell of more than a little detail."""
+        return differences.findings(self)[1]
+
+    @property
+    def agree(self) -> bool:
+        """Whether nothing but a little detail tells the clips apart."""
+        return not self.faults
+
+    @property
     def verdict(self) -> str:
-        """One sentence."""
-        ratio = self.sharpness_ratio
-        if self.identical:
-            return "The pictures are identical."
-        if ratio is not None and ratio < REFERENCE_RATIO:
-            return f"B has {ratio:.2f} of A's sharpness: it looks like a preview decode or a blurred one."
-        if ratio is not None and ratio > 1 / REFERENCE_RATIO:
-            return f"B has {ratio:.1f} times A's sharpness: A looks like a preview decode or a blurred one."
-        return "Both are about equally sharp."
+        """The findings in one line."""
+        return " ".join(self.findings)
 
     def rows(self) -> list[tuple[str, str]]:
         """The numbers as (label, text), in the order of the card."""
@@ -95,6 +123,7 @@ class Comparison:
             ("Sharpness A / B", f"{a.median:.1f} / {b.median:.1f}"),
             ("Sharpness ratio B / A", "-" if self.sharpness_ratio is None else f"{self.sharpness_ratio:.2f}"),
             ("Difference mean / max", f"{self.mean_difference:.2f} / {self.max_difference} of 255"),
+            ("Flicker of B against A", f"{self.flicker:.2f} of 255"),
         ]
         if self.audio is None:
             return [*rows, ("Sound", self.audio_note)]
@@ -107,13 +136,18 @@ class Comparison:
         ]
 
     @property
-    def text(self) -> str:
-        """The verdict and the numbers, one a line."""
+    def head(self) -> str:
+        """What was compared."""
         a = self.sharpness[0]
         head = f"{self.names[0]} (A) and {self.names[1]} (B): {self.frames} frames of {a.width}x{a.height}."
         if any(self.left_out):
             head += f" Compared over the common part; left out: {self.left_out[0]} of A, {self.left_out[1]} of B."
-        return "\n".join([self.verdict, head, *(f"{label}: {value}" for label, value in self.rows())])
+        return head
+
+    @property
+    def text(self) -> str:
+        """The findings, a line each, and the numbers."""
+        return "\n".join([*self.findings, self.head, *(f"{label}: {value}" for label, value in self.rows())])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready record without NaN or infinity."""
@@ -127,6 +161,11 @@ class Comparison:
             "sharpness_a": a.to_dict(), "sharpness_b": b.to_dict(),
             "psnr_per_frame": list(self.psnr_per_frame), "ssim_per_frame": list(self.ssim_per_frame),
             "audio": self.audio.to_dict() if self.audio else None, "audio_note": self.audio_note,
+            "sameness": list(self.sameness), "other_frames": self.other_frames,
+            "flicker": self.flicker, "flicker_a": self.flicker_a,
+            "steps": {str(frame): size for frame, size in self.steps.items()}, "brighter": self.brighter,
+            "contrast": self.contrast, "fps": list(self.fps), "findings": self.findings, "faults": self.faults,
+            "agree": self.agree,
             "verdict": self.verdict,
         }  # fmt: skip
 
@@ -156,9 +195,10 @@ def compare_clips(
     audio_b: Sound | None = None,
     names: tuple[str, str] = ("A", "B"),
     common_prefix: bool = False,
+    fps: tuple[float | None, float | None] = (None, None),
     on_frame: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Two clips as ``media.to_frames`` takes them, sounds as ``media.to_sound`` does -> Comparison.
+    """Two clips as ``media.to_frames`` takes them, sounds as ``media.to_sound`` does, frame rates -> Comparison.
 
     ``on_frame(done, total)`` reports progress and may raise to interrupt.
     Raises MediaError where the sizes differ, or the lengths, unless ``common_prefix`` cuts both to the shorter.
@@ -179,7 +219,7 @@ def compare_clips(
             f"Turn common_prefix on to compare the first {count}."
         )
     a, b = a[:count], b[:count]
-    errors, similarity = [], []
+    errors, similarity, pairs, sameness, parts, gaps = [], [], [], [], [], []
     total = np.zeros(a.shape[1:], np.float64)
     largest = 0
     for left, right in zip(a, b, strict=True):
@@ -187,12 +227,22 @@ def compare_clips(
         errors.append(cv2.norm(left, right, cv2.NORM_L2SQR) / left.size)
         cv2.accumulate(difference, total)
         largest = max(largest, int(difference.max()))
-        similarity.append(ssim(gray(left), gray(right)))
+        pair = gray(left), gray(right)
+        similarity.append(ssim(*pair))
+        reduced = [differences.coarse(grey) for grey in pair]
+        sameness.append(differences.correlation(*reduced))
+        pairs.append([(float(one.mean()), float(one.std())) for one in reduced])
+        parts.append(differences.cells(reduced[0]))
+        gaps.append(differences.cells(reduced[1]) - parts[-1])
         if on_frame:
             on_frame(len(errors), count)
     total = total.mean(axis=2) / count
     sharp_a = measure_sharpness(a)
-    sharp_b = measure_sharpness(b, reference=sharp_a.median or None)
+    sharp_b = measure_sharpness(b)
+    alike = [pair for pair, value in zip(pairs, sameness, strict=True) if value >= differences.SAME]
+    brighter = float(np.median([b[0] - a[0] for a, b in alike])) if alike else 0.0
+    contrast = float(np.median([b[1] / a[1] for a, b in alike if a[1] > 0] or [1.0]))
+    gaps, parts = np.stack(gaps), np.stack(parts)
     audio, note = None, "none"
     if audio_a is not None and audio_b is not None:
         audio = compare_audio(audio_a, audio_b, names, common_prefix or any(left_out))
@@ -202,7 +252,8 @@ def compare_clips(
     return Comparison(
         names, count, left_out, _psnr(float(np.mean(errors))), tuple(map(_psnr, errors)), float(np.mean(similarity)),
         tuple(similarity), float(total.mean()), largest, (sharp_a, sharp_b), audio, note,
-        total.astype(np.float32),
+        tuple(sameness), differences.flicker(gaps), differences.flicker(parts), differences.steps(gaps),
+        brighter, contrast, fps, total.astype(np.float32),
     )  # fmt: skip
 
 

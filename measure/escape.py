@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text of others (names, licences, metadata of files) on its way out: one function for each kind of place.
 
 ``visible``   terminals, logs, and whatever draws text as text: reports on nodes, messages of exceptions, pictures

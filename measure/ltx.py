@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is fixed about LTX-2.x: how its latents divide a clip, and what the distilled models sample with.
 
 Video: 32 x 32 pixels of 8 frames make one latent of 128 channels; the first frame has one of its own, so sides are

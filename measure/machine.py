@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hardware and versions that a measured number depends on. torch is imported late, see host/bench/session.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures and sound in and out: what the measuring functions read, and the one place that knows array conventions.
 
 * A frame is (H, W, 3) uint8 RGB. A clip is (F, H, W, 3) uint8 RGB.
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -195,24 +195,6 @@ def encode_png(image: np.ndarray) -> bytes:
 
     ordered = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
     return cv2.imencode(".png", ordered)[1].tobytes()
-
-
-def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 RGB or (H, W) uint8 grey. A crash leaves the old file or none."""
-    write_bytes(path, encode_png(image))
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a small file through a temporary name in the same folder, creating the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # mkstemp would make it private
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _read_image(path: Path) -> np.ndarray:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The planner: a file's header, a clip and a GPU -> what fits, what bounds a step, what NVFP4 changes.
 
 The header comes in as plain mappings, so that this stays free of the checkpoint code; the `plan` command and the
@@ -12,10 +13,11 @@ from typing import Protocol
 
 from ..kernels.errors import PackError
 from .escape import report
-from .fit import RESERVE, RESIDENT, STREAMING, SWAPPING, TEXT_ENCODER, TOO_LARGE, Fit, advice, fit
+from .fit import PARTLY, RESIDENT, STREAMING, SWAPPING, TEXT_ENCODER, TOO_LARGE, Fit, advice, fit
 from .gpus import Gpu
 from .roofline import (
     MODES,
+    STEP_ERROR,
     Clip,
     Step,
     TensorEntry,
@@ -27,7 +29,7 @@ from .roofline import (
     step,
     vae_decode,
 )
-from .text import gb, table
+from .text import gib, table
 
 # A step that takes less than this share of BF16's is called faster.
 _FASTER = 0.9
@@ -42,7 +44,8 @@ _TITLES = {
 _VERDICTS = {
     RESIDENT: "fits all at once",
     SWAPPING: "does not fit all at once; it runs, models take turns in GPU memory",
-    STREAMING: "does not fit; it runs, with part of the diffusion model streamed in every step",
+    PARTLY: "does not fit; it runs, partly resident: the rest of the diffusion model is streamed in every step",
+    STREAMING: "does not fit; it runs, with all of the diffusion model streamed in every step",
     TOO_LARGE: "does not fit",
 }
 
@@ -55,7 +58,7 @@ class HasNames(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """The model in a format, computed in a mode. ``seconds``: a step, including what has to be streamed for it."""
+    """The model in a format, computed in a mode. ``seconds``: a step, including the ``streamed`` bytes for it."""
 
     stored: str
     mode: str
@@ -64,6 +67,7 @@ class Choice:
     seconds: float
     floor: float
     bound: str
+    streamed: float
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,8 @@ def make_plan(
     if model is None:
         notes.append("not an LTX transformer: sizes only; its working memory and times are not predicted")
     elif not gpu.known:
-        notes.append(f"{gpu.name} is not in the table: state its bandwidth and TFLOP/s for times")
+        why = gpu.note or "it is not in the table"
+        notes.append(f"no times for {gpu.name}: {why}. State its bandwidth and TFLOP/s for them")
     if model is None or not gpu.known:
         return RenderPlan(file, gpu, clip, mode, found, model, None, (), (), tuple(notes))
     notes += [f"{other} compute: {reason}" for other, reason in modes_of(gpu).items() if reason]
@@ -150,7 +155,7 @@ def _choices(sizes: Mapping[str, float], model: Transformer, clip: Clip, gpu: Gp
             streams = found.stream_seconds > one.seconds
             bound = "bound by the bus" if streams else one.bound
             seconds = max(one.seconds, found.stream_seconds)
-            yield Choice(stored, mode, size, found.verdict, seconds, one.floor, bound)
+            yield Choice(stored, mode, size, found.verdict, seconds, one.floor, bound, found.streamed)
 
 
 def _changes(choices: tuple[Choice, ...]):
@@ -161,7 +166,7 @@ def _changes(choices: tuple[Choice, ...]):
         smaller = f"{1 - one.size / plain.size:.0%} smaller than BF16, {1 - one.size / fp8.size:.0%} than FP8"
         ratio = one.seconds / plain.seconds
         what = "size, not speed" if ratio >= _FASTER else "size and speed"
-        streams = "; BF16 has to be streamed in every step" if plain.verdict == STREAMING != one.verdict else ""
+        streams = "; BF16 has to be streamed in every step" if plain.streamed > one.streamed == 0 else ""
         same = ", the same products" if one.mode == "bf16" else ""
         yield f"{one.mode} compute: {what} ({smaller}; {ratio:.2f}x the step{same}{streams})"
 
@@ -169,7 +174,7 @@ def _changes(choices: tuple[Choice, ...]):
 def _lines(plan: RenderPlan):
     clip, gpu, found = plan.clip, plan.gpu, plan.fit
     tokens = clip.tokens
-    yield f"{_VERDICTS[found.verdict]} ({gb(found.total)} of weights, {gb(gpu.memory)} of memory)"
+    yield f"{_VERDICTS[found.verdict]} ({gib(found.total)} of weights, {gib(gpu.memory)} of memory)"
     yield from (f"  {line}" for line in advice(found))
     yield ""
     yield f"{plan.file} on {gpu.name}, {plan.mode} compute"
@@ -181,12 +186,12 @@ def _lines(plan: RenderPlan):
     rows = [("weights", "size", "")]
     for name, title in _TITLES.items():
         if name in found.sizes:
-            rows.append((title, gb(found.sizes[name]), "assumed: not in this file" if name in found.assumed else ""))
+            rows.append((title, gib(found.sizes[name]), "assumed: not in this file" if name in found.assumed else ""))
     yield from table(rows)
     yield ""
     rows = [("phase", "weights", "working", "always free", "in all", "fits alone", "fits beside the rest")]
     for one in found.phases:
-        numbers = (gb(value) for value in (one.weights, one.working, RESERVE, one.needs))
+        numbers = (gib(value) for value in (one.weights, one.working, one.free, one.needs))
         rows.append((one.name, *numbers, "yes" if one.alone else "no", "yes" if one.beside_the_rest else "no"))
     yield from table(rows)
     if plan.step:
@@ -209,7 +214,8 @@ def _times(plan: RenderPlan, now: Step):
     }
     shares = ", ".join(f"{title} {now.shares[kind]:.3f} s" for kind, title in parts.items())
     yield f"  GPU {now.gpu_seconds:.2f} s ({shares}); CPU {now.cpu_seconds:.2f} s of launches"
-    yield f"  {_STEPS} steps: {_STEPS * plan.seconds:.1f} s. Errors: within 17 % on an H200, unknown elsewhere"
+    error = f"within {STEP_ERROR:.0%} on an H200, unknown elsewhere"
+    yield f"  {_STEPS} steps: {_STEPS * plan.seconds:.1f} s. Errors: {error}"
     gpu = plan.gpu
     size = plan.fit.sizes[TEXT_ENCODER]
     yield (
@@ -220,7 +226,7 @@ def _times(plan: RenderPlan, now: Step):
     yield ""
     rows = [("format", "compute", "diffusion model", "step", "at least", "memory", "bound")]
     for one in plan.choices:
-        numbers = gb(one.size), f"{one.seconds:.2f} s", f"{one.floor:.2f} s"
+        numbers = gib(one.size), f"{one.seconds:.2f} s", f"{one.floor:.2f} s"
         rows.append((one.stored, one.mode, *numbers, one.verdict, one.bound))
     yield from table(rows)
     yield ""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arithmetic against bandwidth: where the time of a denoising step goes on a GPU, and what NVFP4 changes about it.
 
 For each Linear of the diffusion model, T tokens and a weight of (N, K):
@@ -16,6 +17,7 @@ CPU needs to launch it, whichever is more.
 * ATTENTION_SHARE: compute capability 9.0 fitted to ONE row of benchmarks/results/step.json (stock BF16 at 14,080
   tokens), between which and 0.35 (arXiv:2407.08608, FlashAttention-2 on an H100) there is little; elsewhere 0.70, from
   arXiv:2307.08691 (A100), which was not measured here.
+* STEP_ERROR: the largest error over the rows of step.json, whose steps a test predicts again.
 * LAUNCH_SECONDS, OTHER_SECONDS_PER_BLOCK: CPU time of a Xeon with 16 cores for a Linear of stock ComfyUI (step.json,
   `launch_us`) and for the rest of a block (fitted to its 6,144 tokens). This pack replays blocks as CUDA graphs where
   that is too much, GRAPH_SECONDS_PER_BLOCK: 34 Linears at what DynamicVRAM adds to one, 81 - 18 microseconds
@@ -37,6 +39,7 @@ from .ltx import audio_latents, latent_size
 MODES = ("bf16", "fp8", "fp4")
 MATMUL_SHARE = {"bf16": 0.67, "fp8": 0.65, "fp4": 0.67}
 BANDWIDTH_SHARE = 0.89
+STEP_ERROR = 0.15
 ATTENTION_SHARE_HOPPER, ATTENTION_SHARE = 0.29, 0.70
 LAUNCH_SECONDS = {"BF16": 62e-6, "QuantizedTensor": 191e-6}
 OTHER_SECONDS_PER_BLOCK = 6.25e-3

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a distilled LTX-2.x model has to be given: sizes it can make, frame counts, audio length, sigmas.
 
 Two stages sample at half the size first, so that the final sides are multiples of 64. ComfyUI's nodes round other

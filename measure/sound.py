@@ -1,14 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two sounds of the same seed, in numbers: level, spectral distance, sync offset. A is the one to trust, B under test.
 
 * level   RMS of all channels in dBFS (a full-scale sine reads -3.01); below ``SILENCE_DBFS`` it is silent: None.
-* spectral distance   both mixed to mono and aligned by the sync offset; power spectrogram (Hann window of about 40 ms,
-          hop a quarter), 64 triangular HTK mel bands from 0 Hz to half the rate, dB with a floor 80 dB under the louder
-          clip's peak; root mean square over the bands of the difference, mean over time. 0 is the same sound; a plain
-          gain of x dB counts as x dB.
+* spectral distance   both aligned by the sync offset; power spectrogram (Hann window of about 40 ms, hop a quarter),
+          mean over the channels, so that none cancels another; 64 triangular HTK mel bands from 0 Hz to half the rate,
+          dB with a floor 80 dB under the louder clip's peak; root mean square over the bands of the difference, mean
+          over time. 0 is the same sound; a plain gain of x dB counts as x dB.
 * sync    lag of the highest normalised cross-correlation within one second, in ms, positive where B is late. Of the
-          peaks within 2 % of the highest the one nearest to zero counts, because tones repeat. First the waveforms;
-          where they do not match (below 0.3: a vocoder need not keep the phase) the loudness envelopes in steps of
-          1 ms; below 0.5 there the offset is undefined: None.
+          peaks within 2 % of the highest the one nearest to zero counts, because tones repeat. First the waveforms,
+          of the mono mix or, where it cancels, of the loudest channel, and again with B inverted; where they do not
+          match (below 0.3: a vocoder need not keep the phase) the loudness envelopes in steps of 1 ms; below 0.5 there
+          the offset is undefined: None.
+* findings   what sound_faults.py hears, and: silence, 10 dB in level, 45 ms out of step (what ITU-R BT.1359 has noticed
+          beside the picture), 10 dB of spectral distance without a common signal.
 
 NumPy alone; sounds are (channels, samples) float32 with their rate, as ``media.to_sound`` gives them.
 """
@@ -21,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import sound_faults
 from .media import MediaError, to_sound
+from .signals import best_lag, envelope, mel_power, one_channel
 
 if TYPE_CHECKING:
     Sound = tuple[np.ndarray, int] | dict[str, Any]
@@ -30,14 +36,19 @@ SILENCE_DBFS = -100.0
 MAX_OFFSET_SECONDS = 1.0
 # Codecs pad to whole packets; tracks that differ by less than this are compared over their common part.
 LENGTH_TOLERANCE_SECONDS = 0.1
-_MEL_BANDS = 64
 _FLOOR_DB = 80.0
-_WAVEFORM_MATCH, _ENVELOPE_MATCH = 0.3, 0.5
+_WAVEFORM_MATCH, _ENVELOPE_MATCH, _INVERTED_BEYOND = 0.3, 0.5, 0.1
+WAVEFORM, INVERTED, ENVELOPE = "waveform", "waveform, inverted", "envelope"
+OTHER_LEVEL_DB, OTHER_SOUND_DB, NOTICED_MS = 10.0, 10.0, 45.0
 
 
 @dataclass(frozen=True)
 class AudioComparison:
-    """Sound of two clips; None where a number does not exist (silence, no common signal). ``note`` says why."""
+    """Sound of two clips; None where a number does not exist (silence, no common signal). ``note`` says why.
+
+    ``drift_ms``: how much later B comes at its end than at its start, None if it keeps pace. ``findings``: sentences
+    about what is wrong.
+    """
 
     sample_rate: int
     seconds: float
@@ -48,6 +59,8 @@ class AudioComparison:
     sync_correlation: float | None
     sync_method: str | None
     note: str = ""
+    drift_ms: float | None = None
+    findings: tuple[str, ...] = ()
 
     @property
     def level_difference_db(self) -> float | None:
@@ -72,6 +85,7 @@ class AudioComparison:
         """JSON-ready record without NaN or infinity."""
         return {
             **asdict(self),
+            "findings": list(self.findings),
             "level_difference_db": self.level_difference_db,
             "silent_a": self.silent[0],
             "silent_b": self.silent[1],
@@ -92,19 +106,55 @@ def compare_audio(
     if max(a.shape[1], b.shape[1]) - count > LENGTH_TOLERANCE_SECONDS * rate and not common_prefix:
         raise MediaError(
             f"found {a.shape[1] / rate:.2f} s of sound in {names[0]} and {b.shape[1] / rate:.2f} s in {names[1]}; "
-            f"expected the same length. Turn common_prefix on to compare the first {count / rate:.2f} s."
+            "expected the same length; with as many frames, one was saved at another frame rate. Turn common_prefix "
+            f"on to compare the first {count / rate:.2f} s."
         )
+    lengths = [sound.shape[1] / rate for sound in (a, b)]
+    findings = []
+    if abs(lengths[0] - lengths[1]) > LENGTH_TOLERANCE_SECONDS:
+        findings.append(f"A's sound lasts {lengths[0]:.2f} s, B's {lengths[1]:.2f} s.")
     a, b = a[:, :count], b[:, :count]
     levels = (level_dbfs(a), level_dbfs(b))
     if None in levels:
         silent = "both are silent" if levels == (None, None) else f"{'A' if levels[0] is None else 'B'} is silent"
-        return AudioComparison(rate, count / rate, *levels, None, None, None, None, silent)
-    a, b = a.mean(axis=0, dtype=np.float64), b.mean(axis=0, dtype=np.float64)
-    offset, correlation, method = sync_offset(a, b, rate)
+        if levels != (None, None):
+            findings.insert(0, f"{silent[0]} has a silent sound track, {'B' if levels[0] is None else 'A'} has sound.")
+        return AudioComparison(rate, count / rate, *levels, None, None, None, None, silent, None, tuple(findings))
+    return _heard(a, b, rate, levels, findings)
+
+
+def _heard(
+    a: np.ndarray, b: np.ndarray, rate: int, levels: tuple[float, float], findings: list[str]
+) -> AudioComparison:
+    """Two sounds (channels, samples) of one length, neither silent -> AudioComparison."""
+    count = a.shape[1]
+    findings += sound_faults.channel_faults(a, b, SILENCE_DBFS)
+    difference = levels[1] - levels[0]
+    if abs(difference) >= OTHER_LEVEL_DB:
+        findings.append(f"B is {abs(difference):.0f} dB {'louder' if difference > 0 else 'quieter'} than A.")
+    offset, correlation, method = sync_offset(*one_channel(a, b), rate)
+    drift = sound_faults.drift_seconds(a, b, rate)
+    if drift is not None:
+        findings.append(f"B's sound drifts: at its end it is {abs(drift):.2f} s {'later' if drift > 0 else 'earlier'} "
+                        "against A than at its start, as at another speed.")  # fmt: skip
+        findings += sound_faults.bandwidth_faults(a, b, rate)
+        return AudioComparison(
+            rate, count / rate, *levels, None, None, None, None, f"undefined: it drifts by {1000 * drift:+.0f} ms",
+            1000 * drift, tuple(findings),
+        )  # fmt: skip
     lag = round((offset or 0.0) * rate / 1000.0)
-    distance = spectral_distance(a[max(-lag, 0) : count - max(lag, 0)], b[max(lag, 0) : count - max(-lag, 0)], rate)
+    left, right = a[:, max(-lag, 0) : count - max(lag, 0)], b[:, max(lag, 0) : count - max(-lag, 0)]
+    distance = spectral_distance(left, right, rate)
+    findings += sound_faults.gaps(left, right, rate) if method else []
+    findings += sound_faults.bandwidth_faults(left, right, rate)
+    if offset is not None and abs(offset) >= NOTICED_MS:
+        findings.append(f"B's sound is {abs(offset):.0f} ms {'late' if offset > 0 else 'early'} against A's.")
+    if not method and distance >= OTHER_SOUND_DB:
+        findings.append(f"The sounds are not the same: no common signal, spectral distance {distance:.0f} dB.")
     note = "" if method else "undefined: no common signal"
-    return AudioComparison(rate, count / rate, *levels, distance, offset, correlation, method, note)
+    return AudioComparison(
+        rate, count / rate, *levels, distance, offset, correlation, method, note, None, tuple(findings)
+    )
 
 
 def level_dbfs(sound: np.ndarray) -> float | None:
@@ -115,57 +165,23 @@ def level_dbfs(sound: np.ndarray) -> float | None:
 
 
 def spectral_distance(a: np.ndarray, b: np.ndarray, rate: int) -> float:
-    """Two mono (samples,) signals of one length -> log-mel distance in dB; definition in the module docstring."""
-    window = 2 ** round(math.log2(max(rate * 0.04, 16)))
-    powers = [_mel_power(x, rate, window) for x in (a, b)]
+    """Two signals (samples,) or (channels, samples) of one length -> log-mel distance in dB, see above."""
+    powers = [mel_power(np.atleast_2d(x), rate) for x in (a, b)]
     floor = max(float(max(p.max() for p in powers)) * 10 ** (-_FLOOR_DB / 10), 1e-30)
     left, right = (10.0 * np.log10(np.maximum(p, floor)) for p in powers)
     return float(np.sqrt(np.square(left - right).mean(axis=1)).mean())
 
 
-def _mel_power(signal: np.ndarray, rate: int, window: int) -> np.ndarray:
-    """(samples,) -> (times, 64) power in triangular mel bands."""
-    padded = np.pad(signal, (window // 2, window))
-    blocks = np.lib.stride_tricks.sliding_window_view(padded, window)[:: window // 4]
-    power = np.square(np.abs(np.fft.rfft(blocks * np.hanning(window + 1)[:-1], axis=1)))
-    top = math.log10(1.0 + rate / 2 / 700.0)
-    edges = 700.0 * (10.0 ** np.linspace(0.0, top, _MEL_BANDS + 2) - 1.0)
-    hertz = np.fft.rfftfreq(window, 1.0 / rate)[:, None]
-    rise, fall = (hertz - edges[:-2]) / np.diff(edges)[:-1], (edges[2:] - hertz) / np.diff(edges)[1:]
-    return power @ np.clip(np.minimum(rise, fall), 0.0, None)
-
-
 def sync_offset(a: np.ndarray, b: np.ndarray, rate: int) -> tuple[float | None, float | None, str | None]:
-    """Two mono signals -> (ms by which B is late, correlation, "waveform" | "envelope"); three None without a match."""
-    lag, correlation = _best_lag(a, b, int(MAX_OFFSET_SECONDS * rate))
+    """Two mono signals -> (ms by which B is late, correlation, WAVEFORM | INVERTED | ENVELOPE), or three None."""
+    reach = int(MAX_OFFSET_SECONDS * rate)
+    matches = [(*best_lag(a, other, reach), method) for method, other in ((WAVEFORM, b), (INVERTED, -b))]
+    # A tone matches its inverse half a period later nearly as well.
+    lag, correlation, method = matches[int(matches[1][1] > matches[0][1] + _INVERTED_BEYOND)]
     if correlation >= _WAVEFORM_MATCH:
-        return 1000.0 * lag / rate, correlation, "waveform"
+        return 1000.0 * lag / rate, correlation, method
     step = max(rate // 1000, 1)
-    lag, correlation = _best_lag(*(_envelope(x, step) for x in (a, b)), int(MAX_OFFSET_SECONDS * rate / step))
+    lag, correlation = best_lag(*(envelope(x, step) for x in (a, b)), reach // step)
     if correlation >= _ENVELOPE_MATCH:
-        return 1000.0 * lag * step / rate, correlation, "envelope"
+        return 1000.0 * lag * step / rate, correlation, ENVELOPE
     return None, None, None
-
-
-def _envelope(signal: np.ndarray, step: int) -> np.ndarray:
-    """(samples,) -> RMS loudness in windows of 10 steps, one value a step."""
-    energy = np.square(signal[: len(signal) // step * step]).reshape(-1, step).mean(axis=1)
-    return np.sqrt(np.convolve(energy, np.full(10, 0.1), mode="same").clip(0.0))
-
-
-def _best_lag(a: np.ndarray, b: np.ndarray, reach: int) -> tuple[int, float]:
-    """Lag of the highest peak of sum a[t] b[t + lag] / (|a| |b|), means removed; nearest of the near-equal."""
-    reach = min(reach, len(a) - 1)
-    if reach < 1:
-        return 0, 0.0
-    a, b = a - a.mean(), b - b.mean()
-    energy = math.sqrt(float(a @ a) * float(b @ b))
-    if energy == 0.0:
-        return 0, 0.0
-    size = 1 << (2 * len(a) - 1).bit_length()
-    product = np.fft.irfft(np.conj(np.fft.rfft(a, size)) * np.fft.rfft(b, size), size) / energy
-    around = np.concatenate((product[-reach:], product[: reach + 1]))
-    walls = np.concatenate(([-np.inf], around, [-np.inf]))
-    peaks = np.flatnonzero((around >= walls[:-2]) & (around >= walls[2:]) & (around >= 0.98 * around.max())) - reach
-    lag = int(min(peaks, key=abs, default=0))
-    return lag, float(around[lag + reach])

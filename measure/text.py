@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How numbers are written: the one formatter of bytes and the one table of all that is printed or drawn."""
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ def size_text(nbytes: float, decimals: int | None = None) -> str:
     return f"{nbytes:.0f} B"
 
 
-def gb(nbytes: float) -> str:
-    """Bytes beside others of their kind, all in GB."""
-    return f"{nbytes / 1e9:.1f} GB"
+def gib(nbytes: float) -> str:
+    """Memory, and what lies in it, in GiB, as cards are sold: "32 GB" on the box are 32 GiB."""
+    return f"{nbytes / 2**30:.1f} GiB"
 
 
 def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pack's nodes, one file a family."""
 
 from ..host.border import guarded

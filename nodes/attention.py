@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Node that chooses how a model's attention is computed."""
 
 from __future__ import annotations

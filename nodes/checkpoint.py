@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes for checkpoint files: look into them, take them apart."""
 
 from __future__ import annotations

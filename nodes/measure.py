@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes that measure clips."""
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class NVFP4Sharpness(io.ComfyNode):
             display_name="NVFP4 Sharpness",
             category="NVFP4",
             description="Sharpness of a clip, frame by frame: the variance of the Laplacian on 8-bit grey, as OpenCV "
-            "computes it. Warns when the clip looks like a preview decode, and passes the images through.",
+            "computes it. Warns when the clip looks like a preview decode, is noise, black or frozen, and passes the "
+            "images through.",
             inputs=[
                 io.Image.Input("images"),
                 io.Float.Input(
@@ -63,8 +65,9 @@ class NVFP4Compare(io.ComfyNode):
             node_id="NVFP4Compare",
             display_name="NVFP4 Compare Clips",
             category="NVFP4",
-            description="Two clips of the same seed in numbers: PSNR, SSIM, sharpness, difference, and for sound "
-            "level, spectral distance and sync. A is the one to trust, B the one under test.",
+            description="Two clips of the same seed: whether they show the same, which frames do not, and in numbers "
+            "PSNR, SSIM, sharpness, flicker, and for sound level, spectral distance and sync. A is the one to trust, "
+            "B the one under test.",
             inputs=[
                 io.Image.Input("images_a", tooltip="The clip to trust."),
                 io.Image.Input("images_b", tooltip="The clip under test."),

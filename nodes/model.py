@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Model loaders."""
 
 from __future__ import annotations

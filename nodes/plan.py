@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes that plan a render: settings a distilled model can make, and what a model needs on a GPU."""
 
 from __future__ import annotations
@@ -95,6 +96,11 @@ class NVFP4Planner(io.ComfyNode):
                     "text_encoder_gb", default=0.0, min=0.0, max=200.0, step=0.1, optional=True, advanced=True,
                     tooltip="Size of the text encoder's file. 0: 9 GB, that of gemma_3_12B_it_fp4_mixed.",
                 ),
+                io.Float.Input(
+                    "memory_gib", default=0.0, min=0.0, max=1024.0, step=1.0, optional=True,
+                    tooltip="GPU memory in GiB, as on the box: for a card that is not in the list, or of another size. "
+                    "0: the card's own.",
+                ),
             ],
             outputs=[io.String.Output("text", display_name="text"), io.Image.Output("picture", display_name="picture")],
             hidden=[io.Hidden.unique_id],
@@ -107,8 +113,8 @@ class NVFP4Planner(io.ComfyNode):
         return fingerprint((file_name,), FOLDERS, sorted(options.items()))
 
     @classmethod
-    def execute(cls, file_name, width, height, frames, fps, gpu, compute, text_encoder_gb=0.0) -> io.NodeOutput:
+    def execute(cls, file_name, width, height, frames, fps, gpu, compute, **sizes) -> io.NodeOutput:
         clip = Clip(width, height, frames, fps)
-        plan = plan_rendering(file_path(file_name, FOLDERS), clip, gpu, compute, text_encoder_gb)
+        plan = plan_rendering(file_path(file_name, FOLDERS), clip, gpu, compute, **sizes)
         picture = to_image(roofline_picture(plan))
         return io.NodeOutput(str(plan), picture, ui=show(cls, str(plan), to_image(compact_plan(plan)), picture))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node that makes NVFP4 files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node that makes quantised files loadable by stock ComfyUI."""
 
 from __future__ import annotations

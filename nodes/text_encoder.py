@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text encoder loader."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node that proves what a quantised file is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recorded names, shapes and configurations of real models; tests/record_keys.py writes most of ``data/``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LTX-2.3 in its released shapes, or scaled down, with seeded random weights: BF16, FP8 and NVFP4 files, both VAEs.
 
 Names and shapes are the recorded ones (``data/``); each tensor is seeded by its own name and made when its turn to be

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts and headers of N parts in shapes that are slow to read for whoever looks at a part twice.
 
 Nobody draws or writes these; anybody can send them. Tests and ``benchmarks/scaling.py`` read them.
@@ -145,13 +146,13 @@ PROMPTS: Mapping[str, Callable[[int], Prompt]] = {
     for made in (clips, primitives, schedules, loras, samplers, rates, reroutes, star, files, cycles)
 }
 
-_KINDS = (
+KINDS = (
     "Reroute", "ComfySwitchNode", "PrimitiveInt", "KSampler", "SamplerCustomAdvanced", "CFGGuider", "VAEDecodeTiled",
     "LTXVConcatAVLatent", "LTXVSeparateAVLatent", "EmptyLTXVLatentVideo", "LTXVEmptyLatentAudio", "LTXVConditioning",
     "CreateVideo", "NVFP4LaunchGuard", "ManualSigmas", "SplitSigmas", "VAELoader", "UNETLoader", "LoraLoaderModelOnly",
     "LTXVLatentUpsampler", "VAEDecode", "SaveVideo", "", "\ud800", "x" * 5000,
 )  # fmt: skip
-_INPUTS = (
+INPUTS = (
     "", "model", "guider", "latent_image", "samples", "vae", "video_latent", "audio_latent", "av_latent", "switch",
     "on_true", "on_false", "value", "width", "height", "length", "frame_rate", "frames_number", "fps", "images", "cfg",
     "sigmas", "policy", "vae_name", "unet_name", "lora_name", "strength_model", "positive", "allow_preview",
@@ -175,8 +176,8 @@ def wild(seed: int) -> dict[str, Any]:
     def entry() -> Any:
         if rng.random() < 0.05:
             return rng.choice(_WILD)
-        inputs: Any = {rng.choice(_INPUTS): value() for _ in range(rng.randint(0, 8))}
-        kind = rng.choice(_KINDS) if rng.random() < 0.95 else rng.choice(_WILD)
+        inputs: Any = {rng.choice(INPUTS): value() for _ in range(rng.randint(0, 8))}
+        kind = rng.choice(KINDS) if rng.random() < 0.95 else rng.choice(_WILD)
         return {"class_type": kind, "inputs": inputs if rng.random() < 0.95 else rng.choice(_WILD)}
 
     body: dict[str, Any] = {"prompt": {name: entry() for name in ids} if rng.random() < 0.95 else rng.choice(_WILD)}

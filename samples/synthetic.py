@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scaled-down LTX-2.x checkpoints with true key names and seeded random weights, in every dialect found in the wild.
 
 The demo and the tests load what this writes. All dialects of one state hold the same weights: ``quantize_layers`` packs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the repository importable as ``nvfp4_video``, whatever its folder is called, over a stubbed ComfyUI.
 
 The root ``__init__.py`` is what a running ComfyUI executes; tests import ``nvfp4_video.kernels`` and so on without it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write web/docs/images/doctor.png: NVFP4 Doctor beside a workflow with two mistakes, in the real front end.
 
 usage: python tests/make_doctor_picture.py

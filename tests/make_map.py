@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draw the map of the pack, docs/map.svg: its folders, what each is for, and which imports which.
 
 usage: python tests/make_map.py

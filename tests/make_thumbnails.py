@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write workflows/<name>.jpg: each graph as the real front end draws it, below its title.
 
 usage: COMFYUI_PATH=<checkout> python tests/make_thumbnails.py [URL of a running ComfyUI with the pack]

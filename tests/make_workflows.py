@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write workflows/<name>.json and workflows/api/<name>.json from the descriptions in workflow_graphs.py.
 
 usage: python tests/make_workflows.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records what a real ComfyUI offers under every name that tests/stub_comfy stubs, into tests/stub_comfy/contract.json.
 
 usage: COMFYUI_PATH=<checkout> [COMFYUI_PYTHON=<its python>] python tests/record_contract.py

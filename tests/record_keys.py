@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Record the tensor names and shapes of LTX-2.x models by instantiating a real ComfyUI's classes on the meta device.
 
 usage: COMFYUI_PATH=<checkout> python tests/record_keys.py

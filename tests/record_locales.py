@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write locales/en/nodeDefs.json from the schemas of the nodes; the other languages are translated from it by hand.
 
 usage: python tests/record_locales.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The suite can be collected where POSIX, Linux and Triton are missing, as on Windows: a skip needs a collected test.
 
 This takes away what Windows lacks; it cannot add what Windows does otherwise.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A call that works against tests/stub_comfy works on every recorded ComfyUI, and on the one that COMFYUI_PATH names.
 
 The recorded facts are in tests/stub_comfy/contract.json, written by tests/record_contract.py.

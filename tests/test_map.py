@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/map.svg, the picture of the pack's folders, shows the imports as they are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pack's architecture, checked on its source: which ring may import what, and the rules a linter cannot express."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The NVFP4 Doctor's panel: a state object in, DOM out. No requests and no knowledge of the graph; guard.js has both.
 //
 // Everything that comes from the server is set as text that hides nothing (visible.js). Colours are the front end's own

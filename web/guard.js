@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // NVFP4 Video in the front end: a toast when the guard finds something at queue time, and the tab "NVFP4 Doctor".
 //
 // The server's part is host/guard/routes.py: GET /nvfp4/report, POST /nvfp4/check and the websocket event "nvfp4.findings".

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the pack's extensions ask the host: its routes, the user's settings, its texts in the user's language.
 
 import { app } from "../../scripts/app.js";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A report as DOM: text in, an element out. No knowledge of nodes and graphs; reports.js has it.
 //
 // Everything is set as text that hides nothing (visible.js): names in a report come from files. Words are never

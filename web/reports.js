@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Reports on the nodes of this pack: their text as the host has it in `ui.text`, in the node until it runs again.
 //
 // Front ends draw progress texts while a job runs, and newer ones drop them when it ends; none draws `ui.text` on

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Texts of the NVFP4 Doctor in the user's language.
 //
 // ComfyUI merges locales/<language>/main.json of every pack into the answer of GET /i18n; ours sit under "nvfp4Doctor".

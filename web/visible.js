@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Text of others on its way to the page: names and notes from files, facts of the machine, ids of a prompt.
 //
 // What the routes answer is data. Everything is set as text and never as HTML; this function makes visible what would

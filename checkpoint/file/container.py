@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The safetensors container: reads headers of untrusted files, maps their tensors, writes new files atomically.
 
 The layout of a file is in header.py. Nothing is unpickled, and nothing but the header is read before a tensor is asked
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .dtypes import DTYPE_NAMES, DTYPES, ITEM_BYTES
+from .dtypes import BITS, DTYPE_NAMES, DTYPES, ITEM_BYTES
 from .header import (
     MAX_HEADER_BYTES,
     METADATA_KEY,
@@ -52,7 +53,7 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 def planned(tensors: Mapping[str, torch.Tensor]) -> list[PlannedTensor]:
@@ -200,8 +201,8 @@ def build_header(target: Path, tensors: Sequence[PlannedTensor], metadata: Mappi
         expected = ""
         if not isinstance(tensor.name, str) or tensor.name in entries or tensor.name == METADATA_KEY:
             expected = f"names that are strings, each used once, none {METADATA_KEY}"
-        elif tensor.dtype not in DTYPES:
-            expected = f"a dtype among {', '.join(DTYPES)}"
+        elif tensor.dtype not in BITS:
+            expected = f"a dtype among {', '.join(BITS)}"
         elif not all(map(is_size, tensor.shape)):
             expected = "a shape of non-negative integers"
         if expected:  # quoted only now: repr of thousands of good ones takes seconds
@@ -274,7 +275,7 @@ def produce_bytes(tensor: PlannedTensor, target: Path) -> memoryview:
     value = tensor.produce()
     plan = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
     if isinstance(value, torch.Tensor):
-        if value.dtype == DTYPES[tensor.dtype] and tuple(value.shape) == tuple(tensor.shape):
+        if value.dtype == DTYPES.get(tensor.dtype) and tuple(value.shape) == tuple(tensor.shape):
             value = value.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
             return memoryview(value.view(-1).view(torch.uint8).numpy())
         found = f"{value.dtype} of shape {tuple(value.shape)}"
@@ -301,10 +302,12 @@ def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut, where the system can."""
     if os.name != "posix":
         return
-    # Some network and FUSE file systems cannot sync a folder; the file is complete all the same.
-    with contextlib.suppress(OSError):
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:  # some network and FUSE file systems; the file is complete all the same
+        text = "%s cannot be synchronised (%s): after a power cut, a new file in it may be missing."
+        logger.info(text, folder, error)

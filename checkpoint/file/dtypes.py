@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dtypes of safetensors: how many bits each takes, and which of them torch can hold.
 
 A header may use all of BITS. A tensor whose dtype is not in DTYPES can be described and copied, not read.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Notices that the files a run reads are no longer what they were."""
 
 from __future__ import annotations

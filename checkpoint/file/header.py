@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The header of a safetensors file: the records that describe it, and a reader that trusts nothing in it.
 
 Layout of a file (https://github.com/huggingface/safetensors#format):
@@ -188,12 +189,12 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
         found = f"its header should be {length:,} bytes long, but {length - (size - 8):,} of them are missing"
         raise CheckpointError(found, where=where, remedy=_CUT_SHORT)
     file.seek(8)
-    with _no_collection():
+    with no_collection():
         return _parse(file, path, length, size)
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Without Python's search for cycles, which looks at all of a million new objects again and again, finding none."""
     enabled = gc.isenabled()
     gc.disable()
@@ -228,10 +229,10 @@ def _parse(file: BinaryIO, path: Path, length: int, size: int) -> Header:
         if type(entry) is not TensorInfo:
             entries[name] = _tensor_info(name, entry, data_start, where)
     trailing = _check_layout(entries, data_start, size, where)
-    return Header(path, entries, metadata, size, _read_markers(file, entries), trailing)
+    return Header(path, entries, metadata, size, _read_markers(file, entries, where), trailing)
 
 
-def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str, bytes]:
+def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo], where: str) -> dict[str, bytes]:
     """Contents of the `comfy_quant` tensors, in the order in which they lie in the file."""
     markers = {}
     names = [name for name in tensors if name.endswith(MARKER) and tensors[name].nbytes <= _MAX_MARKER_BYTES]
@@ -239,6 +240,9 @@ def _read_markers(file: BinaryIO, tensors: Mapping[str, TensorInfo]) -> dict[str
         if name.rpartition(".")[2] == MARKER:
             file.seek(tensors[name].start)
             markers[name] = file.read(tensors[name].nbytes)
+            if len(markers[name]) != tensors[name].nbytes:
+                found, remedy = "the file became shorter while it was read", "try again once nothing writes to it"
+                raise CheckpointError(found, where=where, remedy=remedy)
     return markers
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What people have instead of a safetensors file: web pages, pointers, pickles, cut downloads."""
 
 from __future__ import annotations

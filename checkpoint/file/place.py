@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gives new files their names: nothing that somebody else put there is replaced, and what is replaced keeps its rights.
 
 Temporary files have random names and are made exclusively, so that neither a link nor another program's file is ever
@@ -13,6 +14,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
+_COPIED_BYTES = 16 * 2**20
 _HIDDEN = re.compile(r"\.[0-9a-f]{16}\.part")
 
 
@@ -81,6 +84,7 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
 
 def write_small(path: Path, data: bytes, overwrite: bool) -> None:
     """Write a whole file or none, synchronised with the disk. CheckpointError if it may not be replaced; OSError."""
+    name_unfinished(path)
     temporary = hidden_name(path)
     try:
         with open_unnamed(path.parent) or open(temporary, "xb", buffering=0) as file:
@@ -115,8 +119,22 @@ def give_name(file: BinaryIO, name: Path) -> None:
     try:
         # With a folder given, os.link calls linkat, which alone follows the link in /proc to the file.
         os.link(f"/proc/self/fd/{file.fileno()}", name.name, dst_dir_fd=folder, follow_symlinks=True)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        logger.warning("%s: this file system cannot link an unnamed file (%s); it is copied.", name.parent, error)
+        _copy(file, name)
     finally:
         os.close(folder)
+
+
+def _copy(file: BinaryIO, name: Path) -> None:
+    """A file without a name, written once more under a new one, with its rights, synchronised with the disk."""
+    with open(f"/proc/self/fd/{file.fileno()}", "rb") as source, open(name, "xb") as twin:
+        shutil.copyfileobj(source, twin, _COPIED_BYTES)
+        os.fchmod(twin.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+        twin.flush()
+        os.fsync(twin.fileno())
 
 
 def _rename_new(temporary: Path, target: Path) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A safetensors file that is written in any order, survives ``kill -9`` at any moment, and is gone on with later.
 
 Beside the target lie two files while it is made:
@@ -18,6 +19,7 @@ write can reach the target. The target's name is given by one rename.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 PART, JOURNAL = ".part", ".part.journal"
 _SYNC_BYTES = 2**30
 _VERSION = 1
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 _MARK = b"NVFP4 Video"  # shorter than any header with its length before it
 OnBytes = Callable[[int], None]  # bytes that were hashed or written since the last call
 
@@ -356,5 +359,9 @@ def _lock(file: BinaryIO, target: Path) -> None:
 
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in _NO_LOCKS:
+            text = "%s: this file system has no locks (%s): see to it that no other process writes the same target."
+            logger.warning(text, target, error)
+            return
         found, remedy = "another process is writing it at this moment", "wait for it, or choose another name"
         raise CheckpointError(found, where=target.name, remedy=remedy) from error

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint that may be spread over several files: its merged header, and a reader that keeps one tensor in memory.
 
 A checkpoint is named by its file, by its ``*.safetensors.index.json``, by any one of its shards
@@ -239,7 +240,7 @@ def _indexed(path: Path) -> tuple[list[Path], set[str]]:
             raise error(f"the index names the file {quote(name)}", "files must lie beside the index: do not use it")
     missing = _not_beside(path, names)
     if missing:
-        found = f"of its {len(names)} files {len(missing)} are missing, {missing[0]} for one"
+        found = f"of its {len(names)} files {len(missing)} are missing, {quote(missing[0])} for one"
         raise error(found, "download the others")
     return [path.with_name(name) for name in names], set(weight_map)
 

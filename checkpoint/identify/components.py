@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a checkpoint consists of: video VAE, audio VAE and vocoder, text projection, diffusion model, everything else.
 
 Names in a full LTX-2.x checkpoint, and in a file of the component's own:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a file says of its layers: `comfy_quant` markers, the header entry `_quantization_metadata`, ModelOpt's notes.
 
 Who wins: markers and header entries speak of single layers and win over `quantization_config`, which may be left over
@@ -18,6 +19,7 @@ IN_HEADER = "header entry quantization_config"
 # What names of a diffusion model may begin with, in tensors and in declarations: the two need not agree.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.", "transformer.")
 _SIDECAR_BYTES = 1 << 24
+_SAYS_HOW = ("quant_method", "quant_algo", "producer", "config_groups", "weight_block_size", "format")
 
 
 @dataclass(frozen=True)
@@ -118,20 +120,34 @@ def modelopt_declaration(header: Header) -> str | None:
     """Where ModelOpt declares itself the producer: in the header, in hf_quant_config.json beside the file, or None."""
     if "modelopt" in header.metadata.get("quantization_config", "").lower():
         return IN_HEADER
-    return SIDECAR if "modelopt" in _sidecar(header).lower() else None
+    text = _sidecar(header)
+    return SIDECAR if "modelopt" in text.lower() and _object(text) else None
 
 
 def quantization(header: Header, sidecar: bool = True) -> dict:
     """`quantization_config` of the header, else of the file beside it, as far as it is JSON: {} where there is none."""
     text = header.metadata.get("quantization_config") or (_sidecar(header) if sidecar else "")
+    found = _object(text)
+    inner = found.get("quantization")
+    return found | inner if isinstance(inner, dict) else found
+
+
+def _object(text: str) -> dict:
+    """A JSON object, {} for whatever is none."""
     try:
         found = json.loads(text) if text else {}
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(found, dict):
-        return {}
-    inner = found.get("quantization")
-    return found | inner if isinstance(inner, dict) else found
+    return found if isinstance(found, dict) else {}
+
+
+def check_quantization_config(header: Header) -> None:
+    """CheckpointError for a header entry of this name that says nothing: it may have declared another layout."""
+    text = header.metadata.get("quantization_config")
+    if text is not None and not quantization(header, sidecar=False).keys() & _SAYS_HOW:
+        found = f"its header entry quantization_config is {quote(text)}"
+        remedy = "state the loader's `dialect` if you know which tool wrote it"
+        raise CheckpointError(found, where=header.path.name, expected="JSON that names a method", remedy=remedy)
 
 
 def _sidecar(header: Header) -> str:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What keeps stock ComfyUI from loading a checkpoint's quantised layers, found without loading a weight.
 
 Beside the header only `comfy_quant` markers are read, a few bytes each (files exist whose markers are all NUL), and a
@@ -15,6 +16,7 @@ from ..file.shards import Checkpoint, Source
 from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
 from .formats import FORMATS, FP8_FORMATS, OLD_FP8
+from .layers import Layer
 from .signatures import MODEL_PREFIXES, Model, diffusers_names, families_under
 
 FULL_PREFIX = "model.diffusion_model."
@@ -114,7 +116,7 @@ def _container_faults(checkpoint: Checkpoint):
 
 def _plan(body: Header, dialect: str, read) -> tuple[dialects.DialectPlan | None, str | None]:
     try:
-        return dialects.detect(body, dialect, read=read), None
+        return dialects.detect(body, dialect, read=read, shown=True), None
     except CheckpointError as error:
         if dialect != dialects.AUTO or not _is_open(body):
             raise
@@ -125,7 +127,7 @@ def _is_open(body: Header) -> bool:
     """Whether detection failed for want of a declaration: the file is sound once a dialect is stated."""
     for name in dialects.DIALECTS:
         try:
-            dialects.detect(body, name)
+            dialects.detect(body, name, shown=True)
         except CheckpointError:
             continue
         return True
@@ -203,11 +205,23 @@ def _layer_faults(
         text = f"the header names {len(misnamed):,} layers with another prefix than their tensors have"
         stock = "loads it with UNETLoader at best; checkpoint loaders do not find the quantised layers"
         faults.append(Fault("misnamed", text, stock))
-    dropped = sorted(plan.markers_to_drop())
+    foreign = {name: layer.foreign for name, layer in plan.layers.items() if layer.foreign}
+    if foreign:
+        text = f"{len(foreign):,} layers are declared {', '.join(sorted(set(foreign.values())))}, which ComfyUI lacks"
+        faults.append(Fault("names", text, "stops with a KeyError"))
+    dropped = sorted(plan.markers_to_drop() - foreign.keys())
     if dropped:
         fault = plan.layers[dropped[0]].fault or "says nothing"
         text = f"the `comfy_quant` markers of {len(dropped):,} layers are no JSON, that of {dropped[0]} {fault}"
         faults.append(Fault("markers", text, "stops with a JSONDecodeError"))
+    for text in plan.strays.values():
+        stock = "leaves it out, or does not recognise the model"
+        faults.append(Fault("stray", text, stock, curable=False))
+    flat = [name for name, layer in plan.layers.items() if layer.scaled_by_rows(header) and _is_vector(header, layer)]
+    if flat:
+        text = f"the scales of {len(flat):,} layers, one a row, are vectors, that of {flat[0]} for one"
+        stock = "multiplies columns by them: an error, or noise where a layer has as many columns as rows"
+        faults.append(Fault("rows", text, stock))
     for kind in dict.fromkeys(layer.kind for layer in plan.layers.values()):
         own = [layer for layer in plan.layers.values() if layer.kind == kind]
         form, text = FORMATS[kind], f"{len(own):,} layers are {FORMATS[kind].title}"
@@ -222,6 +236,10 @@ def _layer_faults(
         text = "a low-rank product is to be added to its NVFP4 layers (SVDQuant)"
         faults.append(Fault("low_rank", text, "leaves it out, without an error", curable=False))
     return faults
+
+
+def _is_vector(header: Header, layer: Layer) -> bool:
+    return len(header.tensors[f"{layer.name}.{layer.scale}"].shape) == 1
 
 
 def _old_fp8_only(header: Header, unmarked: Mapping[str, dict]) -> bool:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every way NVFP4 weights are written to disk, and how each is brought to the host's own layout.
 
 ``DIALECTS`` says how a file's bytes are to be read; ``detect`` finds out from the header alone which entry a file
@@ -13,17 +14,26 @@ Sources: ComfyUI ``comfy/ops.py`` (comfy), NVIDIA ModelOpt ``unified_export_hf``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ...kernels.format import BLOCK, PackedWeight, round_up, swap_nibbles, swizzle
 from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header, quote
-from .declarations import SIDECAR, declared_of, match_entries, modelopt_declaration, quantization
-from .formats import LOW_RANK, OLD_FP8, Group, kind_of, weight_suffix
-from .layers import Layer, account, group_tensors, read_layer
+from .declarations import (
+    IN_HEADER,
+    SIDECAR,
+    check_quantization_config,
+    declared_of,
+    match_entries,
+    modelopt_declaration,
+    quantization,
+)
+from .formats import FLOATS, OLD_FP8, Group, kind_of, weight_suffix
+from .layers import Layer, account, group_tensors, read_layer, refuse
 from .scale_order import ROW_MAJOR, TILED, Order, Read, measure, proven_layouts, scale_shapes
 from .signatures import transformer_config
+from .together import check_together
 from .values import check_input_scale, check_packed
 
 AUTO = "auto"
@@ -109,6 +119,7 @@ class DialectPlan:
     ``layers``: how every layer is stored. ``nvfp4``: layer -> (N, K) as stored, padded or not. ``formats``: layer ->
     content of the marker that ComfyUI needs. ``misnamed``, ``absent``: names in the header entry that are a layer's but
     for a prefix, or nobody's. ``stated``: the user named the dialect. ``order``: what the block scales show, if asked.
+    ``strays``: tensors that belong to no layer and are no parameters, each with what is to be said of it.
     """
 
     header: Header
@@ -122,6 +133,7 @@ class DialectPlan:
     absent: tuple[str, ...]
     stated: bool
     order: Order | None = None
+    strays: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def native(self) -> bool:
@@ -133,23 +145,28 @@ class DialectPlan:
         return {name: layer.fault for name, layer in self.layers.items() if layer.fault}
 
     def markers_to_drop(self) -> set[str]:
-        """Layers whose marker says nothing or the wrong thing: damaged ones, and empty ones of plain weights."""
-        blank = {name for name, layer in self.layers.items() if layer.marker is None and MARKER in layer.read}
-        return blank | self.faults().keys()
+        """Layers whose marker tells ComfyUI nothing: damaged or foreign ones, and empty ones of plain weights."""
+        marked = {name: layer for name, layer in self.layers.items() if MARKER in layer.read}
+        return {name for name, layer in marked.items() if layer.marker is None or layer.foreign} | self.faults().keys()
 
 
-def detect(header: Header, requested: str = AUTO, prefix: str = "", read: Read | None = None) -> DialectPlan:
+def detect(
+    header: Header, requested: str = AUTO, prefix: str = "", read: Read | None = None, *, shown: bool = False
+) -> DialectPlan:
     """Header -> DialectPlan for the tensors whose names start with ``prefix``.
 
     ``requested``: "auto" or a name of DIALECTS, which then decides. ``read``: name -> tensor; with it, a few block
-    scales are looked at where their order is open. Raises CheckpointError for a file that is damaged, contradicts the
-    dialect asked for, leaves the dialect open, or has a tensor or a declaration that nobody reads.
+    scales are looked at where their order is open. ``shown``: tensors that belong to nothing are listed in ``strays``
+    and no error, for tools that only tell, or that copy them as they are. Raises CheckpointError for a file that is
+    damaged, contradicts the dialect asked for, leaves it open, or has a tensor or a declaration that nobody reads.
     """
     name = header.path.name
     if requested not in (AUTO, *DIALECTS):
         raise CheckpointError(f"unknown dialect {requested!r}", where=name, expected=f"auto or {', '.join(DIALECTS)}")
-    groups = group_tensors(header, prefix)
-    account(name, header, groups, prefix)
+    groups = group_tensors(header.tensors, prefix)
+    strays = account(header, groups, prefix)
+    if not shown:
+        refuse(name, {}, strays=tuple(strays.values()))
     packed = {layer: members for layer, members in groups.items() if _is_packed(members)}
     stated, order = bool(packed) and requested != AUTO, None
     if not packed:
@@ -175,12 +192,13 @@ def detect(header: Header, requested: str = AUTO, prefix: str = "", read: Read |
             weight_only=any(layer.startswith(start) and info.numel == 2 for start, info in old.items()),
         )  # fmt: skip
     svd = quantization(header).get("quant_algo") == "NVFP4_SVD" and (dialect or "").startswith("modelopt")
-    _check_together(name, layers, dialect, old, svd)
+    check_together(name, layers, dialect, old, svd)
     formats = {layer: dict(found.marker) for layer, found in layers.items() if found.marker is not None}
     absent = tuple(entries.absent)
     return DialectPlan(
-        header, dialect, evidence, nvfp4, groups, formats, layers, entries.misnamed, absent, requested != AUTO, order
-    )
+        header, dialect, evidence, nvfp4, groups, formats, layers, entries.misnamed, absent, requested != AUTO, order,
+        strays,
+    )  # fmt: skip
 
 
 def packed_layers(header: Header, prefix: str = "") -> list[str]:
@@ -199,26 +217,6 @@ def _block_size(asks: Mapping) -> tuple[int, int] | None:
     size = asks.get("weight_block_size")
     whole = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
     return tuple(size) if whole else None
-
-
-def _check_together(name: str, layers: Mapping[str, Layer], dialect: str | None, old: Mapping, svd: bool) -> None:
-    """What a layer alone does not show: FP8 without scale in a file of scaled FP8, low-rank tensors of some layers."""
-    bare = next((layer for layer in layers.values() if layer.kind == "fp8_cast"), None)
-    scaled = next((layer.name for layer in layers.values() if layer.kind in ("fp8", "fp8_rows", "fp8_blocks")), None)
-    if bare is not None and (scaled is not None or any(bare.name.startswith(start) for start in old)):
-        found = f"its FP8 weight has no scale, though {f'{scaled} has one' if scaled else f'the file has `{OLD_FP8}`'}"
-        remedy = "the file is damaged: download or convert it again"
-        raise CheckpointError(found, where=f"{name}, layer {bare.name}", expected="`weight_scale`", remedy=remedy)
-    packed = [layer for layer in layers.values() if layer.kind == "nvfp4"]
-    without = next((layer for layer in packed if not layer.low_rank), None)
-    if without is not None and (svd or any(layer.low_rank for layer in packed)):
-        why = "the file is declared NVFP4_SVD" if svd else "other NVFP4 layers have them"
-        found = f"it has no low-rank tensors, {why}"
-        raise CheckpointError(found, where=f"{name}, layer {without.name}", expected=" and ".join(LOW_RANK))
-    bank = next((layer for layer in packed if len(layer.shape) == 3), None)
-    if bank is not None and dialect not in (None, "comfy"):
-        found = f"a bank of NVFP4 matrices in the dialect {dialect}"
-        raise CheckpointError(found, where=f"{name}, layer {bank.name}", expected="ComfyUI's own layout for banks")
 
 
 def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int, int]:
@@ -252,8 +250,9 @@ def _check_layer(name: str, layer: str, group: Group, dialect: str) -> tuple[int
         expected = " or ".join(" + ".join(f"`{key}`" for key in keys) for keys, _ in kind.global_scales)
         raise error(f"it has no global scale, only {', '.join(sorted(group))}", expected)
     for suffix in ("weight_scale_2", "weight_global_scale", "alpha", "input_global_scale"):
-        if suffix in group and group[suffix].numel != 1:
-            raise error(f"its `{suffix}` has shape {group[suffix].shape}", "one number")
+        if suffix in group and (group[suffix].numel != 1 or group[suffix].dtype not in FLOATS):
+            found = f"has shape {group[suffix].shape}" if group[suffix].numel != 1 else f"is {group[suffix].dtype}"
+            raise error(f"its `{suffix}` {found}", "one number, in floating point")
     return rows, 2 * width
 
 
@@ -286,8 +285,14 @@ def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) ->
         return "lightx2v", keys, None
     layouts = proven_layouts(packed)
     modelopt = modelopt_declaration(header)
-    if any(MARKER in group for group in packed.values()):
+    marked = [layer for layer, group in packed.items() if MARKER in group]
+    if marked and modelopt == IN_HEADER and not any(declared_of(header, layer, None).content for layer in marked):
+        found = f"ModelOpt is declared in the header, while the `{MARKER}` markers, ComfyUI's, say nothing"
+        where, remedy = f"{header.path.name}, layer {marked[0]}", "state the loader's `dialect`"
+        raise CheckpointError(found, where=where, expected="one declaration", remedy=remedy)
+    if marked:
         return "comfy", "`comfy_quant` markers", None
+    check_quantization_config(header)
     if modelopt == SIDECAR and HEADER_ENTRY in header.metadata:
         modelopt = None  # ModelOpt writes that entry and its own into one header, or neither
     if modelopt:

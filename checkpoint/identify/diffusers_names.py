@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Diffusion models whose tensors have the names of the diffusers library where ComfyUI has its own.
 
 ComfyUI's loader for diffusion models renames and joins the weights and biases of some families (query, key and value

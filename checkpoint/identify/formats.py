@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ways to store a weight: what each is called, how its tensors show it, and which tools take it.
 
 ``FORMATS`` is the table, ``kind_of`` tells from the tensors of a layer which of its rows they are. How a layer is read
@@ -94,6 +95,12 @@ def kind_of(members: Group) -> str:
     if info.dtype == "I8":
         return "int8" if "weight_scale" in members else "int"
     return "int" if info.dtype[:1] in "IUB" else "other"
+
+
+def title_of(members: Group) -> str:
+    """A weight's format in words, from the tensors alone: plain floats, and what no tool reads, by their dtype."""
+    kind = kind_of(members)
+    return members[weight_suffix(members)].dtype if kind in ("float", "other") else FORMATS[kind].title
 
 
 def _kind_of_fp4(members: Group) -> str:

@@ -1,9 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """How each layer of a file is stored: the one function that reads it, and the one that accounts for the whole file.
 
-``group_tensors`` Header -> {layer: {key suffix: TensorInfo}}; every tensor beside or below a weight is in its group.
+``group_tensors`` {name: TensorInfo} -> {layer: {key suffix: TensorInfo}}; what is beside or below a weight is its.
 ``read_layer``    (layer, group, what is declared of it, its dialect) -> Layer; CheckpointError names file and layer.
 ``refuse``        layers that a tool cannot take for what they are.
-``account``       the whole file: each tensor was read, is copied as it is, or is named in a CheckpointError.
+``account``       the whole file: each tensor is of a layer, is a parameter of the model's, or is named as a stray.
 ``Layer``         the frozen record: kind, logical shape, the suffixes that were read, the marker the host needs.
 
 ``detect`` (dialects.py) calls all of them, and every tool calls ``detect``; values are checked in values.py. A weight
@@ -12,8 +13,9 @@ in codes never passes without its scale: what a tool cannot read it refuses by n
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...kernels.format import block_scale_shape, round_up
@@ -56,10 +58,13 @@ _ORPHANS = {
     *("input_scale", "input_global_scale", "weight_zero_point", SMOOTHING, MARKER, *LOW_RANK, "qzeros", "g_idx"),
 }
 _BESIDE = ("_scales", "_blocks", ".absmax", "_absmax", "_quantizer._amax", "weight_scale", "qzeros", "_scale_inv")
+_STRAY = "it looks like a part of a quantised layer: take another version of the file"
 _AGAIN = "the file is damaged or its writer is not known: download or convert it again"
 _BANK = ("weight_scale", "weight_scale_2", "input_scale")
 _BY_HOST = {form.host: kind for kind, form in FORMATS.items() if form.host} | dict.fromkeys(FP8_FORMATS.values(), "fp8")
 HOST_FORMATS = tuple(_BY_HOST)
+# Formats that convert_to_quant declares and ComfyUI does not know.
+_FOREIGN = {"float8_e4m3fn_rowwise": "fp8_rows", "float8_e4m3fn_blockwise": "fp8_blocks"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ class Layer:
 
     ``scale``: suffix of what multiplies FP8 or INT8 codes; ``block``: (rows, columns) that share one of its numbers.
     ``marker``: what ComfyUI has to be told, None for what needs no marker. ``read``: suffixes that were understood and
-    say how it is stored; ``ignored``: those that say nothing of the weight. ``fault``: of its marker, "" if none.
+    say how it is stored; ``ignored``: those that say nothing of the weight. ``fault``: of its marker, "" if none;
+    ``foreign``: the format that is declared, where ComfyUI does not know it.
     """
 
     name: str
@@ -81,6 +87,7 @@ class Layer:
     read: tuple[str, ...]
     ignored: tuple[str, ...]
     fault: str
+    foreign: str = ""
 
     @property
     def title(self) -> str:
@@ -91,6 +98,10 @@ class Layer:
     def coded(self) -> bool:
         """Whether its numbers are other than its tensor's own."""
         return self.kind not in ("float", "fp8_cast")
+
+    def scaled_by_rows(self, header: Header) -> bool:
+        """Whether each row has a scale, which ComfyUI wants in a column: it would multiply columns by a vector."""
+        return self.kind in ("fp8_rows", "int8") and header.tensors[f"{self.name}.{self.scale}"].numel > 1
 
     @property
     def undeclared(self) -> bool:
@@ -103,13 +114,13 @@ class Layer:
         return LOW_RANK[0] in self.read
 
 
-def group_tensors(header: Header, prefix: str = "") -> dict[str, dict[str, TensorInfo]]:
+def group_tensors(tensors: Mapping[str, TensorInfo], prefix: str = "") -> dict[str, dict[str, TensorInfo]]:
     """Tensors whose names start with ``prefix``, by the layer they describe: {layer: {key suffix: TensorInfo}}.
 
     A layer is a name with a weight. What quantisers keep below it counts as its own: `proj.weight.absmax`,
     `proj.weight_quantizer._scale`, `proj.lora_A.weight` are of `proj`.
     """
-    names = [name for name in header.tensors if name.startswith(prefix)]
+    names = [name for name in tensors if name.startswith(prefix)]
     owners = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in WEIGHTS}
     groups: dict[str, dict[str, TensorInfo]] = {}
     for name in names:
@@ -121,7 +132,7 @@ def group_tensors(header: Header, prefix: str = "") -> dict[str, dict[str, Tenso
             if above and _SUSPICIOUS.search(name[len(above) + 1 :]):
                 layer = above
         if layer in owners or last in _ORPHANS:
-            groups.setdefault(layer, {})[name[len(layer) + 1 :] if layer else name] = header.tensors[name]
+            groups.setdefault(layer, {})[name[len(layer) + 1 :] if layer else name] = tensors[name]
     return groups
 
 
@@ -149,6 +160,12 @@ def read_layer(
     weight = weight_suffix(members)
     if weight is None:
         raise error(f"it has {_list(members)}, but no `weight`", "the weight that they describe")
+    others = [suffix for suffix in WEIGHTS if suffix in members]
+    if len(others) > 1:
+        raise error(f"it has {_list(others)}, which are two weights", "one")
+    bias = members.get("bias")
+    if bias is not None and bias.dtype not in (*FLOATS, *FP8_FORMATS):
+        raise error(f"its `bias` is {bias.dtype}", "floating point")
     info = members[weight]
     kind, said, fault = _settle(members, info, declared, stated, error)
     form, shape = FORMATS[kind], info.shape
@@ -166,7 +183,11 @@ def read_layer(
     elif form.weight and set(form.weight) <= {*FP8_FORMATS, "I8"}:
         scale = scale_suffix(members)
         read |= {scale} if scale else set()
+        side = (declared.content or {}).get("group_size") if said in _FOREIGN else None
+        block_size = (side, side) if type(side) is int and side > 0 else block_size
         block = _check_scale(kind, shape, scale, members, block_size, error)
+    if weight != "weight" and form.loads and kind != "nvfp4":
+        raise error(f"its {form.title} weight is called `{weight}`", "`weight`")
     _check_shapes(members, read, shape, error)
     missing = [key for key in form.keys if key not in members]
     if missing:
@@ -178,13 +199,15 @@ def read_layer(
         raise error(found, f"{_list(read & members.keys())} alone", remedy)
     marker = None
     if form.host is not None and (said is not None or kind not in _DECLARED):
-        marker = {"format": form.host or FP8_FORMATS[info.dtype]} | dict(declared.content if said is not None else {})
+        more = {} if said is None or said in _FOREIGN else declared.content
+        marker = {"format": form.host or FP8_FORMATS[info.dtype]} | dict(more)
         # A scale a row: tensor cores take one scale, or rows on both sides.
         if kind == "fp8_rows" or (weight_only and kind == "fp8"):
             marker["full_precision_matrix_mult"] = True
     present = tuple(suffix for suffix in members if suffix in read)
     ignored = tuple(suffix for suffix in members if suffix in _CACHE_SCALES)
-    return Layer(name, kind, tuple(shape), weight, scale, block, marker, present, ignored, fault)
+    foreign = said if said in _FOREIGN else ""
+    return Layer(name, kind, tuple(shape), weight, scale, block, marker, present, ignored, fault, foreign)
 
 
 def _settle(members: Group, info: TensorInfo, declared: Declared, stated: bool, error) -> tuple[str, str | None, str]:
@@ -192,9 +215,14 @@ def _settle(members: Group, info: TensorInfo, declared: Declared, stated: bool, 
     kind, fault = kind_of(members), declared.fault
     said = None if declared.content is None else str(declared.content["format"])
     vouched = stated and kind == "nvfp4"
+    if said in _FOREIGN and info.dtype == "F8_E4M3" and kind == _FOREIGN[said]:
+        return kind, said, fault
     if said is not None and said not in _BY_HOST:
         if not vouched:
             near = next((known for known in _BY_HOST if known.lower() == said.lower()), ", ".join(_BY_HOST))
+            if said in _FOREIGN:
+                found = f"{_of(members)} says {said}, its tensors are {FORMATS[kind].title}"
+                raise error(found, FORMATS[_FOREIGN[said]].title)
             raise error(f"{_of(members)} names the format {quote(said)}, which nothing knows", near)
         return kind, None, f"names the format {quote(said)}, which nothing knows"
     if said is None:
@@ -259,8 +287,9 @@ def _check_bank(shape: tuple[int, ...], members: Group, error) -> None:
 def _check_shapes(members: Group, read: set[str], shape: tuple[int, ...], error) -> None:
     """What goes with a layer's input, and the low-rank pair: ``svdquant_lora_a`` (r, K), ``svdquant_lora_b`` (N, r)."""
     for suffix in (*_INPUT_SCALES, SMOOTHING):
-        wanted = shape[-1] if suffix == SMOOTHING else 1
-        if suffix in members and suffix in read and len(shape) == 2 and members[suffix].numel != wanted:
+        wanted = shape[-1] if suffix == SMOOTHING and shape else 1
+        found = members[suffix].shape if suffix in members and suffix in read and len(shape) == 2 else None
+        if found is not None and (math.prod(found) != wanted or suffix == SMOOTHING and found[-1:] != (wanted,)):
             count = f"{wanted} numbers" if wanted > 1 else "one number"
             raise error(f"its `{suffix}` has shape {members[suffix].shape}", count)
         if suffix in members and suffix in read and members[suffix].dtype not in FLOATS:
@@ -270,16 +299,18 @@ def _check_shapes(members: Group, read: set[str], shape: tuple[int, ...], error)
         return
     if down is None or up is None:
         raise error(f"of {_list(LOW_RANK)} it has one", "both")
-    fits = len(down.shape) == len(up.shape) == 2 and down.shape[0] == up.shape[1]
+    fits = len(shape) == len(down.shape) == len(up.shape) == 2 and down.shape[0] == up.shape[1]
     if not fits or down.shape[1] != shape[-1] or round_up(up.shape[0], 16) != round_up(shape[0], 16):
         found = f"its low-rank tensors have shapes {down.shape} and {up.shape}"
-        raise error(found, f"(r, {shape[-1]}) and ({shape[0]}, r)")
+        raise error(found, f"(r, K) and (N, r) for a weight of shape {shape}")
     if down.dtype not in FLOATS or up.dtype not in FLOATS:
         raise error(f"its low-rank tensors are {down.dtype} and {up.dtype}", "floating point")
 
 
-def refuse(where: str, layers: Mapping[str, Layer], repair: bool = False) -> None:
-    """CheckpointError for the first layer that the loader, or ``repair``, cannot take for what it is."""
+def refuse(where: str, layers: Mapping[str, Layer], repair: bool = False, strays: Sequence[str] = ()) -> None:
+    """CheckpointError for the first layer that the loader, or ``repair``, cannot take for what it is, or stray."""
+    for stray in strays:
+        raise CheckpointError(stray, where=where, expected="tensors of a known format", remedy=_STRAY)
     for name, layer in layers.items():
         form = FORMATS[layer.kind]
         found = f"its weight is {form.title}"
@@ -297,12 +328,13 @@ def refuse(where: str, layers: Mapping[str, Layer], repair: bool = False) -> Non
         raise CheckpointError(found, where=f"{where}, layer {name}", expected="a format of ComfyUI's", remedy=remedy)
 
 
-def account(where: str, header: Header, groups: Mapping[str, Group], prefix: str = "") -> None:
-    """CheckpointError for a tensor outside of all layers that no model's own parameters look like.
+def account(header: Header, groups: Mapping[str, Group], prefix: str = "") -> dict[str, str]:
+    """Tensors outside of all layers that no model's own parameters look like -> what is wrong with each.
 
     Inside of layers ``read_layer`` answers for each tensor; floating-point tensors elsewhere are parameters.
     """
     inside = {f"{layer}.{suffix}" if layer else suffix for layer, members in groups.items() for suffix in members}
+    strays = {}
     for name, info in header.tensors.items():
         if not name.startswith(prefix) or name in inside or _TEXTS.search(name) or name.rpartition(".")[2] == OLD_FP8:
             continue
@@ -313,8 +345,8 @@ def account(where: str, header: Header, groups: Mapping[str, Group], prefix: str
             scales = f"{name.removesuffix('blocks')}scales"
             if name.endswith("_blocks") and info.dtype == "U8" and scales in header.tensors:
                 found = f"tensor {quote(name)} is MXFP4 in blocks, with its scales beside it, as gpt-oss has them"
-            remedy = "it looks like a part of a quantised layer: take another version of the file"
-            raise CheckpointError(found, where=where, expected="tensors of a known format", remedy=remedy)
+            strays[name] = found
+    return strays
 
 
 def _unread(members: Group, read: set[str], form: Format) -> list[str]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is in a checkpoint and what becomes of it: the `inspect` command and node. Only the header is read.
 
 ``draw/inspect.py`` draws the same record.
@@ -18,7 +19,7 @@ from ..file.shards import open_checkpoint
 from . import dialects
 from .components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, TEXT_PROJECTION, VIDEO_VAE, Component
 from .diagnosis import CONTAINER, Diagnosis, diagnose
-from .formats import FORMATS, Group, kind_of, weight_suffix
+from .formats import FORMATS, title_of, weight_suffix
 from .layers import group_tensors
 from .signatures import diffusers_names, find_model
 from .vae_signatures import AUDIO, FULL, Identity, Vae, identify
@@ -125,8 +126,8 @@ def _add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 
 def _formats(header: Header, component: Component) -> dict[str, dict[str, tuple[int, int]]]:
     """Block -> format -> (layers, bytes); scales and markers count with their weight, single vectors by their dtype."""
-    groups = group_tensors(header.of(component.names))
-    stored = {layer: _title(members) for layer, members in groups.items() if weight_suffix(members)}
+    groups = group_tensors({name: header.tensors[name] for name in component.names})
+    stored = {layer: title_of(members) for layer, members in groups.items() if weight_suffix(members)}
     homes = {f"{layer}.{suffix}": layer for layer, members in groups.items() for suffix in members}
     result: dict[str, dict[str, tuple[int, int]]] = {}
     for name, own in component.names.items():
@@ -141,12 +142,6 @@ def _formats(header: Header, component: Component) -> dict[str, dict[str, tuple[
         sizes = result.setdefault(block, {})
         sizes[label] = _add(sizes.get(label, (0, 0)), (is_layer, info.nbytes))
     return result
-
-
-def _title(members: Group) -> str:
-    """A weight's format: plain floating point, and what no tool reads, by its dtype."""
-    kind = kind_of(members)
-    return members[weight_suffix(members)].dtype if kind in ("float", "other") else FORMATS[kind].title
 
 
 def _parameters(header: Header, component: Component) -> int:
@@ -189,6 +184,7 @@ def _missing(found: Diagnosis, identity: Identity):
     if DIFFUSION_MODEL in found.components:
         for title, count in _unloadable(found).items():
             yield f"weights in a format that ComfyUI or this pack loads: {count:,} layers are {title}"
+    yield from (f"the weight that a tensor is for: {text}" for text in _strays(found))
     for vae in identity.vaes:
         for problem in vae.problems:
             if problem.code in ("config", "statistics", "vocoder"):
@@ -209,8 +205,14 @@ def _unloadable(found: Diagnosis) -> dict[str, int]:
     return dict(Counter(titles))
 
 
+def _strays(found: Diagnosis) -> list[str]:
+    """What is to be said of tensors of the diffusion model that belong to no layer."""
+    own = found.components[DIFFUSION_MODEL].names if DIFFUSION_MODEL in found.components else {}
+    return [text for name, text in (found.plan.strays.items() if found.plan else ()) if name in own]
+
+
 def _loaders(found: Diagnosis, identity: Identity):
-    if DIFFUSION_MODEL in found.components and not _unloadable(found):
+    if DIFFUSION_MODEL in found.components and not _unloadable(found) and not _strays(found):
         widget = "" if found.plan else " with its `dialect` widget set"
         yield DIFFUSION_MODEL, f"NVFP4ModelLoader{widget}" if _quantised(found) else "UNETLoader or NVFP4ModelLoader"
     diffusers = diffusers_names(found.checkpoint.header)

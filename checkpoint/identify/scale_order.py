@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Are block scales row-major or tiled? Padding proves it; without, it shows in what rows and columns have in common.
 
 The rows of a trained weight differ in size, and so do its columns. In the right order the logarithm of a block scale
@@ -100,8 +101,8 @@ def measure(header: Header, packed: Mapping[str, Group], read: Read) -> Order:
 
 def _large(members: Group) -> bool:
     """At least two tiles either way: in fewer there is little to tell."""
-    rows, cols = members["weight_scale"].shape if weight_suffix(members) and "weight_scale" in members else (0, 0)
-    return rows >= 256 and cols >= 8
+    scale = members.get("weight_scale")
+    return scale is not None and len(scale.shape) == 2 and scale.shape[0] >= 256 and scale.shape[1] >= 8
 
 
 def _explained(scale: torch.Tensor) -> float:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a checkpoint is, from the names and shapes in its header: its kind, its model family, the prefix of its model.
 
 Names are tested from the specific to the general. An unknown family is no error: the host may know more families than

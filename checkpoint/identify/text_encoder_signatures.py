@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which Gemma a text encoder file holds, and where LTX's text projection lies: from the names and shapes in a header.
 
 LTX-2.x conditions on all hidden states of a Gemma, the embedding's included, which a projection maps to the width of

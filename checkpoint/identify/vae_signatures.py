@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which VAE a file holds, where, and what is wrong with it: from the names, shapes and dtypes in its header.
 
 ``_ROWS`` is read from top to bottom, LTX first and the specific before the general, because the families share names:
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..file.header import CheckpointError, Header, TensorInfo, quote
+from .formats import kind_of, title_of, weight_suffix
+from .layers import group_tensors
 from .signatures import MODEL_PREFIXES, longest_prefixes
 
 VIDEO, AUDIO = "video VAE", "audio VAE"
@@ -32,7 +35,6 @@ _LAST_DOWN = "encoder.down_blocks.7.conv.conv.weight"
 _CAUSAL_IN, _IMAGE_IN = "decoder.conv_in.conv.weight", "decoder.conv_in.weight"
 _WAN, _TAE_IN, _TAE_OUT = "decoder.middle.0.residual.0.gamma", "decoder.1.weight", "decoder.22.bias"
 _MOST_NAMED = 8
-_FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 @dataclass(frozen=True)
@@ -307,16 +309,5 @@ def _sections(config: str | None) -> set[str] | str:
 
 def count_quantised(part: Mapping[str, TensorInfo]) -> dict[str, int]:
     """{name: tensor} -> format -> number of weights in it, for those that are not plain floating point."""
-    formats: Counter[str] = Counter()
-    for name, info in part.items():
-        layer, _, suffix = name.rpartition(".")
-        if suffix not in ("weight", "weight_packed"):
-            continue
-        scaled = any(f"{layer}.{key}" in part for key in ("weight_scale", "scale_weight"))
-        if info.dtype == "U8":
-            formats["NVFP4" if len(info.shape) == 2 and scaled else "bytes of unknown meaning"] += 1
-        elif info.dtype in _FP8:
-            formats["scaled FP8" if scaled else "FP8"] += 1
-        elif info.dtype == "I8":
-            formats["INT8"] += 1
-    return dict(formats)
+    groups = [members for members in group_tensors(part).values() if weight_suffix(members)]
+    return dict(Counter(title_of(members) for members in groups if kind_of(members) != "float"))

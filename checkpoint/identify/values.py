@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The numbers beside a weight, read and checked: no NaN, nothing negative, no zero that would erase a weight.
 
 Shapes and names are checked in layers.py; here are the few values that decide over a whole layer. ``read_scale`` is the

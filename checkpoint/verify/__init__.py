@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a quantised file is right, against its source."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every tensor of a file and of its source has a place: copied, coded anew, rightly left out, or named as a fault.
 
 Headers decide it; no values are read here but the few of input scales. Names are compared without the prefix of the
@@ -10,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..file.header import MARKER, CheckpointError
+from ..file.header import HEADER_ENTRY, MARKER, CheckpointError
 from ..file.shards import Checkpoint, Source
 from ..identify.components import COMPONENTS, DIFFUSION_MODEL, find_components
 from ..identify.declarations import match_entries
@@ -18,9 +19,13 @@ from ..identify.dialects import DialectPlan
 from ..identify.formats import OLD_FP8
 from ..identify.layers import Layer
 from ..identify.values import check_input_scale
+from ..write.card import PROVENANCE
 from ..write.weights import FloatWeight, float_weight
 
 INPUTS = ("input_scale", "scale_input", "input_global_scale", "input_absmax")
+# Entries of a header that speak of how a file is stored, or of who wrote it: those of file and source may differ.
+# All others of the source's are the model's, and a file of it keeps them.
+OWN_ENTRIES = (HEADER_ENTRY, "quantization_config", "format", PROVENANCE)
 # FP8 files of two generations call the same numbers by two names.
 _ALIASES = {"weight_scale": ("scale_weight", "weight_scale_inv"), "input_scale": ("scale_input",)}
 
@@ -141,7 +146,7 @@ def _copy(found: Account, ours: Side, theirs: Side, name: str, other: str | None
 
 
 def _declarations(ours: Side, theirs: Side, plan: DialectPlan) -> list[str]:
-    """Markers that are damaged or missing while other layers have theirs; a `config` that was lost or changed."""
+    """Markers that are damaged or missing while other layers have theirs; header entries that were lost or changed."""
     found = [f"{ours.layer(name)}: its `{MARKER}` marker {fault}" for name, fault in plan.faults().items()]
     listed = match_entries(ours.header, ours.stored, ours.prefix).layers
     coded = {name for name, layer in ours.stored.items() if layer.coded}
@@ -149,9 +154,11 @@ def _declarations(ours: Side, theirs: Side, plan: DialectPlan) -> list[str]:
     if declared and plan.native:
         text = f"nothing declares its format (`{MARKER}`), as other layers have it"
         found += [f"{ours.layer(name)}: {text}" for name in sorted(coded - declared)]
-    wanted, has = theirs.header.metadata.get("config"), ours.header.metadata.get("config")
-    if wanted is not None and _parsed(wanted) != _parsed(has):
-        found.append(f"header entry `config`: {'the file lacks it' if has is None else 'it is not that of the source'}")
+    has = ours.header.metadata
+    for key, wanted in sorted(theirs.header.metadata.items()):
+        if key not in OWN_ENTRIES and _parsed(wanted) != _parsed(has.get(key)):
+            text = "it is not that of the source" if key in has else "the file lacks it"
+            found.append(f"header entry `{key}`: {text}")
     return found
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What verifying a file has found, layer by layer and tensor by tensor, and how it is told to people and programs."""
 
 from __future__ import annotations

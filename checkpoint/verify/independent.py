@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A second reading that shares nothing with the pack's readers: safetensors' own, and plain struct and numpy.
 
 ``structure_faults`` lets safetensors list the tensors; ``sample`` decodes the first rows of a few layers by the
@@ -16,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ...kernels.format import PackedWeight, round_up
+from ..file.header import open_regular
 from ..file.shards import Checkpoint
 from ..identify.layers import Layer
 from .weight_error import decode
@@ -33,7 +35,7 @@ def structure_faults(checkpoint: Checkpoint) -> list[str]:
     found = []
     for header in checkpoint.files:
         try:
-            with safe_open(header.path, framework="np") as file:
+            with open_regular(header.path), safe_open(header.path, framework="np") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             found.append(f"{header.path.name}: safetensors cannot open it ({error})")
@@ -72,7 +74,7 @@ class PlainFile:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._at: dict[str, tuple[Path, int, dict]] = {}
         for path in (header.path for header in checkpoint.files):
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 entries = json.loads(file.read(length))
             self._at |= {name: (path, 8 + length, info) for name, info in entries.items() if name != "__metadata__"}
@@ -86,7 +88,7 @@ class PlainFile:
         kind, shape = np.dtype(kinds[info["dtype"]]), list(info["shape"])
         if count is not None:
             shape[0] = min(shape[0], count)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(base + info["data_offsets"][0])
             values = np.frombuffer(file.read(int(np.prod(shape, dtype=np.int64)) * kind.itemsize), kind).reshape(shape)
         if info["dtype"] == "BF16":

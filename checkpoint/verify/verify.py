@@ -1,3 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: Apache-2.0
 """A quantised file against its source, layer by layer: how far off is it, and is that what its format costs.
 
 The measure is the relative Frobenius error, ||decoded - original|| / ||original||, and its logarithm, the SQNR. What is
@@ -18,6 +21,7 @@ from dataclasses import replace
 import torch
 
 from ...kernels.format import BLOCK, round_up
+from ..file.guard import SourceGuard
 from ..file.header import CheckpointError
 from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
@@ -55,6 +59,21 @@ def verify(
     device, step = torch.device(device), on_step or (lambda done, total: None)
     ours, theirs = Side(open_checkpoint(path)), Side(open_checkpoint(source))
     _check_pair(ours, theirs, plain_source)
+    guards = SourceGuard(ours.checkpoint), SourceGuard(theirs.checkpoint)
+    try:
+        found = _verify(ours, theirs, dialect, device, step)
+    except Exception:
+        for guard in guards:
+            guard.check()  # what changed meanwhile is the reason, whatever it led to
+        raise
+    for guard in guards:
+        guard.check()
+    return found
+
+
+def _verify(
+    ours: Side, theirs: Side, dialect: str, device: torch.device, step: Callable[[int, int], None]
+) -> Verification:
     with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original:
         theirs.take(dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix))
         layers = Layers(ours, theirs, reader, original, device)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far an NVFP4 layer is from its original, beside how far plain block maxima would be; streamed in pieces."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """New files from old ones: split, repaired, restored, quantised."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model card beside a written file, and the provenance in its header.
 
 The card leads with what makes people think a good file is a bad one: a preview decoder taken for the VAE, settings of

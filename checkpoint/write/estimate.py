@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What quantising a checkpoint would give and take, without doing it: exact sizes from headers, times from trials."""
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from ...kernels import dispatch
 from ..file.container import build_header
-from ..file.header import CheckpointError, Header
+from ..file.header import CheckpointError, Header, open_regular
 from .card import PROVENANCE, provenance
 from .plan import QuantizeSettings, plan_quantization
 
@@ -62,7 +63,7 @@ def estimate(
 
 def _read_rate(file: Header) -> float:
     started = time.perf_counter()
-    with open(file.path, "rb", buffering=0) as opened:
+    with open_regular(file.path) as opened:
         count = len(opened.read(_SAMPLE_BYTES))
     return count / max(time.perf_counter() - started, 1e-6)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a quantised file will hold, tensor by tensor, worked out from headers before a weight is read.
 
 The target has ComfyUI's own dialect with a `comfy_quant` marker in every quantised layer and no header entry: markers
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor
-from ..file.dtypes import ITEM_BYTES
+from ..file.dtypes import BITS
 from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry, read_header
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
@@ -137,7 +138,7 @@ def plan_quantization(
     units |= {name: (_planned(names[name], "BF16", weight.info.shape),) for name, weight in restored.items()}
     units |= {name: _layer_tensors(names[name].rpartition(".")[0], job.info.shape) for name, job in jobs.items()}
     units |= {name: (_planned(name, "U8", (len(content),)),) for name, content in made.items()}
-    tensors = sorted((tensor for unit in units.values() for tensor in unit), key=lambda t: -ITEM_BYTES[t.dtype])
+    tensors = sorted((tensor for unit in units.values() for tensor in unit), key=lambda t: -BITS[t.dtype])
     calibration = _calibration(settings.calibration, {own_layers[job.layer]: job for job in jobs.values()}, component)
     record = _record(checkpoint, settings, recipe, model.family, selection, len(jobs))
     metadata = _metadata(header, own_layers, settings.only_model)
@@ -222,7 +223,7 @@ def _rename(name: str, suffix: str) -> str:
 def _like(header: Header, stored: dialects.DialectPlan, name: str) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape of a copy: a scale a row gets a column of its own, or it would multiply columns."""
     info, layer = header.tensors[name], stored.layers.get(name.rpartition(".")[0])
-    if layer is not None and layer.kind == "fp8_rows" and name == f"{layer.name}.{layer.scale}":
+    if layer is not None and name == f"{layer.name}.{layer.scale}" and layer.scaled_by_rows(header):
         return info.dtype, (layer.shape[0], *[1] * (len(layer.shape) - 1))
     return info.dtype, info.shape
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantises a checkpoint to NVFP4: streams it tensor by tensor into a file that a kill cannot tear (resume.py).
 
 The source is read once, front to back, and hashed on the way by a thread of its own; each tensor is copied, or brought
@@ -23,7 +24,7 @@ from ...kernels import dispatch, reference
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import produce_bytes
 from ..file.guard import SourceGuard
-from ..file.header import CheckpointError, Header, read_header
+from ..file.header import CheckpointError, Header, open_regular, read_header
 from ..file.resume import PartFile, discard, left_behind
 from ..file.shards import Checkpoint, Source
 from ..identify import dialects
@@ -217,7 +218,7 @@ def _request(plan: QuantizePlan, guard: SourceGuard) -> str:
 def _hash_of_header(file: Header):
     """A sha256 that has seen a file up to its first tensor."""
     start = min((info.start for info in file.tensors.values()), default=file.file_size)
-    with open(file.path, "rb") as opened:
+    with open_regular(file.path) as opened:
         return hashlib.sha256(opened.read(start))
 
 

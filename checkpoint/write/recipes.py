@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which layers of a model family become NVFP4, which stay as they are, and why.
 
 A recipe looks at names without the model's prefix and quantises the matrices of its stacks of numbered blocks, less

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a quantised checkpoint loadable by stock ComfyUI: marks, names and, for foreign dialects, layout.
 
 Where the layers already have ComfyUI's layout, only the header changes and the data are copied as a stream, or stay in
@@ -19,7 +20,7 @@ import torch
 from ...kernels.format import block_scale_shape, packed_shape
 from ...measure.escape import report
 from ..file.container import PlannedTensor, sync_folder, write_checkpoint
-from ..file.dtypes import ITEM_BYTES
+from ..file.dtypes import BITS
 from ..file.guard import SourceGuard
 from ..file.header import (
     BACKUP_ENDING,
@@ -110,7 +111,9 @@ def repair(
     if found.plan is None:
         where = header.path.name
         raise CheckpointError(found.open_dialect, where=where, remedy="state the dialect; `auto` cannot decide")
-    refuse(header.path.name, found.plan.layers, repair=True)
+    own = found.components[DIFFUSION_MODEL].names if DIFFUSION_MODEL in found.components else header.tensors
+    strays = [text for name, text in found.plan.strays.items() if name in own]
+    refuse(header.path.name, found.plan.layers, repair=True, strays=strays)
     evidence = f"{found.plan.dialect}, {found.plan.evidence}" if found.plan.stated or found.plan.order else ""
     cured = tuple(finding for finding in found.faults if finding.curable)
     remaining = tuple(finding for finding in found.faults if not finding.curable)
@@ -241,7 +244,7 @@ def _names(found: Diagnosis, reader: Source) -> _Names:
             if suffix == "scale_input" and reader.tensor(f"{name}.{suffix}").float().item() == 1:
                 dropped.add(f"{name}.{suffix}")
         scale = f"{name}.{layer.scale}"
-        if layer.kind == "fp8_rows" and header.tensors[scale].shape != (wanted := _column(layer.shape)):
+        if layer.scaled_by_rows(header) and header.tensors[scale].shape != (wanted := _column(layer.shape)):
             shapes[scale] = wanted
     if declared:  # ComfyUI looks for this key only where the header declares nothing
         dropped |= {name for name in tensors if name.rpartition(".")[2] == OLD_FP8}
@@ -279,7 +282,7 @@ def _plan(found: Diagnosis, names: _Names, reader: Source) -> list[PlannedTensor
         info = header.tensors[name]
         shape = names.shapes.get(name, info.shape)
         planned.append(PlannedTensor(names.tensors[name], info.dtype, shape, _copied(reader, name)))
-    return sorted(planned, key=lambda tensor: -ITEM_BYTES[tensor.dtype])
+    return sorted(planned, key=lambda tensor: -BITS[tensor.dtype])
 
 
 def _copied(reader: Source, name: str) -> Callable[[], memoryview]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantised weights of a VAE brought back to BF16: NVFP4 in any dialect, FP8 with or without scales, INT8 with scales.
 
 No ComfyUI code dequantises a VAE, so a converter that packs or casts ``vae.*`` makes a file that cannot be used. NVFP4

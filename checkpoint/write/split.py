@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes a full checkpoint apart: each component into a file of its own, which ComfyUI's loaders take as it is.
 
 Names lose exactly the prefix they have in the checkpoint (components.py). All metadata is kept, `config` and licence

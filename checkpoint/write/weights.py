@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of a checkpoint that are still floating point, FP8 with its scale among them, as FP32 rows.
 
 The quantiser and the verifier read through this module, so that both take the same numbers for the original: an FP8

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory of this process and of the GPU, now and at its highest. torch is imported in the functions, see session.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One row of ``bench``: a model file loaded, sampled and decoded in this process, as a job of the parent says.
 
 The parent (cli/bench_child.py) starts one process for each repetition of a row, so that the first clip is a cold one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ComfyUI in this process: brought up as its main.py does it, without the server, and sampled by its own functions.
 
 For the command line and the benchmarks; no node uses it. torch and comfy are imported inside the functions, because the

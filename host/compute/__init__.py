@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a Linear, a block and a token are computed."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which function computes attention: the host's, one by name, or the one that a trial on this GPU finds fastest.
 
 ComfyUI asks torch for FlashAttention before anything else. What is fastest differs by GPU and by shape: on an H200

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replaying the blocks of LTX's joint audio and video transformer as CUDA graphs, where a step waits for the CPU.
 
 A block queues some 250 kernels, most of which take the CPU longer to launch than the GPU to run as long as the clip is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How layers compute, chosen again for the device on which a model is loaded.
 
 ComfyUI's SelectModelDevice and multi-GPU nodes read a model again through the loader's factory, which is not told of a

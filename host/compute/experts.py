@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Banks of experts in NVFP4, as gpt-oss has them: the host's class for them, each expert decoded by the pack's kernels.
 
 A bank is one tensor, (E, N, K/2) uint8 with tiled scales (E, N', K'/16) and one global scale, or one an expert.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What neighbouring FP8 layers of a loaded LTX model can do together: one pass over memory less each time.
 
 * to_q, to_k and to_v of an attention take the same tensor: it is quantised once.

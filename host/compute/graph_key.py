@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a captured block depends on, so that a graph is replayed only for calls that would do exactly what it did.
 
 A graph repeats kernels with the addresses and numbers they were captured with. What chooses kernels, addresses or

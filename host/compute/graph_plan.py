@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Capturing blocks as CUDA graphs over tensors at fixed addresses, and giving all their memory back.
 
 All of it happens outside the host's own recording of allocations, since a plan outlives the block in which it is made.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operations class with which ComfyUI builds a model whose NVFP4 Linears compute from packed weights.
 
 It derives from the host's own mixed-precision operations, so loading, LoRA, offload, DynamicVRAM and saving stay the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA beside packed weights: out = x W^T + (x A^T) B^T, the packed W untouched.
 
 ComfyUI adds a LoRA to the decoded weight and packs the sum again, which rounds W a second time. Here the low-rank

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The patcher of a model whose LoRAs are branches beside its packed weights (host/compute/lora.py).
 
 ``use_branches`` gives a patcher of the host a subclass of its own class, which makes and drops branches where the host

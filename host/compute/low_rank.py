@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A low-rank product beside a packed weight, as ModelOpt's NVFP4_SVD has it: out = W x + B (A x), x smoothed.
 
 Both parts are the file's own, so the sum is what the writer's own forward gives. It is no LoRA: LoRAs come and go on

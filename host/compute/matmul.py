@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A packed weight on the device and an input -> their product; which kernel computes it follows from the rows.
 
 Few rows go to the fused kernel, many of a layer in FP8 mode to the FP8 tensor cores, the rest is multiplied by the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a model's NVFP4 layers compute: the mode that runs on this device and why, and which layers differ from it.
 
 * ``bf16``  weight-only: weights are dequantised, activations left alone; exact.

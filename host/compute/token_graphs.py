@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gemma 3's token loop in a shape that the host can replay as CUDA graphs, one a block.
 
 Each token costs a block some forty kernels, most of which take the CPU longer to launch than the GPU to run. The host

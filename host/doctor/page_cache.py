@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much of a file the system keeps in its page cache, and giving that back.
 
 A model read through a memory map stays in the page cache after its weights were copied to the GPU. On a machine where

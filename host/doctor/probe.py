@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about the ComfyUI this pack runs in, each with the place it was read from.
 
 Behaviour is asked for, not versions: the two crashes the guard knows are tried on the functions that have them, with
@@ -8,7 +9,6 @@ cannot be had has the value None and says why; nothing here raises, and no text 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import platform
 import re

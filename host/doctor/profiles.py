@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which flags ComfyUI is best started with on this machine, each with its reason and where that is known from.
 
 A flag is named only if the host's own command line knows it. "Measured by us" is a figure of benchmarks/ or of this

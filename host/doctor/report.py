@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host report: facts, verdict for each loaded model, findings and the recommended launch, as JSON and as text.
 
 It is the body of GET /nvfp4/report and what the `doctor` command prints, so it holds no paths and no names of users.

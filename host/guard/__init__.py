@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """A prompt and facts in, findings out; and where they speak."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The launch guard: a prompt and the host's facts -> findings, and what they look like to a user.
 
 Nothing here refuses, changes or runs anything; routes.py and the NVFP4LaunchGuard node act on the findings.

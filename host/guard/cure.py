@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cure for the prefetch crash, per model and without a launch flag; and what the NVFP4LaunchGuard node does.
 
 The host asks for the prefetch of a dynamic model's blocks through ``transformer_options["prefetch_dynamic_vbars"]``,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work that may not keep its caller waiting: done on a thread of its own, waited for up to a limit.
 
 The host's prompt handlers run on its event loop, where a slow disk or a pipe in a file's place would stop the whole

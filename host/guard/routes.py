@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the guard meets the host's server: one line at start-up, the handler of queued prompts, three read-only routes.
 
 The handler sees every prompt before the host validates it, whoever queued it. It logs the findings, sends them to the
@@ -19,7 +20,7 @@ from typing import Any
 import folder_paths
 from server import PromptServer
 
-from ...checkpoint.file.header import CheckpointError, open_regular
+from ...checkpoint.file.header import CheckpointError, no_collection, open_regular
 from ...measure.escape import line
 from ..border import answered, log_fault
 from ..doctor import report as doctor
@@ -146,6 +147,7 @@ def _handle(data: dict[str, Any]) -> dict[str, Any]:
     return data | {"extra_data": extra | {IN_HISTORY: listed}}
 
 
+@no_collection()  # which would look at the 10,000 nodes of a prompt again and again
 def _judge(data: dict[str, Any]) -> tuple[str | None, list[guard.Finding]]:
     """Body of POST /prompt -> policy, findings; None for a user who switched the check off."""
     graph = PromptGraph(data.get("prompt"))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers of text encoders: their operations class, embeddings the host cannot look up, and what the host left over.
 
 Activations of text encoders stay in full precision, as the host has it. What it built is held against what it was

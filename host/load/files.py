@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensors of a checkpoint as the host reads them, of all its files."""
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ import comfy.utils
 import torch
 
 from ...checkpoint.file.container import TensorReader
-from ...checkpoint.file.header import Header
+from ...checkpoint.file.dtypes import DTYPES
+from ...checkpoint.file.header import CheckpointError, Header, quote
 from ...checkpoint.file.shards import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,10 @@ def read_tensors(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], dict[
 
 
 def _of_file(header: Header) -> dict[str, torch.Tensor]:
+    odd = next((name for name, info in header.tensors.items() if info.dtype not in DTYPES), None)
+    if odd is not None:  # the host would say no more than that it does not understand it
+        found, remedy = f"tensor {quote(odd)} is {header.tensors[odd].dtype}", "take another version of the model"
+        raise CheckpointError(found, where=header.path.name, expected=f"one of {', '.join(DTYPES)}", remedy=remedy)
     if not header.trailing:
         return comfy.utils.load_torch_file(str(header.path), return_metadata=True)[0]
     # safetensors, through which the host reads without DynamicVRAM, refuses such a file whole.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An NVFP4 file of any dialect -> the host's MODEL, and a report of what was loaded and how it will compute.
 
 The host does the loading. This module decides how each layer computes, has the state dict brought to the host's layout
@@ -7,8 +8,10 @@ it: LoRA branches, layers that share rows, CUDA graphs of the blocks. report.py 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_detection
@@ -32,7 +35,7 @@ from ..compute.modes import AUTO as FASTEST
 from ..compute.modes import MODES, Compute, parse_overrides, pick_mode, plan_layers
 from .files import read_tensors
 from .report import LoadReport, report_of
-from .state_dict import check_linears, plan_file, rewrite
+from .state_dict import as_named, check_model, plan_file, rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +70,14 @@ def load_model(
     config_source = _complete_config(metadata, header, model, config_from)
     state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(model.prefix)}
     state_dict = {key[len(model.prefix) :]: tensor for key, tensor in rewrite(plan, state_dict).items()}
-    compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
+    with _by_host(header.path.name):
+        compute_dtype = _compute_dtype(state_dict, metadata, device, header.path.name)
     operations = weight_only_operations(compute_dtype, planned_for, backend, header.path.name, how)
     options = {"custom_operations": operations}
-    state_dict_keys = frozenset(state_dict)
-    patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
-    check_linears(patcher.model.diffusion_model, operations.Linear, state_dict_keys, header.path.name)
+    given = dict(state_dict)  # the host empties what it is handed
+    with _by_host(header.path.name):
+        patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
+    check_model(patcher.model.diffusion_model, operations.Linear, as_named(patcher.model, given), header.path.name)
     fuse(patcher.model.diffusion_model, operations.Linear)
 
     def compute_on(other: torch.device) -> Compute:
@@ -171,17 +176,35 @@ def _compute_dtype(state_dict: dict, metadata: dict, device: torch.device, name:
     )
 
 
+@contextlib.contextmanager
+def _by_host(name: str) -> Iterator[None]:
+    """What the host raises at tensors or a `config` it cannot build from becomes CheckpointError."""
+    try:
+        yield
+    except (CheckpointError, torch.cuda.OutOfMemoryError):
+        raise
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
+        found = f"ComfyUI could not build a model from it ({' '.join(str(error).split())[:300]})"
+        remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
+        raise CheckpointError(found, where=name, remedy=remedy) from error
+
+
 def _load(state_dict: dict, options: dict, metadata: dict, disable_dynamic: bool, name: str):
     load = comfy.sd.load_diffusion_model_state_dict
     arguments = {"model_options": options, "metadata": metadata}
     if "disable_dynamic" in inspect.signature(load).parameters:  # since 0.15.1
         arguments["disable_dynamic"] = disable_dynamic
-    patcher = load(state_dict, **arguments)
+    try:
+        patcher = load(state_dict, **arguments)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):  # torch's words for tensors of another shape than the model's
+            raise
+        found = f"ComfyUI cannot load it into the model it is taken for ({' '.join(str(error).split())[:300]})"
+        remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
+        raise CheckpointError(found, where=name, remedy=remedy) from error
     if patcher is None:
         raise CheckpointError("ComfyUI could not build a model from it", where=name, remedy="update ComfyUI")
     return patcher
-
-
 
 
 __all__ = ["COMPUTE_MODES", "DIALECTS", "load_model"]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the loader of models tells: what was in the file, and how each kind of layer will compute. It only tells."""
 
 from __future__ import annotations

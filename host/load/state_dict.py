@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state dict of an NVFP4 file -> the host's layout, and the checks before and after the host loads it.
 
 Each packed weight becomes a tensor in the host's layout that shows its logical shape, and every quantised layer gets
@@ -9,9 +10,10 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Mapping
 
 import torch
-from comfy.quant_ops import QUANT_ALGOS
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ...checkpoint.file.header import MARKER, CheckpointError
 from ...checkpoint.file.shards import Checkpoint, Source
@@ -19,6 +21,7 @@ from ...checkpoint.identify.dialects import AUTO, DialectPlan, detect, host_laye
 from ...checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
 from ...checkpoint.identify.layers import Layer, refuse
 from ...checkpoint.identify.values import Get, check_layer, expand, read_scale
+from ...kernels.format import packed_shape
 from ...measure.escape import line
 from ..compute.linear import supports, wrap
 
@@ -87,6 +90,9 @@ def _converted(plan: DialectPlan, layer: Layer, get: Get) -> dict[str, torch.Ten
             expected = "a ComfyUI of August 2026 or later"
             raise CheckpointError(found, where=where, expected=expected, remedy="update ComfyUI")
         return new
+    if layer.kind == "int8":  # one scale, or a column of them: the host would multiply columns by a row of numbers
+        scale = expand(read_scale(plan.header.path.name, layer, get), layer)
+        return {suffix: get(suffix) for suffix in layer.read if suffix != MARKER} | {"weight_scale": scale}
     if layer.scale is None or not layer.kind.startswith("fp8"):
         # What the host reads by itself stays under its own names.
         return {suffix: get(suffix) for suffix in layer.read if suffix != MARKER}
@@ -105,41 +111,73 @@ def _converted(plan: DialectPlan, layer: Layer, get: Get) -> dict[str, torch.Ten
 _KEPT_KEYS = (SMOOTHING, *LOW_RANK)
 
 
-def check_linears(model: torch.nn.Module, linear: type, keys: frozenset[str], name: str) -> None:
-    """Refuse Linears that the host gave a weight of another shape, or none though the file has parts of them.
+def check_model(model: torch.nn.Module, linear: type, tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Refuse a model that the host has built with something the file does not have, or has in another shape.
 
-    A layer of which the file has nothing may be one that this host builds and the model does not use: a warning.
+    ``tensors``: what the host was given, named as the model names it. Where the file has nothing of a whole component,
+    this host may build one that the model does not use: a warning, if a Linear without weight would stop its use.
     """
-    absent = []
-    present = {key.rpartition(".")[0] for key in keys}
-    remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
+    refusal = functools.partial(_refusal, name)
+    layers, present = {}, {key.rpartition(".")[0] for key in tensors}
     for layer, module in model.named_modules():
         if not isinstance(module, linear):
             continue
+        layers[layer] = module
         shape, stored = (module.out_features, module.in_features), stored_shape(module)
         if stored is None and layer in present:
-            found = "it has no `weight`"
-        elif stored is not None and stored != shape:
-            found = f"its `weight` has shape {stored}"
-        elif layer in present and module.bias is not None and f"{layer}.bias" not in keys:
-            found, shape = "it has no `bias`", shape[:1]
-        else:
-            absent += [layer] if stored is None else []
-            continue
-        where, expected = f"{name}, layer {layer}", f"one of shape {shape}"
-        raise CheckpointError(found, where=where, expected=expected, remedy=remedy)
-    if absent:
-        logger.warning("%s has nothing of %d layers of the model, such as %s", name, len(absent), line(absent[0]))
+            raise refusal(layer, "it has no `weight`", shape)
+        if stored is not None and stored != shape:
+            raise refusal(layer, f"its `weight` has shape {stored}", shape)
+        if layer in present and module.bias is not None and f"{layer}.bias" not in tensors:
+            raise refusal(layer, "it has no `bias`", shape[:1])
+    empty = [layer for layer, module in layers.items() if module.weight is None]
+    parameters = {key: value for key, value in model.named_parameters() if key.rpartition(".")[0] not in empty}
+    lost = [key for key in parameters if key not in tensors]
+    components = {key.partition(".")[0] for key in tensors}
+    unusable = {layer.partition(".")[0] for layer in empty} - components
+    for key in [*empty, *lost]:
+        if key.partition(".")[0] not in unusable:
+            layer, _, suffix = (key, "", "weight") if key in empty else key.rpartition(".")
+            shape = (layers[key].out_features, layers[key].in_features) if key in empty else parameters[key].shape
+            raise refusal(layer, f"it has no `{suffix}`", tuple(shape))
+    for key, value in parameters.items():
+        if key in tensors and value.is_floating_point() and not tensors[key].is_floating_point():
+            layer, _, suffix = key.rpartition(".")
+            if layer not in layers or suffix != "weight":
+                raise refusal(layer, f"its `{suffix}` is {tensors[key].dtype}", tuple(value.shape))
+    if empty or lost:
+        logger.warning("%s has nothing of %s, which this ComfyUI builds", name, line(", ".join(sorted(unusable))))
+
+
+def _refusal(name: str, layer: str, found: str, shape: tuple[int, ...]) -> CheckpointError:
+    where = f"{name}, layer {layer}" if layer else name
+    remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
+    return CheckpointError(found, where=where, expected=f"floating point of shape {shape}", remedy=remedy)
+
+
+def as_named(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict's names and dtypes, without data, as the host renames them while it loads them."""
+    dtypes = {key: torch.bfloat16 if isinstance(t, QuantizedTensor) else t.dtype for key, t in state_dict.items()}
+    tensors = {key: torch.empty(t.shape, dtype=dtypes[key], device="meta") for key, t in state_dict.items()}
+    rename = getattr(model.model_config, "process_unet_state_dict", dict)
+    return rename(tensors)
 
 
 def stored_shape(module: torch.nn.Module) -> tuple[int, ...] | None:
-    """Shape of a Linear's weight; of FP8 and INT8 that of the codes, since the host's tensor shows the model's."""
+    """Shape of a Linear's weight; of coded ones that of the codes, since the host's tensor shows the model's.
+
+    NVFP4 that has the model's size once it is unpacked has the model's.
+    """
     weight = module.weight
     if weight is None:
         return None
-    codes = getattr(weight, "_qdata", None)
-    by_code = codes is not None and module.__dict__.get("quant_format") in _ONE_BY_ONE
-    return tuple((codes if by_code else weight).shape)
+    codes, form = getattr(weight, "_qdata", None), module.__dict__.get("quant_format")
+    if codes is None:
+        return tuple(weight.shape)
+    if form == "nvfp4":
+        fits = tuple(codes.shape) == packed_shape(tuple(weight.shape))
+        return tuple(weight.shape) if fits else (*codes.shape[:-1], codes.shape[-1] * 2)
+    return tuple((codes if form in _ONE_BY_ONE else weight).shape)
 
 
 _ONE_BY_ONE = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")  # formats with a code for each number

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A text encoder in NVFP4, any dialect and any family ComfyUI knows -> the host's CLIP, with the pack's Linear.
 
 The host tells the family, builds the model and owns tokenizer, patcher and offload. This module brings the state dicts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The VAE in a file, told by its signature -> the host's VAE, whole on its device when it decodes, and a report.
 
 The host builds and runs the VAE. This module picks the tensors of the one VAE, gives them the names the host looks for,

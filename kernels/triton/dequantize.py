@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding a packed weight in Triton, on compute capability 7.5 and up."""
 
 from __future__ import annotations

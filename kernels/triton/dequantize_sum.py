@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A decoded NVFP4 weight plus a low-rank change, W + up down, in Triton: what a layer with a LoRA multiplies by.
 
 The sum is made while the weight is decoded, in fp32, and rounded once. Beside the bytes of ``dequantize`` only the two

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused dequantise and multiply for at most 16 rows of activations, in Triton: the packed weight is read once.
 
 A program multiplies ROWS rows of the weight by all of x, 128 columns a step, on the tensor cores. Both operands are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launching a Triton kernel again and again at a few microseconds of CPU time, and what all kernels do before it."""
 
 from __future__ import annotations

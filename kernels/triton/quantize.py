@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing to NVFP4 in Triton, the bytes of kernels/reference.py, on compute capability 7.5 and up.
 
 One kernel reads a weight once and writes codes and tiled block scales; SEARCH makes it compare the candidate scales of

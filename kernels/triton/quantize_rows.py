@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activations to FP8 in Triton, each row with a scale of its own, on compute capability 8.9 and up."""
 
 from __future__ import annotations

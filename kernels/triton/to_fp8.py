@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A packed weight to FP8 in Triton, on compute capability 8.9 and up.
 
 It reads 0.56 byte and writes 1 byte per element: a program holds one row group's block scales long enough to find each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `bench` command over faked rows: arguments, turns, failures, and what the table, JSON and picture say."""
 
 from __future__ import annotations

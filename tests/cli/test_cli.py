@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line as a user meets it: a process of its own, exit codes, one line for each error, JSON that parses."""
 
 from __future__ import annotations
@@ -337,3 +338,16 @@ def test_the_demo_samples_every_dialect_alike_in_a_real_comfyui():
     assert len(ours) == 6
     assert all(run["identical"] and run["finite"] for run in ours)
     assert all(f"{run['kind']}.safetensors: {record['family']}" in run["report"] for run in ours)
+
+
+def test_noise_ends_sharpness_with_1_and_compare_names_what_is_wrong(pictures, tmp_path, capsys):
+    import cv2
+
+    noise = tmp_path / "noise.png"
+    cv2.imwrite(str(noise), np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
+    assert main(["sharpness", str(noise)]) == 1
+    assert "Verdict: noise." in capsys.readouterr().out
+    assert main(["compare", str(pictures["sharp"]), str(noise)]) == 1
+    said = capsys.readouterr().out
+    assert "The pictures are not the same: SSIM 0." in said and "B is noise, A is not." in said
+    assert "preview" not in said

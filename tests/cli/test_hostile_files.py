@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands on files whose names and notes want to command the terminal: it is shown them, and obeys nothing."""
 
 from __future__ import annotations

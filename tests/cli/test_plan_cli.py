@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `plan` command: text, JSON, picture, exit codes, and one line for each mistake."""
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def test_the_article_s_question_is_answered_in_text_and_json(files, capsys):
 
 def test_a_model_that_has_to_be_streamed_ends_with_1(files, capsys):
     code, found = record(capsys, files["FP8"], "--gpu", "RTX 4070 Ti SUPER")
-    assert (code, found["fit"]["verdict"], found["runs"]) == (1, "streaming", False)
+    assert (code, found["fit"]["verdict"], found["runs"]) == (1, "partly resident", False)
 
 
 def test_the_clip_and_the_compute_mode_are_taken_from_the_arguments(files, capsys):
@@ -50,12 +51,12 @@ def test_the_clip_and_the_compute_mode_are_taken_from_the_arguments(files, capsy
 
 
 def test_an_unlisted_gpu_is_described_by_its_numbers(files, capsys):
-    words = ["--gpu", "RTX 4080", "--memory", "16", "--bandwidth", "717", "--tflops", "97"]
+    words = ["--gpu", "RTX 7080", "--memory", "16", "--bandwidth", "717", "--tflops", "97"]
     _, found = record(capsys, files["NVFP4"], *words)
-    assert found["gpu"]["name"] == "RTX 4080" and found["gpu"]["source"] == "values of the user"
+    assert found["gpu"]["name"] == "RTX 7080" and found["gpu"]["source"] == "values of the user"
     assert found["step"]["mode"] == "bf16"
     _, sizes_only = record(capsys, files["NVFP4"], *words[:4])
-    assert sizes_only["step"] is None and sizes_only["fit"]["verdict"] == "streaming"
+    assert sizes_only["step"] is None and sizes_only["fit"]["verdict"] == "partly resident"
 
 
 def test_the_picture_is_a_png_of_the_plan(files, capsys, tmp_path):
@@ -70,7 +71,7 @@ def test_the_picture_is_a_png_of_the_plan(files, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpu", "RTX 9999"], "'RTX 9999' is not in the table of GPUs; name one of GB10"),
+        (["--gpu", "RTX 9999"], "'RTX 9999' is not in the table of GPUs; choose a card by its name (GB10, RTX 5090"),
         (["--gpu", "RTX 3090", "--compute", "fp4"], "fp4 compute: needs compute capability 10.0, RTX 3090's is 8.6"),
         (["--gpu", "GB10", "--width", "8"], "8x512, 121 frames at 24 fps is no clip"),
         (["--gpu", "GB10", "--picture", "plan.jpg"], "does not end in .png"),
@@ -86,6 +87,12 @@ def test_without_a_gpu_the_command_says_what_to_name(files, capsys, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["plan", str(files["NVFP4"])]) == 2
     assert "no CUDA GPU was found" in capsys.readouterr().err
+
+
+def test_the_gpus_can_be_listed(files, capsys):
+    assert main(["plan", str(files["NVFP4"]), "--gpu", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert "RTX 4090 Laptop" in shown and "H100 80 GB" in shown and shown.count("\n") > 120
 
 
 def test_a_missing_and_a_damaged_file_are_errors_too(tmp_path, capsys):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exit codes and streams: 0, 1 and 2 whoever reads the output, JSON whenever it was asked for, options spelled out."""
 
 from __future__ import annotations

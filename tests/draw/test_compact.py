@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures on nodes: as wide as nodes are, twice, no higher than a node gives them, and of the record's numbers."""
 
 from __future__ import annotations
@@ -78,8 +79,10 @@ def test_any_number_of_frames_is_drawn(frames):
 
 def test_a_warning_is_red():
     flat = np.full((2, 96, 160, 3), 128, np.uint8)
-    assert pixels(compact_sharpness(measure_sharpness(clip(), 1.0))[:50], RED).sum() == 0
-    assert pixels(compact_sharpness(measure_sharpness(flat, 500.0))[:50], RED).sum() > 50
+    picture = clip(1).repeat(4, axis=1).repeat(4, axis=2)
+    assert pixels(compact_sharpness(measure_sharpness(picture, 1.0))[:50], RED).sum() == 0
+    for bad, reference in ((flat, 500.0), (flat, None), (clip(), 1.0)):
+        assert pixels(compact_sharpness(measure_sharpness(bad, reference))[:50], RED).sum() > 50
 
 
 def test_upright_clips_are_shown_whole():

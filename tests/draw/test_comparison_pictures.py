@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of clips: heat map, card, and the curve of sharpness."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of files: what is in a checkpoint, and the errors of its layers."""
 
 from __future__ import annotations

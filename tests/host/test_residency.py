@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's private names: a host without one of them is slower, says so, and computes right."""
 
 from __future__ import annotations

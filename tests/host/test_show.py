@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of the host's history is a node's report, and what a node's output shows."""
 
 from __future__ import annotations

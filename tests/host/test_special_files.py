@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A named pipe in the place of a file is refused at once by every reader; one that opened it would wait for ever."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the Triton kernels for the compute capabilities named on the command line; needs no GPU, prints a JSON map.
 
 A process of its own: under TRITON_INTERPRET=1, as the tests run, Triton compiles nothing.

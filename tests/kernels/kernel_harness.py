@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernel tests share: each implementation over poisoned memory, fresh inputs, and the format by hand in numpy.
 
 On a CPU, Triton runs in its interpreter; on a GPU the same tests (marker ``cuda``) compile its kernels. Every tensor

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation computes, and why."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels compile for every architecture the pack names, without a GPU at hand."""
 
 from __future__ import annotations

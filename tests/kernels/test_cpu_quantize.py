@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kernels/cpu_quantize.py: the bytes of the reference from pieces and threads, and nothing left changed behind it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding NVFP4 on tensors: the reference and Triton against numbers worked out by hand, numpy and each other."""
 
 from __future__ import annotations

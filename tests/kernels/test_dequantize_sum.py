@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A decoded weight plus a low-rank change, made in one pass, by reference and by Triton."""
 
 from __future__ import annotations

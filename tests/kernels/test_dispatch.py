@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operations by the chosen backend, prepared ones, and the torch.library operators that torch.compile sees."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of a packed weight: where scales lie, how nibbles are ordered, what is padded."""
 
 from __future__ import annotations

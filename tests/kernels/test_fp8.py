@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """W4A8: the conversions of both operands and the Linear they make, by reference and by Triton."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Few rows of input: the fused kernel against an FP64 product, with each way of dividing the work."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing to NVFP4: golden bytes, comfy-kitchen's bytes, rounding at every tie, and what is refused."""
 
 from __future__ import annotations

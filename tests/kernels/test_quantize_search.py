@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scale search: golden bytes, its definition in whole numbers, an exhaustive search, and what it is worth."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text of others on its way out: shown as it stands, obeyed by nothing, no longer than anybody reads."""
 
 from __future__ import annotations

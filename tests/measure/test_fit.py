@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fits where: the article's two verdicts, the measured working memory, and the plan as a whole."""
 
 from __future__ import annotations
@@ -8,8 +9,19 @@ from pathlib import Path
 
 import pytest
 from nvfp4_video.checkpoint.identify.components import find_components
-from nvfp4_video.measure.fit import RESIDENT, STREAMING, SWAPPING, TOO_LARGE, advice, decode_bytes, fit, sampling_bytes
-from nvfp4_video.measure.gpus import GPUS
+from nvfp4_video.measure.fit import (
+    PARTLY,
+    RESIDENT,
+    STREAMING,
+    SWAPPING,
+    TOO_LARGE,
+    advice,
+    decode_bytes,
+    fit,
+    kept_free,
+    sampling_bytes,
+)
+from nvfp4_video.measure.gpus import GIB, GPUS
 from nvfp4_video.measure.plan import make_plan
 from nvfp4_video.measure.roofline import Clip, read_model
 from nvfp4_video.tests.support import full_size
@@ -65,24 +77,57 @@ def test_only_what_a_mode_rewrites_needs_room_for_the_largest_layer(models):
     assert extra == [2 * largest, largest, 0]
 
 
-def test_the_decode_reserves_what_the_host_s_formula_says():
-    assert decode_bytes(CLIP) == 1200 * 16 * 16 * 24 * 8**3 * 2
-    assert decode_bytes(CLIP, "2.5") == 1700 * 16 * 16 * 24 * 8**3 * 2
+def test_the_decode_needs_what_was_measured_and_less_on_smaller_cards_with_smaller_chunks():
+    measured = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "decode.json").read_text())
+    assert decode_bytes(CLIP, 139.8 * GIB) == pytest.approx(1e9 * measured["rows"][0]["peak_gb"])
+    large = decode_bytes(CLIP, 24 * GIB)
+    assert decode_bytes(CLIP, 6 * GIB) == decode_bytes(CLIP, 4 * GIB) == pytest.approx(large / 4)
+    assert decode_bytes(CLIP, 15 * GIB) == pytest.approx(large * 80 / 128)
+    assert decode_bytes(Clip(768, 512, 241), 24 * GIB) == large  # chunks of time: length costs nothing
+    assert decode_bytes(Clip(2560, 1440, 121), 6 * GIB) > decode_bytes(CLIP, 6 * GIB)  # one frame at least
+    assert decode_bytes(CLIP, 24 * GIB, "2.5") == 1700 * 16 * 16 * 24 * 8**3 * 2
 
 
-def test_small_cards_stream_the_diffusion_model_and_need_a_tiled_decode_for_large_clips(models):
-    sizes = ARTICLE["NVFP4"]
-    found = fit(sizes, Clip(1280, 704, 121), GPUS["RTX 5080"], model=models["NVFP4"])
-    assert found.verdict == STREAMING
+@pytest.mark.parametrize("gpu", ["RTX 4070 Ti SUPER", "RTX 5060", "RTX 3060 12 GB", "RTX 2060 6 GB", "RTX 5090"])
+@pytest.mark.parametrize("clip", [CLIP, Clip(1344, 864, 121), Clip(2560, 1440, 121)])
+def test_no_card_is_sent_to_the_tiled_decode(models, gpu, clip):
+    for version in ("", "2.5"):
+        found = fit(ARTICLE["NVFP4"], clip, GPUS[gpu], model=models["NVFP4"], vae_version=version)
+        lines = advice(found)
+        assert not any("Tiled" in line for line in lines)
+        said = [line for line in lines if line.startswith("VAE Decode is the node to use")]
+        assert bool(said) == (not found.phases[2].alone)
+
+
+def test_the_host_keeps_400_mib_free_and_at_least_0_8_gib_to_work_in():
+    assert kept_free(0.0) == pytest.approx(0.8 * GIB + 400 * 2**20)
+    assert kept_free(0.5 * GIB) == pytest.approx(0.3 * GIB + 400 * 2**20)
+    assert kept_free(3 * GIB) == 400 * 2**20
+
+
+def test_small_cards_keep_part_of_the_diffusion_model_and_stream_the_rest(models):
+    found = fit(ARTICLE["NVFP4"], Clip(1280, 704, 121), GPUS["RTX 5070"], model=models["NVFP4"])
+    assert found.verdict == PARTLY
     sample = found.phases[1]
     assert found.streamed == pytest.approx(sample.needs - found.memory)
     assert found.stream_seconds == pytest.approx(found.streamed / 31.5e9)
-    assert found.tiled_decode and any("VAE Decode (Tiled)" in line for line in advice(found))
-    assert "not `--disable-dynamic-vram`" in advice(found)[0]
+    line = advice(found)[0]
+    assert "not `--disable-dynamic-vram`" in line and "of the diffusion model stay on the GPU" in line
+    assert "of RAM free" in line
+
+
+def test_a_card_with_no_room_beside_the_working_memory_streams_all_of_it(models):
+    clip = Clip(1280, 704, 121)
+    tight = replace(GPUS["RTX 5080"], memory=sampling_bytes(models["NVFP4"], clip) + 0.6 * GIB)
+    found = fit(ARTICLE["NVFP4"], clip, tight, model=models["NVFP4"])
+    assert found.verdict == STREAMING
+    assert "The diffusion model, " in advice(found)[0] and "crosses the bus in every step" in advice(found)[0]
+    less = fit(ARTICLE["NVFP4"], clip, replace(tight, memory=tight.memory - 0.5 * GIB), model=models["NVFP4"])
+    assert less.verdict == TOO_LARGE
 
 
 def test_memory_below_the_working_memory_is_too_little_whatever_the_flags(models):
-    found = fit(ARTICLE["NVFP4"], CLIP, replace(GPUS["RTX 3090"], memory=1.5e9), model=models["NVFP4"])
+    found = fit(ARTICLE["NVFP4"], CLIP, replace(GPUS["RTX 3090"], memory=0.7e9), model=models["NVFP4"])
     assert found.verdict == TOO_LARGE
     assert advice(found)[0].startswith("no launch flag makes this fit")
 
@@ -155,10 +200,24 @@ def test_the_formats_beside_each_other_are_the_same_whichever_file_is_read(store
 
 
 def test_an_unknown_gpu_gets_the_fit_without_times_and_the_reason():
-    plan = plan_of("NVFP4", "RTX 5090", name="some card", bandwidth=None, bf16=None, fp8=None, fp4=None)
+    plan = plan_of("NVFP4", "RTX 5090", name="some card", bandwidth=None, bf16=None, fp8=None, fp4=None, note="")
     assert plan.step is None and plan.choices == ()
     assert plan.fit.verdict == RESIDENT
-    assert "some card is not in the table: state its bandwidth and TFLOP/s for times" in str(plan)
+    assert "no times for some card: it is not in the table. State its bandwidth and TFLOP/s for them" in str(plan)
+
+
+def test_a_card_without_bf16_gets_the_fit_and_the_reason_why_no_times():
+    plan = plan_of("NVFP4", "RTX 2080 Ti")
+    assert plan.step is None and plan.fit.verdict == PARTLY
+    assert "no times for RTX 2080 Ti: it has no BF16 tensor cores" in str(plan)
+    assert plan.fit.phases[1].working == 2 * plan_of("NVFP4", "RTX 3090").fit.phases[1].working
+    laptop = plan_of("NVFP4", "RTX 4090 Laptop")
+    assert "no times for RTX 4090 Laptop: laptops run at clocks of their own" in str(laptop)
+
+
+def test_memory_is_told_in_gib():
+    text = str(plan_of("NVFP4", "RTX 5090"))
+    assert "31.7 GiB of memory" in text and " GB" not in text.partition("values of")[0]
 
 
 def test_another_family_gets_sizes_only():

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures and clips that somebody made to be more than they seem: refused before they cost anything, or read."""
 
 from __future__ import annotations

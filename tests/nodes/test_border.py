@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What leaves nodes and routes when something fails: own errors as they are, all else as one internal error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4Inspect and NVFP4Split on the stubbed host: what they show, write, refuse, and leave behind when cancelled."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard's nodes, and the cure: what the model is told with it and without it, through the host's own chain."""
 
 from __future__ import annotations

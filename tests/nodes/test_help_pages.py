@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The help pages below web/docs, which the front end opens from a node: complete, of today's schemas, no dead links.
 
 That every node has a page is in test_rings.py. CONTRIBUTING.md and CHANGELOG.md must name what there is, too.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The texts of the nodes in four languages, as the front end looks them up: complete, of today's schemas, plain."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4Sharpness and NVFP4Compare on the stubbed host: their numbers are OpenCV's, their verdicts a person's."""
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def test_a_comparison_gives_card_text_and_json_of_the_same_numbers(photograph):
     card, text, record = result.args
     found = compare_clips(a, b, tone(), tone(gain=0.25))
     assert json.loads(record) == found.to_dict()
-    assert text == found.text and result.ui["text"] == (text,) and text.startswith(found.verdict)
+    assert text == found.text and result.ui["text"] == (text,) and text.startswith("\n".join(found.findings))
     assert json.loads(record)["audio"]["level_difference_db"] == pytest.approx(-6.02, abs=0.01)
     assert card.shape[0] == 1 and card.shape[2] == 1600
     assert float(card.std()) > 0.05

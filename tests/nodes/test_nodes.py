@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The nodes as ComfyUI sees them: what they list, load, report, and when the host has to run them again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4DistilledSettings and NVFP4Planner on the stubbed host: outputs, types, texts, refusals."""
 
 from __future__ import annotations
@@ -108,10 +109,19 @@ def test_every_gpu_of_the_table_and_this_machine_s_can_be_chosen(model):
         assert f"on {name}, bf16 compute" in plan(model, gpu=name).args[0]
 
 
-def test_a_machine_without_a_gpu_is_told_to_name_one(model, monkeypatch):
+def test_a_machine_without_a_gpu_asks_for_a_card_and_stops_no_prompt(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="no CUDA GPU was found; name one of GB10, RTX 5090"):
-        plan(model, gpu="detected")
+    result = plan(model, gpu="detected")
+    text, picture = result.args
+    assert "No NVIDIA GPU was found" in text and "`gpu`" in text and "`memory_gib`" in text
+    assert picture.shape[-1] == 3 and result.ui["text"] == (text,)
+    assert "unlisted GPU" in plan(model, gpu="detected", memory_gib=16.0).args[0]
+
+
+def test_a_memory_size_that_is_typed_replaces_the_card_s(model):
+    assert "fits all at once" in plan(model).args[0]
+    text = plan(model, memory_gib=12.0).args[0]
+    assert "partly resident" in text and "11.9 GiB of memory" in text
 
 
 def test_the_detected_gpu_counts_with_the_memory_it_shows(model, monkeypatch):
@@ -120,10 +130,10 @@ def test_the_detected_gpu_counts_with_the_memory_it_shows(model, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: shown)
     text = plan(model, gpu="detected").args[0]
-    assert "on RTX 5090" in text and "20.0 GB of memory" in text
+    assert "on RTX 5090" in text and "18.6 GiB of memory" in text
     shown.name, shown.major, shown.minor = "NVIDIA Thing", 9, 9
     text, picture = plan(model, gpu="detected").args
-    assert "NVIDIA Thing is not in the table" in text and "a step:" not in text
+    assert "no times for NVIDIA Thing: not in the table" in text and "a step:" not in text
     assert picture.shape == (1, 900, 1600, 3)
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4Quantize on the stubbed host: where it writes, what it shows, what a cancel leaves, and what it refuses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4Repair on the stubbed host: a report first, then a file where loaders look, and nothing after a cancel."""
 
 from __future__ import annotations

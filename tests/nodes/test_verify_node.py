@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4Verify on the stubbed host: its verdict, what it shows, when it stops the job, and what it refuses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The branch of the host's token loop that its compiler takes on a GPU, taken on the CPU."""
 
 from __future__ import annotations

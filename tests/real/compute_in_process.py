@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about the compute modes inside a real ComfyUI process on the CPU, as JSON; run by test_compute_host.py.
 
 usage: <the host's python> compute_in_process.py <empty folder>, in the folder of a ComfyUI checkout

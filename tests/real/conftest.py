@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One real ComfyUI for all tests of this folder; they are marked ``host``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What DynamicVRAM writes into the layers of a loaded model, as one line of JSON; run by test_residency_host.py and by
 record_contract.py.
 

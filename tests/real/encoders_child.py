@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about text encoders of several families in a real ComfyUI process on the CPU, as one line of JSON; run by
 test_encoders_host.py.
 

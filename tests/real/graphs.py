@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """API-format prompts for a real ComfyUI: joint audio+video sampling of a scaled-down LTX-2.x model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about the guard's cure on a real model in a real ComfyUI, as one line of JSON; run by test_guard_host.py.
 
 usage: <the host's python> guard_in_process.py <empty folder>, in the folder of a ComfyUI checkout

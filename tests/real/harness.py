@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Boots a real, headless ComfyUI with this pack in it, and talks to it over HTTP.
 
 Used by the tests marked ``host`` and by the command line's ``demo``; standard library only, because the host has an

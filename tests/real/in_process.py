@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about the pack inside a real ComfyUI process on the CPU, as one line of JSON; run by test_in_process.py.
 
 usage: <the host's python> in_process.py <empty folder>, in the folder of a ComfyUI checkout

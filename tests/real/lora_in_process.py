@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about LoRA inside a real ComfyUI process on the CPU, as one line of JSON; run by test_lora_host.py.
 
 usage: <the host's python> lora_in_process.py <empty folder>, in the folder of a ComfyUI checkout

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small model that the ComfyUI under test can build."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the probe says about the ComfyUI in whose folder this runs, on the CPU, as one line of JSON.
 
 usage: <the host's python> probe_child.py, in the folder of a ComfyUI checkout

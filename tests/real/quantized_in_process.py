@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files written by the quantiser in a real ComfyUI process on the CPU, as one line of JSON; run by the test beside it.
 
 usage: <the host's python> quantized_in_process.py <empty folder>, in the folder of a ComfyUI checkout

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text encoders of several families, as ComfyUI recognises them, with small dimensions, and their state dicts.
 
 ``shrink`` sets the host's own dimensions, in the process that calls it only. Where ComfyUI tells a family by a size,

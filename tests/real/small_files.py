@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every file that the LTX-2.3 workflows name, scaled down, written with a real ComfyUI's own classes.
 
 usage: <the host's python> small_files.py <models folder>, in the folder of a ComfyUI checkout

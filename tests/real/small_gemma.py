@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Gemma 3 of 48 blocks, as ComfyUI recognises it, 64 wide: its dimensions, and a tokenizer.
 
 ``shrink`` sets the host's own dimensions accordingly, in the process that calls it only.

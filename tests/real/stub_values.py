@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the host's functions that tests/stub_comfy imitates give for the same inputs; run by test_stub_values.py.
 
 usage: <the host's python> stub_values.py, in the folder of a ComfyUI checkout

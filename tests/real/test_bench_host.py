@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`bench` in a real ComfyUI on the CPU: the scaled-down model and VAEs, made on the spot, two steps, every row."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real ComfyUI starts with the pack, and knows its nodes."""
 
 from __future__ import annotations

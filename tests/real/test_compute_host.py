@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compute modes in a real ComfyUI: whole models sampled in each, on the CPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text encoders of several families in a real ComfyUI: hidden states and tokens are those of the dequantised weights.
 
 encoders_child.py gathers the facts in the host's own Python, once for all tests of this file.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4Verify and NVFP4Repair queued in a running ComfyUI: verdicts in the history, files where loaders list them."""
 
 from __future__ import annotations

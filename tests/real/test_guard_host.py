@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard in a real ComfyUI: silent on a sound prompt, heard by clients of the API, and its cure on a real model.
 
 The rule used over HTTP is one that a CPU can meet, a FLUX VAE on LTX latents. The prefetch crash needs a GPU, or the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pack inside a real ComfyUI process: memory, torch.compile, reloading, saving, low VRAM, another family.
 
 in_process.py gathers the facts in the host's own Python, once for all tests of this file.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA in a real ComfyUI, on the CPU: what a branch beside the packed weight gives, and what stays the host's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The planning nodes in a real ComfyUI: its own count of audio latents, sockets that fit its own nodes."""
 
 from __future__ import annotations

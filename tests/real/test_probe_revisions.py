@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The probe inside real ComfyUI checkouts of different ages, against what their source says.
 
 ``COMFYUI_REVISIONS`` names the checkouts, separated as in PATH; the host of COMFYUI_PATH is asked in any case.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The quantiser in the real front end: Run shows how far it is, Cancel stops it, and Run again goes on from there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files the quantiser writes load in stock ComfyUI's loaders and in ours, and all of them sample the same latents.
 
 quantized_in_process.py gathers the facts in the host's own Python, once for the tests above; those at the end queue the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real ComfyUI offers the shipped templates, and accepts each once files of the right names are in place."""
 
 from __future__ import annotations

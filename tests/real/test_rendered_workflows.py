@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real ComfyUI renders the shipped LTX-2.3 workflows to video files, on scaled-down models with random weights.
 
 The graphs are those of the templates, with a small size and length in the settings node and seeded conditioning in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stock ComfyUI loads what `repair` writes: its UNETLoader samples the latents of the decoded weights, bit for bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every reporting node in a real ComfyUI and its front end: text after the job, after a reload, cached, reopened.
 
 COMFYUI_FRONTEND names the folder of another front end than the installed one.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What host/residency.py knows of a real ComfyUI is what that ComfyUI does, in a dynamic model loaded on the CPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real ComfyUI samples the scaled-down LTX-2.x from every dialect: 8 distilled steps of joint audio and video.
 
 The oracle is the host's own UNETLoader on the same weights decoded to BF16: the global scales are powers of two, so no

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a real ComfyUI's front end gets of the pack beside the nodes: translations and help pages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests/stub_comfy computes is what the real ComfyUI computes from the same inputs, on the CPU."""
 
 from __future__ import annotations

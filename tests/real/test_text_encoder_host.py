@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Gemma text encoder in a real ComfyUI: conditioning and written tokens are those of the dequantised weights.
 
 text_encoder_child.py gathers the facts in the host's own Python, once for all tests of this file.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VAEs of LTX-2.3 in their true size in a real ComfyUI: ours decodes bit for bit what the host's own loaders decode.
 
 vae_in_process.py gathers the facts in the host's own Python, once for all tests of this file; those at its end go

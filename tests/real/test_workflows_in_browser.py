@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real front end in a real Chromium opens every template, and would send just what its API-format twin says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about the text encoder loader in a real ComfyUI process on the CPU, as one line of JSON; run by
 test_text_encoder_host.py.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about VAEs in a real ComfyUI process on the CPU, as one line of JSON; run by test_vae.py.
 
 usage: <the host's python> vae_in_process.py <empty folder>, in the folder of a ComfyUI checkout

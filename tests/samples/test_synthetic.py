@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scaled-down checkpoints: bytes by hand for each dialect, and every file decoded without the pack's readers."""
 
 from __future__ import annotations

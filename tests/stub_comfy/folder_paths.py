@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's folders. The fixture ``stub_comfy`` moves them below a test's ``tmp_path``."""
 
 from __future__ import annotations

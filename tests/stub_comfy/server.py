@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The prompt server: routes are recorded, nothing listens."""
 
 from __future__ import annotations

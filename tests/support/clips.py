@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clips of scikit-image's photographs, and what spoils them. To be imported after ``pytest.importorskip`` of both."""
 
 from __future__ import annotations

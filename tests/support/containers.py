@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small NVFP4 model in containers that are not one plain file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """In the place of a row's process of ``bench``: says what host/bench/row.py says, of numbers known beforehand.
 
 usage: fake_bench_row.py JOB; the environment's BENCH_FAKE is JSON: row -> what goes wrong with it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of tensors in memory: written, and read back whole."""
 
 from __future__ import annotations

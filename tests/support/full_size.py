@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Headers of LTX-2.3 in its released size, from the recorded names and shapes: no data behind them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model with the host's shapes of call, and what stands in for CUDA on a CPU: graphs, events, free memory.
 
 A fake graph reads and writes the plan's tensors as a captured block would, with the LoRA it was captured with.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sound LTX-2.3 prompt to change, facts to check it with, and short forms of what the guard says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Headers made by hand: entries without data, for tests of code that reads nothing else of a file."""
 
 from __future__ import annotations

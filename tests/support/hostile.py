@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names and notes as somebody may write them who wants more than to be read, and a checkpoint that has them."""
 
 from __future__ import annotations

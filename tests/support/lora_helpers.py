@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of LoRA share: Linears with packed weights, adapters as the host hands them over, their sum."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints for the tests of the quantiser: tiny ones with true LTX names, and one of full size without data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pack's source, read and not run: its files, and what each imports."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small stand-ins for ComfyUI's decoder of Gemma 3 and its token loop: before the Comfy Compiler, with it, and changed.
 
 They keep what host/compute/token_graphs.py relies on: names, shapes, and that a rotation is three tensors, of which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One Chromium for each file of browser tests."""
 
 from __future__ import annotations

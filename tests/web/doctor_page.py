@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A browser page with the ComfyUI front end and this pack's panel in it, for the tests of this folder."""
 
 from __future__ import annotations

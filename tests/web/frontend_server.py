@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real front end over a stubbed host: what ``comfyui-frontend-package`` asks for, and our two routes.
 
     with FrontendServer() as server:

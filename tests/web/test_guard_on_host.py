@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Panel and toast in a real ComfyUI: its front end, its websocket, our routes, a prompt that is really queued."""
 
 from __future__ import annotations

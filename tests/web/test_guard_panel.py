@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The web extension in a real Chromium with the real front end: toast, panel, copy, jump to a node, renderers, themes.
 
 The front end is the package comfyui-frontend-package over a stubbed host (frontend_server.py); COMFYUI_FRONTEND names

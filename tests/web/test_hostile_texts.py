@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What files say, in a real Chromium: it is read on the page as it stands; it runs nothing, and nothing is fetched.
 
 The texts are those that the nodes themselves send for a checkpoint with such a layer. COMFYUI_FRONTEND names another

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports on nodes in a real Chromium with the real front end: after a job, when they come back, and how they read.
 
 The host is stubbed (frontend_server.py); COMFYUI_FRONTEND names the folder of another front end than the installed one.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the shipped workflows can be read on the canvas: nothing overlaps, links run to the right and in the open."""
 
 from __future__ import annotations

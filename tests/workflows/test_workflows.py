@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shipped workflow templates as files: one consistent graph each, of nodes that exist, with settings that agree."""
 
 from __future__ import annotations

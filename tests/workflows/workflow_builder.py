@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Workflow templates from compact descriptions: nodes, links and groups -> the front end's JSON.
 
 ``Sheet`` collects one graph, ``save`` returns what the front end saves (version 0.4). Inputs and outputs are never

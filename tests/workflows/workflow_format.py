@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the front end stores a graph, and what it makes of it: widgets by position, links, subgraphs, the API format.
 
 What a node has for inputs and outputs comes from ``node_info``, which has the shape of ComfyUI's /object_info: for the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shipped workflows as descriptions; make_workflows.py writes the files."""
 
 from __future__ import annotations

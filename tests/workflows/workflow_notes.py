@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The texts of the notes in the shipped workflows: (title, Markdown), wrapped here, made one line by ``flow``."""
 
 from __future__ import annotations

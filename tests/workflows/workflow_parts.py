@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of which the shipped workflows are made, each a few nodes at their places.
 
 All clips have one layout: files, prompt and size on the left, then conditioning and latents, sampling, decoding, the

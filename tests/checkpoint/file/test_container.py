@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The safetensors container: parity with the safetensors package, memory mapping, atomic writing."""
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ def test_a_new_file_has_the_rights_of_the_umask_and_a_link_stays_a_link(tmp_path
 
 ZERO = torch.zeros(2)
 BAD_PLANS = {
-    "unknown dtype": ([PlannedTensor("a", "F4", (2,), lambda: ZERO)], None, "'F4'"),
+    "unknown dtype": ([PlannedTensor("a", "F3", (2,), lambda: ZERO)], None, "'F3'"),
     "negative shape": ([PlannedTensor("a", "F32", (-2,), lambda: ZERO)], None, r"\(-2,\)"),
     "name twice": ([planned("a", ZERO), planned("a", ZERO)], None, "'a'"),
     "reserved name": ([planned("__metadata__", ZERO)], None, "__metadata__"),

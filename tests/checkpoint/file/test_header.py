@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reader of safetensors headers: sound files, hostile files, fuzzing against the safetensors package."""
 
 from __future__ import annotations

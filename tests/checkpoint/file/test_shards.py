@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints in several files: what an index, a wildcard or a shard's name opens, and what is refused."""
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ INDEXES = [
     ({"weight_map": {"a": "../other.safetensors"}}, "names the file '../other.safetensors'"),
     ({"weight_map": {"a": "/other.safetensors"}}, "names the file '/other.safetensors'"),
     ({"weight_map": {"a": 3}}, "names the file 3"),
-    ({"weight_map": {"a": "gone.safetensors"}}, "1 are missing, gone.safetensors"),
+    ({"weight_map": {"a": "gone.safetensors"}}, "1 are missing, 'gone.safetensors'"),
     ({"weight_map": {"a": "part.safetensors", "b": "part.safetensors"}}, "promises are in none of its files, 'b'"),
     ({"weight_map": {}}, "names no file"),
     ({"weights": {}}, "cannot be read"),
@@ -119,3 +120,11 @@ def test_a_source_that_is_replaced_meanwhile_is_refused(tmp_path):
     save(path, {"a": torch.ones(4)})
     with Source(checkpoint) as source, pytest.raises(CheckpointError, match="changed while"):
         source.view("a")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "\ud800", "é" * 200])
+def test_an_index_of_files_that_cannot_exist_is_refused(tmp_path, name):
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="of its 1 files 1 are missing"):
+        open_checkpoint(index)

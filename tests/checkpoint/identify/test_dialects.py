@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every dialect is told by what its writer declared, and read to the same bytes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What no dialect reader may guess or pass over: ambiguous, contradictory and damaged files, each one clear error."""
 
 from __future__ import annotations

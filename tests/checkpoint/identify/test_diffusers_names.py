@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models with the names of diffusers are called that by inspect, repair and quantize, and never taken for ComfyUI's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formats that no tool here reads are called what they are by inspect, and refused by that name elsewhere."""
 
 from __future__ import annotations
@@ -53,7 +54,45 @@ def test_a_layer_is_shown_as_what_it_is_and_no_loader_is_named(tmp_path, title):
         plan_quantization(path, QuantizeSettings())
 
 
+STRAYS = {
+    "mlp.up_blocks": ("U8", (4, 32, 2, 16)),
+    "mlp.up_scales": ("U8", (4, 32, 2)),
+    **{f"lone_{dtype}": (dtype, (32,)) for dtype in ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "U8")},
+}
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_a_tensor_that_belongs_to_no_weight_is_shown_and_refused_by_what_would_use_it(tmp_path, name):
+    path = write(tmp_path / "m.safetensors", {name: STRAYS[name], "q.weight": ("BF16", (32, 32))})
+    found = inspect_checkpoint(path)
+    assert any(f"tensor '{PREFIX}{name}' ({STRAYS[name][0]}" in text for text in found.missing)
+    assert found.loaders == {} and STRAYS[name][0] in found.formats
+    for tool in (lambda: repair(path, tmp_path / "r.safetensors"), lambda: plan_quantization(path, QuantizeSettings())):
+        with pytest.raises(CheckpointError, match=name):
+            tool()
+
+
 def test_blocks_as_gpt_oss_has_them_are_called_mxfp4(tmp_path):
-    tensors = {"mlp.up_blocks": ("U8", (4, 32, 2, 16)), "mlp.up_scales": ("U8", (4, 32, 2))}
-    with pytest.raises(CheckpointError, match="is MXFP4 in blocks"):
-        inspect_checkpoint(write(tmp_path / "m.safetensors", tensors))
+    found = inspect_checkpoint(write(tmp_path / "m.safetensors", STRAYS))
+    assert any("is MXFP4 in blocks" in text for text in found.missing)
+
+
+def test_a_stray_beside_the_model_is_shown_and_copied(tmp_path):
+    path = write(tmp_path / "m.safetensors", {"q.weight": ("F8_E4M3", (32, 32)), "q.weight_scale": ("F32", ())})
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + length])
+    entries["other.lone"] = {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [len(data) - 8 - length] * 2}
+    entries["other.lone"]["data_offsets"][1] += 4
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data[8 + length :]) + b"abcd")
+    assert inspect_checkpoint(path).loaders
+    repair(path, tmp_path / "r.safetensors")
+    assert load_bytes(tmp_path / "r.safetensors", "other.lone") == b"abcd"
+
+
+def load_bytes(path: Path, name: str) -> bytes:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8 : 8 + length])[name]["data_offsets"]
+    return data[8 + length + begin : 8 + length + end]

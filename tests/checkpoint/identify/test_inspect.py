@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `inspect` says of whole, partial, foreign and broken checkpoints, and that its picture shows the same bytes."""
 
 from __future__ import annotations

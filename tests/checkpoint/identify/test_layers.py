@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """layers.py and declarations.py: each way to store a layer is told by its tensors; nothing beside it goes unread."""
 
 from __future__ import annotations
@@ -238,7 +239,8 @@ def test_low_rank_tensors_of_some_layers_only_are_refused():
 
 def test_what_quantisers_keep_below_a_layer_is_of_that_layer():
     more = {"weight.quant_state.bitsandbytes__nf4": entry("U8", 90), "weight.nested_absmax": entry("F32", 1)}
-    groups = group_tensors(header(**{"blocks.0.q": KINDS["bitsandbytes"] | more, "blocks.0.k": marked(comfy_layer())}))
+    head = header(**{"blocks.0.q": KINDS["bitsandbytes"] | more, "blocks.0.k": marked(comfy_layer())})
+    groups = group_tensors(head.tensors)
     assert {layer: len(group) for layer, group in groups.items()} == {"blocks.0.q": 4, "blocks.0.k": 4}
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names, shapes and wildcards that no writer makes: one clear error with file and layer, or a right result."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Readers go over a header's names a few times, however many prefixes these have; pictures measure a few texts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """scale_order.py: the order of aligned block scales is told where rows and columns differ, and never guessed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which model a file holds is told from true key lists; what is no model is refused with the loader that takes it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every row of the signature table, the true key lists of LTX-2.3 and of the preview TAE, and a VAE's faults."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways to break a quantised file, each found by name; what a file may lack; how far off its numbers may be."""
 
 from __future__ import annotations
@@ -153,6 +154,18 @@ def test_a_lost_or_altered_config_is_a_fault_and_its_spacing_is_none(folder, tmp
     assert any("not that of the source" in fault for fault in broken(folder, tmp_path, same, meta=other).faults)
     spaced = METADATA | {"config": json.dumps(json.loads(METADATA["config"]), indent=3)}
     assert broken(folder, tmp_path, same, meta=spaced).ok
+
+
+def test_header_entries_are_the_source_s_but_for_those_that_tell_how_a_file_is_stored(folder, tmp_path):
+    def same(tensors):
+        pass
+
+    own = {"quantization_config": '{"quant_method": "x"}', "format": "pt", "another": "tool"}
+    assert broken(folder, tmp_path, same, meta=METADATA | own).ok
+    altered = broken(folder, tmp_path, same, meta=METADATA | {"license": "mine"})
+    assert altered.faults == ("header entry `license`: it is not that of the source",)
+    without = {key: text for key, text in METADATA.items() if key != "note"}
+    assert broken(folder, tmp_path, same, meta=without).faults == ("header entry `note`: the file lacks it",)
 
 
 def test_a_layer_that_cannot_be_compared_is_not_called_good(folder, tmp_path):

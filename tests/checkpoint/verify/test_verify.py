@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verifying a quantised file against its source: numbers, wrong dialects, damage, exit codes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The source that most tests of the quantiser take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model card: the traps first, then what the file is, where it comes from, and what was kept."""
 
 from __future__ import annotations

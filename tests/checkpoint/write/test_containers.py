@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shards and bytes behind the last tensor: shown by ``inspect``, mended by ``repair``, no hindrance to ``quantize``."""
 
 from __future__ import annotations

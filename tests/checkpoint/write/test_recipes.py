@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes: which layers of which family become NVFP4, what the user changes about it, and what is refused."""
 
 from __future__ import annotations
@@ -154,6 +155,17 @@ def test_an_unknown_family_gets_a_cautious_default_and_a_warning():
     found = select(recipe, layers)
     assert set(found.quantized) == {f"net.blocks.{block}.attn.q" for block in range(2, 6)}
     assert "cautious default" in found.warnings[0] and "verify" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["attn.to_gate", "moe.router", "norm1.proj", "a_mod.1", "adaln.1", "time_in.fc", "pos_embed.q", "scale_shift.1"],
+)
+def test_the_cautious_default_keeps_what_sounds_like_control(name: str):
+    layers = {f"blocks.{block}.{part}": (512, 512) for block in range(8) for part in ("attn.q", name)}
+    found = select(find_recipe(header(layers)), layers)
+    assert set(found.quantized) == {f"blocks.{block}.attn.q" for block in range(2, 6)}
+    assert "sounds like" in found.kept[f"blocks.3.{name}"]
 
 
 def test_shapes_the_format_cannot_hold_are_kept_for_that_reason_even_if_asked_for():

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Repaired files hold ComfyUI's own layout, marks and names; every value, and all other metadata, as before."""
 
 from __future__ import annotations

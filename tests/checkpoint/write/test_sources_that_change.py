@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sources and targets that others touch during a run: the writers refuse, and a repair in place can be undone."""
 
 from __future__ import annotations

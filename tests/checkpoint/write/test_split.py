@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Splitting full checkpoints: names, bytes, metadata, restored weights, and every way it must refuse or stop."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention by trial, with clocks that are set by hand; on a GPU also with real ones."""
 
 from __future__ import annotations

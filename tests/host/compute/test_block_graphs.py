@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a block is replayed, captured or runs itself, and with which inputs, on fakes of CUDA's graphs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model that ComfyUI loads on another device than the one it was read for computes as that device can."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers that are computed together, on modules built as the host builds LTX's: when they are, and for whom not."""
 
 from __future__ import annotations

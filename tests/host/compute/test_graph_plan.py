@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Making graphs and taking them down: what stands in the way on which host, a capture that fails, memory afterwards."""
 
 from __future__ import annotations

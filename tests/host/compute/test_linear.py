@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """host/compute/linear.py on the stubbed host: what the fast path takes and computes, and what it leaves to the host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA beside packed weights on the stubbed host: results against FP32, and what is refused with which reason."""
 
 from __future__ import annotations

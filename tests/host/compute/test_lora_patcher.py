@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The patcher of models with LoRA branches, on a stubbed host: when branches come and go, what stays the host's."""
 
 from __future__ import annotations

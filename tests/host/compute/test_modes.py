@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compute modes on the stubbed host: which one runs where and why, which layers differ, and what they give."""
 
 from __future__ import annotations

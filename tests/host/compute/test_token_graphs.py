@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """host/compute/token_graphs.py on stand-ins: token loops before, with, and after the Comfy Compiler's first."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host report, the verdict on a loaded model, the page cache, and the command that shows all three."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about a host: what is asked, what an answer means, and that no host, however odd, makes it fail."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launch profiles: what is recommended to whom, on what evidence, and nothing that the host would not take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guard on the host's server: what it adds, what the prompt handler does, and that it never stands in the way."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A prompt's links are followed through whatever stands in between, and nothing in a prompt can stop that."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loader on what is not one plain file of a model: it loads what the whole file holds, or says what it is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers whose markers or weights contradict the rest of the file or the model: refused by load_model, on the stub."""
 
 from __future__ import annotations

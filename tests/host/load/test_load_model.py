@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """host/load/model.py on the stubbed host: every dialect becomes the same Linears, each bad file one clear error."""
 
 from __future__ import annotations

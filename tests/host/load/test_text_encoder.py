@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """checkpoint/identify/text_encoder_signatures.py, host/load/text_encoder.py and their node on the stubbed host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """host/load/vae.py and NVFP4VAELoader on the stubbed host: which VAE is taken, what is refused, what the host gets."""
 
 from __future__ import annotations

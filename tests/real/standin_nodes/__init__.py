@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stand-ins for what a scaled-down LTX-2.x graph cannot get from files: text conditioning, an audio latent, an oracle.
 
 A custom node pack of its own, linked into a real ComfyUI by the tests and the demo; no part of NVFP4 Video. V1 nodes,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detects one made-up family: any state dict with transformer blocks. Its model has one module per tensor name."""
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def _build(state_dict, prefix, operations, dtype, device):
     """A module tree with a Linear at every matrix and a plain parameter for every other tensor."""
     root = torch.nn.Module()
     names = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+    names = [name for name in names if all(name.split("."))]  # torch knows no empty names, and no architecture has any
     for name in names:
         path, _, leaf = name.rpartition(".")
         weight = state_dict.get(f"{prefix}{path}.weight")

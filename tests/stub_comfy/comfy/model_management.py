@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A host that runs on the CPU, with no offload streams and no FP4 or FP8 arithmetic."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A patcher that never leaves the CPU: it holds the model, its options, patches, wrappers and attachments."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operations: the classes a model is built from, and the one way a layer gets at its weight.
 
 As on the host, a Linear of ``mixed_precision_ops`` turns an NVFP4 or FP8 layer's tensors into a ``QuantizedTensor`` and
@@ -107,6 +108,11 @@ def _scales(quant_format, take):
     scales = {"scale": take("weight_scale_2"), "block_scale": take("weight_scale")}
     if quant_format in ("float8_e4m3fn", "float8_e5m2"):
         return {"scale": scales["block_scale"]}
+    if quant_format in ("mxfp8", "int8_tensorwise"):
+        if scales["block_scale"] is None:
+            raise ValueError(f"Missing {quant_format} scales")
+        mxfp8 = quant_format == "mxfp8"
+        return {"scale": scales["block_scale"].view(torch.float8_e8m0fnu) if mxfp8 else scales["block_scale"]}
     if None in scales.values():
         raise ValueError("Missing NVFP4 scales")
     return scales | {"block_scale": scales["block_scale"].view(torch.float8_e4m3fn)}

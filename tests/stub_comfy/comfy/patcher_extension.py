@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kinds of wrappers a model takes, and the chain in which they run."""
 
 from __future__ import annotations

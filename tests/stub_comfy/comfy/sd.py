@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State dict in, ModelPatcher, CLIP or VAE out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pinned version of the node API that the pack uses."""
 
 from __future__ import annotations

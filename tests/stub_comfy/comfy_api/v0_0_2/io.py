@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Node schemas. An argument that the oldest supported host does not take is a TypeError here too."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stub of the host's attention functions; the real ones ask the call's options for an override first."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The audio VAE's classes. Up to 0.15 AudioVAE took ``(state_dict, metadata)`` and no VocoderWithBWE was there."""
 
 from __future__ import annotations
