@@ -133,6 +133,14 @@ def is_calibration(header: Header) -> bool:
     return ENTRY in header.metadata
 
 
+def is_calibration_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a calibration file, whatever its format."""
+    try:
+        return is_calibration(read_header(path))
+    except CheckpointError:
+        return False
+
+
 def read_calibration(path: str | os.PathLike[str]) -> Calibration:
     """File -> Calibration; reads the header and the mean squares. CheckpointError for one that cannot be relied on."""
     header = read_header(path)
