@@ -231,6 +231,14 @@ class Statistics:
             raise CheckpointError("it holds other numbers", where=where, expected=expected)
         return values.to(device)
 
+    @property
+    def width(self) -> int:
+        """Columns of the widest block of a Gram matrix; 0 in a file without."""
+        if self.calibration is None:
+            return 0
+        inputs = {self.calibration.layers[name] for name in self.tensors.values()}
+        return max(self.header.tensors[f"{name}.gram"].shape[1] for name in inputs)
+
     def moments(self, weight: str, device: torch.device) -> Moments | None:
         """The sums of the inputs of a source tensor, None if the file has none."""
         if self.calibration is None or weight not in self.tensors:

@@ -76,9 +76,8 @@ def _quantise_rate(plan: QuantizePlan, device: torch.device) -> float:
     weight = torch.randn(_SAMPLE, device=device)
     calibrated = plan.settings.search == GPTQ
     if calibrated:
-        layer = next(iter(plan.statistics.tensors))
-        width = min(plan.statistics.moments(layer, torch.device("cpu")).gram.shape[1], _SAMPLE[1])
-        grams = torch.eye(width, device=device).expand(_SAMPLE[1] // width, width, width)
+        width = min(plan.statistics.width, _SAMPLE[1])
+        grams = torch.eye(width, device=device).expand(-(-_SAMPLE[1] // width), width, width)
         scale = torch.full((), 2.0**-8, device=device)
     for _ in range(2):
         started = time.perf_counter()

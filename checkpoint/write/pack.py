@@ -23,7 +23,7 @@ from .weights import TILE, FloatRows
 logger = logging.getLogger(__name__)
 
 DAMPINGS = (0.005, 0.02, 0.08, 0.3)
-_TRIAL_PIECES = 8  # of 128 rows, evenly spread
+_TRIAL_PIECES = 3  # of 128 rows, evenly spread
 Pack = Callable[[torch.Tensor], PackedWeight]
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
