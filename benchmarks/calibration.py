@@ -232,9 +232,9 @@ def main() -> int:
         rows.append({"way": name} | measure(way, calibrated, judged, sentences))
         shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in rows[-1].items()}
         print(shown, flush=True)
+        taken = {name: sum(one["taken"] for one in layers) for name, layers in reports.items()}
+        common.save("calibration", options.out, {"facts": found, "tokens": counts, "rows": rows, "took_gptq": taken})
     common.print_table(rows, {"way": "", "seconds": ".1f"})
-    taken = {name: sum(one["taken"] for one in layers) for name, layers in reports.items()}
-    common.save("calibration", options.out, {"facts": found, "tokens": counts, "rows": rows, "took_gptq": taken})
     plain, full = (next(row for row in rows if row["way"] == name) for name in ("search", "GPTQ full"))
     return int(not all(full[key] < plain[key] for key in ("output MSE", "distance, same kind")))
 
