@@ -34,6 +34,28 @@ def test_a_picture_that_says_it_is_huge_is_not_decoded(size, tmp_path: Path, mon
         media.read_frames(tmp_path / "x.png")
 
 
+@pytest.mark.parametrize("kind", [b"IDAT", b"IHDR", b"tEXt", b"IEND"])
+def test_a_png_with_a_chunk_longer_than_the_file_costs_no_memory_of_that_length(kind: bytes, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
+    sound = png(48, 32)
+    at = sound.index(b"IDAT" if kind == b"tEXt" else kind) - 4
+    length = (2**31 - 1 if kind != b"IEND" else 0).to_bytes(4, "big")
+    path = tmp_path / "x.png"
+    path.write_bytes(sound[:at] + length + kind + sound[at + 8 : -1])
+    with pytest.raises(media.MediaError, match=r"no readable image: .*x\.png"):
+        media.read_frames(path)
+
+
+@pytest.mark.parametrize(("ending", "size"), [(".jpg", (7680, 4320)), (".png", (12_000, 1_000)), (".png", (1, 70_000))])
+def test_an_8k_frame_and_a_panorama_are_read(ending: str, size: tuple[int, int], tmp_path: Path):
+    width, height = size
+    image = np.zeros((height, width), np.uint8)
+    image[-1, -1] = 255
+    (tmp_path / f"x{ending}").write_bytes(cv2.imencode(ending, image)[1].tobytes() + b"behind the end")
+    frames, _ = media.read_frames(tmp_path / f"x{ending}")
+    assert frames.shape == (1, height, width, 3) and frames[0, 0, 0, 0] == 0 and frames[0, -1, -1, 0] > 200
+
+
 def test_a_frame_of_a_clip_that_is_huge_is_not_converted(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(media, "MOST_PIXELS", 64 * 64 - 1)
     with pytest.raises(media.MediaError, match="64 x 64 pixels"):
@@ -66,7 +88,7 @@ def test_a_clip_whose_tags_are_no_utf_8_is_read(ending: str, tmp_path: Path):
 def test_a_folder_may_be_called_as_a_picture_and_a_folder_in_it_is_none(tmp_path: Path):
     folder = tmp_path / "x.png"
     folder.mkdir()
-    media.write_png(folder / "1.png", np.zeros((4, 4, 3), np.uint8))
+    (folder / "1.png").write_bytes(media.encode_png(np.zeros((4, 4, 3), np.uint8)))
     assert media.read_frames(folder)[0].shape == (1, 4, 4, 3)
     assert media.read_audio(folder) is media.frame_rate(folder) is None
     (folder / "2.png").mkdir()
