@@ -139,7 +139,11 @@ class Source:
     def _file(self, home: Header) -> BinaryIO:
         if home.path not in self._files:
             with open_regular(home.path) as file:
-                if parse_header(file, home.path) != home:
+                try:
+                    same = parse_header(file, home.path) == home
+                except CheckpointError:  # it was one a moment ago
+                    same = False
+                if not same:
                     found = "the file changed while it was in use"
                     raise CheckpointError(found, where=home.path.name, remedy="try again")
                 self._files[home.path] = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)

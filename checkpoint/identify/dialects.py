@@ -203,7 +203,7 @@ def detect(
 
 def packed_layers(header: Header, prefix: str = "") -> list[str]:
     """Layers whose names start with ``prefix`` and whose tensors are NVFP4's, declared or not, matrices or banks."""
-    groups = group_tensors(header, prefix).items()
+    groups = group_tensors(header.tensors, prefix).items()
     return [layer for layer, members in groups if weight_suffix(members) is not None and kind_of(members) == "nvfp4"]
 
 

@@ -132,6 +132,7 @@ def repair(
     with Source(checkpoint) as reader:
         _check_values(found.plan, reader, on_bytes or (lambda done, total: None))
         names = _names(found, reader)
+    guard.check()
     if dry_run:
         return Repaired(header.path, "planned", cured, remaining, converted, None, evidence)
     metadata = _metadata(found, names)
@@ -139,7 +140,6 @@ def repair(
         path.parent.mkdir(parents=True, exist_ok=True)
     new_header = _header_bytes(found, names, metadata) if in_place else None
     if new_header is not None:
-        guard.check()
         backup, old_header = _back_up(header, new_header, overwrite)
         guard.check()
         _overwrite(path, old_header, new_header)

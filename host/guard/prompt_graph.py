@@ -11,55 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-# Nodes that hand on what they get, and nodes that hold a value, with the name of the input in question.
-_PASSING = {"Reroute": "", "ReroutePrimitive|pysssss": "value"}
-_VALUES = {
-    "PrimitiveInt": "value",
-    "PrimitiveFloat": "value",
-    "PrimitiveString": "value",
-    "PrimitiveStringMultiline": "value",
-    "PrimitiveBoolean": "value",
-    "PrimitiveNode": "value",
-    "INTConstant": "value",
-    "FloatConstant": "value",
-    "easy int": "value",
-    "easy float": "value",
-}
-_SWITCHES = ("ComfySwitchNode", "ComfySoftSwitchNode")
-_TRANSPARENT = frozenset((*_PASSING, *_SWITCHES))
+from .inputs import downscale_of, film_of, picture_of
+from .links import Link, Node, as_link
+from .values.evaluate import Values, as_number
+from .values.latents import LATENTS
+from .values.numbers import CHOICES, NUMBERS
+from .values.pictures import PICTURES
+from .values.schedules import SCHEDULES
+
+__all__ = ["Link", "Node", "PromptGraph", "as_link"]
+
+ROWS = {**NUMBERS, **PICTURES, **LATENTS, **SCHEDULES}
+READERS = {"picture": picture_of, "film": film_of, "downscale": downscale_of}
 _LITERALS = (str, int, float, type(None))
 _LONGEST_NAMES = 300  # of id and class together: both go into messages, and no editor makes longer ones
-_LONGEST_NUMBER = 40
-_LEAST, _MOST = 1e-9, 1e12  # no input of a node that the guard knows takes numbers beyond, and products stay finite
-
-
-class Link(NamedTuple):
-    """Output ``slot`` of node ``node``."""
-
-    node: str
-    slot: int
-
-
-class Node(NamedTuple):
-    """One node of the prompt; ``inputs`` holds literals and links as they were sent, ``kind`` its class name."""
-
-    id: str
-    kind: str
-    inputs: Mapping[str, Any]
-
-
-def as_link(value: Any) -> Link | None:
-    """``["<id>", slot]`` -> Link; None for everything else, a list of values included."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return None
-    node, slot = value
-    if type(node) is str and type(slot) is int:
-        return Link(node, slot)
-    if type(node) is int and type(slot) is int and abs(node) < _MOST:
-        return Link(str(node), slot)
-    return None
 
 
 class PromptGraph:
@@ -68,13 +35,12 @@ class PromptGraph:
     def __init__(self, prompt: Any):
         self.nodes: dict[str, Node] = {}
         self._origins: dict[Link, Link | None] = {}
-        self._values: dict[tuple[str, str], Any] = {}
-        self._passes: dict[str, Link | None] = {}
         for key, entry in prompt.items() if isinstance(prompt, Mapping) else ():
             kind = entry.get("class_type") if _is_mapping(entry) else None
             if isinstance(kind, str) and isinstance(key, str) and len(kind) + len(key) <= _LONGEST_NAMES:
                 inputs = entry.get("inputs")
                 self.nodes[key] = Node(key, kind, inputs if _is_mapping(inputs) else {})
+        self._values = Values(self.nodes, ROWS, CHOICES, READERS)
 
     def of_kind(self, *kinds: str) -> list[Node]:
         """The nodes of these classes."""
@@ -88,7 +54,7 @@ class PromptGraph:
     def origin(self, link: Link | None) -> Link | None:
         """A link -> the output it stands for, reroutes and decided switches skipped."""
         node = self.nodes.get(link.node) if link is not None else None
-        if node is None or node.kind not in _TRANSPARENT:  # nearly always
+        if node is None or node.kind not in CHOICES:  # nearly always
             return link if node is not None else None
         if link in self._origins:
             return self._origins[link]
@@ -96,12 +62,9 @@ class PromptGraph:
         while link is not None and link not in self._origins:
             self._origins[link] = None  # what a cycle comes back to
             path.append(link)
-            node = self.nodes.get(link.node)
-            if node is not None and node.id not in self._passes:
-                self._passes[node.id] = self._passed_on(node)
-            behind = self._passes[node.id] if node is not None else None
+            behind = self._values.chosen(link)
             if behind is None:
-                self._origins[link] = link if node else None
+                self._origins[link] = link if link.node in self.nodes else None
                 break
             link = behind
         found = self._origins.get(link) if link is not None else None
@@ -110,41 +73,29 @@ class PromptGraph:
         return found
 
     def value(self, node: str, name: str) -> Any:
-        """The literal an input has, through reroutes and primitives; None if it is absent or computed."""
-        path, found = [], self.nodes[node].inputs.get(name) if node in self.nodes else None
-        if isinstance(found, _LITERALS):
-            return found
-        while node in self.nodes:
-            found, key = None, (node, name)
-            if key in self._values:
-                found = self._values[key]
-                break
-            self._values[key] = None  # what a cycle comes back to
-            path.append(key)
-            given = self.nodes[node].inputs.get(name)
-            if isinstance(given, Mapping):
-                given = given.get("__value__")
-            if (link := as_link(given)) is None:
-                found = None if isinstance(given, (list, tuple, Mapping)) else given
-                break
-            link = self.origin(link)
-            if link is None or self.nodes[link.node].kind not in _VALUES:
-                break
-            node, name = link.node, _VALUES[self.nodes[link.node].kind]
-        for key in path:
-            self._values[key] = found
-        return found
+        """The number, text or truth an input has, as far as constants decide it; None if it is absent or unknown."""
+        found = self.computed(node, name)
+        return found if isinstance(found, _LITERALS) else None
 
     def number(self, node: str, name: str) -> float | None:
         """As ``value``, as a number that can be meant; text that spells one counts, as it does for the host."""
-        found = self.value(node, name)
-        if isinstance(found, bool) or not isinstance(found, (int, float, str)):
+        found = as_number(self.computed(node, name))
+        return None if found is None else float(found)
+
+    def computed(self, node: str, name: str) -> Any:
+        """As ``value``, and for what is no literal a record of values/: Picture, Video, Joint, Sigmas and so on."""
+        if node not in self.nodes:
             return None
-        try:
-            number = float(found[:_LONGEST_NUMBER] if isinstance(found, str) else found)
-        except (ValueError, OverflowError):
-            return None
-        return number if number == 0 or _LEAST <= abs(number) <= _MOST else None
+        given = self.nodes[node].inputs.get(name)
+        if isinstance(given, Mapping):
+            given = given.get("__value__")
+        if (link := as_link(given)) is not None:
+            return self._values.at(link)
+        return None if isinstance(given, (list, tuple, Mapping)) else given
+
+    def output(self, link: Link | None) -> Any:
+        """What ``computed`` says of an input, of an output."""
+        return self._values.at(link)
 
     def chain(self, node: str, name: str) -> Iterator[Link]:
         """The outputs along one kind of input, nearest first: a sampler's `model` through every LoRA to the loader."""
@@ -172,7 +123,8 @@ class PromptGraph:
         kept = self.upstream(targets)
         part = PromptGraph(None)
         part.nodes = {name: node for name, node in self.nodes.items() if name in kept}
-        part._parents = {name: self._parents[name] for name in part.nodes}  # what a kept node needs is kept too
+        part._values = self._values  # what a kept node needs is kept too, so that its values are the same
+        part._parents = {name: self._parents[name] for name in part.nodes}
         return part
 
     def two_values_of(self, marks: Mapping[str, Hashable]) -> dict[str, set[Hashable]]:
@@ -190,16 +142,6 @@ class PromptGraph:
                 waiting += [(child, value) for child in self._children[node]]
         return found
 
-    def _passed_on(self, node: Node) -> Link | None:
-        """What a reroute or a decided switch stands for, None for every other node."""
-        if node.kind in _PASSING:
-            name = _PASSING[node.kind]
-            given = [node.inputs.get(name)] if name else node.inputs.values()
-            return next((link for value in given if (link := as_link(value))), None)
-        if node.kind in _SWITCHES and isinstance(node.inputs.get("switch"), bool):
-            return as_link(node.inputs.get("on_true" if node.inputs["switch"] else "on_false"))
-        return None
-
     @cached_property
     def _by_kind(self) -> dict[str, list[Node]]:
         found: dict[str, list[Node]] = {}
@@ -212,8 +154,11 @@ class PromptGraph:
         found = {}
         for node in self.nodes.values():
             given: Iterable[Any] = node.inputs.values()
-            if node.kind in _SWITCHES and (chosen := self._passed_on(node)):
-                given = [chosen]  # the host runs no other side of a decided switch
+            choice = CHOICES.get(node.kind)
+            if choice is not None and choice.sides and (chosen := self._values.chosen(Link(node.id, 0))):
+                # The host runs no other side of a decided switch.
+                given = [value for name, value in node.inputs.items() if not str(name).startswith(choice.sides)]
+                given.append(chosen)
             links = [link.node for value in given if (link := as_link(value)) is not None]
             found[node.id] = [parent for parent in dict.fromkeys(links) if parent in self.nodes]
         return found

@@ -18,7 +18,7 @@ _MOST_GROUPS, _MOST_NAMED, _MOST_NODES = 8, 8, 64
 def frames(view: View) -> Iterator[Finding]:
     """A number of frames that the host rounds down in silence."""
     for node, _ in view.sized:
-        length = view.graph.number(node.id, "length")
+        _, _, length = view.asked(node)
         if length is None or length < 1 or (length - 1) % 8 == 0:
             continue
         lower = snapped(length)
@@ -27,7 +27,7 @@ def frames(view: View) -> Iterator[Finding]:
             WARNING,
             f"{length:g} frames are not 8k + 1; ComfyUI makes {lower} of them.",
             "One latent frame holds eight frames of the clip, and the first one holds one.",
-            f"Set `length` to {lower} or {lower + 8}, and the same in LTXV Empty Latent Audio.",
+            f"Set `{seen.SIZED[node.kind]}` to {lower} or {lower + 8}, and the same in LTXV Empty Latent Audio.",
             (node.id,),
         )
 
@@ -38,7 +38,7 @@ def size(view: View) -> Iterator[Finding]:
     if upsamplers := view.graph.of_kind(seen.UPSAMPLER):
         upscaled = view.graph.upstream(node.id for node in upsamplers)
     for node, sampler in view.sized:
-        width, height = (view.graph.number(node.id, name) for name in ("width", "height"))
+        width, height, _ = view.asked(node)
         wrong = [value for value in (width, height) if value is not None and value >= 32 and value % 32]
         if not wrong:
             continue
@@ -67,19 +67,24 @@ def frame_rates(view: View) -> Iterator[Finding]:
     if not rates or not samplers:
         return
     sampled = graph.downstream(samplers)
-    videos = {node.id: node for node in graph.of_kind(seen.CREATE_VIDEO) if node.id in sampled}
+    videos = {node.id: node for node in graph.of_kind(*seen.FILMS) if node.id in sampled}
     inner = graph.upstream(graph.before([*videos, *samplers]))
     two = graph.two_values_of(rates)
     order = {node: place for place, node in enumerate(graph.nodes)}
     untold: list[set[str]] = []  # for each finding the nodes that need a rate which it does not name
     for end in [*videos, *(sampler for sampler in samplers if sampler not in inner)]:
-        fps = graph.number(end, "fps") if end in videos and view.keeps_time(graph.source(end, "images")) else None
+        fps = None
+        if end in videos and view.keeps_time(graph.source(end, "images")):
+            fps = graph.number(end, seen.FILMS[videos[end].kind])
         known = two.get(end, set())
         differ = len(known) > 1 or (fps is not None and bool(known - {fps}))
         if not differ or (fps is None and any(end not in others for others in untold)):
             continue
         needed = graph.upstream([end])
         group = {node: rate for node, rate in rates.items() if node in needed}
+        heard = end in videos and "audio" in videos[end].inputs
+        if not heard and not any(graph.nodes[node].kind == seen.EMPTY_AUDIO for node in group):
+            continue  # a silent clip is faster or slower, which may be meant
         untold.append(graph.downstream(rates.keys() - group.keys()))
         if fps is not None:
             group[end] = fps
@@ -90,8 +95,9 @@ def frame_rates(view: View) -> Iterator[Finding]:
             WARNING,
             f"The frame rates differ: {', '.join(named)}{', ...' if len(nodes) > len(named) else ''}.",
             "LTXVConditioning spaces the frames for the model, LTXV Empty Latent Audio sets how long the sound is, "
-            "Create Video how fast the frames are shown; where they differ, sound and picture drift apart.",
-            "Set the same frame rate in all three.",
+            "the node that makes the film how fast the frames are shown; where they differ, sound and picture drift "
+            "apart.",
+            "Set the same frame rate everywhere.",
             tuple(nodes[:_MOST_NODES]),
         )
         if len(untold) == _MOST_GROUPS:
@@ -111,7 +117,8 @@ def audio_length(view: View) -> Iterator[Finding]:
         audio = view.latent(graph.source(concat.id, "audio_latent")).root
         if video is None or video.kind not in seen.SIZED or audio is None or audio.kind != seen.EMPTY_AUDIO:
             continue
-        length, count = graph.number(video.id, "length"), graph.number(audio.id, "frames_number")
+        _, _, length = view.asked(video)
+        count = graph.number(audio.id, "frames_number")
         rate = graph.number(audio.id, "frame_rate")
         if not (length and count and rate) or length < 1 or rate <= 0:
             continue

@@ -1,35 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard's rules on models, VAEs and schedules: a prompt's view -> findings, each with its reason and remedy.
 
-``RULES`` has all of them, those on size and time of the clip (guard_clip.py) too. A rule speaks only of what it knows:
+``RULES`` has all of them, those on size and time of the clip (rules_clip.py) too. A rule speaks only of what it knows:
 a value that another node computes, a file that is not there, a fact that the host does not tell give no finding.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 from ...checkpoint.identify.vae_signatures import PREVIEW, Vae, refusal
 from ...measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
 from . import view as seen
+from .files import FileFacts, name_says_distilled
+from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, OUR_VAE_LOADER, TEXT_LOADERS, loras_of, names_of
 from .prompt_graph import Node
 from .rules_clip import audio_length, frame_rates, frames, size
+from .values.evaluate import Unknown
+from .values.schedules import Sigmas, calculated
 from .view import ERROR, WARNING, Decode, Finding, Sampler, View, ids_of
 
 STAGE_2 = SIGMAS_STAGE_2["2.3"]  # and 2.5's
 _SIGMA_TOLERANCE = 1e-3
 _LTX2 = ("LTX-2", "LTX-2.3")
-# Nodes that make a schedule of their own; what other nodes put out is unknown.
-_SCHEDULERS = (
-    "LTXVScheduler", "BasicScheduler", "KarrasScheduler", "ExponentialScheduler", "PolyexponentialScheduler",
-    "LaplaceScheduler", "SDTurboScheduler", "BetaSamplingScheduler", "VPScheduler", "KSampler", "KSamplerAdvanced",
-)  # fmt: skip
-_CFG_INPUTS = ("cfg", "video_cfg", "audio_cfg", "cfg_conds")
-_SIGMA = re.compile(r"[-+]?(?:\d*\.*\d+)")  # ManualSigmas' own way of finding numbers
-_LONGEST_SCHEDULE = 2000
+_SAMPLERS = ("KSampler", "KSamplerAdvanced")  # make their schedule themselves
+# How much of the distilling LoRA makes the dev model a distilled one: the least that Lightricks' graphs run at cfg 1.
+_DISTILLED_FROM = 0.5
+_MOST_NAMED = 10
 _FULL_VAE = "Take the full VAE of the LTX checkpoint: NVFP4 VAE Loader finds it inside, NVFP4 Split extracts it."
 
 
@@ -92,17 +90,20 @@ def slow_nvfp4(view: View) -> Iterator[Finding]:
         why += f" ({off})"
     if old:
         why = f"PyTorch here is built for CUDA {'.'.join(map(str, cuda))}, and comfy-kitchen's NVFP4 kernels need 13"
-    tables = {**seen.MODEL_LOADERS, **seen.TEXT_LOADERS}
-    for loader in view.graph.of_kind(*tables):
-        file = None if loader.kind == seen.OUR_MODEL_LOADER else view.file(loader, tables)
-        if file is not None and file.nvfp4:
+    tables = {**MODEL_LOADERS, **TEXT_LOADERS}
+    for loader in view.graph.nodes.values():
+        if loader.kind == OUR_MODEL_LOADER or names_of(loader.kind, tables) is None:
+            continue
+        for file in view.files(loader, tables):
+            if not file.nvfp4:
+                continue
             ours = "Load it with NVFP4 Model Loader, which dequantises with Triton, or install"
             yield Finding(
                 "slow_nvfp4",
                 WARNING,
                 f"{file.name} is NVFP4, which this installation computes slowly.",
                 f"{why}; the fallback in plain PyTorch takes five times as long per weight (measured on an H200).",
-                f"{ours if loader.kind in seen.MODEL_LOADERS else 'Install'} PyTorch for CUDA 13.",
+                f"{ours if names_of(loader.kind, MODEL_LOADERS) else 'Install'} PyTorch for CUDA 13.",
                 (loader.id,),
             )
 
@@ -121,7 +122,7 @@ def wrong_vae(view: View) -> Iterator[Finding]:
 
 def _preview(view: View, decode: Decode) -> Iterator[Finding]:
     name, nodes = decode.vae_file.name, ids_of(decode.node, decode.loader)
-    ours = decode.loader.kind == seen.OUR_VAE_LOADER
+    ours = decode.loader.kind == OUR_VAE_LOADER
     if ours and view.graph.value(decode.loader.id, "allow_preview") is False:
         why = f"{name} is a preview decoder by its tensors, and `allow_preview` is off."
         yield Finding("preview_vae", ERROR, "NVFP4 VAE Loader will refuse this VAE.", why, _FULL_VAE, nodes)
@@ -154,21 +155,14 @@ def _foreign(decode: Decode, vae: Vae, reason: str) -> Finding:
 
 def distilled(view: View) -> Iterator[Finding]:
     """A distilled model sampled with guidance, or with other sigmas than its own."""
-    judged: dict[str, str | None] = {}
+    judged: dict[tuple[str, str], str | None] = {}
     for sampler in view.samplers:
         file = _file_of(view, sampler)
-        evidence = None
-        if file is not None and file.family in _LTX2:
-            if file.distilled:
-                evidence = f"{file.name} is a distilled {file.family}, as {file.distilled} says"
-            elif sampler.model.lora is not None:
-                lora = view.graph.value(sampler.model.lora.id, "lora_name")
-                evidence = f"the LoRA {lora} makes it a distilled model, as its file name says"
+        evidence = _distilled_by(view, sampler, file) if file is not None and file.family in _LTX2 else None
         if evidence is None:
             continue
-        values = [view.graph.number(sampler.guided_by.id, name) for name in _CFG_INPUTS]
-        cfg = next((value for value in values if value is not None and value != 1.0), None)
-        if cfg is not None:
+        node, cfg = next(((node, cfg) for node, cfg in view.cfgs(sampler.guided_by) if cfg != 1.0), (None, None))
+        if node is not None:
             yield Finding(
                 "distilled_cfg",
                 WARNING,
@@ -176,13 +170,14 @@ def distilled(view: View) -> Iterator[Finding]:
                 f"{evidence}; it was trained to run without guidance, which doubles the time of a step and harms the "
                 "picture.",
                 "Set cfg to 1.",
-                ids_of(sampler.guided_by, sampler.model.loader),
+                ids_of(node, sampler.guided_by, sampler.model.loader),
             )
         # With a LoRA the schedule is a matter of taste and strength.
-        node = _maker_of_sigmas(view, sampler) if file.distilled else None
-        if node is not None and node.id not in judged:
-            judged[node.id] = _foreign_schedule(view, node)
-        if node is not None and (what := judged[node.id]):
+        maker = _maker_of_sigmas(view, sampler) if file.distilled else None
+        key = (maker.id, sampler.node.id) if maker is not None else None
+        if key is not None and key not in judged:
+            judged[key] = _foreign_schedule(view, sampler, maker)
+        if key is not None and (what := judged[key]):
             yield Finding(
                 "distilled_sigmas",
                 WARNING,
@@ -190,32 +185,62 @@ def distilled(view: View) -> Iterator[Finding]:
                 f"{evidence}; {what}.",
                 f"Use ManualSigmas with {sigmas_text(SIGMAS)} (8 steps); for a second stage {sigmas_text(STAGE_2)}, "
                 f"with LTX-2 {sigmas_text(SIGMAS[5:])}.",
-                ids_of(node, sampler.node),
+                ids_of(maker, sampler.node),
             )
 
 
+def _distilled_by(view: View, sampler: Sampler, file: FileFacts) -> str | None:
+    """What makes a sampler's model a distilled one; None if nothing does, or not enough of it, or it is not known."""
+    added = sampler.model.distilling
+    if added is None or (1.0 if file.distilled else 0.0) + added < _DISTILLED_FROM:
+        return None
+    if file.distilled:
+        return f"{file.name} is a distilled {file.family}, as {file.distilled} says"
+    names = (name for name, _ in loras_of(view.graph, sampler.model.lora) if name_says_distilled(name))
+    return f"the LoRA {next(names, '')} makes it a distilled model, as its file name says"
+
+
 def _maker_of_sigmas(view: View, sampler: Sampler) -> Node | None:
-    own = sampler.node.kind in _SCHEDULERS
+    own = sampler.node.kind in _SAMPLERS
     return sampler.node if own else view.schedule(view.graph.source(sampler.node.id, "sigmas"))
 
 
-def _foreign_schedule(view: View, node: Node) -> str | None:
-    """What a node that makes sigmas does wrong; None if they are right or unknown."""
-    if node.kind in _SCHEDULERS:
-        return f"{node.kind} makes a schedule of its own, also with 8 steps"
-    text = view.graph.value(node.id, "sigmas") if node.kind == "ManualSigmas" else None
-    if not isinstance(text, str):
+def _foreign_schedule(view: View, sampler: Sampler, maker: Node) -> str | None:
+    """What the sigmas of a sampler are; None if they are right or unknown."""
+    graph = view.graph
+    if maker is sampler.node:
+        sigmas = _own_sigmas(view, maker)
+    else:
+        sigmas = view.sigmas(graph.source(sampler.node.id, "sigmas"))
+    if sigmas is None or _known_schedule(sigmas.values):
         return None
-    text = text[:_LONGEST_SCHEDULE]
-    values = _numbers(text)
-    return None if values is None or _known_schedule(values) else f"these are {text.strip()[:120]}"
+    if sigmas.of_model and view.model(graph.source(maker.id, "model")).resampled:
+        return None
+    numbers = ", ".join(f"{sigma:g}" for sigma in sigmas.values[:_MOST_NAMED])
+    more = ", ..." if len(sigmas.values) > _MOST_NAMED else ""
+    return f"{'these' if maker.kind == 'ManualSigmas' else f'those of {maker.kind}'} are {numbers}{more}"
 
 
-def _numbers(text: str) -> tuple[float, ...] | None:
-    """The first of its numbers, one more than the longest schedule has; None if it is no schedule."""
-    if ".." in text:  # no number for ManualSigmas either, and many of them cost the pattern quadratic time
+def _own_sigmas(view: View, sampler: Node) -> Sigmas | None:
+    """What a KSampler runs with, by the host's own function."""
+
+    def number(name: str) -> float | None:
+        return view.graph.number(sampler.id, name)
+
+    names = [view.graph.value(sampler.id, name) for name in ("scheduler", "sampler_name")]
+    steps = number("steps")
+    if steps is None or not all(isinstance(name, str) for name in names):
         return None
-    return tuple(float(number[0]) for number in islice(_SIGMA.finditer(text), len(SIGMAS) + 1))
+    advanced = sampler.kind == "KSamplerAdvanced"
+    denoise = 1.0 if advanced else number("denoise")
+    start, end = (number("start_at_step"), number("end_at_step")) if advanced else (0, steps)
+    if denoise is None or start is None or end is None or start < 0:
+        return None
+    try:
+        found = calculated(names[0], int(steps), denoise, names[1])
+    except Unknown:
+        return None
+    return found._replace(values=found.values[int(start) : int(min(end, steps)) + 1])
 
 
 def _known_schedule(values: tuple[float, ...]) -> bool:
@@ -234,7 +259,7 @@ RULES = (
 
 
 def _file_of(view: View, sampler: Sampler) -> Any:
-    return view.file(sampler.model.loader, seen.MODEL_LOADERS)
+    return view.file(sampler.model.loader, MODEL_LOADERS)
 
 
 def _family(view: View, sampler: Sampler) -> str | None:

@@ -9,39 +9,33 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from ..files import VAE_FOLDERS
 from .files import FileFacts, file_facts, name_says_distilled
+from .loaders import MODEL_LOADERS, VAE_LOADERS, Names, loras_of, names_of
 from .prompt_graph import Link, Node, PromptGraph
+from .values.evaluate import as_number
+from .values.latents import Joint, Sound, Video, video_of
+from .values.pictures import Picture
+from .values.schedules import Sigmas
 
 GUARD_NODE = "NVFP4LaunchGuard"
-OUR_MODEL_LOADER, OUR_VAE_LOADER = "NVFP4ModelLoader", "NVFP4VAELoader"
-# Loader class -> the input that names the file, and the model folders it is looked up in.
-MODEL_LOADERS = {
-    OUR_MODEL_LOADER: ("model_name", ("diffusion_models", "checkpoints")),
-    "UNETLoader": ("unet_name", ("diffusion_models",)),
-    "CheckpointLoaderSimple": ("ckpt_name", ("checkpoints",)),
-    "CheckpointLoader": ("ckpt_name", ("checkpoints",)),
-}
-TEXT_LOADERS = {
-    "LTXAVTextEncoderLoader": ("text_encoder", ("text_encoders",)),
-    "CLIPLoader": ("clip_name", ("text_encoders",)),
-}
-VAE_LOADERS = {
-    OUR_VAE_LOADER: ("vae_name", VAE_FOLDERS),
-    "VAELoader": ("vae_name", ("vae", "vae_approx")),
-    "VAELoaderKJ": ("vae_name", ("vae", "vae_approx")),
-    "CheckpointLoaderSimple": ("ckpt_name", ("checkpoints",)),
-    "CheckpointLoader": ("ckpt_name", ("checkpoints",)),
-}
 CONCAT, SEPARATE, EMPTY_AUDIO = "LTXVConcatAVLatent", "LTXVSeparateAVLatent", "LTXVEmptyLatentAudio"
-UPSAMPLER, CONDITIONING, CREATE_VIDEO = "LTXVLatentUpsampler", "LTXVConditioning", "CreateVideo"
+UPSAMPLER, CONDITIONING = "LTXVLatentUpsampler", "LTXVConditioning"
+# Nodes that make a film of pictures, and how they call its frame rate.
+FILMS = {
+    "CreateVideo": "fps",
+    "VHS_VideoCombine": "frame_rate",
+    "SaveWEBM": "fps",
+    "SaveAnimatedWEBP": "fps",
+    "SaveAnimatedPNG": "fps",
+}
 SPLIT_SIGMAS = "SplitSigmas"
-SIZED = ("EmptyLTXVLatentVideo", "LTXVImgToVideo")  # have width, height, length
+# Nodes that have width and height, and how they call the length.
+SIZED = {"EmptyLTXVLatentVideo": "length", "LTXVImgToVideo": "length", "LTXVBaseSampler": "num_frames"}
 JOINT, VIDEO, AUDIO, UNKNOWN = "joint", "video", "audio", "unknown"
 
 # Latent in, latent of the same kind out.
@@ -56,13 +50,32 @@ _LATENT_IN = {
     "LTXVAddLatentGuide": "latent",
     "LTXVCropGuides": "latent",
     "SetLatentNoiseMask": "samples",
+    "LTXVNormalizingSampler": "latent_image",
+    "LTXVLoopingSampler": "latents",
+    "LTXVTiledSampler": "latents",
+    "LTXVExtendSampler": "latents",
+    "LTXVImgToVideoConditionOnly": "latent",
+    "LTXVImgToVideoInplaceKJ": "latent",
+    "LTXVAddGuideMulti": "latent",
+    "LTXAddVideoICLoRAGuide": "latent",
+    "LTXAddVideoICLoRAGuideAdvanced": "latent",
+    "LTXVSetAudioVideoMaskByTime": "av_latent",
+    "LTXVLatentUpsamplerTiled": "samples",
+    "LatentUpscale": "samples",
+    "LatentUpscaleBy": "samples",
 }
-_VIDEO_ROOTS = (*SIZED, "VAEEncode", "VAEEncodeTiled")
+# What samplers call the latent they sample; LTXVBaseSampler makes its own.
+_SAMPLED = ("latent_image", "latents")
+_RESAMPLED = re.compile(r"ModelSampling")
+_ENCODERS = ("VAEEncode", "VAEEncodeTiled")
+_VIDEO_ROOTS = (*SIZED, *_ENCODERS)
 _SAMPLES = ("samples", "latents", "latent")
 _SAVING = ("save", "videocombine", "video_combine", "createvideo")
 
 # On the way from a decode to the video, these change how many frames there are.
 _RETIMES = re.compile(r"interpol|rife|film|fps|frame", re.IGNORECASE)
+_CFG_INPUTS = ("cfg", "video_cfg", "audio_cfg", "cfg_conds")
+_LONGEST_LIST, _MOST_PARAMETERS = 400, 8
 _MOST_FILES = 100  # a prompt names a few; each one costs looks into several folders
 
 ERROR, WARNING, INFO = "error", "warning", "info"
@@ -105,11 +118,17 @@ class Latent(NamedTuple):
 
 
 class ModelPath(NamedTuple):
-    """Where a MODEL comes from: ``loader``, its file, a distilling LoRA on the way, whether a guard cures it."""
+    """Where a MODEL comes from: ``loader``, its file, and what is on the way.
+
+    ``lora``: a node with a distilling LoRA; ``distilling``: the strengths of all of them, None where one is unknown.
+    ``cured``: a guard cures it. ``resampled``: its sampling is another than that of its class.
+    """
 
     loader: Node | None
-    lora: Node | None
-    cured: bool
+    lora: Node | None = None
+    cured: bool = False
+    distilling: float | None = 0.0
+    resampled: bool = False
 
 
 class Sampler(NamedTuple):
@@ -144,7 +163,7 @@ class View:
         self._schedules: dict[Link, Node | None] = {}
         self._models: dict[Link, ModelPath] = {}
         self._latents: dict[Link, Latent] = {}
-        self._files: dict[tuple[str, str], FileFacts | None] = {}
+        self._files: dict[tuple[str, tuple[str, ...]], FileFacts | None] = {}
 
     def keep_time(self) -> None:
         """Raises OutOfTime when the check has lasted too long; asked before each rule and each file."""
@@ -155,35 +174,43 @@ class View:
         """A fact's value, None if it is unknown."""
         return getattr(self._facts.get(name), "value", None)
 
-    def file(self, loader: Node | None, table: Mapping[str, tuple[str, tuple[str, ...]]]) -> FileFacts | None:
-        """What is in the file that a loader names; of a prompt that names very many, the first hundred are known."""
-        if loader is None or loader.kind not in table:
-            return None
-        widget, folders = table[loader.kind]
-        name = self.graph.value(loader.id, widget)
-        key = loader.kind, name
-        if not isinstance(name, str) or (key not in self._files and len(self._files) >= _MOST_FILES):
-            return None
-        if key not in self._files:
-            self.keep_time()
-            self._files[key] = file_facts(name, folders)
-        return self._files[key]
+    def file(self, loader: Node | None, table: Mapping[str, Names]) -> FileFacts | None:
+        """What is in the file that a loader is about."""
+        return next(iter(self.files(loader, table, 1)), None)
+
+    def files(self, loader: Node | None, table: Mapping[str, Names], most: int | None = None) -> list[FileFacts]:
+        """What is in the files that a loader names; of a prompt that names very many, the first hundred are known."""
+        names = names_of(loader.kind, table) if loader is not None else None
+        found = []
+        for widget in names.inputs[:most] if names is not None else ():
+            name = self.graph.value(loader.id, widget)
+            key = name, names.folders
+            if not isinstance(name, str) or (key not in self._files and len(self._files) >= _MOST_FILES):
+                continue
+            if key not in self._files:
+                self.keep_time()
+                self._files[key] = file_facts(name, names.folders)
+            found.append(self._files[key])
+        return [file for file in found if file is not None]
 
     @cached_property
     def samplers(self) -> list[Sampler]:
-        """Every node that takes a latent and a model, or a guider in its place."""
+        """Every node that takes a latent, or makes its own, and a model, or a guider in its place."""
         found = []
         for node in self.graph.nodes.values():
-            if "latent_image" not in node.inputs or not ("model" in node.inputs or "guider" in node.inputs):
+            latent = _sampled_by(node)
+            makes = node.kind == "LTXVBaseSampler"
+            if not (latent or makes) or not ("model" in node.inputs or "guider" in node.inputs):
                 continue
             guided_by = node
-            if "model" not in node.inputs:
+            if "guider" in node.inputs:
                 guider = self.graph.source(node.id, "guider")
                 if guider is None:
                     continue
                 guided_by = self.graph.nodes[guider.node]
             model = self.model(self.graph.source(guided_by.id, "model"))
-            found.append(Sampler(node, guided_by, model, self.latent(self.graph.source(node.id, "latent_image"))))
+            sampled = Latent(VIDEO, True, node) if makes else self.latent(self.graph.source(node.id, latent))
+            found.append(Sampler(node, guided_by, model, sampled))
         return found
 
     @cached_property
@@ -221,7 +248,7 @@ class View:
 
     def model(self, link: Link | None) -> ModelPath:
         """The MODEL on a link, along the `model` inputs up to its loader."""
-        end = ModelPath(None, None, False)
+        end = ModelPath(None)
         return self._walk(link, self._models, end, self._model_before, self._model_after)
 
     def latent(self, link: Link | None) -> Latent:
@@ -232,6 +259,58 @@ class View:
     def schedule(self, link: Link | None) -> Node | None:
         """The node that makes the SIGMAS on a link, those that only cut a schedule skipped."""
         return self._walk(link, self._schedules, None, self._schedule_before, lambda _, before: before)
+
+    def video(self, link: Link | None) -> Video | None:
+        """Size, length, batch and guides of the video latent on a link, that of a joint one too, as far as known."""
+        found = self.graph.output(link)
+        found = found.video if isinstance(found, Joint) else found
+        return found if isinstance(found, Video) else None
+
+    def sampled(self, sampler: Sampler) -> Video | None:
+        """The video latent that a sampler gets, as far as known; pictures that were encoded for an LTX model too."""
+        found = self.video(self.graph.source(sampler.node.id, _sampled_by(sampler.node)))
+        root = sampler.latent.root
+        if sampler.latent.kind == JOINT and root is not None:
+            root = self.latent(self.graph.source(root.id, "video_latent")).root
+        if found is not None or root is None:
+            return found
+        if root.kind in SIZED:
+            return video_of(*self.asked(root))
+        picture = self.graph.computed(root.id, "pixels") if root.kind in _ENCODERS else None
+        file = self.file(sampler.model.loader, MODEL_LOADERS)
+        if not isinstance(picture, Picture) or file is None or not (file.family or "").startswith("LTX"):
+            return None
+        return video_of(*picture)
+
+    def sound(self, link: Link | None) -> Sound | None:
+        """Length and batch of the audio latent on a link, that of a joint one too, as far as known."""
+        found = self.graph.output(link)
+        found = found.sound if isinstance(found, Joint) else found
+        return found if isinstance(found, Sound) else None
+
+    def sigmas(self, link: Link | None) -> Sigmas | None:
+        """The schedule on a link, where the host can compute it."""
+        found = self.graph.output(link)
+        return found if isinstance(found, Sigmas) else None
+
+    def asked(self, node: Node) -> tuple[float | None, float | None, float | None]:
+        """Width, height and length that a node of SIZED is asked for, before the host rounds them."""
+        names = ("width", "height", SIZED[node.kind])
+        return tuple(self.graph.number(node.id, name) for name in names)
+
+    def cfgs(self, guided_by: Node) -> list[tuple[Node, float]]:
+        """Every cfg that a sampler or guider works with, and the node that has it."""
+        found = [(guided_by, self.graph.number(guided_by.id, name)) for name in _CFG_INPUTS]
+        listed = self.graph.value(guided_by.id, "cfg_values")
+        if isinstance(listed, str) and len(listed) <= _LONGEST_LIST:
+            found += [(guided_by, as_number(text)) for text in listed.split(",")]
+        parameters = zip(range(_MOST_PARAMETERS), self._parameters(guided_by), strict=False)
+        found += [(node, self.graph.number(node.id, "cfg")) for _, node in parameters]
+        return [(node, cfg) for node, cfg in found if cfg is not None]
+
+    def _parameters(self, guider: Node) -> Iterator[Node]:
+        """The GuiderParameters of a MultimodalGuider, one behind the other."""
+        return (self.graph.nodes[link.node] for link in self.graph.chain(guider.id, "parameters"))
 
     def keeps_time(self, link: Link | None) -> bool:
         """Whether the pictures on a link are those of a decode, one for one, as far as the names of nodes tell."""
@@ -258,14 +337,21 @@ class View:
         return result
 
     def _model_before(self, node: Node, _: int) -> Link | ModelPath:
-        return self.graph.source(node.id, "model") or ModelPath(node, None, False)
+        return self.graph.source(node.id, "model") or ModelPath(node)
 
     def _model_after(self, node: Node, before: ModelPath) -> ModelPath:
-        if node.kind == GUARD_NODE and self.graph.value(node.id, "policy") == "cure":
-            return before._replace(cured=True)
-        if "lora_name" in node.inputs and name_says_distilled(self.graph.value(node.id, "lora_name")):
-            return before._replace(lora=node) if self.graph.number(node.id, "strength_model") else before
-        return before
+        lora, distilling = before.lora, before.distilling
+        for name, strength in loras_of(self.graph, node):
+            if strength != 0 and name_says_distilled(name):
+                lora = node
+                distilling = None if distilling is None or strength is None else distilling + strength
+        return ModelPath(
+            before.loader,
+            lora,
+            before.cured or (node.kind == GUARD_NODE and self.graph.value(node.id, "policy") == "cure"),
+            distilling,
+            before.resampled or bool(_RESAMPLED.search(node.kind)),
+        )
 
     def _schedule_before(self, node: Node, _: int) -> Link | Node:
         return (self.graph.source(node.id, "sigmas") if node.kind == SPLIT_SIGMAS else None) or node
@@ -289,6 +375,11 @@ class View:
         if kind in _VIDEO_ROOTS:
             return Latent(VIDEO, ltx, node)
         return Latent(AUDIO if "audio" in kind.lower() else UNKNOWN, ltx, node)
+
+
+def _sampled_by(node: Node) -> str:
+    """What a sampler calls the latent it samples, "" if it has none."""
+    return next((name for name in _SAMPLED if name in node.inputs), "")
 
 
 @lru_cache(maxsize=1024)

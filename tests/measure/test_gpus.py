@@ -27,6 +27,8 @@ from nvfp4_video.measure.gpus import GIB, GPUS, NoGpuError, detect_gpu, find_gpu
         ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "RTX PRO 6000 Blackwell Max-Q"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000 Blackwell Server"),
         ("NVIDIA RTX PRO 4000 Blackwell SFF Edition", "RTX PRO 4000 Blackwell SFF"),
+        ("NVIDIA RTX PRO 5000 72GB Blackwell", "RTX PRO 5000 Blackwell 72 GB"),
+        ("NVIDIA RTX PRO 3000 Blackwell Generation Laptop GPU", "RTX PRO 3000 Blackwell Laptop"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("NVIDIA RTX 5000 Ada Generation Laptop GPU", "RTX 5000 Ada Laptop"),
         ("NVIDIA GeForce RTX 5090 Laptop GPU", "RTX 5090 Laptop"),
@@ -54,6 +56,7 @@ def test_a_card_of_two_sizes_is_told_by_its_memory_and_taken_small_without():
     assert find_gpu("NVIDIA GeForce RTX 3060", 12.6e9).name == "RTX 3060 12 GB"
     assert find_gpu("RTX 5060 Ti", 17.1e9).name == "RTX 5060 Ti 16 GB"
     assert find_gpu("3080").name == "RTX 3080 10 GB"
+    assert find_gpu("NVIDIA GeForce RTX 5070 Laptop GPU", 12.8e9).name == "RTX 5070 Laptop 12 GB"
     assert pick_gpu("RTX 3080", memory=12).name == "RTX 3080 12 GB"
 
 
@@ -90,6 +93,47 @@ def test_rates_from_sms_and_clocks_are_those_that_the_whitepapers_print(name, ra
     gpu = GPUS[name]
     for found, printed in zip((gpu.bf16, gpu.fp8, gpu.fp4), rates, strict=True):
         assert found == (printed and pytest.approx(printed * 1e12, rel=0.003))
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "sparse"),
+    [
+        ("RTX A6000", "bf16", 309.7),
+        ("RTX A5000", "bf16", 222.2),
+        ("RTX A4500", "bf16", 189.2),
+        ("RTX A4000", "bf16", 153.4),
+        ("RTX 6000 Ada", "fp8", 1457.0),
+        ("RTX 5000 Ada", "fp8", 1044.4),
+        ("RTX 4000 SFF Ada", "fp8", 306.8),
+        ("RTX PRO 6000 Blackwell Max-Q", "fp4", 3511),
+        ("RTX PRO 5000 Blackwell 48 GB", "fp4", 2064),
+        ("RTX PRO 4500 Blackwell", "fp4", 1687),
+        ("RTX PRO 4000 Blackwell SFF", "fp4", 770),
+        ("H100 NVL", "bf16", 1671),
+        ("H200 NVL", "fp8", 3341),
+        ("H200", "fp8", 3958),
+        ("GB300", "bf16", 5000),
+        ("B200", "fp4", 18_000),
+        ("Jetson AGX Thor", "fp4", 2070),
+        ("Jetson T4000", "fp4", 1200),
+    ],
+)
+def test_a_rate_is_half_of_the_sparse_one_that_the_sheet_prints(name, what, sparse):
+    assert getattr(GPUS[name], what) == pytest.approx(sparse / 2 * 1e12, rel=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "bandwidth"),
+    [("B300", 7700), ("B200", 7700), ("GB300", 8000), ("GB200", 8000), ("RTX 2000 Ada", 224), ("H100 PCIe", 2000),
+     ("RTX PRO 6000 Blackwell Server", 1597), ("RTX 5090", 1792), ("RTX 4070", 504), ("L4", 300)],
+)  # fmt: skip
+def test_a_bandwidth_is_that_of_nvidia_s_sheet(name, bandwidth):
+    assert GPUS[name].bandwidth == bandwidth * 1e9
+
+
+def test_a_card_without_a_figure_of_nvidia_s_has_memory_and_the_reason_and_no_times():
+    gpu = GPUS["RTX 5880 Ada"]
+    assert not gpu.known and gpu.bandwidth is None and "bandwidth" in gpu.note
 
 
 def test_what_the_owners_of_each_generation_ask_about_is_there():

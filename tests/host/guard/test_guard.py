@@ -15,6 +15,8 @@ from nvfp4_video.host.doctor.probe import Fact
 from nvfp4_video.host.guard import check as guard
 from nvfp4_video.host.guard import files as guard_files
 from nvfp4_video.host.guard.prompt_graph import PromptGraph
+from nvfp4_video.host.guard.values import schedules
+from nvfp4_video.measure import ltx
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.host.guard.test_prompt_graph import PROMPTS
 from nvfp4_video.tests.support import containers
@@ -222,15 +224,50 @@ def test_a_distilled_model_wants_one_of_its_schedules(sigmas: str, right: bool, 
     assert ids(clip(sigmas={"sigmas": sigmas})) == ({} if right else {"distilled_sigmas": "warning"})
 
 
-def test_a_scheduler_s_own_sigmas_are_wrong_and_an_unknown_node_s_are_unknown(models):
-    finding = only(clip(sigmas=node("LTXVScheduler", steps=8)))
+def test_a_scheduler_s_sigmas_are_wrong_where_they_differ_and_unknown_where_nobody_can_compute_them(
+    models, monkeypatch
+):
+    def computed(scheduler: str, steps: int, sampler: str) -> tuple[float, ...]:
+        return ltx.SIGMAS if scheduler == "linear_quadratic" and steps == 8 else (1.0, 0.5, 0.0)
+
+    basic = node("BasicScheduler", steps=8, scheduler="simple", denoise=1.0, model=["model", 0])
+    assert ids(clip(sigmas=basic)) == {}
+    monkeypatch.setattr(schedules, "_calculated", computed)
+    finding = only(clip(sigmas=basic))
     assert (finding.id, finding.nodes) == ("distilled_sigmas", ("sigmas", "sampler"))
     assert DISTILLED in finding.remedy and "0.85, 0.725, 0.4219, 0.0" in finding.remedy
+    assert "BasicScheduler are 1, 0.5, 0" in finding.why
+    basic["inputs"]["scheduler"] = "linear_quadratic"
+    assert ids(clip(sigmas=basic)) == {}
+    basic["inputs"] |= {"steps": 3, "denoise": 0.375}
+    assert ids(clip(sigmas=basic)) == {}
     split = clip(sampler={"sigmas": ["split", 1]}, split=node("SplitSigmas", sigmas=["sigmas", 0], step=3))
     assert ids(split) == {}
-    split["sigmas"] = node("BasicScheduler", steps=8)
-    assert ids(split) == {"distilled_sigmas": "warning"}
     assert ids(clip(sigmas=node("SomebodysSigmas"))) == {}
+
+
+def test_a_scheduler_behind_a_node_that_changes_the_sampling_is_unknown(models, monkeypatch):
+    monkeypatch.setattr(schedules, "_calculated", lambda *_: (1.0, 0.5, 0.0))
+    basic = node("BasicScheduler", steps=2, scheduler="simple", denoise=1.0, model=["shift", 0])
+    shift = node("ModelSamplingLTXV", model=["model", 0], max_shift=2.05, base_shift=0.95)
+    assert ids(clip(sigmas=basic, shift=shift)) == {}
+    basic["inputs"]["model"] = ["model", 0]
+    assert ids(clip(sigmas=basic)) == {"distilled_sigmas": "warning"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "right"),
+    [({"steps": 8}, True), ({"steps": 8, "denoise": 0.5}, False), ({"steps": 4, "denoise": 0.5}, True),
+     ({"steps": ["?", 0]}, True)],
+)  # fmt: skip
+def test_the_schedule_of_a_ksampler_is_computed_too(inputs: dict, right: bool, models, monkeypatch):
+    monkeypatch.setattr(schedules, "_calculated", lambda _, steps, __: ltx.SIGMAS if steps == 8 else (1.0, 0.5, 0.0))
+    given = {"scheduler": "linear_quadratic", "sampler_name": "euler", "denoise": 1.0, "cfg": 1.0}
+    sampler = node("KSampler", model=["model", 0], latent_image=["latent", 0], **given | inputs)
+    assert ids(clip(sampler=sampler)) == ({} if right else {"distilled_sigmas": "warning"})
+    advanced = node("KSamplerAdvanced", model=["model", 0], latent_image=["latent", 0], **given, steps=8,
+                    start_at_step=5, end_at_step=10000)  # fmt: skip
+    assert ids(clip(sampler=advanced)) == {}
 
 
 def test_errors_come_first_and_every_finding_is_one_sentence_with_why_and_remedy(models):

@@ -22,6 +22,7 @@ from nvfp4_video.host.guard import view as guard_view
 from nvfp4_video.host.guard.files import FileFacts
 from nvfp4_video.host.guard.limit import within
 from nvfp4_video.host.guard.prompt_graph import PromptGraph
+from nvfp4_video.host.guard.values import evaluate
 from nvfp4_video.samples import shapes
 from nvfp4_video.tests.support.guard_prompts import HEALTHY, VULNERABLE, clip, facts, ids, node
 from server import PromptServer
@@ -120,7 +121,8 @@ def test_numbers_that_nobody_can_mean_are_unknown(field: str, host):
 def test_the_work_on_a_prompt_grows_with_its_size_alone(shape: str, host, monkeypatch):
     calls = []
     original = prompt_graph.as_link
-    monkeypatch.setattr(prompt_graph, "as_link", lambda value: calls.append(1) or original(value))
+    for module in (prompt_graph, evaluate):
+        monkeypatch.setattr(module, "as_link", lambda value: calls.append(1) or original(value))
     work = []
     for size in (500, 2000):
         prompt = shapes.PROMPTS[shape](size)

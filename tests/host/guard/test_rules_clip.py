@@ -103,3 +103,37 @@ def test_a_thousand_nodes_visit_each_node_a_bounded_number_of_times(stub_comfy, 
         calls.clear()
         guard.check(graph, VULNERABLE)
         assert len(calls) < 6 * len(graph)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"), [("VHS_VideoCombine", "frame_rate"), ("SaveWEBM", "fps"), ("SaveAnimatedWEBP", "fps")]
+)
+def test_every_node_that_makes_a_film_is_told_the_same_frame_rate(kind: str, rate: str, stub_comfy):
+    prompt = clip(create=node(kind, images=["decode", 0], **{rate: 25.0}))
+    finding = only(prompt)
+    assert finding.id == "fps" and f"25 in {kind}" in finding.title
+    prompt["create"]["inputs"][rate] = 24
+    assert ids(prompt) == {}
+
+
+def test_a_silent_clip_may_be_shown_at_another_rate(stub_comfy):
+    silent = {"sampler": {"latent_image": ["video", 0]}, "decode": {"samples": ["sampler", 0]}}
+    assert ids(clip(**silent, create={"fps": 25})) == {}
+    assert ids(clip(**silent, create={"fps": 25, "audio": ["song", 0]})) == {"fps": "warning"}
+
+
+def test_sizes_lengths_and_rates_are_judged_through_arithmetic(stub_comfy):
+    def math(expression: str, **values: object) -> dict:
+        return node("ComfyMathExpression", expression=expression, **{f"values.{k}": v for k, v in values.items()})
+
+    prompt = clip(video={"width": ["w", 1], "length": ["n", 1]}, audio={"frames_number": ["n", 1]},
+                  w=math("a/2", a=["side", 0]), n=math("a * b + c", a=["s", 0], b=["r", 0], c=1),
+                  side=node("PrimitiveInt", value=1440), s=node("PrimitiveInt", value=5),
+                  r=node("PrimitiveInt", value=24))  # fmt: skip
+    assert ids(prompt) == {"size": "warning"}
+    prompt["side"]["inputs"]["value"] = 1536
+    assert ids(prompt) == {}
+    prompt["n"]["inputs"]["values.c"] = 2
+    assert ids(prompt) == {"frames": "warning", "audio_length": "warning"}
+    prompt["r"]["inputs"]["value"] = ["unheard", 0]
+    assert ids(prompt) == {}

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluates a prompt's nodes by the tables of this folder, each node once, without recursion.
+
+A row of a table is a function of ``Given``, what a node is given, and returns its outputs; ``chooses`` marks rows that
+hand on one of their inputs instead, whatever it carries. What no row names, what misses an input, what a formula
+cannot take, and what needs itself is unknown, which is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ..links import LEAST, MOST, Link, Node, as_link
+
+UNKNOWN: tuple = ()
+_LONGEST_NUMBER = 40
+_MOST_FILES = 16  # pictures and films whose headers are read, of one prompt
+# What goes wrong with wild numbers in any of the formulas.
+_FORMULA_ERRORS = (ArithmeticError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+
+
+class Unknown(Exception):
+    """A formula lacks something."""
+
+
+class _Wanted(Exception):
+    """A formula needs the outputs of a node that has not been evaluated."""
+
+    def __init__(self, node: str):
+        self.node = node
+
+
+class Row(NamedTuple):
+    """``outputs``: Given -> the node's outputs in order; ``source``: where its code is."""
+
+    outputs: Callable[[Given], Iterable[Any]]
+    source: str
+
+
+class Choice(NamedTuple):
+    """``chosen``: Given -> what the node hands on: the name of an input, a link from elsewhere, or a list of links.
+
+    A list has an entry for each output. ``sides``: how the names of its inputs begin of which the host runs only the
+    chosen one.
+    """
+
+    chosen: Callable[[Given], str | Link | None | list[Link | Bundle | None]]
+    source: str
+    sides: tuple[str, ...] = ()
+
+
+class Bundle(NamedTuple):
+    """A pipe or a context: what it holds, by name."""
+
+    links: Mapping[str, Link]
+
+
+class Given:
+    """What one node is given. Whatever is asked for and not known ends the formula, unless it says otherwise."""
+
+    __slots__ = ("_values", "node")
+
+    def __init__(self, node: Node, values: Values):
+        self.node, self._values = node, values
+
+    def has(self, name: str) -> bool:
+        """Whether the input is given at all."""
+        return name in self.node.inputs
+
+    def maybe(self, name: str) -> Any:
+        """The value of an input, None if it is absent or unknown."""
+        return self._values.of_input(self.node, name)
+
+    def value(self, name: str) -> Any:
+        """The value of an input."""
+        found = self.maybe(name)
+        if found is None:
+            raise Unknown
+        return found
+
+    def number(self, name: str) -> int | float:
+        """An input as a number, text that spells one too, as the host takes it."""
+        found = as_number(self.value(name))
+        if found is None:
+            raise Unknown
+        return found
+
+    def integer(self, name: str) -> int:
+        """An input as a whole number, cut off as the host does for an input of the type INT."""
+        return int(self.number(name))
+
+    def flag(self, name: str) -> bool:
+        """An input as true or false."""
+        found = self.value(name)
+        if not isinstance(found, (bool, int, float)):
+            raise Unknown
+        return bool(found)
+
+    def a(self, kind: type, name: str) -> Any:
+        """The value of an input that has to be of this type."""
+        found = self.value(name)
+        if not isinstance(found, kind):
+            raise Unknown
+        return found
+
+    def link(self, name: str) -> Link | None:
+        """The link at an input."""
+        return as_link(self.node.inputs.get(name))
+
+    def file(self, kind: str, name: str) -> Any:
+        """What is known of the file that an input names, by the reader of this kind."""
+        return self._values.file(kind, self.a(str, name))
+
+    def stored(self, name: object) -> Link | None:
+        """What a SetNode keeps under this name."""
+        return self._values.stored(name)
+
+
+def as_number(value: Any) -> int | float | None:
+    """A value -> the number it is or spells, None for none or one that nobody can mean."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        if isinstance(value, str):
+            value = float(value[:_LONGEST_NUMBER])
+        size = abs(float(value))
+    except (ValueError, OverflowError):
+        return None
+    return value if size == 0 or LEAST <= size <= MOST else None
+
+
+class Values:
+    """The outputs of a prompt's nodes, each found when it is first asked for."""
+
+    def __init__(
+        self,
+        nodes: Mapping[str, Node],
+        rows: Mapping[str, Row],
+        choices: Mapping[str, Choice],
+        readers: Mapping[str, Callable[[str], Any]],
+    ):
+        self._nodes, self._rows, self._choices, self._readers = nodes, rows, choices, readers
+        self._files: dict[tuple[str, str], Any] = {}
+        self._outputs: dict[str, tuple] = {}
+        self._chosen: dict[str, list[Link | Bundle | None]] = {}
+        self._stored: dict[str, Link] | None = None
+
+    def at(self, link: Link | None) -> Any:
+        """The value on a link, None if it is unknown."""
+        if link is None or link.node not in self._nodes:
+            return None
+        self._evaluate(link.node)
+        return self._output(link)
+
+    def chosen(self, link: Link) -> Link | None:
+        """The link that an output hands on, None where it does not or of which it is unknown."""
+        if link.node not in self._nodes or self._nodes[link.node].kind not in self._choices:
+            return None
+        self._evaluate(link.node)
+        chosen = self._chosen.get(link.node, [])
+        found = chosen[link.slot] if 0 <= link.slot < len(chosen) else None
+        return found if isinstance(found, Link) else None
+
+    def file(self, kind: str, name: str) -> Any:
+        """What a reader says of a file; of a prompt that names many, the first few are looked at."""
+        key = kind, name
+        if key not in self._files:
+            if len(self._files) >= _MOST_FILES:
+                return None
+            self._files[key] = self._readers[kind](name)
+        return self._files[key]
+
+    def of_input(self, node: Node, name: str) -> Any:
+        """The value of an input; within a formula, ``_Wanted`` for what has to be evaluated before."""
+        given = node.inputs.get(name)
+        if isinstance(given, Mapping):
+            given = given.get("__value__")
+        link = as_link(given)
+        if link is None:
+            return None if isinstance(given, (list, tuple, Mapping)) else given
+        if link.node in self._outputs:
+            return self._output(link)
+        if link.node not in self._nodes:
+            return None
+        raise _Wanted(link.node)
+
+    def stored(self, name: object) -> Link | None:
+        """What a SetNode keeps under a name; the first of two that share one, as the front end resolves them."""
+        if self._stored is None:
+            self._stored = {}
+            for node in self._nodes.values():
+                if node.kind in _SETTERS and (key := stored_name(node)) is not None:
+                    link = next((link for value in node.inputs.values() if (link := as_link(value))), None)
+                    if link is not None:
+                        self._stored.setdefault(key, link)
+        return self._stored.get(name) if isinstance(name, str) else None
+
+    def _output(self, link: Link) -> Any:
+        outputs = self._outputs[link.node]
+        return outputs[link.slot] if 0 <= link.slot < len(outputs) else None
+
+    def _evaluate(self, start: str) -> None:
+        """Evaluate a node and what it needs: one that lacks something waits until that is there."""
+        waiting, open_ = [start], {start}
+        while waiting:
+            node = waiting[-1]
+            if node not in self._outputs:
+                try:
+                    self._outputs[node] = self._formula(self._nodes[node])
+                except _Wanted as wanted:
+                    if wanted.node in open_:
+                        self._outputs[wanted.node] = UNKNOWN  # it needs itself
+                    else:
+                        waiting.append(wanted.node)
+                        open_.add(wanted.node)
+                    continue
+            waiting.pop()
+            open_.discard(node)
+
+    def _formula(self, node: Node) -> tuple:
+        try:
+            if (choice := self._choices.get(node.kind)) is not None:
+                return self._pass_on(node, choice)
+            row = self._rows.get(node.kind)
+            return tuple(map(_meant, row.outputs(Given(node, self)))) if row is not None else UNKNOWN
+        except (Unknown, *_FORMULA_ERRORS):
+            return UNKNOWN
+
+    def _pass_on(self, node: Node, choice: Choice) -> tuple:
+        if node.id not in self._chosen:
+            found = choice.chosen(Given(node, self))
+            if isinstance(found, str):
+                link = as_link(node.inputs.get(found))
+                if link is None:
+                    return (_meant(self.of_input(node, found)),)
+                found = link
+            self._chosen[node.id] = found if isinstance(found, list) else [found]
+        outputs = []
+        for link in self._chosen[node.id]:
+            if isinstance(link, Link) and link.node in self._nodes and link.node not in self._outputs:
+                raise _Wanted(link.node)
+            known = isinstance(link, Link) and link.node in self._nodes
+            outputs.append(self._output(link) if known else link if isinstance(link, Bundle) else None)
+        return tuple(outputs)
+
+
+_SETTERS = ("SetNode", "easy setNode")
+
+
+def stored_name(node: Node) -> str | None:
+    """The name under which a SetNode keeps, or a GetNode finds, a value: its one text."""
+    return next((value for value in node.inputs.values() if isinstance(value, str)), None)
+
+
+def _meant(value: Any) -> Any:
+    """A number that nobody can mean -> None; everything else as it is."""
+    return value if isinstance(value, bool) or not isinstance(value, (int, float)) else as_number(value)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the guard computes of a prompt is what a real ComfyUI's own nodes make; run once, in the host's Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from nvfp4_video.tests.real import in_process
+from nvfp4_video.tests.real.harness import run_in_host
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict:
+    """What values_in_process.py found."""
+    result = run_in_host(Path(__file__).with_name("values_in_process.py"), timeout=600)
+    lines = [line for line in result.stdout.splitlines() if line.startswith(in_process.MARK)]
+    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    found = json.loads(lines[-1].removeprefix(in_process.MARK))
+    if "schedules" not in found:
+        pytest.skip(f"ComfyUI {found['version']} has only {found['has']} of the nodes in question")
+    return found
+
+
+def test_expressions_come_to_what_the_host_s_evaluator_makes_of_them(facts: dict):
+    for text, theirs, ours in facts["expressions"]:
+        assert ours == pytest.approx(theirs), text
+
+
+def test_pictures_are_as_large_as_the_host_s_nodes_make_them(facts: dict):
+    assert len(facts["pictures"]) > 60
+    assert [case for case in facts["pictures"] if case[2] != case[3]] == []
+
+
+def test_empty_latents_hold_what_the_host_allocates(facts: dict):
+    assert [case for case in facts["latents"] if case[1] != case[2]] == []
+
+
+def test_schedules_are_the_host_s_and_linear_quadratic_is_the_trained_one(facts: dict):
+    found = facts["schedules"]
+    assert found["whole"] < 1e-6 and found["part"] < 1e-6
+    assert found["simple"] > 0.01 and found["discarded"] == 9
+    assert found["ltxv"] < 1e-5
+    assert found["karras"][0] == found["karras"][1]
