@@ -147,5 +147,7 @@ def test_without_the_stub_the_rest_is_run_and_what_is_left_out_is_named(capsys, 
 
     monkeypatch.setattr(stub, "there", lambda: False)
     code, record = fuzz(capsys, tmp_path, "--what", "files,prompts", "--seed", SEED, "--cases", "3")
-    assert code == 0 and list(record["kinds"]) == ["files"] and "clone the repository" in record["not run"]["prompts"]
+    assert code == 0 and list(record["kinds"]) == ["files"]
+    assert list(record["not run"]) == ["prompts", "the loaders and the guard, of files"]
+    assert all("clone the repository" in why for why in record["not run"].values())
     assert "fuzz" in COMMANDS
