@@ -178,6 +178,7 @@ def read_audio(path: str | os.PathLike[str]) -> tuple[np.ndarray, int] | None:
         if not container.streams.audio:
             return None
         stream = container.streams.audio[0]
+        _check_codec(path, stream, "sound")
         rate = stream.rate
         try:
             resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
@@ -277,6 +278,7 @@ def _decode_video(path: Path) -> Iterator[np.ndarray]:
         if not container.streams.video:
             raise MediaError(f"found no picture track in {path}; expected a video. Choose one with pictures.")
         stream = container.streams.video[0]
+        _check_codec(path, stream, "picture")
         stream.thread_type = "AUTO"
         try:
             for frame in container.decode(stream):
@@ -302,6 +304,13 @@ def _open(path: Path) -> Any:
         raise MediaError(
             f"found a file that PyAV cannot open: {path} ({error}); expected a video, an image, or a folder of images."
         ) from error
+
+
+def _check_codec(path: Path, stream: Any, kind: str) -> None:
+    """Refuse a track of a codec that FFmpeg has no decoder for; most attributes of its stream do not exist."""
+    if stream.codec_context is None:
+        found = f"found a {kind} track of an unknown codec in {path}"
+        raise MediaError(f"{found}; expected one that FFmpeg knows. Export it again.")
 
 
 def _check_plain(path: Path) -> None:

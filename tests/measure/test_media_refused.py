@@ -99,3 +99,22 @@ def test_a_folder_may_be_called_as_a_picture_and_a_folder_in_it_is_none(tmp_path
 def test_a_tiff_of_floating_point_numbers_which_pillow_does_not_know_is_read(tmp_path: Path):
     cv2.imwrite(str(tmp_path / "x.tif"), np.full((4, 4, 3), 0.5, np.float32))
     assert (media.read_frames(tmp_path / "x.tif")[0] == 128).all()
+
+
+@pytest.mark.parametrize(("track", "codec"), [("picture", b"V_MPEG4/ISO/ASP"), ("sound", b"A_PCM/INT/LIT")])
+def test_a_track_of_a_codec_that_nobody_knows_is_refused_by_name(track: str, codec: bytes, tmp_path: Path):
+    path = tmp_path / "x.mkv"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=8)
+        video.width = video.height = 64
+        audio = container.add_stream("pcm_s16le", rate=24000)
+        container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(video.encode())
+        part = av.AudioFrame.from_ndarray(np.ones((1, 2400), np.int16), "s16", "mono")
+        part.sample_rate = 24000
+        container.mux([*audio.encode(part), *audio.encode()])
+    data = path.read_bytes()
+    assert codec in data
+    path.write_bytes(data.replace(codec, codec[:2] + b"X" * (len(codec) - 2)))
+    with pytest.raises(media.MediaError, match=rf"{track} track of an unknown codec .*x\.mkv"):
+        media.read_audio(path) if track == "sound" else media.read_frames(path)
