@@ -83,9 +83,7 @@ class NVFP4Planner(io.ComfyNode):
             "arithmetic in Linears, attention? Therefore what NVFP4 changes: size, speed, or both. Reads only the "
             "header.",
             inputs=[
-                io.Combo.Input(
-                    "file_name", options=file_names(FOLDERS), tooltip="A full checkpoint or a diffusion model."
-                ),
+                io.Combo.Input("file_name", options=file_names(FOLDERS), tooltip="A checkpoint or a diffusion model."),
                 io.Int.Input("width", default=768, **_SIZE),
                 io.Int.Input("height", default=512, **_SIZE),
                 io.Int.Input("frames", default=121, min=1, max=8193, step=1),
