@@ -144,7 +144,7 @@ def main() -> None:
         full = [{"full of": name} | large(make, Path(folder)) for name, make in shapes.LARGE.items()]
     for row in full:
         print(row)
-    rows = measure(sizes, arguments.repeats) if sizes else []
+    rows = measure(sizes, arguments.repeats)
     facts = common.facts() | {"cpu_cores": os.cpu_count()}
     common.print_facts(facts)
     print("microseconds per item")
