@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from ...kernels.errors import PackError
+from ...kernels.errors import PackError, one_line
 from .dtypes import BITS, DTYPES, ITEM_BYTES, bytes_of
 from .mistaken import AGAIN, what_it_is
 
@@ -65,7 +65,7 @@ class CheckpointError(PackError):
 
     def __init__(self, found: str, *, where: str | os.PathLike[str] = "", expected: str = "", remedy: str = "") -> None:
         message = "; ".join(part for part in (found, expected and f"expected {expected}", remedy) if part)
-        super().__init__(f"{os.fspath(where)}: {message}" if where else message)
+        super().__init__(one_line(f"{os.fspath(where)}: {message}" if where else message))
 
 
 class TensorInfo(NamedTuple):

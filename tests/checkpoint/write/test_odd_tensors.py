@@ -9,6 +9,7 @@ import pytest
 from nvfp4_video.checkpoint.file.container import TensorReader
 from nvfp4_video.checkpoint.file.header import CheckpointError, read_header
 from nvfp4_video.checkpoint.identify.dialects import detect
+from nvfp4_video.checkpoint.identify.layers import refuse
 from nvfp4_video.checkpoint.verify.verify import verify
 from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
@@ -66,3 +67,10 @@ def test_verify_refuses_a_global_scale_that_it_cannot_read_a_second_time(
     draft.tensors[f"{LAYER}.weight_scale_2"] = (dtype, (), content)
     with pytest.raises(CheckpointError, match="weight_scale_2"):
         verify(draft.write(tmp_path), source)
+
+
+def test_an_error_is_one_line_whatever_breaks_the_name_of_its_layer():
+    plan = detect(header(**{"a\nb\x85c\u2028d": {"weight": entry("I32", 4, 4)}}))
+    with pytest.raises(CheckpointError) as error:
+        refuse("some.safetensors", plan.layers)
+    assert str(error.value).splitlines() == [str(error.value)] and r"a\nb\x85c\u2028d" in str(error.value)
