@@ -17,8 +17,9 @@ from typing import Any
 from ...measure.escape import line, report
 from ..border import log_fault
 from ..doctor.cards import is_nvidia
-from . import rules_host, rules_model
+from . import rules_host
 from .prompt_graph import PromptGraph
+from .rules import RULES
 from .view import ERROR, GUARD_NODE, INFO, WARNING, Finding, OutOfTime, View
 
 __all__ = [
@@ -34,7 +35,6 @@ NOT_CHECKED = "not_checked"
 MOST_FINDINGS = 100
 _MOST_NAMED = 8
 _ORDER = (ERROR, WARNING, INFO)
-RULES = (*rules_model.RULES, *rules_host.RULES)
 
 
 def check(

@@ -68,6 +68,3 @@ def audio_dtype(view: View) -> Iterator[Finding]:
             f"Start ComfyUI without {flags[0]}, or load this VAE with NVFP4 VAE Loader, which keeps it in FP32.",
             ids_of(encoder, loader),
         )
-
-
-RULES = (replaced_noise, audio_dtype)
