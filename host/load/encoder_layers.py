@@ -20,7 +20,7 @@ from ...checkpoint.identify.dialects import MARKER
 from ...kernels import dispatch
 from ...kernels.format import OUTPUT_DTYPES, PackedWeight
 from ..compute.linear import weight_only_operations
-from .state_dict import stored_shape
+from .built import stored_shape
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens\w*|shared|token_embedding|position_embedding|\w+_attention_bias)$")
 # Parts without which the text is encoded all the same.

@@ -9,6 +9,7 @@ it: LoRA branches, layers that share rows, CUDA graphs of the blocks. report.py 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Iterator
@@ -33,9 +34,10 @@ from ..compute.linear import weight_only_operations
 from ..compute.lora_patcher import use_branches
 from ..compute.modes import AUTO as FASTEST
 from ..compute.modes import MODES, Compute, parse_overrides, pick_mode, plan_layers
+from .built import as_named, build_again, check_model
 from .files import read_tensors
 from .report import LoadReport, report_of
-from .state_dict import as_named, check_model, plan_file, rewrite
+from .state_dict import plan_file, rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +79,21 @@ def load_model(
     given = dict(state_dict)  # the host empties what it is handed
     with _by_host(header.path.name):
         patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
-    check_model(patcher.model.diffusion_model, operations.Linear, as_named(patcher.model, given), header.path.name)
-    fuse(patcher.model.diffusion_model, operations.Linear)
+    dit = patcher.model.diffusion_model
+    again = functools.partial(build_again, patcher.model)
+    lacks = check_model(dit, operations.Linear, as_named(patcher.model, given), header.path.name, again)
+    fuse(dit, operations.Linear)
 
     def compute_on(other: torch.device) -> Compute:
         modes = MODES if how.uses("fp4") else tuple(mode for mode in MODES if mode != "fp4")
         return _plan_compute(pick_mode(compute, other, modes), parse_overrides(layer_compute, other), plan, model)
 
-    remember(patcher.model.diffusion_model, planned_for, operations.Linear, compute_on)
+    remember(dit, planned_for, operations.Linear, compute_on)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute, attention))
     attends = use_attention(patcher, attention, how.mode)
     graphs = use_graphs(patcher)
     place = f"{device} (on another GPU modes are chosen again)" if len(_gpus()) > 1 else str(device)
-    report = report_of(plan, model, how, (backend_name, reason), place, patcher, config_source, attends, graphs)
+    report = report_of(plan, model, how, (backend_name, reason), place, patcher, config_source, attends, graphs, lacks)
     logger.info("%s", str(report).replace("\n", "; "))
     return patcher, report
 

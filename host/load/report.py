@@ -34,6 +34,7 @@ class LoadReport:
     config_from: str | None
     attention: str
     graphs: str  # CUDA graphs of the blocks: which, or why none; empty if nobody would expect any
+    lacks: str = ""  # what the host builds and the file does not have
     unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
 
     def __str__(self) -> str:
@@ -55,6 +56,8 @@ class LoadReport:
             lines.append(f"attention: {self.attention}")
         if self.graphs:
             lines.append(f"CUDA graphs: {self.graphs}")
+        if self.lacks:
+            lines.append(f"the file has {self.lacks}")
         if self.unknown:
             lines.append(self.unknown)
         if self.config_from:
@@ -81,6 +84,7 @@ def report_of(
     config_from: str | None,
     attention: str,
     graphs: str,
+    lacks: str,
 ) -> LoadReport:
     """What the loader read, decided and built -> its report; ``backend`` is a name and the reason for it."""
     tensors = {key: info for key, info in plan.header.tensors.items() if key.startswith(model.prefix)}
@@ -104,5 +108,6 @@ def report_of(
         config_from=config_from,
         attention=attention,
         graphs=graphs,
+        lacks=lacks,
         unknown=str(residency.check()),
     )
