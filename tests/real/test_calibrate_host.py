@@ -12,7 +12,7 @@ from nvfp4_video.tests.real.harness import ComfyUI
 from nvfp4_video.tests.real.models import small_model_of
 
 SOURCE = "to_calibrate.safetensors"
-SIZE = {"width": 128, "height": 128, "frames": 17}
+SIZE = {"width": 64, "height": 64, "frames": 17}
 
 
 @pytest.fixture(scope="module")
