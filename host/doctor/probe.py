@@ -62,14 +62,16 @@ def _answer(fact_id: str, group: str, label: str, source: str, ask: Callable[[],
 
 def why(error: Exception) -> str:
     """An error in a few words, without paths."""
+    # The host names a pack's modules by the path of its folder.
+    name = re.split(r"[/\\]", str(getattr(error, "name", None) or ""))[-1]
     if isinstance(error, ModuleNotFoundError):
-        missing = error.name in ("comfy", "comfyui_version")
-        return "there is no ComfyUI in this process" if missing else f"there is no module {error.name}"
+        missing = name in ("comfy", "comfyui_version")
+        return "there is no ComfyUI in this process" if missing else f"there is no module {name}"
     if isinstance(error, importlib.metadata.PackageNotFoundError):
         return f"{error.name} is not installed"
     text = " ".join(str(error).split())
     if isinstance(error, ImportError) or not text or _PATH.search(text):
-        return f"{type(error).__name__} in {error.name}" if getattr(error, "name", None) else type(error).__name__
+        return f"{type(error).__name__} in {name}" if name else type(error).__name__
     return text if isinstance(error, Unknown) else f"{type(error).__name__}: {text[:200]}"
 
 
@@ -363,7 +365,8 @@ def _nvfp4_compute() -> tuple[str, str]:
 
 def _own_backend() -> tuple[str, str]:
     """How this pack's Linear dequantises."""
-    name, reason = importlib.import_module("..kernels.backends", __package__).pick_backend(_device())
+    device = _device()  # first: where it is unknown, nothing is imported
+    name, reason = importlib.import_module("...kernels.backends", __package__).pick_backend(device)
     return name, f"{name} ({reason})"
 
 

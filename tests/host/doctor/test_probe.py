@@ -16,6 +16,7 @@ import pytest
 import server
 import torch
 from nvfp4_video.host.doctor import probe
+from nvfp4_video.kernels import backends
 
 ROOT = Path(__file__).resolve().parents[3]
 # What guard.py, profiles.py and the web panel read.
@@ -31,6 +32,7 @@ package = types.ModuleType("nvfp4_video")
 package.__path__ = [sys.argv[1]]
 sys.modules["nvfp4_video"] = package
 from nvfp4_video.host.doctor import probe
+from nvfp4_video.kernels import backends
 imported = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "comfy", "comfy_kitchen", "triton"})
 facts = probe.probe()
 print(json.dumps([imported, {fact.id: [fact.known, fact.text, fact.source] for fact in facts.values()}]))
@@ -382,11 +384,20 @@ def test_pinned_memory_and_mapping_are_what_the_host_has_set(monkeypatch):
     assert probe.probe()["pinned_memory"].value is False
 
 
+def test_the_pack_s_own_backend_is_what_its_kernels_pick_for_the_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(backends, "pick_backend", lambda device: ("triton", f"asked of {device}"))
+    fact = probe.probe()["own_backend"]
+    assert (fact.value, fact.text) == ("triton", "triton (asked of cuda:0)")
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (ModuleNotFoundError("No module named 'x'", name="x"), "there is no module x"),
+        (ModuleNotFoundError("No module", name="/srv/custom_nodes/pack.x"), "there is no module pack.x"),
         (ImportError("cannot import y (/srv/comfy/z.py)", name="comfy.z"), "ImportError in comfy.z"),
+        (ImportError("cannot import y", name=r"C:\custom_nodes\pack.x"), "ImportError in pack.x"),
         (FileNotFoundError("/srv/secret/file"), "FileNotFoundError"),
         (OSError(r"C:\Users\somebody\x"), "OSError"),
         (RuntimeError("no driver\n found"), "RuntimeError: no driver found"),
