@@ -32,7 +32,6 @@ package = types.ModuleType("nvfp4_video")
 package.__path__ = [sys.argv[1]]
 sys.modules["nvfp4_video"] = package
 from nvfp4_video.host.doctor import probe
-from nvfp4_video.kernels import backends
 imported = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "comfy", "comfy_kitchen", "triton"})
 facts = probe.probe()
 print(json.dumps([imported, {fact.id: [fact.known, fact.text, fact.source] for fact in facts.values()}]))
