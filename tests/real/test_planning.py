@@ -40,7 +40,7 @@ from comfy.ldm.lightricks.vae.audio_vae import AudioVAE
 package = types.ModuleType("nvfp4_video")
 package.__path__ = [{pack!r}]
 sys.modules["nvfp4_video"] = package
-from nvfp4_video.host.settings import audio_latents
+from nvfp4_video.host.planning import audio_latents
 try:
     with torch.device("meta"):
         vae = AudioVAE(metadata={config!r})
