@@ -7,6 +7,9 @@ Prompts and headers come from samples/shapes.py, in sizes that double. A figure 
 that other work on the machine counts little. ``growth``: time per item at the largest size by that at a quarter of it,
 1 where a reader is linear and 4 where it is quadratic; small sizes have a share that is the same for all. The guard
 runs without a host, over tests/stub_comfy, and asks for files that are not there.
+
+``large``: headers as long as they may be, full of one thing each, in a process of their own: CPU seconds until
+read_header has read or refused it, until inspect has, and the most memory, that of Python and torch included.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 import common
 
 LEAST = 1000
+LARGE_BYTES = 99_000_000
 
 
 def least_seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -51,8 +55,53 @@ def header_readers(path: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
+def large(make: Callable[[int], str], folder: Path) -> dict[str, Any]:
+    """One full header: seconds and bytes of reading it."""
+    from nvfp4_video.checkpoint.file.header import CheckpointError, read_header
+    from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
+
+    path = folder / "large.safetensors"
+
+    def write() -> None:
+        text = make(LARGE_BYTES).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+    def read(reader: Callable[[Path], Any]) -> None:
+        try:
+            reader(path)
+        except CheckpointError:
+            os._exit(1)
+
+    in_own_process(write)
+    row: dict[str, Any] = {"MB": round(path.stat().st_size / 1e6, 1)}
+    for reader in (read_header, inspect_checkpoint):
+        code, usage = in_own_process(lambda reader=reader: read(reader))
+        row[reader.__name__] = {
+            "seconds": round(usage.ru_utime + usage.ru_stime, 2), "peak_mib": usage.ru_maxrss // 1024,
+            "refused": bool(code),
+        }  # fmt: skip
+    return row
+
+
+def in_own_process(call: Callable[[], Any]) -> tuple[int, Any]:
+    """-> exit code, usage of CPU and memory."""
+    pid = os.fork()
+    if pid == 0:
+        code = 2
+        try:
+            call()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status, usage = os.wait4(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, 1):
+        raise RuntimeError(f"a measurement ended with {code}")
+    return code, usage
+
+
 def measure(sizes: list[int], repeats: int) -> list[dict[str, Any]]:
-    from nvfp4_video.host.doctor.probe import Fact
+    from nvfp4_video.host.doctor.facts import Fact
     from nvfp4_video.host.guard import check as guard
     from nvfp4_video.samples import shapes
 
@@ -89,12 +138,19 @@ def main() -> None:
     sizes = [LEAST]
     while sizes[-1] * 2 <= arguments.most:
         sizes.append(sizes[-1] * 2)
+    from nvfp4_video.samples import shapes
+
+    with tempfile.TemporaryDirectory() as folder:
+        full = [{"full of": name} | large(make, Path(folder)) for name, make in shapes.LARGE.items()]
+    for row in full:
+        print(row)
     rows = measure(sizes, arguments.repeats)
     facts = common.facts() | {"cpu_cores": os.cpu_count()}
     common.print_facts(facts)
     print("microseconds per item")
     common.print_table(rows, {f"{size:,}": ".1f" for size in sizes} | {"growth": ".2f"})
-    common.save("scaling", arguments.out, {"facts": facts, "unit": "microseconds per item", "rows": rows})
+    unit = "microseconds per item"
+    common.save("scaling", arguments.out, {"facts": facts, "unit": unit, "rows": rows, "large": full})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from .console import CommandError, Console, size
 
 PACK = Path(__file__).resolve().parent.parent
 _NO_COMFYUI = "No ComfyUI: set COMFYUI_PATH to its folder to ask it. What only it knows is unknown below."
+_LARGEST = 64 << 20
 _NOT_RUNNING = "This ComfyUI is asked without being started; a running one tells all at /nvfp4/report."
 
 
@@ -26,7 +26,10 @@ def doctor(parser: argparse.ArgumentParser) -> None:
         "prompt. COMFYUI_PATH names the folder of the ComfyUI, if the pack does not lie in its custom_nodes. Exits "
         "with 1 if something is wrong."
     )
-    parser.add_argument("prompt", nargs="?", type=Path, metavar="PROMPT_JSON", help="a workflow saved as API format")
+    parser.add_argument(
+        "prompt", nargs="?", type=Path, metavar="PROMPT_JSON",
+        help="a workflow, exported as API format, saved, or in a request to a server",
+    )  # fmt: skip
     parser.add_argument(
         "--release", type=Path, metavar="FILE", help="only drop this file from the page cache, for unified memory"
     )
@@ -39,20 +42,23 @@ def run_doctor(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
         if args.prompt:
             raise CommandError("--release does nothing else: leave the prompt out, or call doctor twice")
         return _release(args.release, console), True
-    prompt = _read_prompt(args.prompt) if args.prompt else None
+    text = _read(args.prompt) if args.prompt else None
     connected = _connect()
-    if prompt is not None and not connected:
+    if text is not None and not connected:
         raise CommandError("a prompt is checked against the files of a ComfyUI: set COMFYUI_PATH to its folder")
     # Imported here, after _connect has made that ComfyUI importable.
     from ..host.doctor import report as host_doctor
     from ..host.doctor.probe import probe
 
-    facts, findings = probe(), []
+    facts, findings, reading = probe(), [], None
     if connected:
         from ..host.guard import check as guard
 
-        findings = [*guard.check_host(facts), *(guard.check(prompt, facts) if prompt is not None else ())]
-    report = host_doctor.report(facts, findings)
+        findings = guard.check_host(facts)
+        if text is not None:
+            reading = _understand(args.prompt, text)
+            findings += guard.check(reading.prompt, facts)
+    report = host_doctor.report(facts, findings, reading)
     console.say(_NOT_RUNNING if connected else _NO_COMFYUI, "yellow")
     console.say()
     console.say(host_doctor.text(report))
@@ -69,18 +75,22 @@ def _release(path: Path, console: Console) -> dict[str, Any]:
     return {"file": path.name} | asdict(done)
 
 
-def _read_prompt(path: Path) -> dict[str, Any]:
-    """The graph of a file in API format. Raises CommandError for anything else."""
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > _LARGEST:
+        raise CommandError(f"{path} is larger than {size(_LARGEST)}, which no workflow is")
+    return path.read_bytes()
+
+
+def _understand(path: Path, text: bytes) -> Any:
+    """What the guard reads out of a file. Raises CommandError for one with nothing in it that could be checked."""
+    from ..host.guard import reading
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CommandError(f"{path} is no JSON: {error}") from None
-    if isinstance(found, dict) and isinstance(found.get("prompt"), dict):
-        found = found["prompt"]
-    if isinstance(found, dict) and isinstance(found.get("nodes"), list):
-        raise CommandError(f"{path} is a workflow as the front end saves it; export it again with Export (API)")
-    if not isinstance(found, dict) or not all(isinstance(node, dict) for node in found.values()):
-        raise CommandError(f"{path} holds no prompt: expected an object of nodes by id, as Export (API) writes it")
+        found = reading.read(text)
+    except reading.NotRead as error:
+        raise CommandError(f"{path}: {error}") from None
+    if found.shape == reading.EMPTY:
+        raise CommandError(f"{path}: {found}")
     return found
 
 

@@ -15,8 +15,9 @@ from ..checkpoint.identify.components import DIFFUSION_MODEL
 from ..checkpoint.identify.dialects import AUTO
 from ..checkpoint.verify.found import Verification, summary, worst_layers
 from ..checkpoint.verify.verify import verify as verify_files
+from ..checkpoint.write.card import calibration_text
 from ..checkpoint.write.estimate import estimate
-from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
+from ..checkpoint.write.plan import QUALITIES, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import FAMILIES, Options
 from .amounts import count
@@ -35,7 +36,12 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--estimate", action="store_true", help="only tell size and time; nothing is written")
     parser.add_argument("--recipe", choices=FAMILIES, default=AUTO, metavar="NAME", help=f"{', '.join(FAMILIES)}")
     parser.add_argument("--only", choices=(DIFFUSION_MODEL,), help="leave out VAE, audio VAE and all else")
-    parser.add_argument("--fast", action="store_true", help="plain block maxima, no search for better scales")
+    quality = parser.add_mutually_exclusive_group()
+    quality.add_argument(
+        "--quality", choices=QUALITIES, default="best",
+        help="best (default): search for better scales; fast: plain block maxima; calibrated: GPTQ, with --calibration",
+    )
+    quality.add_argument("--fast", dest="quality", action="store_const", const="fast", help="as --quality fast")
     parser.add_argument("--protect-audio", action="store_true", help="keep the audio branch as it is")
     parser.add_argument("--protect-cross-attention", action="store_true", help="keep all cross-attention as it is")
     parser.add_argument(
@@ -49,7 +55,11 @@ def quantize(parser: argparse.ArgumentParser) -> None:
         "--keep-non-finite", action="store_true", help="keep layers with NaN or infinity; reads the source twice"
     )
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="mean squares of each layer's inputs, as safetensors"
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="a calibration file, or mean squares of each layer's inputs as safetensors; with --quality best both "
+        "weight the search by the mean squares",
     )
     add_target(parser, "a file that exists")
     _add_device(parser)
@@ -97,7 +107,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
             tuple(args.quantize),
         ),
         only_model=args.only == DIFFUSION_MODEL,
-        search=AMAX if args.fast else MSE,
+        search=QUALITIES[args.quality],
         keep_non_finite=args.keep_non_finite,
         calibration=args.calibration,
         config_from=args.config_from,
@@ -120,6 +130,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         ("file", f"{record['path']}, {size(record['nbytes'])}, {_less(record)} than the source"),
         ("sha256", record["sha256"]),
         ("layers", f"{record['layers']:,} in NVFP4, {sum(record['kept'].values()):,} kept (recipe {record['recipe']})"),
+        *_calibration(record),
         ("card", record["card"]),
         ("time", f"{record['seconds']:.1f} s{resumed}"),
     ]
@@ -136,10 +147,15 @@ def _say_estimate(found: dict[str, Any], console: Console, target: Path) -> None
          f"{size(int(rates['write']))}/s, quantises {rates['quantise'] / 1e6:.0f} M weights/s)"),
         ("disk", f"{size(found['free_bytes'])} free" + ("" if found["fits"] else ": NOT ENOUGH")),
         ("layers", f"{found['layers']:,} to NVFP4 (recipe {found['recipe']}: {found['why']})"),
+        *_calibration(found),
         *((f"keeps {count:,}", reason) for reason, count in found["kept"].items()),
     ]  # fmt: skip
     console.table((), rows, "<<", indent=0)
     console.say(f"Nothing was written to {target}.")
+
+
+def _calibration(record: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("calibration", calibration_text(record).partition(": ")[2])] if record["calibration"] else []
 
 
 def _say_warnings(record: dict[str, Any], console: Console) -> None:

@@ -10,3 +10,8 @@ from __future__ import annotations
 
 class PackError(ValueError):
     """What was asked for, or a file, cannot be used. One line: what was found, where, what was expected, what to do."""
+
+
+def one_line(text: str) -> str:
+    """The text with its line breaks, which names from files may have, written as ``\\n`` and the like."""
+    return "".join(repr(char)[1:-1] if char.splitlines() == [""] else char for char in text)

@@ -3,6 +3,7 @@
 
 from ..host.border import guarded
 from .attention import NVFP4Attention
+from .calibrate import NVFP4Calibrate
 from .checkpoint import NVFP4Inspect, NVFP4Split
 from .guard import NVFP4HostReport, NVFP4LaunchGuard
 from .measure import NVFP4Compare, NVFP4Sharpness
@@ -21,6 +22,7 @@ NODES = [
     NVFP4Attention,
     NVFP4Inspect,
     NVFP4Split,
+    NVFP4Calibrate,
     NVFP4Quantize,
     NVFP4Verify,
     NVFP4Repair,

@@ -8,7 +8,7 @@ from comfy_api.v0_0_2 import io
 from ..checkpoint.identify.components import DIFFUSION_MODEL, REST
 from ..checkpoint.write.card import text_of
 from ..checkpoint.write.estimate import estimate
-from ..checkpoint.write.plan import AMAX, MSE, QuantizeSettings
+from ..checkpoint.write.plan import QUALITIES, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import AUTO, FAMILIES, Options
 from ..host import files
@@ -16,7 +16,7 @@ from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerpr
 from ..host.show import show, telling
 
 WHOLE, MODEL_ONLY = "whole checkpoint", "diffusion model only"
-SEARCHES = {"best": MSE, "fast": AMAX}
+NO_CALIBRATION = "none"
 
 
 class NVFP4Quantize(io.ComfyNode):
@@ -35,8 +35,9 @@ class NVFP4Quantize(io.ComfyNode):
                     tooltip="The VAE and all else are copied byte for byte, or left out.",
                 ),
                 io.Combo.Input(
-                    "quality", options=[*SEARCHES], default="best",
-                    tooltip="best searches the block scales with the least error; fast takes block maxima. Same size.",
+                    "quality", options=[*QUALITIES], default="best",
+                    tooltip="best searches the block scales with the least error; fast takes block maxima; calibrated "
+                    "rounds so that outputs change least, with a calibration file. Same size.",
                 ),
                 io.Boolean.Input("protect_audio", default=False, tooltip="Keep the audio branch as it is."),
                 io.Boolean.Input("protect_cross_attention", default=False, tooltip="Keep cross-attention as it is."),
@@ -63,6 +64,11 @@ class NVFP4Quantize(io.ComfyNode):
                     "config_from", options=[SAME_FILE, *file_names(ALL_FOLDERS)], default=SAME_FILE, optional=True,
                     tooltip="A file of the same model version, whose `config` is used.", advanced=True,
                 ),
+                io.Combo.Input(
+                    "calibration", options=[NO_CALIBRATION, *file_names(ALL_FOLDERS)], default=NO_CALIBRATION,
+                    tooltip="What the inputs of this model's layers are like: a calibration file.", optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[io.String.Output("file", display_name="file"), io.String.Output("report", display_name="report")],
             hidden=[io.Hidden.unique_id],
@@ -71,18 +77,21 @@ class NVFP4Quantize(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, file_name, config_from=SAME_FILE, **options) -> str:
-        return fingerprint((file_name, config_from), ALL_FOLDERS, sorted(options.items()))
+    def fingerprint_inputs(cls, file_name, config_from=SAME_FILE, calibration=NO_CALIBRATION, **options) -> str:
+        names = file_name, config_from, SAME_FILE if calibration == NO_CALIBRATION else calibration
+        return fingerprint(names, ALL_FOLDERS, sorted(options.items()))
 
     @classmethod
     def execute(
         cls, file_name, contents, quality, protect_audio, protect_cross_attention, estimate_only, name, overwrite,
         recipe=AUTO, keep_first_last=-1, keep="", keep_non_finite=False, config_from=SAME_FILE,
+        calibration=NO_CALIBRATION,
     ) -> io.NodeOutput:  # fmt: skip
         edges = None if keep_first_last < 0 else keep_first_last
         options = Options(protect_audio, protect_cross_attention, edges, tuple(keep.split()))
+        statistics = None if calibration == NO_CALIBRATION else file_path(calibration, ALL_FOLDERS)
         settings = QuantizeSettings(
-            recipe, options, contents == MODEL_ONLY, SEARCHES[quality], keep_non_finite,
+            recipe, options, contents == MODEL_ONLY, QUALITIES[quality], keep_non_finite, statistics,
             config_from=files.optional_path(config_from, ALL_FOLDERS),
         )  # fmt: skip
         part = DIFFUSION_MODEL if settings.only_model else REST

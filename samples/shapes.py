@@ -188,8 +188,10 @@ def wild(seed: int) -> dict[str, Any]:
 
 
 def vae_prefixes(count: int) -> list[str]:
-    """Many VAEs, two names each."""
-    return [f"v{i}.decoder.{end}" for i in range(count // 2) for end in ("1.weight", "22.bias")]
+    """As many VAEs as a file may have, all of the same number of names: two of them where there are few names."""
+    vaes = min(count // 2, 1000)
+    ends = ("1.weight", "22.bias", *(f"{i}.x" for i in range(count // vaes - 2)))
+    return [f"v{i}.decoder.{end}" for i in range(vaes) for end in ends]
 
 
 def shared_beginnings(count: int) -> list[str]:
@@ -211,6 +213,29 @@ def blocks(count: int) -> list[str]:
 
 HEADERS: Mapping[str, Callable[[int], list[str]]] = {
     made.__name__: made for made in (vae_prefixes, shared_beginnings, models, blocks)
+}
+
+
+def _long_names(size: int) -> dict[str, Any]:
+    """The most tensors that a file may have, their names padded."""
+    count, padding = 100_000, "x" * (size // 100_000 - 90)
+    entry = {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}
+    return {f"transformer_blocks.{i}.{padding}": entry for i in range(count)}
+
+
+# What a header may be full of -> its JSON text of about this many bytes.
+LARGE: Mapping[str, Callable[[int], str]] = {
+    "names of tensors": lambda size: json.dumps(_long_names(size)),
+    "one text": lambda size: '{"__metadata__": {"a": "' + "x" * (size - 99) + '"}}',
+    "one wide text": lambda size: '{"__metadata__": {"a": "' + "x" * (size - 99) + '\U0001f600"}}',
+    "one config": lambda size: '{"__metadata__": {"config": "[' + "1," * (size // 2 - 99) + '1]"}}',
+    "short texts": lambda size: (
+        '{"__metadata__": {' + ", ".join(f'"{i}": "{"x" * (size // 999_000 - 13)}"' for i in range(999_000)) + "}}"
+    ),
+    "lists": lambda size: '{"a": [' + " " * (size - 2_999_999) + "[]," * 999_000 + "1]}",
+    "objects": lambda size: '{"a": [' + " " * (size - 2_999_999) + '{"":1},' * 199_000 + "1]}",
+    "digits": lambda size: '{"a": ' + "9" * (size - 99) + "}",
+    "escapes": lambda size: '{"__metadata__": {"a": "' + "\\u0431" * (size // 6 - 20) + '"}}',
 }
 
 

@@ -104,8 +104,8 @@ const icon = (name) => h("i", { class: ICONS[name] ?? ICONS.unknown, "aria-hidde
 /**
  * The panel. `actions`: refresh(), jump(nodeId), nodeTitle(nodeId) -> string, or null if the graph lacks the node.
  *
- * Returns `.element`; `.show({report, findings, problem}, text)`, the first two as the routes answer them or null,
- * `problem` a sentence that replaces the findings, `text` of texts.js; and `.tell(sentence, busy)`, the status line.
+ * Returns `.element`; `.show({report, findings, reading, problem}, text)`, the first three as the routes answer them or
+ * null, `problem` a sentence that replaces the findings, `text` of texts.js; and `.tell(sentence, busy)`, the status line.
  */
 export function createPanel(actions) {
   const status = h("p", { class: "nd-status", role: "status", "aria-live": "polite" });
@@ -126,7 +126,7 @@ export function createPanel(actions) {
   const copy = async (what) => {
     status.textContent = text((await copyText(what)) ? "copied" : "copyFailed");
   };
-  copyReport.addEventListener("click", () => copy(reportAsText(shown.report, shown.findings, text)));
+  copyReport.addEventListener("click", () => copy(reportAsText(shown, text)));
 
   return {
     element,
@@ -146,9 +146,9 @@ export function createPanel(actions) {
   };
 }
 
-function sections({ report, findings, problem }, text, actions) {
+function sections({ report, findings, reading, problem }, text, actions) {
   return [
-    (findings || problem) && section(text("findings"), findingList(findings, problem, text, actions)),
+    (findings || problem) && section(text("findings"), findingList(findings, reading, problem, text, actions)),
     report && section(text("models"), modelList(report.models ?? [], text)),
     report?.launch && section(text("launch"), launchCommand(report.launch, text, actions)),
     report && section(text("host"), factGroups(report.facts ?? [], text, actions.closed)),
@@ -159,10 +159,15 @@ function section(title, content) {
   return h("section", { "aria-label": title }, h("h3", {}, title), content);
 }
 
-function findingList(findings, problem, text, actions) {
+function findingList(findings, reading, problem, text, actions) {
   if (problem) return h("p", { class: "nd-muted" }, problem);
-  if (!findings?.length) return h("p", { class: "nd-muted" }, text("noFindings"));
-  return h("ul", {}, findings.map((finding) => findingCard(finding, text, actions)));
+  // What was not understood may be what is wrong: then "nothing found" is said of the rest alone.
+  const unknown = reading?.unknown?.length ? h("p", { class: "nd-muted nd-reading" }, reading.text) : null;
+  const none = unknown ? text("noneUnderstood", reading) : text("noFindings");
+  const list = findings?.length
+    ? h("ul", {}, findings.map((finding) => findingCard(finding, text, actions)))
+    : h("p", { class: "nd-muted" }, none);
+  return h("div", {}, list, unknown);
 }
 
 function findingCard(finding, text, actions) {
@@ -259,7 +264,7 @@ function grouped(facts) {
 }
 
 /** What "copy report" copies: plain text for an issue, each fact with its source. */
-function reportAsText(report, findings, text) {
+function reportAsText({ report, findings, reading }, text) {
   const lines = [text("title")];
   for (const [group, facts] of grouped(report?.facts ?? [])) {
     lines.push("", `[${group}]`, ...facts.map(({ label, text: value, source }) => `${label}: ${value} (${source})`));
@@ -267,6 +272,7 @@ function reportAsText(report, findings, text) {
   const models = (report?.models ?? []).map((model) => `${model.name}: ${model.verdict}. ${model.text} ${model.why}`);
   const found = (findings ?? []).map((finding) => `${finding.severity}: ${finding.title} ${nodeList(finding)}`.trim());
   lines.push("", `[${text("models")}]`, ...models, "", `[${text("findings")}]`, ...found);
+  if (reading?.text) lines.push(reading.text);
   if (report?.launch) lines.push("", `[${text("launch")}]`, report.launch.command);
   return `${visible(lines.join("\n"), LONGEST_COPY)}\n`;
 }

@@ -18,7 +18,7 @@ const TOAST_LIFE_MS = 20000;
 const LONGEST_TOAST = 500;
 const SEVERITIES = ["info", "warning", "error"];
 
-const state = { report: null, findings: null, problem: null };
+const state = { report: null, findings: null, reading: null, problem: null };
 const panel = createPanel({ refresh, jump, nodeTitle });
 let latestRefresh = 0;
 let refreshing = false;
@@ -47,7 +47,7 @@ async function refresh() {
   if (mine !== latestRefresh) return;
   refreshing = false;
   const findings = checked?.findings && distinct([...checked.findings, ...(report.findings ?? [])]);
-  await show({ report, findings, problem: checked?.problem });
+  await show({ report, findings, reading: checked?.reading ?? null, problem: checked?.problem });
   if (!report) panel.tell(text("unavailable"));
 }
 
@@ -56,7 +56,7 @@ async function check(text) {
     const { output } = await app.graphToPrompt();
     const headers = { "Content-Type": "application/json" };
     const answer = await request("/nvfp4/check", { method: "POST", headers, body: JSON.stringify({ prompt: output }) });
-    return answer ? { findings: answer.findings ?? [] } : { problem: text("notChecked") };
+    return answer ? { findings: answer.findings ?? [], reading: answer.reading } : { problem: text("notChecked") };
   } catch (error) {
     return { problem: `${text("notChecked")} ${error.message}` };
   }
@@ -72,7 +72,7 @@ function distinct(findings) {
 /** The websocket event: what the guard found in the prompt this browser has just queued. */
 async function onFindings(event) {
   const findings = distinct(event.detail?.findings ?? []);
-  const text = await show({ findings, problem: null });
+  const text = await show({ findings, reading: null, problem: null });
   if (findings.length && setting(ENABLED) !== false) notify(findings, text);
 }
 

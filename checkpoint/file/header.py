@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from ...kernels.errors import PackError
+from ...kernels.errors import PackError, one_line
 from .dtypes import BITS, DTYPES, ITEM_BYTES, bytes_of
 from .mistaken import AGAIN, what_it_is
 
@@ -48,6 +48,7 @@ _INT64_MAX = 2**63 - 1
 _MAX_DIMENSIONS = 64  # torch's own operators stop there
 # What a header may hold beyond what its tensors need. A value of two bytes in JSON can take a hundred as an object.
 _MOST_FURTHER, _MOST_UNUSUAL = 1_000_000, 200_000
+_MOST_TENSORS = 100_000  # of one file; models of a million million parameters have fewer in each of theirs
 _LONGEST_NAME = 1000  # characters of a tensor's name; longer ones are in no model, and no report has room for them
 _MOST_SHAPES = 4096  # shared by the tensors that have them; a file with more has each its own
 _CODES = {name: (name, size) for name, size in ITEM_BYTES.items()}  # with the one string that all tensors share
@@ -64,7 +65,7 @@ class CheckpointError(PackError):
 
     def __init__(self, found: str, *, where: str | os.PathLike[str] = "", expected: str = "", remedy: str = "") -> None:
         message = "; ".join(part for part in (found, expected and f"expected {expected}", remedy) if part)
-        super().__init__(f"{os.fspath(where)}: {message}" if where else message)
+        super().__init__(one_line(f"{os.fspath(where)}: {message}" if where else message))
 
 
 class TensorInfo(NamedTuple):
@@ -312,6 +313,9 @@ def _load_json(file: BinaryIO, length: int, where: str) -> dict[str, Any]:
 
     raw = file.read(length)
     tensors = raw.count(b'"data_offsets"')
+    if tensors > _MOST_TENSORS:
+        found, expected = f"its header lists {tensors:,} tensors", f"at most {_MOST_TENSORS:,}"
+        raise CheckpointError(found, where=where, expected=expected, remedy=_REWRITE)
     if raw.count(b",") > _MOST_FURTHER + 70 * tensors or raw.count(b"[") > _MOST_FURTHER + 2 * tensors:
         found = f"its header of {length:,} bytes holds far more values than its {tensors:,} tensors need"
         raise CheckpointError(found, where=where, expected="entries of tensors, and some metadata", remedy=_REWRITE)

@@ -11,12 +11,12 @@ Names in a full LTX-2.x checkpoint, and in a file of the component's own:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..file.header import CheckpointError, Header
 from .signatures import MODEL_PREFIXES, Model, diffusers_names, find_model, longest_prefixes
-from .vae_signatures import AUDIO, AUDIO_STARTS, find_vaes
+from .vae_signatures import AUDIO, AUDIO_STARTS, Vae, find_vaes
 
 VIDEO_VAE, AUDIO_VAE, TEXT_PROJECTION = "video_vae", "audio_vae", "text_projection"
 DIFFUSION_MODEL, REST = "diffusion_model", "rest"
@@ -59,7 +59,7 @@ def find_components(header: Header, vae_prefix: str | None = None) -> dict[str, 
     Of several VAEs all count as the video VAE, unless ``vae_prefix`` names one; the others are then part of the rest.
     """
     vaes = find_vaes(header)
-    model = model_of(header)
+    model = model_of(header, vaes)
     names: dict[str, dict[str, str]] = {name: {} for name in COMPONENTS}
     prefixes = dict.fromkeys(COMPONENTS, "")
     if model is not None:
@@ -81,8 +81,8 @@ def find_components(header: Header, vae_prefix: str | None = None) -> dict[str, 
     return {key: Component(key, prefixes[key], found) for key, found in names.items() if found}
 
 
-def model_of(header: Header) -> Model | None:
-    """The diffusion model of a checkpoint, or None if what it holds is no such thing."""
+def model_of(header: Header, vaes: Sequence[Vae]) -> Model | None:
+    """The diffusion model of a checkpoint, or None if what it holds is no such thing. ``vaes``: those in it."""
     try:
         model = find_model(header)
     except CheckpointError:
@@ -90,12 +90,12 @@ def model_of(header: Header) -> Model | None:
             return None
         # A family unknown to the table, beside a VAE: the prefix is evidence enough.
         prefix = next((p for p in MODEL_PREFIXES if any(name.startswith(p) for name in header.tensors)), None)
-        return Model(None, prefix) if prefix and find_vaes(header) else None
+        return Model(None, prefix) if prefix and vaes else None
     if model.prefix or model.family is not None:
         return model
     if any(name.startswith((*AUDIO_STARTS, _TEXT_PROJECTION_START)) for name in header.tensors):
         return None
-    return None if any(vae.prefix for vae in find_vaes(header)) else model
+    return None if any(vae.prefix for vae in vaes) else model
 
 
 def _place(

@@ -18,6 +18,7 @@ from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_c
 from .formats import FORMATS, FP8_FORMATS, OLD_FP8
 from .layers import Layer
 from .signatures import MODEL_PREFIXES, Model, diffusers_names, families_under
+from .vae_signatures import find_vaes
 
 FULL_PREFIX = "model.diffusion_model."
 # What ComfyUI's loaders for diffusion models strip: comfy/model_detection.py, unet_prefix_from_state_dict.
@@ -136,7 +137,7 @@ def _is_open(body: Header) -> bool:
 
 def _model(header: Header) -> tuple[Model | None, Mapping[str, Component], str]:
     """Model, components and the model's prefix, also where that prefix is one that nobody expects."""
-    model = model_of(header)
+    model = model_of(header, find_vaes(header))
     if model is not None and model.family is not None:
         return model, find_components(header), model.prefix
     prefix, family = _unexpected(header)

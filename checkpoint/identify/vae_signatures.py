@@ -35,6 +35,7 @@ _LAST_DOWN = "encoder.down_blocks.7.conv.conv.weight"
 _CAUSAL_IN, _IMAGE_IN = "decoder.conv_in.conv.weight", "decoder.conv_in.weight"
 _WAN, _TAE_IN, _TAE_OUT = "decoder.middle.0.residual.0.gamma", "decoder.1.weight", "decoder.22.bias"
 _MOST_NAMED = 8
+_MOST_VAES = 1000
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,15 @@ _ANCHORS = tuple(dict.fromkeys(row.keys[0] for row in _ROWS if row.kind != AUDIO
 def find_vaes(header: Header, config: str | None = None) -> tuple[Vae, ...]:
     """Header -> all VAEs in the file, each made of the names under its prefix and under no longer one.
 
-    ``config``: the header entry to judge by, where another file provides it.
+    ``config``: the header entry to judge by, where another file provides it. CheckpointError for more than 1,000 VAEs.
     """
     config = header.metadata.get("config") if config is None else config
     found = []
     sections = _sections(config)
     prefixes = _prefixes(header)
+    if len(prefixes) > _MOST_VAES:
+        found, expected = f"names of {len(prefixes):,} VAEs are in it", f"at most {_MOST_VAES:,}"
+        raise CheckpointError(found, where=header.path.name, expected=expected, remedy="check how it was made")
     parts: dict[str, dict[str, TensorInfo]] = {prefix: {} for prefix in prefixes}
     for name, prefix in longest_prefixes(header.tensors, prefixes).items():
         if prefix or not name.startswith(_ELSEWHERE):

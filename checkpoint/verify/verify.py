@@ -5,13 +5,15 @@
 
 The measure is the relative Frobenius error, ||decoded - original|| / ||original||, and its logarithm, the SQNR. What is
 allowed is not a constant: each original layer is also quantised with plain block maxima, and a file may be a quarter
-worse than that. Reading the wrong way is far outside: 0.36 where row-major block scales are taken for tiled ones, 1.41
-where the nibbles of a byte are exchanged (also what an unrelated model gives). Such a layer is read in the other
-dialects too, and the one that fits is named; a file that leaves its dialect open is read in the one that fits.
+worse than that, one made by GPTQ twice as bad: it lets weights go where the outputs gain. Reading the wrong way is far
+outside: 0.36 where row-major block scales are taken for tiled ones, 1.41 where the nibbles of a byte are exchanged
+(also what an unrelated model gives). Such a layer is read in the other dialects too, and the one that fits is named; a
+file that leaves its dialect open is read in the one that fits.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -27,12 +29,14 @@ from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
 from ..identify.formats import LOW_RANK, SMOOTHING
 from ..identify.layers import Layer, refuse
+from ..write.card import PROVENANCE
+from ..write.plan import GPTQ
 from ..write.split import same_file
 from ..write.weights import FloatRows, FloatWeight
 from .account import Side, account_for, input_scale_faults
 from .found import LayerCheck, Verification, blocks_and_kinds, summary
 from .independent import sample, structure_faults
-from .weight_error import decode, energy, layer_error, ratio
+from .weight_error import CALIBRATED_MARGIN, MARGIN, decode, energy, layer_error, ratio
 
 FP8_ALLOWED = 0.04  # E4M3 with one scale has 0.027 on Gaussian weights, E5M2 twice that
 SAME = 1e-6  # of two dialects, one of which divides by its global scale
@@ -119,6 +123,7 @@ class Layers:
     def __init__(self, ours: Side, theirs: Side, reader: Source, original: Source, device: torch.device) -> None:
         self.ours, self.theirs, self.reader, self.original, self.device = ours, theirs, reader, original, device
         self.evidence, self._stated = "", ""
+        self.margin = CALIBRATED_MARGIN if _calibrated(ours) else MARGIN
         self._plans: dict[str, dialects.DialectPlan | None] = {}
 
     def plan(self, dialect: str) -> dialects.DialectPlan:
@@ -177,7 +182,7 @@ class Layers:
         if (round_up(n, 16), round_up(k, BLOCK)) != (round_up(stored_n, 16), round_up(stored_k, BLOCK)):
             verdict = f"it is {stored_n} x {stored_k}, its original {n} x {k}"
             return self._made(layer, "NVFP4", (n, k), (math.inf, 0.1, 0.0, 0.0, 0), verdict)
-        numbers = layer_error(rows, record, *beside)
+        numbers = layer_error(rows, record, *beside, self.margin)
         return self._made(layer, "NVFP4", (n, k), numbers, self._verdict(layer, weight, numbers))
 
     def _rewritten(self, mine: Layer, other: Layer) -> LayerCheck:
@@ -227,7 +232,7 @@ class Layers:
             other = self._other(name)
             if name != self._plan.dialect and other is not None and layer in other.nvfp4:
                 found = self._record(other, layer)
-                if layer_error(FloatRows(self.original, weight, self.device), *found)[0] <= allowed:
+                if layer_error(FloatRows(self.original, weight, self.device), *found, self.margin)[0] <= allowed:
                     return f"{text}; it is in the dialect {name}, not {self._plan.dialect}: state that and repair it"
         if lost > 0.5:
             return f"{text}; {100 * lost:.0f} % of its blocks decode to zero, in the source they are not"
@@ -242,7 +247,7 @@ class Layers:
             weight = self.theirs.weight(self.ours.layer(layer))
             if weight is not None:
                 found = self._record(plan, layer)
-                return layer_error(FloatRows(self.original, weight, self.device), *found)[0]
+                return layer_error(FloatRows(self.original, weight, self.device), *found, self.margin)[0]
         return None
 
     def _other(self, name: str) -> dialects.DialectPlan | None:
@@ -274,6 +279,15 @@ class Layers:
         if plan.layers[layer].low_rank:
             low_rank = tuple(get(suffix).float().to(self.device) for suffix in LOW_RANK)
         return record, smooth, low_rank
+
+
+def _calibrated(side: Side) -> bool:
+    """Whether a file says of itself that GPTQ made it, which spends weight error to save output error."""
+    try:
+        said = json.loads(side.header.metadata.get(PROVENANCE, "{}"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.get("search") == GPTQ
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:

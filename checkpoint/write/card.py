@@ -99,8 +99,11 @@ def _card_text(record: Mapping[str, Any]) -> str:
     search = {
         "mse": "block scales chosen for the least squared error among candidates, same format as plain NVFP4",
         "amax": "plain block maxima, as comfy-kitchen's quantiser",
+        "gptq": "GPTQ: rounding errors are made up for by later columns, as calibration inputs are correlated; "
+        "block scales chosen on the way, same format as plain NVFP4",
     }[record["search"]]
-    weighted = ", weighted by calibration statistics" if record["calibration"] else ""
+    weighted = ", weighted by calibration statistics" if record["calibration"] and record["search"] == "mse" else ""
+    calibrated = gptq_text(record)
     licence = markdown(record["licence"] or _NO_LICENCE, LONGEST_LINE)
     family = markdown(record["family"] or "A diffusion model")
     return "\n".join(
@@ -124,6 +127,7 @@ def _card_text(record: Mapping[str, Any]) -> str:
             f"| made by | {record['tool']}, recipe {markdown(record['recipe'])} ({markdown(record['why'])}) |",
             *([f"| options | {options} |"] if options else []),
             f"| scales | {search}{weighted} |",
+            *([f"| calibration | {markdown(record['calibration'])}: {calibrated} |"] if calibrated else []),
             f"| licence | {licence} |",
             f"| contents | {markdown(record['contents'])} |",
             "",
@@ -154,9 +158,35 @@ def text_of(record: Mapping[str, Any]) -> str:
         free = size_text(record["free_bytes"]) + ("" if record["fits"] else ", NOT ENOUGH")
         lines += [f"time: about {record['seconds'] / 60:.1f} min", f"free on disk: {free}"]
     lines += [f"layers: {record['layers']:,} in NVFP4, recipe {record['recipe']}: {record['why']}"]
+    lines += [calibration_text(record)] if record["calibration"] else []
     lines += [f"kept: {count:,} {reason}" for reason, count in record["kept"].items()]
     lines += [f"warning: {text}" for text in record["warnings"]]
     return report(lines)
+
+
+def calibration_text(record: Mapping[str, Any]) -> str:
+    """Record of a written file, or of an estimate, with a calibration file -> a line on what that file did."""
+    has = f"calibration: {record['calibration']} has {record['calibrated']:,} of {record['layers']:,} layers"
+    fared = gptq_text(record)
+    if not fared and record["search"] == "gptq":
+        fared = "each takes GPTQ where its outputs on held-out tokens gain by it"
+    return f"{has}; {fared}" if fared else has
+
+
+def gptq_text(record: Mapping[str, Any]) -> str:
+    """Record of a file -> how GPTQ fared; "" where it was not asked for, and in an estimate."""
+    if not (found := record.get("gptq")):
+        return ""
+    parts = [f"{found['taken']:,} layers took GPTQ"]
+    for key, text in (
+        ("worse", "kept the plain search, which is as good on held-out tokens"),
+        ("unseen", "kept the plain search for lack of tokens"),
+        ("unfit", "kept the plain search, their sums cannot be used"),
+    ):
+        parts += [f"{found[key]:,} {text}"] if found[key] else []
+    if found["error"] is not None:
+        parts += [f"squared error of held-out outputs {found['error']:.2f} of the plain search's, mean of those layers"]
+    return ", ".join(parts) + (", this run" if record["resumed"] else "")
 
 
 def write_card(target: Path, record: Mapping[str, Any]) -> Path:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ...kernels import dispatch
+from ...kernels import dispatch, gptq
 from ..file.container import build_header
 from ..file.header import CheckpointError, Header, open_regular
 from .card import PROVENANCE, provenance
-from .plan import QuantizeSettings, plan_quantization
+from .plan import GPTQ, MSE, QuantizePlan, QuantizeSettings, plan_quantization
 
 _SAMPLE = (2048, 2048)
 _SAMPLE_BYTES = 64 * 2**20
@@ -40,7 +40,7 @@ def estimate(
     elements = sum(job.info.numel for job in plan.jobs.values())
     rates = {
         "read": _read_rate(plan.checkpoint.files[0]),
-        "quantise": _quantise_rate(plan.settings.search, torch.device(device)),
+        "quantise": _quantise_rate(plan, torch.device(device)),
         "write": _write_rate(folder),
     }
     amounts = {"read": plan.record["source_bytes"], "quantise": elements, "write": 2 * plan.nbytes}
@@ -68,12 +68,22 @@ def _read_rate(file: Header) -> float:
     return count / max(time.perf_counter() - started, 1e-6)
 
 
-def _quantise_rate(search: str, device: torch.device) -> float:
-    """Elements a second, of the second of two runs: the first compiles."""
+def _quantise_rate(plan: QuantizePlan, device: torch.device) -> float:
+    """Elements a second, of the second of two runs: the first compiles.
+
+    With GPTQ also that of one run of it; trials of the damping are few rows, and the judgement is like the search.
+    """
     weight = torch.randn(_SAMPLE, device=device)
+    calibrated = plan.settings.search == GPTQ
+    if calibrated:
+        width = min(plan.statistics.width, _SAMPLE[1])
+        grams = torch.eye(width, device=device).expand(-(-_SAMPLE[1] // width), width, width)
+        scale = torch.full((), 2.0**-8, device=device)
     for _ in range(2):
         started = time.perf_counter()
-        dispatch.quantize(weight, search=search).packed.cpu()
+        dispatch.quantize(weight, search=MSE if calibrated else plan.settings.search).packed.cpu()
+        if calibrated:
+            gptq.quantize(weight, gptq.feedback(grams, 0.01), scale).packed.cpu()
         seconds = time.perf_counter() - started
     return weight.numel() / max(seconds, 1e-6)
 

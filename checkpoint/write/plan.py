@@ -20,19 +20,21 @@ from typing import Any, NoReturn
 from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor
 from ..file.dtypes import BITS
-from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry, read_header
+from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry
 from ..file.shards import Checkpoint, Source, open_checkpoint
 from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, VIDEO_VAE, find_components
 from ..identify.formats import FP8_SCALES, OLD_FP8
 from ..identify.layers import Layer, refuse
 from ..identify.signatures import find_model
+from .calibration import Statistics, find_statistics
 from .card import licence_of, tool_version
 from .recipes import AUTO, Options, Recipe, Selection, find_recipe, select
 from .split import with_config
 from .weights import FloatWeight, float_weight
 
-MSE, AMAX = "mse", "amax"
+MSE, AMAX, GPTQ = "mse", "amax", "gptq"
+QUALITIES = {"best": MSE, "fast": AMAX, "calibrated": GPTQ}
 NON_FINITE = "NaN or infinity in it, kept on request"
 _MARKER = b'{"format": "nvfp4"}'
 _REPLACED = ("weight", *FP8_SCALES, "input_scale", "scale_input", dialects.MARKER)
@@ -43,8 +45,9 @@ _RENAMED = {"scale_weight": "weight_scale", "weight_scale_inv": "weight_scale", 
 class QuantizeSettings:
     """How to quantise. ``recipe``: "auto" or a name of RECIPES. ``only_model``: leave out all but the diffusion model.
 
-    ``search``: "mse" or "amax". ``keep_non_finite``: keep layers with NaN or infinity instead of refusing the file.
-    ``calibration``: a safetensors file with the mean squares of each layer's inputs, (K,) under the layer's name.
+    ``search``: "mse", "amax", or "gptq" with a calibration file. ``keep_non_finite``: keep layers with NaN or infinity
+    instead of refusing the file. ``calibration``: a calibration file (calibration.py), or a safetensors file with the
+    mean squares of each layer's inputs, (K,) under the layer's name, which weight the search "mse".
     ``config_from``: as in ``split``.
     """
 
@@ -78,7 +81,7 @@ class QuantizePlan:
     made: Mapping[str, bytes]
     units: Mapping[str, tuple[PlannedTensor, ...]]
     tensors: tuple[PlannedTensor, ...]
-    calibration: Mapping[str, str]
+    statistics: Statistics | None
     metadata: Mapping[str, str]
     record: Mapping[str, Any]
 
@@ -98,8 +101,11 @@ def plan_quantization(
     found = open_checkpoint(source)
     checkpoint = Checkpoint(with_config(found.header, settings.config_from), found.homes, found.files)
     header = checkpoint.header
-    if settings.search not in (MSE, AMAX):
-        raise CheckpointError(f"unknown search {settings.search!r}", expected=f"{MSE} or {AMAX}")
+    if settings.search not in (MSE, AMAX, GPTQ):
+        raise CheckpointError(f"unknown search {settings.search!r}", expected=f"{MSE}, {AMAX} or {GPTQ}")
+    if settings.calibration is None and settings.search == GPTQ:
+        remedy = "name one (--calibration, calibration), or choose another quality"
+        raise CheckpointError("calibrated quality needs a calibration file", remedy=remedy)
     if settings.calibration is not None and settings.search == AMAX:
         raise CheckpointError("block maxima take no calibration statistics", remedy="leave out one of the two")
     model = find_model(header)
@@ -139,12 +145,18 @@ def plan_quantization(
     units |= {name: _layer_tensors(names[name].rpartition(".")[0], job.info.shape) for name, job in jobs.items()}
     units |= {name: (_planned(name, "U8", (len(content),)),) for name, content in made.items()}
     tensors = sorted((tensor for unit in units.values() for tensor in unit), key=lambda t: -BITS[t.dtype])
-    calibration = _calibration(settings.calibration, {own_layers[job.layer]: job for job in jobs.values()}, component)
+    statistics = None
+    if settings.calibration is not None:
+        own_jobs = {own_layers[job.layer]: job for job in jobs.values()}
+        statistics = find_statistics(
+            settings.calibration, own_jobs, component.prefix, checkpoint, settings.search == GPTQ
+        )
     record = _record(checkpoint, settings, recipe, model.family, selection, len(jobs))
+    record["calibrated"] = len(statistics.tensors) if statistics else 0
     metadata = _metadata(header, own_layers, settings.only_model)
     return QuantizePlan(
         checkpoint, settings, recipe, model.family, selection, jobs, restored, still, copies, made, units,
-        tuple(tensors), calibration, metadata, record,
+        tuple(tensors), statistics, metadata, record,
     )  # fmt: skip
 
 
@@ -244,27 +256,6 @@ def _planned(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
 
 def _unplanned() -> NoReturn:
     raise AssertionError("the quantiser makes tensors by unit, not one by one")
-
-
-def _calibration(path, jobs: Mapping[str, FloatWeight], component) -> dict[str, str]:
-    """Source tensor -> tensor of the calibration file: one number a column, the mean square of that input."""
-    if path is None:
-        return {}
-    header = read_header(path)
-    found = {}
-    for layer, job in jobs.items():
-        name = next((key for key in (layer, component.prefix + layer) if key in header.tensors), None)
-        if name is None:
-            continue
-        if header.tensors[name].shape != job.info.shape[1:]:
-            text = f"tensor {name} has shape {header.tensors[name].shape}"
-            remedy = "these statistics belong to another model"
-            raise CheckpointError(text, where=header.path.name, expected=f"{job.info.shape[1:]}", remedy=remedy)
-        found[job.name] = name
-    if not found:
-        remedy = "name a safetensors file with one vector a layer, named as the layer"
-        raise CheckpointError("it has statistics of none of the layers", where=header.path.name, remedy=remedy)
-    return found
 
 
 def _metadata(header: Header, own_layers: Mapping[str, str], only_model: bool) -> dict[str, str]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,16 +20,15 @@ from typing import Any
 
 import torch
 
-from ...kernels import dispatch, reference
-from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import produce_bytes
 from ..file.guard import SourceGuard
-from ..file.header import CheckpointError, Header, open_regular, read_header
+from ..file.header import CheckpointError, Header, open_regular
 from ..file.resume import PartFile, discard, left_behind
-from ..file.shards import Checkpoint, Source
+from ..file.shards import Source
 from ..identify import dialects
 from ..identify.values import check_layer
 from .card import PROVENANCE, provenance, write_card
+from .pack import Packer
 from .plan import QuantizePlan, QuantizeSettings, nvfp4_marker, plan_quantization
 from .split import check_targets
 from .weights import FloatRows, FloatWeight, non_finite
@@ -76,25 +75,6 @@ def quantize_checkpoint(
     return _finish(path, record)
 
 
-def quantize_weight(
-    rows: FloatRows, search: str, column_weight: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """FP32 rows -> packed, block_scale and global_scale of the host's layout, on the CPU; None if one is not finite."""
-    amax = rows.amax()
-    if not torch.isfinite(amax):
-        return None
-    global_scale = reference.default_global_scale(amax, search)
-    if global_scale == 0:  # of zeros, or of numbers too small for FP32's scales: readers would divide by it
-        global_scale = torch.ones_like(amax)
-    packed = torch.empty(packed_shape(rows.shape), dtype=torch.uint8)
-    scale = torch.empty(block_scale_shape(rows.shape), dtype=torch.float8_e4m3fn)
-    for start, values in rows:
-        record = dispatch.quantize(values, global_scale, search=search, column_weight=column_weight)
-        packed[start : start + record.packed.shape[0]] = record.packed.cpu()
-        scale[start : start + record.block_scale.shape[0]] = record.block_scale.cpu()
-    return packed, scale, global_scale.cpu()
-
-
 def _write(
     plan: QuantizePlan,
     path: Path,
@@ -108,6 +88,7 @@ def _write(
     started = time.monotonic()
     total = sum(file.file_size for file in plan.checkpoint.files) + plan.nbytes
     metadata = dict(plan.metadata) | {PROVENANCE: provenance(plan.record)}
+    packer = Packer(plan.statistics, plan.settings.search, device)
     with Source(plan.checkpoint) as reader:
         for layer in plan.kept.values():
             check_layer(
@@ -118,7 +99,7 @@ def _write(
         PartFile(path, plan.tensors, plan.units, metadata, request, lambda _: step(0, total), overwrite) as part,
     ):
         resumed = len(part.finished)
-        hashes, done = _stream(plan, reader, part, guard, device, lambda done: step(done, total))
+        hashes, done = _stream(plan, reader, part, guard, packer, lambda done: step(done, total))
         for name, content in plan.made.items():
             if name not in part.finished:
                 part.write(name, [memoryview(content)])
@@ -132,6 +113,7 @@ def _write(
         part.on_bytes = checked
         metadata[PROVENANCE] = provenance(plan.record, hashes)
         known = {"file": path.name, "sources": hashes, "request": request, "resumed": resumed, "nbytes": part.nbytes}
+        known |= packer.report()
         return part.publish(
             metadata, lambda sha: dict(plan.record) | known | {"sha256": sha, "seconds": time.monotonic() - started}
         )
@@ -142,14 +124,13 @@ def _stream(
     reader: Source,
     part: PartFile,
     guard: SourceGuard,
-    device: torch.device,
+    packer: Packer,
     on_bytes: Callable[[int], None],
 ) -> tuple[dict[str, str], int]:
     """Read every tensor once, in the order of the files, and write what it becomes -> {file: sha256}, bytes read."""
     header = plan.checkpoint.header
     hashers = {file.path: _hash_of_header(file) for file in plan.checkpoint.files}
     done = sum(file.file_size for file in plan.checkpoint.files) - sum(i.nbytes for i in header.tensors.values())
-    columns = _column_weights(plan, device)
     with ThreadPoolExecutor(1) as pool:
         for name in sorted(header.tensors, key=reader.place):
             on_bytes(done)
@@ -159,9 +140,9 @@ def _stream(
             if name in plan.units and name not in plan.made and name not in part.finished:
                 data = [view]
                 if (job := plan.jobs.get(name)) is not None:
-                    data = _quantised(plan, reader, job, view, device, columns, on_bytes, done)
+                    data = _quantised(plan, reader, job, view, packer, on_bytes, done)
                 elif (job := plan.restored.get(name)) is not None:
-                    data = [_restored(plan, FloatRows(reader, job, device, view))]
+                    data = [_restored(plan, FloatRows(reader, job, packer.device, view))]
                 guard.check()
                 part.write(name, data)
             hashed.result()
@@ -170,13 +151,13 @@ def _stream(
     return {path.name: hasher.hexdigest() for path, hasher in hashers.items()}, done
 
 
-def _quantised(plan, reader, job: FloatWeight, view, device, columns: Mapping[str, torch.Tensor], on_bytes, done):
+def _quantised(plan, reader, job: FloatWeight, view, packer: Packer, on_bytes, done):
     """The bytes of a layer's four tensors. CheckpointError naming this layer and all others that are not finite."""
-    made = quantize_weight(FloatRows(reader, job, device, view), plan.settings.search, columns.get(job.name))
+    made = packer.pack(FloatRows(reader, job, packer.device, view))
     if made is None:
         names = list(plan.jobs)
         rest = {key: plan.jobs[key] for key in names if key != job.name}
-        bad = [job.layer] + [rest[key].layer for key in non_finite(reader, rest, device, lambda: on_bytes(done))]
+        bad = [job.layer] + [rest[key].layer for key in non_finite(reader, rest, packer.device, lambda: on_bytes(done))]
         listed = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
         raise _NonFinite(
             f"NaN or infinity in {len(bad)} layers: {listed}", where=plan.checkpoint.header.path.name,
@@ -220,22 +201,6 @@ def _hash_of_header(file: Header):
     start = min((info.start for info in file.tensors.values()), default=file.file_size)
     with open_regular(file.path) as opened:
         return hashlib.sha256(opened.read(start))
-
-
-def _column_weights(plan: QuantizePlan, device: torch.device) -> dict[str, torch.Tensor]:
-    """Source tensor -> (K,) fp32 weights of its columns, from the calibration file."""
-    if not plan.calibration:
-        return {}
-    header = read_header(plan.settings.calibration)
-    found = {}
-    with Source(Checkpoint(header, dict.fromkeys(header.tensors, header), (header,))) as reader:
-        for name, statistics in plan.calibration.items():
-            values = reader.tensor(statistics).float()
-            if not torch.isfinite(values).all() or (values < 0).any():
-                where, expected = f"{header.path.name}, {statistics}", "mean squares: finite, not negative"
-                raise CheckpointError("it holds other numbers", where=where, expected=expected)
-            found[name] = values.to(device)
-    return found
 
 
 def _check_sidecar(path: Path) -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +217,13 @@ def _judge_pair(names, ends, wanted, found, theirs: bool, overwrite: bool, outco
         wrong("target: it is there, and no run finished")
 
 
-KILLS = Kind("kills at random moments, and the next run", prepare, killed)
-SOURCES = Kind("sources that change under a run", prepare, changed)
-PAIRS = Kind("two writers of one target", prepare, paired)
+@functools.cache
+def _sources() -> Sources:
+    """What the three kinds share; nothing of it lies in files."""
+    with tempfile.TemporaryDirectory(prefix="nvfp4-fuzz-") as folder:
+        return prepare(Path(folder))
+
+
+KILLS = Kind("kills at random moments, and the next run", lambda folder: _sources(), killed)
+SOURCES = Kind("sources that change under a run", lambda folder: _sources(), changed)
+PAIRS = Kind("two writers of one target", lambda folder: _sources(), paired)

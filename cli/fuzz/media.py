@@ -104,9 +104,9 @@ def _write(samples: tuple[Sample, ...], rng: Random, folder: Path) -> Path:
 
 
 def _compared(path: Path) -> None:
-    frames, _ = media.read_frames(path, _FRAMES)
+    frames, rate = media.read_frames(path, _FRAMES)
     sound = media.read_audio(path)
-    found = compare_clips(frames, frames, sound, sound, (path.name, path.name), False, lambda done, total: None)
+    found = compare_clips(frames, frames, sound, sound, (path.name, path.name), False, (rate, rate))
     json.dumps(found.to_dict(), allow_nan=False)
 
 

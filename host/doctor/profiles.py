@@ -8,24 +8,33 @@ and was not repeated here. Nothing here was run on a GB10.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from .probe import GIB, Fact
+from . import cards
+from .facts import GIB, Fact, gib
+from .machine import CPU
 
 COMMAND = "python main.py"
 FOLKLORE = ("--disable-async-offload", "--disable-dynamic-vram")
 # What ComfyUI takes as a request to leave DynamicVRAM off, besides the flag for it (comfy/cli_args.py).
 SWITCHES_DYNAMIC_OFF = ("--highvram", "--gpu-only", "--novram")
+# Flags that force a dtype upon every VAE, the audio VAE too, whose encoder computes its spectrum in FP32.
+AUDIO_FLAGS = ("--bf16-vae", "--fp16-vae")
 MEASURED = "measured by us"
 # An LTX-2.3 DiT of 21.0 B parameters with 1,496 Linears in NVFP4.
 WEIGHTS_GB = 17.6
+ENCODER_GB = 8.1  # Gemma 3 12B in NVFP4
+SYSTEM_NEEDS = 4 * GIB  # what the system, Python and torch take before a model is loaded; ComfyUI pins no more either
 # Switches that users ask about and no profile recommends, from the host's own help; newer ones than ComfyUI 0.33's too.
 OTHERS = {
     "--disable-comfy-compiler": "switches off the Comfy Compiler and with it ComfyUI's CUDA graphs; a workaround for "
     "the error `aimdo memory compile error`, and for nothing else",
     "--disable-cuda-graphs": "switches off the CUDA graphs of ComfyUI's text decoders and those of this pack",
     "--assert-graph-breaks": "stops a prompt where the Comfy Compiler would record a step anew; for developers",
+    "--disable-pinned-memory": "copies offloaded weights from ordinary memory, which is slower; a workaround for the "
+    "error `HostBuffer.read_file_slice failed` (threads 14250 and 15255)",
     "--fast-disk": "reads offloaded weights from the disk, not from unpinned memory; for a fast NVMe disk",
     "--disable-fast-disk": "keeps offloaded weights in memory where ComfyUI would judge the disk to be fast enough",
     "--offline": "keeps the browser from the internet, partner nodes included; --disable-api-nodes is its old name",
@@ -57,14 +66,26 @@ class LaunchProfile:
 
 def launch_profile(facts: Mapping[str, Fact]) -> LaunchProfile:
     """Facts of probe() -> the profile of this machine and this host."""
-    name, own, remarks = _machine(facts)
     known = _value(facts, "known_flags") or frozenset()
+    if not cards.is_nvidia(partial(_value, facts)):
+        return _foreign(cards.maker_of(partial(_value, facts)), known, _started(facts))
+    name, own, remarks = _machine(facts)
     flags = tuple(flag for flag in (*_crash_flags(facts), *own) if flag[0].split()[0] in known)
     notes = [*remarks, *_crash_notes(facts, flags), *_started_with(facts, flags)]
     if not known:
         notes.append("This process has no ComfyUI, so no flag could be checked against its command line.")
-    others = tuple((flag, what) for flag, what in OTHERS.items() if flag in known)
-    return LaunchProfile(name, " ".join((COMMAND, *(flag[0] for flag in flags))), flags, " ".join(notes), others)
+    command = " ".join((COMMAND, *(flag[0] for flag in flags)))
+    return LaunchProfile(name, command, flags, " ".join(notes), _others(known))
+
+
+def _foreign(maker: str, known: Collection[str], started: Collection[str]) -> LaunchProfile:
+    """The profile of a machine whose GPU is not NVIDIA's, of which nothing below is known to be true."""
+    name = "no GPU" if maker == CPU else f"{maker} GPU"
+    return LaunchProfile(name, COMMAND, (), " ".join(cards.advice(maker, known, started)), _others(known))
+
+
+def _others(known: Collection[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((flag, what) for flag, what in OTHERS.items() if flag in known)
 
 
 def _machine(facts: Mapping[str, Fact]) -> tuple[str, list[Flag], list[str]]:
@@ -75,18 +96,17 @@ def _machine(facts: Mapping[str, Fact]) -> tuple[str, list[Flag], list[str]]:
     if _value(facts, "unified_memory"):
         return _unified(memory, _value(facts, "gpu_name") or "")
     fits = f"LTX-2.3 in NVFP4 weighs {WEIGHTS_GB} GB ({MEASURED})"
-    regression = list(_pinning_regression(facts))
     if memory >= _LARGE:
         ran = f"No flag is needed: {fits}; this pack's figures on an H200 were taken with ComfyUI's defaults."
-        return "40 GB and more", regression, [ran]
+        return "40 GB and more", [], [ran, *_wsl(facts)]
     if memory >= _FULL:
         stays = f"No flag is needed for the weights: {fits} and stays on the GPU as a whole."
-        return "32 GB", [*_two_stages(facts), *regression], [stays]
+        return "32 GB", list(_two_stages(facts)), [stays, *_memory(facts, memory), *_wsl(facts)]
     if memory >= _MEDIUM:
         tight = f"{fits}, which leaves little for the video itself; DynamicVRAM moves weights out as needed."
-        return "24 GB", [*_headroom(facts, "1"), *regression], [tight, *_no_dynamic(facts)]
+        return "24 GB", list(_headroom(facts, "1")), [tight, *_small(facts, memory)]
     streams = f"{fits}: part of it stays in system memory and is copied in every step, which DynamicVRAM overlaps."
-    return "less than 20 GB", [*_headroom(facts, "0.5"), *regression], [streams, *_no_dynamic(facts)]
+    return "less than 20 GB", list(_headroom(facts, "0.5")), [streams, *_small(facts, memory)]
 
 
 def _unified(memory: int, gpu: str) -> tuple[str, list[Flag], list[str]]:
@@ -125,16 +145,44 @@ def _two_stages(facts: Mapping[str, Fact]) -> Iterator[Flag]:
         yield "--reserve-vram 8", why, "reported, thread 11726 (32 GB card)"
 
 
-def _pinning_regression(facts: Mapping[str, Fact]) -> Iterator[Flag]:
-    version = _value(facts, "comfyui_version") or ""
-    if version.startswith("0.30.") and not _has_no_dynamic_vram(facts):
-        why = "this ComfyUI can stop with `HostBuffer.read_file_slice failed`; a newer one is the better cure"
-        yield "--disable-pinned-memory", why, "reported, thread 15255 (0.30.0 and 0.30.1)"
+def _small(facts: Mapping[str, Fact], memory: int) -> Iterator[str]:
+    """Remarks for a card that keeps the weights in part only."""
+    yield from _no_dynamic(facts)
+    yield from _memory(facts, memory)
+    yield from _wsl(facts)
+
+
+def _memory(facts: Mapping[str, Fact], memory: int) -> Iterator[str]:
+    """For a machine on which model and text encoder fit into no memory, ``memory`` bytes of it on the GPU."""
+    system = _value(facts, "memory_total")
+    if system is None or memory + system - SYSTEM_NEEDS >= (WEIGHTS_GB + ENCODER_GB) * 1e9:
+        return
+    yield (
+        f"With its text encoder, {ENCODER_GB} GB in NVFP4 ({MEASURED}), that is more than the GPU ({gib(memory)}) and "
+        f"the system's memory ({gib(system)}) hold together: what does not fit is read from the file again, in every "
+        "prompt or in every step. Keep the files on the fastest disk, close other programs, and take the text encoder "
+        "in NVFP4."
+    )
+    if "--fast-disk" in (_value(facts, "known_flags") or ()):
+        yield "--fast-disk leaves weights on an NVMe disk rather than fill memory with them (not tried here)."
+
+
+def _wsl(facts: Mapping[str, Fact]) -> Iterator[str]:
+    if "WSL" in str(_value(facts, "platform") or ""):
+        yield (
+            "Under WSL the system's memory is what .wslconfig grants, half of the machine's by default, and files "
+            "under /mnt are read through a network file system: keep the models on Linux's own disk (Microsoft's "
+            "documentation of WSL)."
+        )
 
 
 def _no_dynamic(facts: Mapping[str, Fact]) -> Iterator[str]:
     if _has_no_dynamic_vram(facts):
-        yield "DynamicVRAM is off here, and on this card it matters more than any flag: update ComfyUI and PyTorch."
+        since = " (WSL has it since 0.33)" if "WSL" in str(_value(facts, "platform") or "") else ""
+        yield (
+            "DynamicVRAM is off here, and on this card it matters more than any flag: update ComfyUI"
+            f"{since} and PyTorch."
+        )
 
 
 def _has_no_dynamic_vram(facts: Mapping[str, Fact]) -> bool:
@@ -181,6 +229,12 @@ def _started_with(facts: Mapping[str, Fact], flags: tuple[Flag, ...]) -> Iterato
     for flag in SWITCHES_DYNAMIC_OFF:
         if flag in _started(facts):
             yield f"It was started with {flag}, which switches DynamicVRAM off."
+    for flag in AUDIO_FLAGS:
+        if flag in _started(facts):
+            yield (
+                f"It was started with {flag}: ComfyUI's audio VAE of LTX-2 then stops where it encodes sound; NVFP4 "
+                "VAE Loader keeps that VAE in FP32."
+            )
     if "--disable-comfy-compiler" in _started(facts):
         yield (
             "It was started with --disable-comfy-compiler: leave that out, unless prompts stop with `aimdo memory "

@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import PurePath
+from typing import Any
 
 from ...measure import escape
-from .probe import Fact, gib, probe, why
+from .facts import Fact, gib, why
+from .probe import probe
 from .profiles import launch_profile
 
 SCHEMA = 1
@@ -25,8 +27,11 @@ _PATHS = {
 _RESIDENT = 0.95  # of a model's bytes; the rest may be what the host keeps back for itself
 
 
-def report(facts: Mapping[str, Fact] | None = None, findings: Iterable = ()) -> dict:
-    """Facts, by default those of now, and findings of guard.py -> the report, ready for JSON."""
+def report(facts: Mapping[str, Fact] | None = None, findings: Iterable = (), reading: Any = None) -> dict:
+    """Facts, by default those of now, and findings of the guard -> the report, ready for JSON.
+
+    ``reading``: what a prompt was taken for, if one was checked (host/guard/reading.py).
+    """
     facts = probe() if facts is None else facts
     names = ("id", "group", "label", "text", "known", "source")
     return {
@@ -35,7 +40,7 @@ def report(facts: Mapping[str, Fact] | None = None, findings: Iterable = ()) -> 
         "models": models(facts),
         "findings": [finding if isinstance(finding, dict) else finding.as_dict() for finding in findings],
         "launch": launch_profile(facts).as_dict(),
-    }
+    } | ({} if reading is None else {"reading": reading.as_dict()})
 
 
 def text(report: Mapping) -> str:
@@ -52,7 +57,10 @@ def text(report: Mapping) -> str:
     for finding in report["findings"]:
         lines += [f"  {finding['severity']}: {finding['title']}", f"    {finding['why']}", f"    {finding['remedy']}"]
         lines += [f"    nodes: {', '.join(finding['nodes'])}"] if finding.get("nodes") else []
-    lines += [] if report["findings"] else ["  none"]
+    reading = report.get("reading")
+    lines += [f"  {reading['text']}"] if reading else []
+    if not report["findings"]:
+        lines.append("  none in what was understood" if reading and reading["unknown"] else "  none")
     launch = report["launch"]
     lines += ["", f"Recommended launch, {launch['name']}", f"  {launch['command']}"]
     lines += [f"  {flag['flag']}: {flag['why']} ({flag['evidence']})" for flag in launch["flags"]]

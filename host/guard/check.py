@@ -16,8 +16,10 @@ from typing import Any
 
 from ...measure.escape import line, report
 from ..border import log_fault
+from ..doctor.cards import is_nvidia
+from . import rules_host
 from .prompt_graph import PromptGraph
-from .rules_model import RULES
+from .rules import RULES
 from .view import ERROR, GUARD_NODE, INFO, WARNING, Finding, OutOfTime, View
 
 __all__ = [
@@ -97,6 +99,17 @@ def not_in_time(limit: float, left_out: Iterable[str] = ()) -> Finding:
     )
 
 
+def nothing_to_check() -> Finding:
+    """The finding of a prompt without nodes, so that nobody takes it for a sound one."""
+    return Finding(
+        NOT_CHECKED,
+        INFO,
+        "There was nothing to check.",
+        "There are no nodes in the prompt.",
+        "Open a workflow, or send one.",
+    )
+
+
 def _failed(rules: list[str], reference: str) -> Finding:
     return Finding(
         NOT_CHECKED,
@@ -147,8 +160,21 @@ def check_host(facts: Mapping[str, Any]) -> list[Finding]:
                 "model loader.",
             )
         )
+    if fact("joint_noise_crash") is True:
+        whose = rules_host.whose_noise(fact)
+        pack = whose.partition("/")[0]
+        found.append(
+            Finding(
+                "replaced_noise",
+                WARNING,
+                f"{pack} has replaced ComfyUI's noise by one that cannot take joint audio and video.",
+                f"comfy.sample.prepare_noise is {whose}'s; it was tried with a joint latent.",
+                f"Update or disable {pack} to sample LTX-2 with sound.",
+            )
+        )
     cuda, capability = fact("torch_cuda"), fact("capability")
-    if isinstance(cuda, tuple) and isinstance(capability, tuple) and capability >= (10, 0) and cuda < (13, 0):
+    able = isinstance(capability, tuple) and capability >= (10, 0) and is_nvidia(fact)
+    if able and isinstance(cuda, tuple) and cuda < (13, 0):
         found.append(
             Finding(
                 "old_cuda",

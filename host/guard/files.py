@@ -41,7 +41,8 @@ _remembered: dict[str, tuple[_State, FileFacts]] = {}
 class FileFacts:
     """``family``: of the diffusion model in it. ``distilled``: what says that it is a distilled one, or None.
 
-    ``vae``: the first one in it that makes pictures; ``full_vae``: whether any one in it decodes LTX in full quality.
+    ``vae``: the first one in it that makes pictures; ``full_vae``: whether any one in it decodes LTX in full quality;
+    ``sound``: the first one that makes sound.
     """
 
     name: str
@@ -50,6 +51,7 @@ class FileFacts:
     full_vae: bool
     nvfp4: bool
     distilled: str | None
+    sound: Vae | None = None
 
 
 def file_facts(name: object, folders: tuple[str, ...]) -> FileFacts | None:
@@ -105,10 +107,12 @@ def _facts_of_gguf(name: str, header: Header) -> FileFacts:
 
 
 def _facts(name: str, header: Header) -> FileFacts:
-    visual = [vae for vae in find_vaes(header) if vae.kind != AUDIO]
+    vaes = find_vaes(header)
+    visual, sounds = ([vae for vae in vaes if (vae.kind == AUDIO) is audio] for audio in (False, True))
     full = any(vae.family == LTX and not vae.preview for vae in visual)
     nvfp4 = "NVFP4" in count_quantised(header.tensors)
-    return FileFacts(name, _family(header), visual[0] if visual else None, full, nvfp4, _distilled(name, header))
+    first, sound = visual[0] if visual else None, sounds[0] if sounds else None
+    return FileFacts(name, _family(header), first, full, nvfp4, _distilled(name, header), sound)
 
 
 def _family(header: Header) -> str | None:

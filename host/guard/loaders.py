@@ -63,6 +63,9 @@ VAE_LOADERS = {
     **_CHECKPOINTS,
 }
 
+AUDIO_VAE_LOADERS = {"LTXVAudioVAELoader": Names(("ckpt_name",), ("checkpoints", "vae"))}
+UPSCALER_LOADERS = {"LatentUpscaleModelLoader": Names(("model_name",), ("latent_upscale_models",))}
+
 
 def names_of(kind: str, table: Mapping[str, Names]) -> Names | None:
     """What a loader class names in its inputs; None for a class that is not of this table."""

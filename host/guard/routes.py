@@ -29,6 +29,7 @@ from ..show import reports
 from . import check as guard
 from .limit import within
 from .prompt_graph import PromptGraph
+from .reading import EMPTY, NotRead, Reading, read
 from .view import GUARD_NODE
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,10 @@ async def get_report(request: Any) -> Any:
 
 @answered
 async def post_check(request: Any) -> Any:
-    """POST {"prompt": <API prompt>} -> {"findings": [...]}. Nothing is queued, kept or changed."""
+    """POST a prompt, as it is or in an envelope -> {"findings": [...], "reading": {...}}. Nothing is queued or kept.
+
+    ``reading`` says what the body was taken for, how many of its nodes were understood, and what was not.
+    """
     from aiohttp import web
 
     body = bytearray()
@@ -83,21 +87,21 @@ async def post_check(request: Any) -> Any:
         if len(body) > MAX_BODY:
             return web.json_response({"error": f"the prompt is larger than {MAX_BODY >> 20} MiB"}, status=413)
 
-    def judge() -> list[guard.Finding] | None:
-        try:
-            data = json.loads(body)
-        except (ValueError, RecursionError):
-            return None
-        prompt = data.get("prompt") if isinstance(data, dict) else None
-        return guard.check(prompt, probe(), limit=CHECK_LIMIT) if isinstance(prompt, dict) else None
+    def judge() -> tuple[Reading, list[guard.Finding]]:
+        found = read(bytes(body))
+        return found, guard.check(found.prompt, probe(), limit=CHECK_LIMIT)
 
+    answer: dict[str, Any] = {}
     try:
-        findings = await asyncio.to_thread(within, CHECK_LIMIT, judge)
+        found, findings = await asyncio.to_thread(within, CHECK_LIMIT, judge)
+        answer["reading"] = found.as_dict()
+        if found.shape == EMPTY:
+            findings = [guard.nothing_to_check()]
     except TimeoutError:
         findings = [guard.not_in_time(CHECK_LIMIT)]
-    if findings is None:
-        return web.json_response({"error": 'expected {"prompt": <a prompt in API form>}'}, status=400)
-    return web.json_response({"findings": [finding.as_dict() for finding in findings]})
+    except NotRead as error:
+        return web.json_response({"error": str(error)}, status=400)
+    return web.json_response({"findings": [finding.as_dict() for finding in findings]} | answer)
 
 
 @answered

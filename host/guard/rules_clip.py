@@ -6,13 +6,18 @@ LTX latents: one holds 32 x 32 pixels and eight frames, the first one a single f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from ...measure.ltx import AUDIO_LATENTS_PER_SECOND
 from . import view as seen
+from .names import shown
+from .vaes import UPSCALERS, upscaler_of
 from .view import WARNING, Finding, View
 
 _MOST_GROUPS, _MOST_NAMED, _MOST_NODES = 8, 8, 64
+_SCALE = re.compile(r"[-_]x(1\.5|2|4)[-_.]")
+_LONGEST_NAME = 300
 
 
 def frames(view: View) -> Iterator[Finding]:
@@ -27,30 +32,49 @@ def frames(view: View) -> Iterator[Finding]:
             WARNING,
             f"{length:g} frames are not 8k + 1; ComfyUI makes {lower} of them.",
             "One latent frame holds eight frames of the clip, and the first one holds one.",
-            f"Set `{seen.SIZED[node.kind]}` to {lower} or {lower + 8}, and the same in LTXV Empty Latent Audio.",
+            f"Set `{seen.SIZED[node.kind]}` to {lower} or {lower + 8}, and the same in {shown(seen.EMPTY_AUDIO)}.",
             (node.id,),
         )
 
 
 def size(view: View) -> Iterator[Finding]:
     """A width or height that the host rounds down in silence."""
-    upscaled: set[str] = set()
-    if upsamplers := view.graph.of_kind(seen.UPSAMPLER):
-        upscaled = view.graph.upstream(node.id for node in upsamplers)
+    upsamplers = view.graph.of_kind(*UPSCALERS)
+    upscaled = view.graph.upstream(node.id for node in upsamplers) if upsamplers else set()
+    factors = {_factor(upscaler_of(view, node)[1]) for node in upsamplers[:_MOST_NAMED]}
     for node, sampler in view.sized:
         width, height, _ = view.asked(node)
         wrong = [value for value in (width, height) if value is not None and value >= 32 and value % 32]
         if not wrong:
             continue
-        two_stages = sampler.node.id in upscaled
-        why = "One latent pixel covers 32 x 32 pixels of the clip."
-        if two_stages:
-            why += " The spatial upscaler doubles this size, so the final one is a multiple of 64."
+        factor = next(iter(factors)) if sampler.node.id in upscaled and len(factors) == 1 else 1
+        made = " x ".join("?" if value is None else str(_lower(value)) for value in (width, height))
         given = " x ".join("?" if value is None else f"{value:g}" for value in (width, height))
-        made = " x ".join("?" if value is None else str(int(value) // 32 * 32) for value in (width, height))
-        near = ", ".join(f"{value:g} -> {int(value) // 32 * 32} or {int(value) // 32 * 32 + 32}" for value in wrong)
+        why = "One latent pixel covers 32 x 32 pixels of the clip."
+        near = ", ".join(f"{value:g} -> {_lower(value)} or {_lower(value) + 32}" for value in wrong)
+        if factor > 1:
+            final = " x ".join("?" if value is None else f"{_lower(value) * factor:g}" for value in (width, height))
+            why += f" The spatial upscaler makes {final} of that: the final size is a multiple of {32 * factor:g}"
+            half = next((value for value in wrong if value % 16 == 0), None)
+            why += f", not of {16 * factor:g} as {half * factor:g} is." if half is not None else "."
+            ends = (f"{_lower(value) * factor:g} or {(_lower(value) + 32) * factor:g}" for value in wrong)
+            near += f", for {', '.join(ends)} in the end"
         title = f"{given} is not a multiple of 32; ComfyUI makes {made} of it."
         yield Finding("size", WARNING, title, why, f"Set {near}.", (node.id,))
+
+
+def _lower(value: float) -> int:
+    return int(value) // 32 * 32
+
+
+def _factor(name: str | None) -> float:
+    """By how much a latent upscaler enlarges the picture, by its file name; 2 where that does not say."""
+    if name is None or len(name) > _LONGEST_NAME:
+        return 2.0
+    if "temporal" in name.lower():
+        return 1.0
+    found = _SCALE.search(name)
+    return float(found.group(1)) if found else 2.0
 
 
 def snapped(length: float) -> int:
@@ -94,7 +118,7 @@ def frame_rates(view: View) -> Iterator[Finding]:
             "fps",
             WARNING,
             f"The frame rates differ: {', '.join(named)}{', ...' if len(nodes) > len(named) else ''}.",
-            "LTXVConditioning spaces the frames for the model, LTXV Empty Latent Audio sets how long the sound is, "
+            f"LTXVConditioning spaces the frames for the model, {shown(seen.EMPTY_AUDIO)} sets how long the sound is, "
             "the node that makes the film how fast the frames are shown; where they differ, sound and picture drift "
             "apart.",
             "Set the same frame rate everywhere.",
@@ -134,6 +158,6 @@ def audio_length(view: View) -> Iterator[Finding]:
             WARNING,
             f"The sound lasts {got / AUDIO_LATENTS_PER_SECOND:.2f} s, the picture {snapped(length) / rate:.2f} s.",
             why,
-            f"Set `frames_number` in LTXV Empty Latent Audio to {snapped(length)}.",
+            f"Set `frames_number` in {shown(seen.EMPTY_AUDIO)} to {snapped(length)}.",
             (audio.id, video.id),
         )

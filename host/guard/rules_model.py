@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard's rules on models, VAEs and schedules: a prompt's view -> findings, each with its reason and remedy.
-
-``RULES`` has all of them, those on size and time of the clip (rules_clip.py) too. A rule speaks only of what it knows:
-a value that another node computes, a file that is not there, a fact that the host does not tell give no finding.
-"""
+"""The guard's rules on models and schedules: the crash, sound, NVFP4 that is slow, distilled or not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from ...checkpoint.identify.vae_signatures import PREVIEW, Vae, refusal
 from ...measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
+from ..doctor.cards import is_nvidia
 from . import view as seen
 from .files import FileFacts, name_says_distilled
-from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, OUR_VAE_LOADER, TEXT_LOADERS, loras_of, names_of
+from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, TEXT_LOADERS, loras_of, names_of
+from .names import shown
 from .prompt_graph import Node
-from .rules_clip import audio_length, frame_rates, frames, size
 from .values.evaluate import Unknown
 from .values.schedules import Sigmas, calculated
-from .view import ERROR, WARNING, Decode, Finding, Sampler, View, ids_of
+from .view import ERROR, WARNING, Finding, Sampler, View, ids_of
 
 STAGE_2 = SIGMAS_STAGE_2["2.3"]  # and 2.5's
 _SIGMA_TOLERANCE = 1e-3
@@ -28,7 +24,6 @@ _SAMPLERS = ("KSampler", "KSamplerAdvanced")  # make their schedule themselves
 # How much of the distilling LoRA makes the dev model a distilled one: the least that Lightricks' graphs run at cfg 1.
 _DISTILLED_FROM = 0.5
 _MOST_NAMED = 10
-_FULL_VAE = "Take the full VAE of the LTX checkpoint: NVFP4 VAE Loader finds it inside, NVFP4 Split extracts it."
 
 
 def prefetch_crash(view: View) -> Iterator[Finding]:
@@ -70,7 +65,7 @@ def no_audio_latent(view: View) -> Iterator[Finding]:
                 "This ComfyUI cannot sample an audio and video model without an audio latent.",
                 f"{_file_of(view, sampler).name} is {_family(view, sampler)}; this ComfyUI stops in the first step on "
                 "the empty sound that it then assumes. ComfyUI 0.29.0 does that, 0.30.0 no longer.",
-                "Join an LTXV Empty Latent Audio of the same frames and frame rate with LTXV Concat AV Latent, and "
+                f"Join {shown(seen.EMPTY_AUDIO)} of the same frames and frame rate with LTXV Concat AV Latent, and "
                 "take the video from LTXV Separate AV Latent behind the sampler; or update ComfyUI.",
                 ids_of(sampler.node, sampler.latent.root),
             )
@@ -79,7 +74,7 @@ def no_audio_latent(view: View) -> Iterator[Finding]:
 def slow_nvfp4(view: View) -> Iterator[Finding]:
     """NVFP4 through ComfyUI's own loaders on an installation that computes it without comfy-kitchen's CUDA backend."""
     cuda, kitchen = view.fact("torch_cuda"), view.fact("kitchen_backends")
-    if view.fact("capability") is None:  # no NVIDIA GPU: nothing here is about speed
+    if view.fact("capability") is None or not is_nvidia(view.fact):  # what is said here is true of NVIDIA's GPUs
         return
     old = isinstance(cuda, tuple) and cuda < (13, 0)
     off = kitchen.get("cuda") if isinstance(kitchen, dict) else None
@@ -106,51 +101,6 @@ def slow_nvfp4(view: View) -> Iterator[Finding]:
                 f"{ours if names_of(loader.kind, MODEL_LOADERS) else 'Install'} PyTorch for CUDA 13.",
                 (loader.id,),
             )
-
-
-def wrong_vae(view: View) -> Iterator[Finding]:
-    """A preview decoder or another family's VAE where LTX latents are decoded."""
-    for decode in view.decodes:
-        vae = decode.vae_file.vae
-        if vae is None or decode.vae_file.full_vae:
-            continue
-        if vae.kind == PREVIEW and vae.family == "LTX-2":
-            yield from _preview(view, decode)
-        elif decode.ltx and (reason := refusal(vae)):
-            yield _foreign(decode, vae, reason)
-
-
-def _preview(view: View, decode: Decode) -> Iterator[Finding]:
-    name, nodes = decode.vae_file.name, ids_of(decode.node, decode.loader)
-    ours = decode.loader.kind == OUR_VAE_LOADER
-    if ours and view.graph.value(decode.loader.id, "allow_preview") is False:
-        why = f"{name} is a preview decoder by its tensors, and `allow_preview` is off."
-        yield Finding("preview_vae", ERROR, "NVFP4 VAE Loader will refuse this VAE.", why, _FULL_VAE, nodes)
-    elif decode.tiled and not ours:
-        yield Finding(
-            "preview_vae",
-            ERROR,
-            "A tiled decode with a preview VAE gives half the size and too few frames, without an error.",
-            f"{name} is a preview decoder by its tensors; to tile, ComfyUI takes its scale for half of what it is.",
-            _FULL_VAE,
-            nodes,
-        )
-    elif decode.final:
-        yield Finding(
-            "preview_vae",
-            WARNING,
-            "The saved video is decoded with a preview VAE, which is several times softer than the full one.",
-            f"{name} is a preview decoder by its tensors; one was reported at 45 against 205 of sharpness (variance of "
-            "the Laplacian).",
-            _FULL_VAE,
-            nodes,
-        )
-
-
-def _foreign(decode: Decode, vae: Vae, reason: str) -> Finding:
-    title = f"{decode.vae_file.name} cannot decode LTX latents: it is a {vae.title}."
-    nodes = ids_of(decode.node, decode.loader)
-    return Finding("foreign_vae", ERROR, title, f"By its tensors, {reason}.", _FULL_VAE, nodes)
 
 
 def distilled(view: View) -> Iterator[Finding]:
@@ -251,11 +201,6 @@ def _known_schedule(values: tuple[float, ...]) -> bool:
             if values and all(abs(a - b) <= _SIGMA_TOLERANCE for a, b in zip(values, part, strict=True)):
                 return True
     return False
-
-
-RULES = (
-    prefetch_crash, no_audio_latent, wrong_vae, slow_nvfp4, distilled, frames, size, frame_rates, audio_length,
-)  # fmt: skip
 
 
 def _file_of(view: View, sampler: Sampler) -> Any:

@@ -11,12 +11,13 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from .files import FileFacts, file_facts, name_says_distilled
-from .loaders import MODEL_LOADERS, VAE_LOADERS, Names, loras_of, names_of
+from .loaders import MODEL_LOADERS, Names, loras_of, names_of
 from .prompt_graph import Link, Node, PromptGraph
+from .vaes import Use, find_uses
 from .values.evaluate import as_number
 from .values.latents import Joint, Sound, Video, video_of
 from .values.pictures import Picture
@@ -69,8 +70,6 @@ _SAMPLED = ("latent_image", "latents")
 _RESAMPLED = re.compile(r"ModelSampling")
 _ENCODERS = ("VAEEncode", "VAEEncodeTiled")
 _VIDEO_ROOTS = (*SIZED, *_ENCODERS)
-_SAMPLES = ("samples", "latents", "latent")
-_SAVING = ("save", "videocombine", "video_combine", "createvideo")
 
 # On the way from a decode to the video, these change how many frames there are.
 _RETIMES = re.compile(r"interpol|rife|film|fps|frame", re.IGNORECASE)
@@ -138,18 +137,6 @@ class Sampler(NamedTuple):
     guided_by: Node
     model: ModelPath
     latent: Latent
-
-
-@dataclass(frozen=True)
-class Decode:
-    """A VAE decode. ``final``: its picture is saved, not only previewed."""
-
-    node: Node
-    loader: Node
-    vae_file: FileFacts
-    tiled: bool
-    final: bool
-    ltx: bool
 
 
 class View:
@@ -226,25 +213,9 @@ class View:
         return list(found.values())
 
     @cached_property
-    def decodes(self) -> list[Decode]:
-        """Video decodes whose VAE's file is known."""
-        nodes = {}
-        for node in self.graph.nodes.values():
-            if "vae" in node.inputs and _decodes(node.kind):
-                nodes[node.id] = node
-        if not nodes:
-            return []
-        final = self.graph.upstream(node.id for node in self.graph.nodes.values() if _saves(node.kind))
-        found = []
-        for node in nodes.values():
-            link = self.graph.source(node.id, "vae")
-            loader = self.graph.nodes[link.node] if link else None
-            file = self.file(loader, VAE_LOADERS)
-            if file is not None:
-                samples = next((name for name in _SAMPLES if name in node.inputs), _SAMPLES[0])
-                ltx = self.latent(self.graph.source(node.id, samples)).ltx
-                found.append(Decode(node, loader, file, "tiled" in node.kind.lower(), node.id in final, ltx))
-        return found
+    def vaes(self) -> list[Use]:
+        """Every VAE at a node that decodes, encodes or upscales pictures with it."""
+        return find_uses(self)
 
     def model(self, link: Link | None) -> ModelPath:
         """The MODEL on a link, along the `model` inputs up to its loader."""
@@ -380,13 +351,3 @@ class View:
 def _sampled_by(node: Node) -> str:
     """What a sampler calls the latent it samples, "" if it has none."""
     return next((name for name in _SAMPLED if name in node.inputs), "")
-
-
-@lru_cache(maxsize=1024)
-def _decodes(kind: str) -> bool:
-    return "decode" in kind.lower() and "audio" not in kind.lower()
-
-
-@lru_cache(maxsize=1024)
-def _saves(kind: str) -> bool:
-    return any(word in kind.lower() for word in _SAVING)

@@ -188,7 +188,8 @@ def _construct(vae: Vae, state_dict: dict, metadata: dict[str, str]) -> Any:
     audio_class = _audio_classes().AudioVAE
     if "state_dict" in inspect.signature(audio_class).parameters:  # up to 0.15 it was no VAE of the host's class
         return audio_class(state_dict, metadata)
-    return ResidentVAE(sd=state_dict, metadata=metadata)
+    # The one dtype that the host lists for it. --bf16-vae and --fp16-vae overrule the list, and its encoder then stops.
+    return ResidentVAE(sd=state_dict, metadata=metadata, dtype=torch.float32)
 
 
 def _audio_classes() -> ModuleType:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -30,8 +31,20 @@ def fuzz(capsys: pytest.CaptureFixture, tmp_path: Path, *arguments: str) -> tupl
     return code, json.loads(capsys.readouterr().out)
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> files.Bases:
+    """What the cases of ``files`` share, made once."""
+    return files.prepare(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def prepared(bases, monkeypatch):
+    """``files`` takes ``bases`` instead of making its own."""
+    monkeypatch.setattr(files, "KIND", replace(files.KIND, prepare=lambda folder: bases))
+
+
 @pytest.mark.parametrize("kind", command.KINDS)
-def test_the_first_cases_of_every_kind_find_nothing(kind: str, capsys, tmp_path):
+def test_the_first_cases_of_every_kind_find_nothing(kind: str, prepared, capsys, tmp_path):
     if kind == "media":
         pytest.importorskip("av")
     code, record = fuzz(capsys, tmp_path, "--what", kind, "--seed", SEED, "--cases", str(CASES[kind]))
@@ -83,7 +96,7 @@ def test_a_planted_fault_is_counted_kept_and_seen_again(how: str, what: str, cap
     assert again == 1 and record["kinds"]["files"]["tried"] == 1
 
 
-def test_a_finding_is_kept_with_no_more_damage_than_shows_it(tmp_path, monkeypatch):
+def test_a_finding_is_kept_with_no_more_damage_than_shows_it(bases, tmp_path, monkeypatch):
     def broken(path: Path) -> None:
         if "__metadata__" in path.read_bytes()[8:].decode("latin-1") and b"planted" in path.read_bytes():
             raise KeyError("planted")
@@ -91,8 +104,6 @@ def test_a_finding_is_kept_with_no_more_damage_than_shows_it(tmp_path, monkeypat
     monkeypatch.setitem(DAMAGE, "planted", lambda draft, rng: draft.metadata.update(planted="planted"))
     monkeypatch.setattr(files, "readers", lambda bases, path, rng: {"header": lambda: broken(path)})
     monkeypatch.setattr(files, "choose", lambda rng: [("values", 1), ("planted", 2), ("drop", 3)])
-    (shared := tmp_path / "shared").mkdir()
-    bases = files.prepare(shared)
     (place := tmp_path / "case").mkdir()
     outcome = files.case(bases, numbers(0, "", 0), place)
     (finding := tmp_path / "finding").mkdir()
@@ -100,9 +111,8 @@ def test_a_finding_is_kept_with_no_more_damage_than_shows_it(tmp_path, monkeypat
     assert [path.suffix for path in finding.iterdir() if path.is_file() and path.suffix != ".json"] == [".safetensors"]
 
 
-def test_the_same_seed_makes_the_same_files_and_most_keep_a_sound_header(tmp_path):
-    (shared := tmp_path / "shared").mkdir()
-    draft = files.prepare(shared).drafts[6]
+def test_the_same_seed_makes_the_same_files_and_most_keep_a_sound_header(bases, tmp_path):
+    draft = bases.drafts[6]
     sound = 0
     for seed in range(120):
         twins = []
@@ -119,9 +129,8 @@ def test_the_same_seed_makes_the_same_files_and_most_keep_a_sound_header(tmp_pat
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_every_kind_of_damage_changes_something(name: str, tmp_path):
-    (shared := tmp_path / "shared").mkdir()
-    draft = files.prepare(shared).drafts[6]
+def test_every_kind_of_damage_changes_something(name: str, bases, tmp_path):
+    draft = bases.drafts[6]
     changed = 0
     for seed in range(12):
         (folder := tmp_path / str(seed)).mkdir()
@@ -147,5 +156,7 @@ def test_without_the_stub_the_rest_is_run_and_what_is_left_out_is_named(capsys, 
 
     monkeypatch.setattr(stub, "there", lambda: False)
     code, record = fuzz(capsys, tmp_path, "--what", "files,prompts", "--seed", SEED, "--cases", "3")
-    assert code == 0 and list(record["kinds"]) == ["files"] and "clone the repository" in record["not run"]["prompts"]
+    assert code == 0 and list(record["kinds"]) == ["files"]
+    assert list(record["not run"]) == ["prompts", "the loaders and the guard, of files"]
+    assert all("clone the repository" in why for why in record["not run"].values())
     assert "fuzz" in COMMANDS

@@ -34,6 +34,28 @@ def test_a_picture_that_says_it_is_huge_is_not_decoded(size, tmp_path: Path, mon
         media.read_frames(tmp_path / "x.png")
 
 
+@pytest.mark.parametrize("kind", [b"IDAT", b"IHDR", b"tEXt", b"IEND"])
+def test_a_png_with_a_chunk_longer_than_the_file_costs_no_memory_of_that_length(kind, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
+    sound = png(48, 32)
+    at = sound.index(b"IDAT" if kind == b"tEXt" else kind) - 4
+    length = (2**31 - 1 if kind != b"IEND" else 0).to_bytes(4, "big")
+    path = tmp_path / "x.png"
+    path.write_bytes(sound[:at] + length + kind + sound[at + 8 : -1])
+    with pytest.raises(media.MediaError, match=r"no readable image: .*x\.png"):
+        media.read_frames(path)
+
+
+@pytest.mark.parametrize(("ending", "size"), [(".jpg", (7680, 4320)), (".png", (12_000, 1_000)), (".png", (1, 70_000))])
+def test_an_8k_frame_and_a_panorama_are_read(ending: str, size: tuple[int, int], tmp_path: Path):
+    width, height = size
+    image = np.zeros((height, width), np.uint8)
+    image[-1, -1] = 255
+    (tmp_path / f"x{ending}").write_bytes(cv2.imencode(ending, image)[1].tobytes() + b"behind the end")
+    frames, _ = media.read_frames(tmp_path / f"x{ending}")
+    assert frames.shape == (1, height, width, 3) and frames[0, 0, 0, 0] == 0 and frames[0, -1, -1, 0] > 200
+
+
 def test_a_frame_of_a_clip_that_is_huge_is_not_converted(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(media, "MOST_PIXELS", 64 * 64 - 1)
     with pytest.raises(media.MediaError, match="64 x 64 pixels"):
@@ -66,7 +88,7 @@ def test_a_clip_whose_tags_are_no_utf_8_is_read(ending: str, tmp_path: Path):
 def test_a_folder_may_be_called_as_a_picture_and_a_folder_in_it_is_none(tmp_path: Path):
     folder = tmp_path / "x.png"
     folder.mkdir()
-    media.write_png(folder / "1.png", np.zeros((4, 4, 3), np.uint8))
+    (folder / "1.png").write_bytes(media.encode_png(np.zeros((4, 4, 3), np.uint8)))
     assert media.read_frames(folder)[0].shape == (1, 4, 4, 3)
     assert media.read_audio(folder) is media.frame_rate(folder) is None
     (folder / "2.png").mkdir()
@@ -77,3 +99,22 @@ def test_a_folder_may_be_called_as_a_picture_and_a_folder_in_it_is_none(tmp_path
 def test_a_tiff_of_floating_point_numbers_which_pillow_does_not_know_is_read(tmp_path: Path):
     cv2.imwrite(str(tmp_path / "x.tif"), np.full((4, 4, 3), 0.5, np.float32))
     assert (media.read_frames(tmp_path / "x.tif")[0] == 128).all()
+
+
+@pytest.mark.parametrize(("track", "codec"), [("picture", b"V_MPEG4/ISO/ASP"), ("sound", b"A_PCM/INT/LIT")])
+def test_a_track_of_a_codec_that_nobody_knows_is_refused_by_name(track: str, codec: bytes, tmp_path: Path):
+    path = tmp_path / "x.mkv"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=8)
+        video.width = video.height = 64
+        audio = container.add_stream("pcm_s16le", rate=24000)
+        container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(video.encode())
+        part = av.AudioFrame.from_ndarray(np.ones((1, 2400), np.int16), "s16", "mono")
+        part.sample_rate = 24000
+        container.mux([*audio.encode(part), *audio.encode()])
+    data = path.read_bytes()
+    assert codec in data
+    path.write_bytes(data.replace(codec, codec[:2] + b"X" * (len(codec) - 2)))
+    with pytest.raises(media.MediaError, match=rf"{track} track of an unknown codec .*x\.mkv"):
+        media.read_audio(path) if track == "sound" else media.read_frames(path)

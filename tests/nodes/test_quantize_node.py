@@ -9,11 +9,15 @@ import comfy.model_management as management
 import comfy.utils
 import pytest
 import server
+import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
+from nvfp4_video.checkpoint.file.shards import open_checkpoint
 from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
 from nvfp4_video.checkpoint.verify.verify import verify
+from nvfp4_video.checkpoint.write.calibration import model_identity, write_calibration
 from nvfp4_video.checkpoint.write.recipes import FAMILIES
 from nvfp4_video.host import show
+from nvfp4_video.measure.moments import Moments
 from nvfp4_video.nodes.quantize import MODEL_ONLY, WHOLE, NVFP4Quantize
 from nvfp4_video.tests.support.files import metadata
 from nvfp4_video.tests.support.quantize_sources import save, tiny
@@ -133,3 +137,18 @@ def test_its_inputs_offer_the_recipes_and_changes_are_noticed(full):
     assert NVFP4Quantize.fingerprint_inputs(**(WIDGETS | {"protect_audio": True})) != first
     full.write_bytes(full.read_bytes() + b" ")
     assert NVFP4Quantize.fingerprint_inputs(**WIDGETS) != first
+
+
+def test_calibrated_quality_takes_a_calibration_file_of_the_model_folders(full, output, stub_comfy):
+    with pytest.raises(CheckpointError, match="needs a calibration file"):
+        run(quality="calibrated")
+    layer, sums = "transformer_blocks.0.attn1.to_q", Moments.zeros(64, 64)
+    for call, inputs in enumerate(torch.randn(4, 200, 64, generator=torch.Generator().manual_seed(0)).cumsum(2)):
+        sums.add(inputs, call)
+    write_calibration(
+        full.parent / "inputs.safetensors", {layer: sums}, {layer: layer},
+        model=model_identity(open_checkpoint(full)), recipe="LTX-2.3", prompts=1,
+    )  # fmt: skip
+    result = run(quality="calibrated", calibration="inputs.safetensors")
+    assert "1 layers took GPTQ, 19 kept the plain search for lack of tokens" in result.args[1]
+    assert verify(output / result.args[0], full).ok

@@ -72,6 +72,7 @@ def test_the_audio_vae_sounds_the_same_split_and_embedded(all_facts: dict):
     found = facts_of(all_facts, "audio")
     assert found["equal"] == {vae_in_process.FULL: True, vae_in_process.AUDIO: True}
     assert found["finite"] and not found["silent"]
+    assert found["encoded"] == {"bf16_vae": "[1, 8]", "fp16_vae": "[1, 8]"}
     assert found.get("factory", True), "a clone for another GPU must load the same weights anew"
 
 

@@ -209,6 +209,7 @@ def audio(scene: Scene) -> dict:
         vae, report = scene.ours(name, **options)
         found["reports"][name] = str(report)
         found["equal"][name] = scene.equal(wave(vae), reference)
+    found["encoded"] = {flag: _encoded(scene, flag) for flag in ("bf16_vae", "fp16_vae")}
     patcher = getattr(vae, "patcher", None)
     if hasattr(patcher, "cached_patcher_init"):
         factory, arguments = patcher.cached_patcher_init
@@ -217,6 +218,22 @@ def audio(scene: Scene) -> dict:
         equal = all(scene.equal(a.cpu(), b.cpu()) for a, b in pairs)
         found["factory"] = equal and again is not patcher.model
     return found
+
+
+def _encoded(scene: Scene, flag: str) -> str:
+    """What becomes of a sound that our audio VAE encodes in a host that was started with this flag."""
+    nodes, args = importlib.import_module("comfy_extras.nodes_lt_audio"), comfy("cli_args").args
+    sound = {"waveform": scene.torch.zeros(1, 2, 16000), "sample_rate": 16000}
+    setattr(args, flag, True)
+    try:
+        vae, _ = scene.ours(FULL, kind="audio")
+        with scene.torch.no_grad():
+            made = nodes.LTXVAudioVAEEncode.execute(sound, vae)[0]
+        return str(list((made["samples"] if isinstance(made, dict) else made).shape[:2]))
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        setattr(args, flag, False)
 
 
 def preview(scene: Scene) -> dict:

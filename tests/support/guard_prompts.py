@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from nvfp4_video.host.doctor.probe import Fact
+from nvfp4_video.host.doctor.facts import Fact
 from nvfp4_video.host.guard import check as guard
 
 

@@ -96,8 +96,8 @@ TWO_STAGE = (
             "`models/latent_upscale_models` |"
         ),
         RUN, AGREE.format(step=64, audio=SOUND) + "- **Width and height are those of the finished clip**; the settings "
-        "node halves them for the first stage.\n- Out of memory while decoding? Put VAE Decode (Tiled) in the place of "
-        "VAE Decode.\n",
+        "node halves them for the first stage.\n- Leave VAE Decode as it is: it decodes in chunks of time, exactly, "
+        "and goes on in tiles by itself if memory runs out.\n",
     ),
 )  # fmt: skip
 I2V = (

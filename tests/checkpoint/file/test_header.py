@@ -248,6 +248,17 @@ def test_a_header_of_more_values_than_its_tensors_need_is_refused_before_it_is_p
         read_header(path)
 
 
+def test_a_header_of_more_tensors_than_any_file_has_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(pack({f"t{i}": entry(offsets=[4 * i, 4 * i + 4]) for i in range(9)}, bytes(36)))
+    monkeypatch.setattr(header_module, "_MOST_TENSORS", 9)
+    assert len(read_header(path).tensors) == 9
+    monkeypatch.setattr(header_module, "_MOST_TENSORS", 8)
+    monkeypatch.setattr(header_module.json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    with pytest.raises(CheckpointError, match="lists 9 tensors; expected at most 8"):
+        read_header(path)
+
+
 def test_objects_that_are_no_entries_are_not_collected_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(header_module, "_MOST_UNUSUAL", 5)
     path = tmp_path / "objects.safetensors"

@@ -7,13 +7,13 @@ import random
 from pathlib import Path
 
 import pytest
-from nvfp4_video.checkpoint.file.header import Header, TensorInfo, read_header
+from nvfp4_video.checkpoint.file.header import CheckpointError, Header, TensorInfo, read_header
 from nvfp4_video.checkpoint.file.shards import Checkpoint
 from nvfp4_video.checkpoint.identify.components import VIDEO_VAE, find_components
 from nvfp4_video.checkpoint.identify.diagnosis import diagnose
 from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
 from nvfp4_video.checkpoint.identify.signatures import longest_prefixes
-from nvfp4_video.checkpoint.identify.vae_signatures import find_vaes
+from nvfp4_video.checkpoint.identify.vae_signatures import _prefixes, find_vaes
 from nvfp4_video.draw.canvas import Canvas, wrap
 from nvfp4_video.draw.inspect import inspection_picture
 from nvfp4_video.samples import shapes
@@ -56,6 +56,14 @@ def test_a_header_is_gone_over_a_few_times_however_many_prefixes_it_has(shape: s
     assert len(vaes) == (450 if shape == "vae_prefixes" else 0)
     assert (VIDEO_VAE in components) == (shape == "vae_prefixes")
     assert (found.model is not None and found.model.family is not None) == (shape == "models") or found.prefix == ""
+
+
+def test_names_of_more_vaes_than_any_file_has_are_refused():
+    names = [f"v{i}.decoder.1.weight" for i in range(1001)]
+    assert len(_prefixes(header_of(names[:1000]))) == 1000
+    for read in (find_vaes, find_components):
+        with pytest.raises(CheckpointError, match="1,001 VAEs"):
+            read(header_of(names))
 
 
 def test_a_model_below_a_prefix_that_nobody_expects_is_found_and_a_nested_one_is_not_taken_for_it():

@@ -19,7 +19,7 @@ from nvfp4_video.host.compute import attention
 from nvfp4_video.host.compute.linear import weight_only_operations
 from nvfp4_video.host.doctor import page_cache
 from nvfp4_video.host.doctor import report as doctor
-from nvfp4_video.host.doctor.probe import GIB, Fact
+from nvfp4_video.host.doctor.facts import GIB, Fact
 
 ROOT = Path(__file__).resolve().parents[3]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which pages of a file are cached")
@@ -318,10 +318,7 @@ def test_the_command_releases_a_file_and_says_how_much_was_cached(cached_file):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "is no JSON"),
-        ("[]", "holds no prompt"),
-        ('{"1": 5}', "holds no prompt"),
-        ('{"nodes": [], "links": []}', "Export (API)"),
+        ("{", "set COMFYUI_PATH"),
         ("{}", "set COMFYUI_PATH"),
     ],
 )

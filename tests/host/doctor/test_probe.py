@@ -15,7 +15,8 @@ import comfy.utils
 import pytest
 import server
 import torch
-from nvfp4_video.host.doctor import probe
+from nvfp4_video.host.doctor import machine, probe
+from nvfp4_video.host.doctor.facts import GIB, Unknown, why
 from nvfp4_video.kernels import backends
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,7 +32,8 @@ import json, sys, types
 package = types.ModuleType("nvfp4_video")
 package.__path__ = [sys.argv[1]]
 sys.modules["nvfp4_video"] = package
-from nvfp4_video.host.doctor import probe
+from nvfp4_video.host.doctor import machine, probe
+from nvfp4_video.host.doctor.facts import GIB, Unknown, why
 imported = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "comfy", "comfy_kitchen", "triton"})
 facts = probe.probe()
 print(json.dumps([imported, {fact.id: [fact.known, fact.text, fact.source] for fact in facts.values()}]))
@@ -63,10 +65,10 @@ def withhold(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, name: str = "RTX 5090", free: int = 30, **own: object) -> None:
     """Give this process a GPU, as far as its properties go."""
-    properties = {"name": name, "major": 12, "minor": 0, "total_memory": 32 * probe.GIB, "is_integrated": 0} | own
+    properties = {"name": name, "major": 12, "minor": 0, "total_memory": 32 * GIB, "is_integrated": 0} | own
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * probe.GIB, properties["total_memory"]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, properties["total_memory"]))
 
 
 def test_a_process_without_comfyui_learns_what_it_can_and_why_the_rest_is_unknown():
@@ -89,81 +91,6 @@ def test_ids_are_those_agreed_on_and_an_unknown_fact_says_so():
     assert AGREED <= facts.keys()
     assert all(fact.id == fact_id for fact_id, fact in facts.items())
     assert all(fact.text.startswith("unknown: ") == (not fact.known) for fact in facts.values())
-
-
-# The block prefetch, as its three ages have it: the stream is waited for, waited for if there is one, or elsewhere.
-
-
-def waits(queue, device, module):
-    stream, _ = queue.pop(0)
-    stream.wait_stream(device)
-
-
-def waits_if_there_is_a_stream(queue, device, module, dtype=None, core=None):
-    stream, _ = queue.pop(0)
-    if stream is not None:
-        stream.wait_stream(device)
-
-
-def takes_something_else(queue):
-    return queue
-
-
-def has_another_fault(queue, device, module):
-    return queue.popleft()
-
-
-@pytest.mark.parametrize(
-    ("function", "value", "words"),
-    [
-        (waits, True, "wait_stream"),
-        (waits_if_there_is_a_stream, False, "no"),
-        (takes_something_else, None, "unknown: TypeError"),
-        (has_another_fault, None, "unknown: AttributeError"),
-    ],
-)
-def test_only_a_prefetch_that_waits_for_no_stream_is_called_vulnerable(monkeypatch, function, value, words):
-    offer(monkeypatch, "comfy.model_prefetch", prefetch_queue_pop=function)
-    fact = probe.probe()["prefetch_crash"]
-    assert fact.value is value
-    assert words in fact.text
-
-
-def test_a_host_without_the_prefetch_is_not_vulnerable_and_one_that_cannot_import_it_is_unknown(monkeypatch):
-    withhold(monkeypatch, "comfy.model_prefetch")
-    assert probe.probe()["prefetch_crash"].value is False
-    monkeypatch.delitem(sys.modules, "comfy.model_prefetch")
-    withhold(monkeypatch, "comfy_aimdo")
-
-    class NeedsAimdo:
-        def find_spec(self, name, path=None, target=None):
-            if name == "comfy.model_prefetch":
-                importlib_error = ModuleNotFoundError("No module named 'comfy_aimdo'", name="comfy_aimdo")
-                raise importlib_error
-
-    monkeypatch.setattr(sys, "meta_path", [NeedsAimdo(), *sys.meta_path])
-    fact = probe.probe()["prefetch_crash"]
-    assert (fact.value, fact.text) == (None, "unknown: there is no module comfy_aimdo")
-
-
-def ambiguous(freqs, pad, split, heads, dtype):
-    return freqs.reshape(*freqs.shape[:2], heads, -1)
-
-
-def unambiguous(freqs, pad, split, heads, dtype):
-    return freqs.reshape(*freqs.shape[:2], heads, freqs.shape[2] // heads)
-
-
-@pytest.mark.parametrize(("function", "value"), [(ambiguous, True), (unambiguous, False), (None, False)])
-def test_ltx2_needs_audio_where_the_rotary_embedding_cannot_be_empty(monkeypatch, function, value):
-    offer(monkeypatch, "comfy.ldm.lightricks.av_model")
-    offer(monkeypatch, "comfy.ldm.lightricks.model", **({"freqs_cis_matrix": function} if function else {}))
-    assert probe.probe()["ltxav_needs_audio"].value is value
-
-
-def test_a_host_without_ltx2_does_not_crash_in_it(monkeypatch):
-    withhold(monkeypatch, "comfy.ldm.lightricks.av_model")
-    assert probe.probe()["ltxav_needs_audio"].value is False
 
 
 @pytest.mark.parametrize(
@@ -349,14 +276,47 @@ def test_unified_memory_is_told_by_the_driver_or_the_name(monkeypatch, propertie
     assert probe.probe()["unified_memory"].value is unified
 
 
+@pytest.mark.parametrize(
+    ("name", "hip", "maker"),
+    [("NVIDIA GeForce RTX 5090", None, "NVIDIA"), ("AMD Radeon RX 7900 XTX", "7.14", "AMD"),
+     ("AMD Radeon RX 6800 [ZLUDA]", None, "AMD")],
+)  # fmt: skip
+def test_an_amd_gpu_is_told_from_one_of_nvidia_and_has_no_compute_capability(monkeypatch, name, hip, maker):
+    on_gpu(monkeypatch, name=name, gcnArchName="gfx1100")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = probe.probe()
+    assert (found["gpu_maker"].value, found["gpu_name"].value) == (maker, name)
+    assert found["capability"].value == ((12, 0) if maker == "NVIDIA" else None)
+    assert "gfx1100" in found["capability"].text or maker == "NVIDIA"
+
+
+@pytest.mark.parametrize(
+    ("kind", "maker"), [("xpu", "Intel"), ("mps", "Apple"), ("cpu", "CPU"), ("privateuseone", "privateuseone")]
+)
+def test_a_device_that_is_not_cuda_s_has_a_maker_and_none_of_cuda_s_figures(monkeypatch, kind, maker):
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: SimpleNamespace(type=kind))
+    found = probe.probe()
+    assert found["gpu_maker"].value == maker
+    assert not any(found[name].known for name in ("gpu_name", "capability", "gpu_memory", "unified_memory"))
+
+
+@pytest.mark.parametrize(
+    ("release", "under"),
+    [("5.15.167.4-microsoft-standard-WSL2", True), ("4.4.0-19041-Microsoft", True), ("6.8.0-45-generic", False)],
+)
+def test_wsl_is_told_by_its_kernel(monkeypatch, release, under):
+    monkeypatch.setattr(machine.platform, "release", lambda: release)
+    assert ("under WSL" in probe.probe()["platform"].value) is under
+
+
 def test_on_unified_memory_the_system_s_figure_stands_beside_cuda_s(monkeypatch, tmp_path):
     # Figures of a GB10 after a 60 GB file was written, in the unit of /proc/meminfo.
     figures = {"MemTotal": 121.7, "MemFree": 41.5, "MemAvailable": 115.7, "Cached": 72.6}
     meminfo = tmp_path / "meminfo"
     lines = [f"{name}:{int(gigabytes * 2**20):>16} kB" for name, gigabytes in figures.items()]
     meminfo.write_text("\n".join([*lines, "HugePages_Total:       0", ""]))
-    monkeypatch.setattr(probe, "MEMINFO", meminfo)
-    on_gpu(monkeypatch, name="NVIDIA GB10", free=41, is_integrated=1, total_memory=121 * probe.GIB)
+    monkeypatch.setattr(machine, "MEMINFO", meminfo)
+    on_gpu(monkeypatch, name="NVIDIA GB10", free=41, is_integrated=1, total_memory=121 * GIB)
     facts = probe.probe()
     assert facts["memory_available"].text == "115.7 GiB of 121.7 GiB"
     assert facts["memory_available"].value == int(115.7 * 2**20) * 1024
@@ -365,16 +325,17 @@ def test_on_unified_memory_the_system_s_figure_stands_beside_cuda_s(monkeypatch,
 
 
 def test_a_system_without_meminfo_has_no_page_cache_figure(monkeypatch, tmp_path):
-    monkeypatch.setattr(probe, "MEMINFO", tmp_path / "absent")
-    available = SimpleNamespace(available=3 * probe.GIB, total=8 * probe.GIB)
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "absent")
+    available = SimpleNamespace(available=3 * GIB, total=8 * GIB)
     offer(monkeypatch, "psutil", virtual_memory=lambda: available)
     facts = probe.probe()
     assert facts["memory_available"].text == "3.0 GiB of 8.0 GiB"
+    assert facts["memory_total"].value == 8 * GIB
     assert not facts["page_cache"].known
 
 
 def test_pinned_memory_and_mapping_are_what_the_host_has_set(monkeypatch):
-    monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 12.5 * probe.GIB, raising=False)
+    monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 12.5 * GIB, raising=False)
     monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", True, raising=False)
     facts = probe.probe()
     assert (facts["pinned_memory"].value, facts["pinned_memory"].text) == (True, "on, up to 12.5 GiB")
@@ -401,8 +362,8 @@ def test_the_pack_s_own_backend_is_what_its_kernels_pick_for_the_gpu(monkeypatch
         (OSError(r"C:\Users\somebody\x"), "OSError"),
         (RuntimeError("no driver\n found"), "RuntimeError: no driver found"),
         (ValueError(), "ValueError"),
-        (probe.Unknown("nobody knows"), "nobody knows"),
+        (Unknown("nobody knows"), "nobody knows"),
     ],
 )
 def test_reasons_are_short_and_hold_no_paths(error, words):
-    assert probe.why(error) == words
+    assert why(error) == words

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from nvfp4_video.host.doctor.probe import Fact
+from nvfp4_video.host.doctor.facts import Fact
 from nvfp4_video.host.guard import check as guard
 from nvfp4_video.host.guard import files as guard_files
 from nvfp4_video.host.guard.prompt_graph import PromptGraph

@@ -211,7 +211,32 @@ def test_check_answers_with_findings_and_keeps_nothing(host):
     assert [finding["id"] for finding in found["findings"]] == ["prefetch_crash"]
     assert set(found["findings"][0]) == {"id", "severity", "title", "why", "remedy", "nodes"}
     assert host.sent == []
-    assert answer(routes.post_check(request(b'{"prompt": {}}'))) == (200, {"findings": []})
+    assert found["reading"] | {"text": ""} == {
+        "shape": "API prompt", "place": "prompt", "nodes": 13, "understood": 13, "unknown": [], "text": "",
+    }  # fmt: skip
+
+
+def test_check_reads_a_wrapped_prompt_and_says_where_it_was(host, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(routes, "probe", lambda: HEALTHY)
+    body = json.dumps({"input": {"workflow": clip(video={"length": 120}) | {"comment": "mine"}}}).encode()
+    status, found = answer(routes.post_check(request(b"\xef\xbb\xbf" + body)))
+    assert (status, [finding["id"] for finding in found["findings"]]) == (200, ["frames", "audio_length"])
+    assert (found["reading"]["place"], found["reading"]["nodes"], found["reading"]["understood"]) == (
+        "input.workflow",
+        14,
+        13,
+    )
+    assert "found at input.workflow; 13 of 14 nodes understood. Unknown: 1 entry that is no node (comment)." in str(
+        found
+    )
+
+
+def test_an_empty_canvas_gets_no_all_clear(host):
+    pytest.importorskip("aiohttp")
+    status, found = answer(routes.post_check(request(b'{"prompt": {}}')))
+    assert (status, [finding["id"] for finding in found["findings"]]) == (200, ["not_checked"])
+    assert found["findings"][0]["severity"] == "info" and found["reading"]["shape"] == "empty"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"{}", b'{"prompt": 3}', b"\xff\xfe", b"[" * 100_000])

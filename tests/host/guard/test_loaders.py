@@ -180,7 +180,8 @@ def test_the_cfg_of_lightricks_guiders_is_read(named):
     ids=lambda sampler: sampler["class_type"],
 )  # fmt: skip
 def test_lightricks_samplers_are_samplers(sampler: dict, named):
-    prompt = clip(model={"unet_name": "distilled"}, sampler=sampler, guider={"cfg": 3})
+    prompt = clip(model={"unet_name": "distilled"}, sampler=sampler, guider={"cfg": 3},
+                  decode={"samples": ["sampler", 0]})  # fmt: skip
     assert ids(prompt) == {"distilled_cfg": "warning"}
     prompt["guider"]["inputs"]["cfg"] = 1
     assert ids(prompt) == {}
@@ -191,7 +192,7 @@ def test_lightricks_samplers_are_samplers(sampler: dict, named):
 def test_the_length_of_a_sampler_that_makes_its_own_latent_is_judged(named):
     sampler = node("LTXVBaseSampler", model=["model", 0], guider=["guider", 0], sigmas=["sigmas", 0], width=768,
                    height=500, num_frames=120)  # fmt: skip
-    found = ids(clip(sampler=sampler))
+    found = ids(clip(sampler=sampler, decode={"samples": ["sampler", 0]}))
     assert found == {"frames": "warning", "size": "warning"}
 
 

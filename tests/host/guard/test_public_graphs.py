@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nvfp4_video.checkpoint.identify.vae_signatures import AUDIO, LTX, VIDEO, Vae
 from nvfp4_video.host.guard import check as guard
 from nvfp4_video.host.guard import prompt_graph
 from nvfp4_video.host.guard import view as seen
@@ -25,6 +26,7 @@ from nvfp4_video.host.guard.view import View
 from nvfp4_video.tests.support.guard_prompts import HEALTHY
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "public_graphs.json"
+VERSIONS = {"0.9": "0.9.5 to 0.9.8, or 2.0", "2.5": "2.5 (diffusion decoder)"}
 FAMILIES = {"2.0": "LTX-2", "2.3": "LTX-2.3", "2.5": "LTX-2.3", "0.9": "LTX-Video"}
 
 
@@ -46,12 +48,14 @@ def prompt_of(graph: dict[str, Any]) -> dict[str, dict]:
 
 
 def facts_of(name: str, _: tuple[str, ...]) -> FileFacts | None:
-    """A stand-in's name, `ltx-<version>-<dev or distilled>`, -> what is in such a file."""
+    """A stand-in's name, `ltx-<version>-<dev or distilled>`, -> what is in such a file, its VAEs too."""
     if not name.startswith("ltx-"):
         return None
     _, version, kind = name.rpartition(".")[0].split("-", 2)
     distilled = "its file name" if kind == "distilled" else None
-    return FileFacts(name, FAMILIES.get(version), None, False, False, distilled)
+    video = Vae(VIDEO, LTX, VERSIONS.get(version, version), 128, "vae.", {}, ())
+    sound = Vae(AUDIO, LTX, version, 8, "", {}, ()) if version != "0.9" else None
+    return FileFacts(name, FAMILIES.get(version), video, True, False, distilled, sound)
 
 
 @pytest.fixture

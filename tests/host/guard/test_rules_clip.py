@@ -30,7 +30,19 @@ def test_a_size_that_is_no_multiple_of_32_is_named_with_its_neighbours(stub_comf
     assert "720 -> 704 or 736" in finding.remedy and "64" not in finding.why
     prompt = clip(video={"width": 1280, "height": 720})
     prompt["up"] = node("LTXVLatentUpsampler", samples=["separate", 0])
-    assert "multiple of 64" in only(prompt).why
+    finding = only(prompt)
+    assert "makes 2560 x 1408 of that" in finding.why and "multiple of 64, not of 32 as 1440 is" in finding.why
+    assert "720 -> 704 or 736, for 1408 or 1472 in the end" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("ltx-2.3-spatial-upscaler-x1.5-1.0", "1920 x 1056"), ("ltx-2.3-temporal-upscaler-x2-1.0", "")]
+)
+def test_the_final_size_is_that_of_the_upscaler_in_question(name: str, said: str, stub_comfy):
+    prompt = clip(video={"width": 1280, "height": 720})
+    prompt["loader"] = node("LatentUpscaleModelLoader", model_name=f"{name}.safetensors")
+    prompt["up"] = node("LTXVLatentUpsampler", samples=["separate", 0], upscale_model=["loader", 0])
+    assert said in only(prompt).why and ("upscaler" in only(prompt).why) == bool(said)
 
 
 def test_sizes_of_what_is_not_sampled_do_not_matter(stub_comfy):
@@ -77,7 +89,9 @@ def test_sound_of_another_length_than_the_picture_is_told_in_seconds(frames, cou
 @pytest.mark.parametrize("kind", ["LTXVAddGuide", "LTXVAddLatentGuide"])
 def test_the_picture_s_length_is_that_of_the_latent_a_guide_is_pinned_onto(kind: str, stub_comfy):
     guide = node(kind, latent=["video", 0], positive=["conditioning", 0], negative=["conditioning", 1])
-    prompt = clip(guide=guide, latent={"video_latent": ["guide", 2]}, audio={"frames_number": 97})
+    crop = node("LTXVCropGuides", latent=["separate", 0], positive=["guide", 0], negative=["guide", 1])
+    prompt = clip(guide=guide, latent={"video_latent": ["guide", 2]}, audio={"frames_number": 97}, crop=crop,
+                  decode={"samples": ["crop", 2]})  # fmt: skip
     assert only(prompt).nodes == ("audio", "video")
 
 

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from nvfp4_video.host.load.model import load_model
+from nvfp4_video.samples import synthetic
+from nvfp4_video.samples.damage import read_draft
 from nvfp4_video.tests.host.load.test_load_model import (  # the fixtures come with their names
     LAYER,
     assert_computes_the_decoded_weights,
@@ -197,3 +200,19 @@ def test_a_sidecar_of_modelopt_s_changes_nothing_for_a_file_with_markers(edit, m
     path = edit("comfy_markers", lambda tensors, metadata: None)
     (tmp_path / "hf_quant_config.json").write_text('{"producer": {"name": "modelopt"}}')
     assert_computes_the_decoded_weights(load_model(path)[0], model)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F4", (8, 8)), ("F6_E2M3", (4, 4)), ("F6_E3M2", (8,))])
+def test_a_tensor_beside_the_model_of_a_dtype_that_torch_lacks_is_refused_by_name(dtype, shape, model, tmp_path):  # noqa: F811
+    state, config, packed = model
+    synthetic.write(tmp_path / "full.safetensors", "comfy_markers", state, config, packed, full=True)
+    draft = read_draft(tmp_path / "full.safetensors")
+    bits = 4 if dtype == "F4" else 6
+    draft.tensors["vae.table"] = (dtype, shape, bytes(math.prod(shape) * bits // 8))
+    assert_refused(str(draft.write(tmp_path)), rf"full\.safetensors: tensor 'vae\.table' is {dtype}; .*")
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.0.attn1", "transformer_blocks.2.ff"])
+def test_a_tensor_that_does_not_fit_into_the_host_s_model_is_one_clear_error(name: str, edit):  # noqa: F811
+    path = edit("comfy_markers", put(name, torch.zeros(7, dtype=torch.bfloat16)))
+    assert_refused(path, rf"edited\.safetensors.*{name.rpartition('.')[2]}.*")

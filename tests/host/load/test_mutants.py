@@ -7,6 +7,7 @@ the file means (tests/support/stored_files.py); nothing of the pack takes part i
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def differences(model: torch.nn.Module, meant: stored_files.Meant) -> list[str]:
     return found
 
 
+@functools.cache
 def chosen(name: str, count: int) -> tuple[list[mutations.Mutant], stored_files.Stored, stored_files.Meant]:
     stored, meant = stored_files.make(name)
     every = list(mutations.mutants(stored))

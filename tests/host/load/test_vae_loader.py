@@ -11,6 +11,7 @@ from pathlib import Path
 import comfy.ldm.lightricks.vae.audio_vae as host_audio
 import comfy.model_management as management
 import comfy.model_patcher
+import comfy.sd
 import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
@@ -114,6 +115,22 @@ def test_kind_chooses_the_audio_vae_of_a_checkpoint_and_a_file_of_its_own_needs_
         assert "LTX 2.3 audio VAE" in report
     with pytest.raises(CheckpointError, match="there is no video VAE in it"):
         run("audio.safetensors", "video")
+
+
+def test_the_audio_vae_stays_in_fp32_whatever_dtype_the_host_has_for_vaes(put, video, audio, monkeypatch):
+    asked = []
+    build = comfy.sd.VAE.__init__
+
+    def forced(self, dtype=None, **arguments):  # as a host that was started with --bf16-vae
+        asked.append(dtype)
+        build(self, dtype=dtype or torch.bfloat16, **arguments)
+
+    monkeypatch.setattr(comfy.sd.VAE, "__init__", forced)
+    put("checkpoints", "full.safetensors", full(video, audio))
+    for kind, dtype in (("audio", torch.float32), ("video", torch.bfloat16)):
+        vae, report = run("full.safetensors", kind)
+        assert vae.vae_dtype is dtype and f"dtype: {str(dtype).removeprefix('torch.')}" in report
+    assert asked == [torch.float32, None]
 
 
 def test_every_file_lies_in_one_of_three_folders_and_the_vae_folder_comes_first(put, video, audio):

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard's rules on what other packs and launch flags do to a prompt that would be sound on a plain ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..doctor.profiles import AUDIO_FLAGS
+from . import view as seen
+from .view import ERROR, Finding, View, ids_of
+
+# Nodes that encode sound: how they call the VAE, and the loaders that give them LTX's in the dtype of the flags.
+_ENCODERS = {
+    "LTXVAudioVAEEncode": ("audio_vae", ("LTXVAudioVAELoader", "VAELoader")),
+    "VAEEncodeAudio": ("vae", ("LTXVAudioVAELoader",)),
+}
+_SAMPLES_WITHOUT_NOISE = ("DisableNoise",)
+
+
+def whose_noise(fact: Callable[[str], Any]) -> str:
+    """The file whose code stands in the place of the host's ``prepare_noise``; ``fact``: id -> value."""
+    return dict(fact("replaced_sampling") or ()).get("comfy.sample.prepare_noise", "another pack")
+
+
+def replaced_noise(view: View) -> Iterator[Finding]:
+    """Joint audio and video where another pack's ``prepare_noise`` makes noise for a plain latent only."""
+    if view.fact("joint_noise_crash") is not True:
+        return
+    whose = whose_noise(view.fact)
+    pack = whose.partition("/")[0]
+    for sampler in view.samplers:
+        if sampler.latent.kind != seen.JOINT:
+            continue
+        noise = view.graph.source(sampler.node.id, "noise")
+        if noise is not None and view.graph.nodes[noise.node].kind in _SAMPLES_WITHOUT_NOISE:
+            continue
+        yield Finding(
+            "replaced_noise",
+            ERROR,
+            f"{pack} has replaced ComfyUI's noise by one that cannot take joint audio and video.",
+            f"comfy.sample.prepare_noise is {whose}'s. Tried with a joint latent, it stops or makes noise for the "
+            "picture alone, on which the sampler stops with tensors of different sizes.",
+            f"Update {pack}, or disable it: --disable-all-custom-nodes with --whitelist-custom-nodes and the packs "
+            "that this workflow needs starts ComfyUI without it.",
+            ids_of(sampler.node),
+        )
+
+
+def audio_dtype(view: View) -> Iterator[Finding]:
+    """Sound that is encoded by ComfyUI's audio VAE in another dtype than FP32."""
+    started = view.fact("launch_flags")
+    flags = [flag for flag in AUDIO_FLAGS if isinstance(started, (list, tuple)) and flag in started]
+    if not flags:
+        return
+    for encoder in view.graph.of_kind(*_ENCODERS):
+        name, loaders = _ENCODERS[encoder.kind]
+        link = view.graph.source(encoder.id, name)
+        loader = view.graph.nodes[link.node] if link is not None else None
+        if loader is None or loader.kind not in loaders:
+            continue
+        yield Finding(
+            "audio_dtype",
+            ERROR,
+            f"With {flags[0]} ComfyUI stops where it encodes sound.",
+            "The flag gives every VAE that dtype, also LTX's audio VAE, for which ComfyUI lists FP32 alone: its "
+            "encoder gets the spectrum of the sound in FP32.",
+            f"Start ComfyUI without {flags[0]}, or load this VAE with NVFP4 VAE Loader, which keeps it in FP32.",
+            ids_of(encoder, loader),
+        )

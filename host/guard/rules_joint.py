@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard's rules on joint graphs of sound and picture: streams, batches, guides, the rate the model is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...measure.ltx import TEMPORAL
+from . import view as seen
+from .links import Link
+from .loaders import MODEL_LOADERS
+from .vaes import DECODE
+from .values.latents import Conditioning, Sound, Video, frames_of
+from .view import ERROR, WARNING, Finding, View, ids_of
+
+DEFAULT_RATE = 25.0  # what the model takes where the conditioning has no frame rate: comfy/model_base.py
+# Nodes that take one stream of a joint latent, by input.
+_PICTURE = {
+    "VAEDecode": "samples",
+    "VAEDecodeTiled": "samples",
+    "LTXVTiledVAEDecode": "latents",
+    "LTXVSpatioTemporalTiledVAEDecode": "latents",
+    "LTXVLatentUpsampler": "samples",
+    "LTXVCropGuides": "latent",
+    "LTXVAddGuide": "latent",
+    "LTXVImgToVideoInplace": "latent",
+    seen.CONCAT: "video_latent",
+}
+_SOUND = {"LTXVAudioVAEDecode": "samples", seen.CONCAT: "audio_latent"}
+# Those that find their stream in a joint latent themselves.
+_TAKE_JOINT = ("VAEDecode", "VAEDecodeTiled", "LTXVAudioVAEDecode", seen.CONCAT)
+_MAKE_SOUND = (seen.EMPTY_AUDIO, "LTXVAudioVAEEncode")
+_NAMES = {seen.VIDEO: "the video latent", seen.AUDIO: "the audio latent", seen.JOINT: "a joint latent"}
+
+
+def swapped_streams(view: View) -> Iterator[Finding]:
+    """The sound where the picture is meant, the picture where the sound is, a joint latent where one of them is."""
+    for table, meant in ((_PICTURE, seen.VIDEO), (_SOUND, seen.AUDIO)):
+        for node in view.graph.of_kind(*table):
+            link = view.graph.source(node.id, table[node.kind])
+            got = _stream(view, link)
+            if got in (seen.UNKNOWN, meant) or (got == seen.JOINT and node.kind in _TAKE_JOINT):
+                continue
+            maker = view.graph.nodes[link.node]
+            remedy = f"Connect {_NAMES[meant]} instead"
+            if maker.kind == seen.SEPARATE:
+                remedy += f": output {2 if meant == seen.AUDIO else 1} of LTXV Separate AV Latent"
+            elif got == seen.JOINT:
+                remedy += ", by way of LTXV Separate AV Latent"
+            yield Finding(
+                "swapped_streams",
+                ERROR,
+                f"{node.kind} gets {_NAMES[got]} for its `{table[node.kind]}`.",
+                f"It works on {_NAMES[meant]}; the shapes do not fit, and ComfyUI stops here or in what follows.",
+                f"{remedy}.",
+                ids_of(node, maker),
+            )
+    separating = view.graph.of_kind(seen.SEPARATE)
+    used = view.graph.before(view.graph.nodes) if separating else ()
+    for node in separating:
+        link = view.graph.source(node.id, "av_latent")
+        if node.id in used and (got := _stream(view, link)) in (seen.VIDEO, seen.AUDIO):
+            yield Finding(
+                "swapped_streams",
+                ERROR,
+                f"LTXV Separate AV Latent gets {_NAMES[got]}, in which there is nothing to separate.",
+                "It takes the second stream of a joint latent, which is not there, and stops.",
+                "Join both latents with LTXV Concat AV Latent before the sampler, or leave the node out.",
+                ids_of(node, view.graph.nodes[link.node]),
+            )
+
+
+def _stream(view: View, link: Link | None) -> str:
+    """Which stream a link carries, UNKNOWN where that is not certain."""
+    found = view.latent(link)
+    if found.kind != seen.AUDIO or found.root is None or found.root.kind in _MAKE_SOUND:
+        return found.kind
+    made = view.graph.output(link)  # the name alone says sound, and the node may put out more than that
+    return seen.VIDEO if isinstance(made, Video) else seen.AUDIO if isinstance(made, Sound) else seen.UNKNOWN
+
+
+def batches(view: View) -> Iterator[Finding]:
+    """Different batch sizes of the two streams that are sampled together."""
+    done = set()
+    for sampler in view.samplers:
+        concat = sampler.latent.root
+        if sampler.latent.kind != seen.JOINT or concat is None or concat.id in done:
+            continue
+        done.add(concat.id)
+        video = view.video(view.graph.source(concat.id, "video_latent"))
+        sound = view.sound(view.graph.source(concat.id, "audio_latent"))
+        counts = [stream.batch if stream is not None else None for stream in (video, sound)]
+        if None in counts or counts[0] == counts[1]:
+            continue
+        yield Finding(
+            "batches",
+            ERROR,
+            f"The picture's batch size is {counts[0]}, the sound's {counts[1]}, and sampling stops.",
+            "Both streams are one batch for the model, which ComfyUI packs into one tensor.",
+            "Set the same `batch_size` in both empty latents.",
+            ids_of(concat, sampler.node),
+        )
+
+
+def uncropped_guides(view: View) -> Iterator[Finding]:
+    """Guides that are still behind the clip when it is decoded."""
+    for use in view.vaes:
+        if use.task != DECODE or not use.final:
+            continue
+        name = _PICTURE.get(use.node.kind)
+        video = view.video(view.graph.source(use.node.id, name)) if name is not None else None
+        if video is None or not video.guides:
+            continue
+        extra = frames_of(video.guides)
+        count = "its guides" if extra is None else f"{extra * TEMPORAL} frames of its guides"
+        guides = [view.graph.nodes[guide.node] for guide in video.guides]
+        yield Finding(
+            "uncropped_guides",
+            WARNING,
+            f"The clip ends with {count}, which were not cropped.",
+            f"{guides[0].kind} puts the latents of its pictures behind the clip, where they stay in the decoded film.",
+            "Put LTXV Crop Guides between the sampler and the decode, with the conditioning that leaves the guide.",
+            ids_of(use.node, *guides[:8]),
+        )
+
+
+def old_model(view: View) -> Iterator[Finding]:
+    """A model that knows no sound, in a joint graph."""
+    for sampler in view.samplers:
+        file = view.file(sampler.model.loader, MODEL_LOADERS)
+        if sampler.latent.kind == seen.JOINT and file is not None and file.family == "LTX-Video":
+            yield Finding(
+                "old_model",
+                ERROR,
+                f"{file.name} is LTX-Video (0.9.x), which knows no sound, and stops on a joint latent.",
+                "Joint latents of sound and picture are for LTX-2 and later.",
+                "Choose an LTX-2 model, or sample the video latent alone.",
+                ids_of(sampler.node, sampler.model.loader, sampler.latent.root),
+            )
+
+
+def untold_rate(view: View) -> Iterator[Finding]:
+    """A conditioning without a frame rate, where sound or film have another than the one that the model then takes."""
+    graph = view.graph
+    rated: set[str] | None = None
+    for sampler in view.samplers:
+        link = graph.source(sampler.guided_by.id, "positive")
+        told = graph.output(link) if sampler.latent.kind == seen.JOINT else None
+        if not isinstance(told, Conditioning) or told.rate is not None:
+            continue
+        if rated is None:
+            rated = graph.downstream(node.id for node in graph.of_kind(seen.CONDITIONING))
+        if link.node in rated:
+            continue  # told by a node whose rate is not known
+        audio = view.latent(graph.source(sampler.latent.root.id, "audio_latent")).root
+        rate = graph.number(audio.id, "frame_rate") if audio is not None and audio.kind == seen.EMPTY_AUDIO else None
+        if rate is None or rate == DEFAULT_RATE:
+            continue
+        yield Finding(
+            "untold_rate",
+            WARNING,
+            f"The model is told no frame rate and takes {DEFAULT_RATE:g}; the sound is for {rate:g}.",
+            "Without LTXVConditioning the model spaces the frames for 25 a second, and sound and picture drift apart.",
+            f"Put LTXVConditioning with {rate:g} between the text and {sampler.guided_by.kind}.",
+            ids_of(sampler.guided_by, audio),
+        )

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments of the inputs of Linears, gathered while a model runs: Gram matrices X^T X of blocks of columns.
+
+Sums are FP32, on the device of the inputs. Layers that are called one after the other with the same tensor share one
+input. A quarter of each call's tokens is held out, in sums of its own, by which a choice made with the others can be
+judged: the first quarter in the first call, the second in the second, and so on, so that neighbouring tokens are on
+one side and every place of a clip comes to both.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.format import BLOCK, round_up
+
+_HELD_OUT = 4  # one in so many tokens
+_ELEMENTS = 2**24  # of an input that is converted to FP32 at a time
+
+
+@dataclass
+class Moments:
+    """Sums over the tokens of one input of ``columns`` columns.
+
+    ``gram``, ``held_out``: (G, B, B) fp32, padded with zeros to G * B columns; ``tokens``, ``held_tokens``: how many
+    are in either.
+    """
+
+    columns: int
+    gram: torch.Tensor
+    held_out: torch.Tensor
+    tokens: int = 0
+    held_tokens: int = 0
+
+    @classmethod
+    def zeros(cls, columns: int, width: int, device: torch.device | str = "cpu") -> Moments:
+        """Nothing yet, in blocks of ``width`` columns, or of all if there are fewer."""
+        width = min(width, round_up(columns, BLOCK))
+        shape = (-(-columns // width), width, width)
+        return cls(columns, torch.zeros(shape, device=device), torch.zeros(shape, device=device))
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        """(K,) fp32 mean square of each column over all tokens."""
+        total = (self.gram + self.held_out).diagonal(dim1=1, dim2=2).flatten()[: self.columns]
+        return total / max(self.tokens + self.held_tokens, 1)
+
+    def add(self, inputs: torch.Tensor, call: int) -> None:
+        """Count (..., K) inputs of the call of that number."""
+        rows = inputs.reshape(-1, self.columns)
+        turn, count = call % _HELD_OUT, rows.shape[0]
+        start, stop = count * turn // _HELD_OUT, count * (turn + 1) // _HELD_OUT
+        for part in (rows[:start], rows[stop:]):
+            self._sum(part, self.gram)
+        self._sum(rows[start:stop], self.held_out)
+        self.tokens += count - (stop - start)
+        self.held_tokens += stop - start
+
+    def _sum(self, rows: torch.Tensor, into: torch.Tensor) -> None:
+        count, width, _ = into.shape
+        for part in rows.split(max(_ELEMENTS // self.columns, 1)):
+            if not len(part):
+                continue
+            padded = torch.nn.functional.pad(part.float(), (0, count * width - self.columns))
+            blocks = padded.unflatten(1, (count, width)).transpose(0, 1)
+            into.baddbmm_(blocks.transpose(1, 2), blocks)
+
+
+class Collector:
+    """Gathers moments for as long as it is entered: ``with Collector(layers, width) as found: model(x)``.
+
+    ``layers``: name -> module whose first argument is its input (..., K). ``width``: see ``block_width``. ``moments``:
+    name of the first layer with an input -> Moments. ``inputs``: layer -> that name, for the layers that were reached.
+    Entering it again goes on.
+    """
+
+    def __init__(self, layers: Mapping[str, torch.nn.Module], width: int) -> None:
+        self.moments: dict[str, Moments] = {}
+        self.inputs: dict[str, str] = {}
+        self._layers, self._width = layers, width
+        self._calls: dict[str, int] = {}
+        self._hooks: list = []
+        self._last: tuple[weakref.ref | None, int, str] = (None, 0, "")
+
+    def __enter__(self) -> Collector:
+        self._hooks = [
+            module.register_forward_pre_hook(lambda _, given, name=name: self._see(name, given[0]))
+            for name, module in self._layers.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._last = (None, 0, "")
+
+    def _see(self, layer: str, inputs: torch.Tensor) -> None:
+        """Count an input, unless it is the tensor that the leader of this layer has just counted."""
+        seen, version, leader = self._last
+        unchanged = seen is not None and seen() is inputs and version == _version(inputs)
+        if unchanged and layer != leader and self.inputs.setdefault(layer, leader) == leader:
+            return
+        # First a layer of its own, or one whose input is no longer the leader's: it has its own sums from here on.
+        self.inputs[layer] = layer
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            if layer not in self.moments:
+                self.moments[layer] = Moments.zeros(inputs.shape[-1], self._width, inputs.device)
+            self.moments[layer].add(inputs.detach(), self._calls.get(layer, 0))
+        self._calls[layer] = self._calls.get(layer, 0) + 1
+        self._last = (weakref.ref(inputs), _version(inputs), layer)
+
+
+def block_width(columns: Sequence[int], budget: int) -> int:
+    """Columns of each input, bytes -> the widest blocks whose sums fit: a power of two from 16, or all columns.
+
+    Raises ValueError where not even blocks of 16 do.
+    """
+    widest = round_up(max(columns), BLOCK)
+    width = None
+    candidate = BLOCK
+    while candidate < 2 * widest:
+        if sum(moment_bytes(count, candidate) for count in columns) > budget:
+            break
+        width = candidate
+        candidate *= 2
+    if width is None:
+        needed = sum(moment_bytes(count, BLOCK) for count in columns)
+        raise ValueError(f"a budget of {budget:,} bytes; blocks of 16 columns need {needed:,}")
+    return min(width, widest)
+
+
+def moment_bytes(columns: int, width: int) -> int:
+    """Bytes of the sums of one input."""
+    width = min(width, round_up(columns, BLOCK))
+    return 2 * 4 * -(-columns // width) * width * width
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; 0 for those of inference mode, which do not count: there, two layers between
+    whose calls one tensor is overwritten are taken to share it."""
+    return 0 if tensor.is_inference() else tensor._version
