@@ -38,8 +38,6 @@ class Fact:
 
 def why(error: Exception) -> str:
     """An error in a few words, without paths."""
-    # The host names a pack's modules by the path of its folder.
-    name = re.split(r"[/\\]", str(getattr(error, "name", None) or ""))[-1]
     if isinstance(error, ModuleNotFoundError):
         missing = error.name in ("comfy", "comfyui_version")
         # ComfyUI names the modules of a pack by the path of its folder.
