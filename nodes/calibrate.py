@@ -40,6 +40,7 @@ class NVFP4Calibrate(io.ComfyNode):
                 io.String.Output("report", display_name="report", tooltip="What is collected, and where to."),
             ],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
             search_aliases=["nvfp4", "calibration", "gptq", "activation statistics"],
         )  # fmt: skip
 
