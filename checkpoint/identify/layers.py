@@ -63,7 +63,6 @@ _STRAY = "it looks like a part of a quantised layer: take another version of the
 _AGAIN = "the file is damaged or its writer is not known: download or convert it again"
 _BANK = ("weight_scale", "weight_scale_2", "input_scale")
 _BY_HOST = {form.host: kind for kind, form in FORMATS.items() if form.host} | dict.fromkeys(FP8_FORMATS.values(), "fp8")
-HOST_FORMATS = tuple(_BY_HOST)
 # Formats that convert_to_quant declares and ComfyUI does not know.
 _FOREIGN = {"float8_e4m3fn_rowwise": "fp8_rows", "float8_e4m3fn_blockwise": "fp8_blocks"}
 

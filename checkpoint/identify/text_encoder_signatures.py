@@ -20,7 +20,6 @@ from .signatures import MODEL_PREFIXES
 PROJECTION = "text_embedding_projection."
 # Connectors of LTX-2's first checkpoints, which the host runs as a part of the text encoder.
 CONNECTORS = tuple(f"model.diffusion_model.{kind}_embeddings_connector." for kind in ("video", "audio"))
-EMBEDDING = "model.embed_tokens"
 _NORM, _Q_NORM, _V = "post_feedforward_layernorm", "self_attn.q_norm", "self_attn.v_proj"
 _BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _TYPE = "set `type` to the model that it is for"

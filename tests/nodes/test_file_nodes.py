@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import comfy.model_management as management
-import comfy.utils
 import pytest
 import torch
 from nvfp4_video.checkpoint.file.container import TensorReader
@@ -19,6 +18,7 @@ from nvfp4_video.checkpoint.write import split as split_module
 from nvfp4_video.host.files import OUTPUT_FOLDERS, SAME_FILE, file_names, output_targets
 from nvfp4_video.nodes.checkpoint import NVFP4Inspect, NVFP4Split
 from nvfp4_video.samples import synthetic
+from nvfp4_video.tests.support.node_runs import watch_bars, written
 
 WIDGETS = {"file_name": "full.safetensors", "name": "", "dtype": "keep", "overwrite": False}
 
@@ -43,10 +43,6 @@ def output(stub_comfy) -> Path:
 def split(*parts: str, **changes):
     chosen = {part: part in parts for part in COMPONENTS}
     return NVFP4Split.execute(**(WIDGETS | chosen | changes))
-
-
-def written(output: Path) -> list[str]:
-    return sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
 
 
 def test_inspect_gives_the_text_and_the_picture_and_shows_both(full):
@@ -136,25 +132,11 @@ def test_no_component_and_a_missing_one_are_errors_in_words(full, stub_comfy, tm
 
 
 def test_cancelling_leaves_no_file_and_the_progress_reaches_the_end_otherwise(full, output, monkeypatch):
-    bars = []
-
-    class Bar(comfy.utils.ProgressBar):
-        def __init__(self, total, node_id=None):
-            super().__init__(total, node_id)
-            bars.append(self)
-
-        def update_absolute(self, value, total=None, preview=None):
-            super().update_absolute(value, total, preview)
-            if cancel_at is not None and self.current >= cancel_at * self.total:
-                management.interrupt_current_processing()
-
-    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
-    cancel_at = 0.3
+    bars = watch_bars(monkeypatch, {1: 0.3}.get)
     with pytest.raises(management.InterruptProcessingException):
         split("video_vae", "diffusion_model")
     assert 0.3 * bars[0].total <= bars[0].current < bars[0].total
     assert not any(name.startswith("diffusion_models/") or ".tmp" in name for name in written(output))
-    cancel_at = None
     split("diffusion_model")
     assert bars[1].current == bars[1].total > 0
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.model_management as management
-import comfy.utils
 import pytest
 import server
 import torch
@@ -20,6 +19,7 @@ from nvfp4_video.host import show
 from nvfp4_video.measure.moments import Moments
 from nvfp4_video.nodes.quantize import MODEL_ONLY, WHOLE, NVFP4Quantize
 from nvfp4_video.tests.support.files import metadata
+from nvfp4_video.tests.support.node_runs import watch_bars, written
 from nvfp4_video.tests.support.quantize_sources import save, tiny
 
 WIDGETS = {
@@ -46,10 +46,6 @@ def output(stub_comfy) -> Path:
 
 def run(**changes):
     return NVFP4Quantize.execute(**(WIDGETS | changes))
-
-
-def written(output: Path) -> list[str]:
-    return sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
 
 
 def test_whole_checkpoints_and_models_go_where_the_host_s_loaders_look_each_with_its_card(full, output):
@@ -85,19 +81,7 @@ def test_an_estimate_tells_size_and_time_and_writes_nothing(full, output):
 
 
 def test_a_cancel_stops_it_and_queueing_it_again_goes_on(full, output, monkeypatch):
-    bars = []
-
-    class Bar(comfy.utils.ProgressBar):
-        def __init__(self, total, node_id=None):
-            super().__init__(total, node_id)
-            bars.append(self)
-
-        def update_absolute(self, value, total=None, preview=None):
-            super().update_absolute(value, total, preview)
-            if len(bars) == 1 and self.current >= 0.4 * self.total:
-                management.interrupt_current_processing()
-
-    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    bars = watch_bars(monkeypatch, {1: 0.4}.get)
     with pytest.raises(management.InterruptProcessingException):
         run()
     assert written(output) == [f"checkpoints/full_nvfp4.safetensors.part{end}" for end in ("", ".journal")]

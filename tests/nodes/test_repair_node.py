@@ -6,12 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.model_management as management
-import comfy.utils
 import pytest
 from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
 from nvfp4_video.nodes.repair import ONLY_REPORT, WRITE, NVFP4Repair
 from nvfp4_video.samples import synthetic
+from nvfp4_video.tests.support.node_runs import watch_bars, written
 
 WIDGETS = {"file_name": "foreign.safetensors", "action": WRITE, "name": "", "overwrite": False}
 
@@ -36,10 +36,6 @@ def output(stub_comfy) -> Path:
 
 def run(**changes):
     return NVFP4Repair.execute(**(WIDGETS | changes))
-
-
-def written(output: Path) -> list[str]:
-    return sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
 
 
 def test_it_only_reports_unless_it_is_told_to_write(models, output, model):
@@ -116,19 +112,7 @@ def test_a_missing_file_is_told_with_the_folders_where_it_was_looked_for(models)
 
 @pytest.mark.parametrize("share", [0, 0.4])
 def test_a_cancel_leaves_nothing_whether_it_checks_or_writes(models, output, monkeypatch, share):
-    bars = []
-
-    class Bar(comfy.utils.ProgressBar):
-        def __init__(self, total, node_id=None):
-            super().__init__(total, node_id)
-            bars.append(self)
-
-        def update_absolute(self, value, total=None, preview=None):
-            super().update_absolute(value, total, preview)
-            if len(bars) == 1 and self.current >= share * self.total:
-                management.interrupt_current_processing()
-
-    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    bars = watch_bars(monkeypatch, {1: share}.get)
     with pytest.raises(management.InterruptProcessingException):
         run()
     assert share * bars[0].total <= bars[0].current < bars[0].total

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.model_management as management
-import comfy.utils
 import pytest
 import server
 import torch
@@ -16,6 +15,7 @@ from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
 from nvfp4_video.host import show
 from nvfp4_video.nodes.verify import REPORT, STOP, NVFP4Verify
 from nvfp4_video.tests.support.files import load, metadata
+from nvfp4_video.tests.support.node_runs import watch_bars
 from nvfp4_video.tests.support.quantize_sources import PREFIX, save, tiny
 
 WIDGETS = {"file_name": "full_nvfp4.safetensors", "source": "full.safetensors", "on_finding": REPORT}
@@ -102,21 +102,9 @@ def test_progress_is_told_and_a_cancel_stops_it(folder, monkeypatch):
     class Running(NVFP4Verify):
         hidden = type("Hidden", (), {"unique_id": "7"})
 
-    bars = []
-
-    class Bar(comfy.utils.ProgressBar):
-        def __init__(self, total, node_id=None):
-            super().__init__(total, node_id)
-            bars.append(self)
-
-        def update_absolute(self, value, total=None, preview=None):
-            super().update_absolute(value, total, preview)
-            if len(bars) == 2 and self.current >= 0.4 * self.total:
-                management.interrupt_current_processing()
-
     clock = iter(range(0, 100_000, 2))
     monkeypatch.setattr(show, "time", type("Clock", (), {"monotonic": staticmethod(lambda: next(clock))}))
-    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    bars = watch_bars(monkeypatch, {2: 0.4}.get)
     Running.execute(**WIDGETS)
     assert bars[0].current == bars[0].total > 0
     sent = [text for text, node in server.PromptServer.instance.sent if node == "7"]

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.utils
@@ -17,6 +17,7 @@ import server
 import torch
 from nvfp4_video.host.doctor import machine, probe
 from nvfp4_video.host.doctor.facts import GIB, Unknown, why
+from nvfp4_video.tests.support.modules import offer, withhold
 
 ROOT = Path(__file__).resolve().parents[3]
 # What guard.py, profiles.py and the web panel read.
@@ -47,19 +48,6 @@ def not_running(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.PromptServer, "instance", server.PromptServer(None))
-
-
-def offer(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> ModuleType:
-    """Put a module into this process for one test."""
-    module = ModuleType(name)
-    vars(module).update(contents)
-    monkeypatch.setitem(sys.modules, name, module)
-    return module
-
-
-def withhold(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Make ``import name`` fail as if the module did not exist."""
-    monkeypatch.setitem(sys.modules, name, None)
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, name: str = "RTX 5090", free: int = 30, **own: object) -> None:

@@ -5,26 +5,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import server
 import torch
 from nvfp4_video.host.doctor import probe, trials
-
-
-def offer(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> ModuleType:
-    """Put a module into this process for one test."""
-    module = ModuleType(name)
-    vars(module).update(contents)
-    monkeypatch.setitem(sys.modules, name, module)
-    return module
-
-
-def withhold(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Make ``import name`` fail as if the module did not exist."""
-    monkeypatch.setitem(sys.modules, name, None)
-
+from nvfp4_video.tests.support.modules import offer, withhold
 
 # The block prefetch, as its three ages have it: the stream is waited for, waited for if there is one, or elsewhere.
 
