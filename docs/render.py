@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -14,14 +15,17 @@ HOST = os.environ.get("COMFYUI_URL", "http://127.0.0.1:8188")
 
 def ask(path: str, body: dict | None = None) -> bytes:
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(HOST + path, data) as answer:
-        return answer.read()
+    try:
+        with urllib.request.urlopen(HOST + path, data) as answer:
+            return answer.read()
+    except urllib.error.HTTPError as error:  # a prompt that cannot run: the body says which node, and why
+        sys.exit(error.read().decode())
 
 
 graph = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 if len(sys.argv) > 2:  # the text of the prompt: the first CLIPTextEncode of these graphs
     next(node for node in graph.values() if node["class_type"] == "CLIPTextEncode")["inputs"]["text"] = sys.argv[2]
-job = json.loads(ask("/prompt", {"prompt": graph}))["prompt_id"]  # HTTP 400 has what is wrong in its body
+job = json.loads(ask("/prompt", {"prompt": graph}))["prompt_id"]
 while not (history := json.loads(ask(f"/history/{job}"))):
     time.sleep(1)
 status, outputs = history[job]["status"], history[job]["outputs"]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from ...measure.ltx import TEMPORAL
 from . import view as seen
-from .links import Link
+from .fixes import fixes_of
+from .links import Link, Node
 from .loaders import MODEL_LOADERS
 from .vaes import DECODE
 from .values.latents import Conditioning, Sound, Video, frames_of
@@ -99,7 +100,14 @@ def batches(view: View) -> Iterator[Finding]:
             "Both streams are one batch for the model, which ComfyUI packs into one tensor.",
             "Set the same `batch_size` in both empty latents.",
             ids_of(concat, sampler.node),
+            fixes_of(view.graph, [(sound.id, "batch_size", int(counts[0])) for sound in _sounds(view, concat.id)]),
         )
+
+
+def _sounds(view: View, concat: str) -> list[Node]:
+    """The empty latent of the sound that a concat node joins, if it is one."""
+    root = view.latent(view.graph.source(concat, "audio_latent")).root
+    return [root] if root is not None and root.kind == seen.EMPTY_AUDIO else []
 
 
 def uncropped_guides(view: View) -> Iterator[Finding]:

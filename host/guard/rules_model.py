@@ -10,6 +10,7 @@ from ...measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
 from ..doctor.cards import is_nvidia
 from . import view as seen
 from .files import FileFacts, name_says_distilled
+from .fixes import fixes_of
 from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, TEXT_LOADERS, loras_of, names_of
 from .names import shown
 from .prompt_graph import Node
@@ -121,6 +122,7 @@ def distilled(view: View) -> Iterator[Finding]:
                 "picture.",
                 "Set cfg to 1.",
                 ids_of(node, sampler.guided_by, sampler.model.loader),
+                fixes_of(view.graph, [(node.id, name, 1.0) for name in seen.CFG_INPUTS if name in node.inputs]),
             )
         # With a LoRA the schedule is a matter of taste and strength.
         maker = _maker_of_sigmas(view, sampler) if file.distilled else None

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from nvfp4_video.tests.real.harness import PACK, ComfyUI
 
+PICTURE = {"width": 64, "height": 64, "batch_size": 3, "color": 255}
 CLIP = {
-    "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 3, "color": 255}},
+    "1": {"class_type": "EmptyImage", "inputs": PICTURE},
     "2": {"class_type": "CreateVideo", "inputs": {"images": ["1", 0], "fps": 24.0}},
     "3": {
         "class_type": "SaveVideo",
@@ -39,9 +40,13 @@ def test_the_example_queues_a_graph_and_fetches_the_film(host: ComfyUI, tmp_path
 
 
 def test_the_example_ends_with_the_message_of_a_node_that_fails(host: ComfyUI, tmp_path: Path):
-    graph = json.loads(json.dumps(CLIP))
-    graph["2"]["inputs"]["images"] = ["5", 0]
-    graph["5"] = {"class_type": "ImageFromBatch", "inputs": {"image": ["6", 0], "batch_index": 0, "length": 1}}
-    graph["6"] = {"class_type": "NVFP4Sharpness", "inputs": {"images": ["1", 0], "reference": -1.0}}
+    clips = {str(count): {"class_type": "EmptyImage", "inputs": PICTURE | {"batch_size": count}} for count in (3, 4)}
+    compare = {"images_a": ["3", 0], "images_b": ["4", 0], "common_prefix": False}
+    done = run(host, clips | {"5": {"class_type": "NVFP4Compare", "inputs": compare}}, tmp_path)
+    assert done.returncode == 1 and "NVFP4Compare" in done.stderr and "common_prefix" in done.stderr, done.stderr
+
+
+def test_the_example_ends_with_the_host_s_reason_for_a_refusal(host: ComfyUI, tmp_path: Path):
+    graph = CLIP | {"1": {"class_type": "EmptyImage", "inputs": PICTURE | {"width": 0}}}
     done = run(host, graph, tmp_path)
-    assert done.returncode == 1 and "NVFP4Sharpness" in done.stderr, done.stderr
+    assert done.returncode == 1 and "width" in done.stderr and "Traceback" not in done.stderr, done.stderr
