@@ -9,14 +9,12 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { request, texts } from "./host.js";
+import { ORIGIN, request, texts } from "./host.js";
 import { createReport } from "./report.js";
 
 const WIDGET = "nvfp4_report";
 // The front end's own widget for progress texts, which older versions leave on the node when a job ends.
 const PROGRESS_WIDGET = "$$node-text-preview";
-// This pack's nodes as /object_info names their origin: the folder under which this very file is served.
-const ORIGIN = `custom_nodes.${decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2))}`;
 
 const reporting = new Set();
 const reports = new WeakMap();
