@@ -21,8 +21,9 @@ import torch
 
 from ..checkpoint.file.container import TensorReader
 from ..checkpoint.file.header import CheckpointError, read_header
-from ..checkpoint.identify.dialects import AUTO, DialectPlan, detect, host_layer
+from ..checkpoint.identify.dialects import AUTO, DialectPlan, detect
 from ..checkpoint.identify.formats import FP8_FORMATS
+from ..checkpoint.identify.host_layer import host_layer
 from ..checkpoint.identify.signatures import find_model
 from ..kernels import backends, dispatch
 from ..kernels.format import PackedWeight

@@ -26,13 +26,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 
 from ...kernels.errors import PackError, one_line
-from .dtypes import BITS, DTYPES, ITEM_BYTES, bytes_of
+from .dtypes import BITS, ITEM_BYTES, bytes_of
+
+if TYPE_CHECKING:
+    import torch
 from .mistaken import AGAIN, what_it_is
 
 MAX_HEADER_BYTES = 100_000_000
@@ -89,6 +91,8 @@ class TensorInfo(NamedTuple):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The torch dtype of the stored elements. CheckpointError where torch has none."""
+        from .torch_dtypes import DTYPES  # and with it torch, which a header does not need
+
         if self.dtype not in DTYPES:
             found, remedy = f"a tensor has the dtype {self.dtype}", "take a BF16, FP8 or NVFP4 version of the model"
             raise CheckpointError(found, expected=f"one of {', '.join(DTYPES)}", remedy=remedy)

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...kernels.format import block_scale_shape, round_up
+from ...kernels.geometry import block_scale_shape, round_up
 from ..file.header import MARKER, CheckpointError, Header, TensorInfo, quote
 from .declarations import Declared
 from .formats import (

@@ -9,9 +9,9 @@ import comfy.utils
 import torch
 
 from ...checkpoint.file.container import TensorReader
-from ...checkpoint.file.dtypes import DTYPES
 from ...checkpoint.file.header import CheckpointError, Header, quote
 from ...checkpoint.file.shards import Checkpoint
+from ...checkpoint.file.torch_dtypes import DTYPES
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages of the pack in a real Chromium: errors of its nodes, remedies, values that a click sets and Ctrl+Z takes back.
+"""Messages of the pack in a real Chromium: errors of its nodes, remedies, values that a click sets.
 
 Screenshots are in the tests' temporary folders (``pytest --basetemp=shots``).
 """

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint.file.dtypes import DTYPES, ITEM_BYTES
+from nvfp4_video.checkpoint.file.dtypes import ITEM_BYTES
 from nvfp4_video.checkpoint.file.header import CheckpointError
+from nvfp4_video.checkpoint.file.torch_dtypes import DTYPES
 from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
 from nvfp4_video.kernels.format import block_scale_shape, packed_shape
 from nvfp4_video.samples import synthetic
