@@ -32,7 +32,7 @@ def inspect(parser: argparse.ArgumentParser) -> None:
         "header alone. Exits with 1 if something is missing."
     )
     add_source(parser)
-    parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the bytes by component and block")
+    parser.add_argument("--picture", type=Path, metavar="OUT", help="write the bytes by component and block as .png")
     add_dialect(parser, _OPEN)
     parser.set_defaults(run=run_inspect)
 
@@ -82,17 +82,17 @@ def repair(parser: argparse.ArgumentParser) -> None:
 
 def run_inspect(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the inspection, whether nothing is missing)."""
-    check_ending(args.png, ".png")
+    check_ending(args.picture, ".png")
     found = inspect_checkpoint(args.source, args.dialect)
-    if args.png:
+    if args.picture:
         from ..draw.inspect import inspection_picture  # Pillow, which only the picture needs
         from ..measure.media import encode_png
 
-        write_file(args.png, encode_png(inspection_picture(found)))
+        write_file(args.picture, encode_png(inspection_picture(found)))
     console.say(str(found))
-    if args.png:
-        console.say(f"\nPicture: {args.png}")
-    return found.as_dict() | {"png": str(args.png) if args.png else None}, not found.missing
+    if args.picture:
+        console.say(f"\nPicture: {args.picture}")
+    return found.as_dict() | {"picture": str(args.picture) if args.picture else None}, not found.missing
 
 
 def run_split(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:

@@ -75,7 +75,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("file", metavar="FILE", help="the quantised checkpoint")
     add_source(parser, "SOURCE")
-    parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the errors by block and layer type")
+    parser.add_argument("--picture", type=Path, metavar="OUT", help="write the errors by block and layer type as .png")
     parser.add_argument("--worst", type=count, default=10, metavar="N", help="how many layers to list (default 10)")
     add_dialect(parser)
     _add_device(parser)
@@ -170,23 +170,23 @@ def _less(record: dict[str, Any]) -> str:
 
 def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the verification, whether nothing is wrong)."""
-    check_ending(args.png, ".png")
+    check_ending(args.picture, ".png")
     with console.progress(f"Verifying {Path(args.file).name}", amount=size) as progress:
         found = verify_files(
             args.file, args.source, dialect=args.dialect, device=_device(args.device), on_step=progress.of
         )
-    if args.png:
+    if args.picture:
         from ..draw.verify import verification_picture  # Pillow, which only the picture needs
         from ..measure.media import encode_png
 
-        write_file(args.png, encode_png(verification_picture(found)))
+        write_file(args.picture, encode_png(verification_picture(found)))
     console.say(summary(found))
     _say_worst(found, console, args.worst)
-    if args.png:
-        console.say(f"Picture: {args.png}")
+    if args.picture:
+        console.say(f"Picture: {args.picture}")
     # Strict JSON has no infinity; a layer that decodes to it has one.
     record = json.loads(json.dumps(found.as_dict()), parse_constant=lambda _: None)
-    return record | {"png": str(args.png) if args.png else None}, found.ok
+    return record | {"picture": str(args.picture) if args.picture else None}, found.ok
 
 
 def _say_worst(found: Verification, console: Console, count: int) -> None:

@@ -26,7 +26,7 @@ from ...kernels.format import BLOCK, round_up
 from ..file.guard import SourceGuard
 from ..file.header import CheckpointError
 from ..file.shards import Source, open_checkpoint
-from ..identify import dialects
+from ..identify import dialects, host_layer
 from ..identify.formats import LOW_RANK, SMOOTHING
 from ..identify.layers import Layer, refuse
 from ..write.card import PROVENANCE
@@ -273,7 +273,7 @@ class Layers:
         """A layer in the host's layout, what its input is multiplied by, and its low-rank part, if any."""
         reader = reader or self.reader
         get = lambda suffix: reader.tensor(f"{layer}.{suffix}")  # noqa: E731
-        record, read = dialects.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
+        record, read = host_layer.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
         smooth = get(SMOOTHING).float().reshape(-1).to(self.device) if SMOOTHING in read else None
         low_rank = None
         if plan.layers[layer].low_rank:

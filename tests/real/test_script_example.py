@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/render.py, the example for scripts, against a real ComfyUI."""
+"""The script in docs/scripts.md against a real ComfyUI."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ CLIP = {
 
 def run(host: ComfyUI, graph: dict, folder: Path, *words: str) -> subprocess.CompletedProcess:
     (folder / "graph.json").write_text(json.dumps(graph), encoding="utf-8")
-    command = [sys.executable, str(PACK / "docs" / "render.py"), "graph.json", *words]
+    (script,) = re.findall(r"```python\n(.*?)```", (PACK / "docs" / "scripts.md").read_text("utf-8"), re.DOTALL)
+    (folder / "render.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "render.py", "graph.json", *words]
     environment = os.environ | {"COMFYUI_URL": host.url}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 

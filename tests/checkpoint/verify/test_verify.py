@@ -219,7 +219,7 @@ def test_a_layer_without_its_original_and_an_unrelated_source_are_not_in_order(f
 def test_the_command_exits_with_1_where_a_layer_is_worse_than_allowed(folder, tmp_path, capsys):
     source, png = str(folder / "source.safetensors"), tmp_path / "v.png"
     whole = str(folder / "whole.safetensors")
-    assert main(["verify", whole, source, "--device", "cpu", "--png", str(png)]) == 0
+    assert main(["verify", whole, source, "--device", "cpu", "--picture", str(png)]) == 0
     assert "as good as its format allows" in capsys.readouterr().out and png.stat().st_size > 1000
 
     def spoil(tensors):
