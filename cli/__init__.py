@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..kernels.errors import PackError
-from .console import MAX_WIDTH, CommandError, Console, put
+from .console import MAX_WIDTH, CommandError, Console, for_terminal, put
 
 # Command -> (module of this package, summary).
 COMMANDS = {
@@ -130,7 +130,7 @@ def _fail(console: Console, message: str, code: int = FAILED) -> int:
     console.error(message)
     if console.quiet:
         try:
-            put(sys.stdout, json.dumps({"error": message}, indent=2) + "\n")
+            put(sys.stdout, json.dumps({"error": for_terminal(message)}, indent=2) + "\n")
         except OSError:
             pass  # the disk is full, say: stderr has said so
     return code
@@ -139,7 +139,7 @@ def _fail(console: Console, message: str, code: int = FAILED) -> int:
 def _unforeseen(error: Exception) -> str:
     """One line about a fault of the pack's own; the traceback goes to a file that a report can quote."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    found = f"unforeseen {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {error}"
+    found = f"internal error, {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {error}"
     try:
         handle, path = tempfile.mkstemp(prefix="nvfp4-video-", suffix=".log")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

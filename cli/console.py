@@ -37,6 +37,19 @@ Cell = str | tuple[str, str]  # text, or (text, style)
 size = functools.partial(size_text, decimals=2)  # columns of sizes line up
 
 
+# The pack's messages speak of nodes and their widgets; what those are called on the command line.
+_FLAGS = "dialect config_from vae_prefix common_prefix keep_non_finite calibration overwrite memory_gib".split()
+_WIDGET = re.compile(rf"`({'|'.join(_FLAGS)})`")
+_COMMANDS = {"Repair": "repair", "Split Checkpoint": "split", "Quantize": "quantize", "Verify": "verify"}
+_NODE = re.compile(rf"NVFP4 ({'|'.join(_COMMANDS)})")
+
+
+def for_terminal(text: str) -> str:
+    """What a message says to users of nodes -> to those of the command line: flags and commands."""
+    text = _WIDGET.sub(lambda found: "--" + found[1].replace("_gib", "").replace("_", "-"), text)
+    return _NODE.sub(lambda found: f"`{_COMMANDS[found[1]]}`", text)
+
+
 class CommandError(PackError):
     """A request that cannot be met, in one line for the user."""
 
@@ -93,7 +106,7 @@ class Console:
 
     def say(self, text: str = "", style: str = "", indent: int = 0) -> None:
         """Lines, wrapped between words; a wrapped one keeps its indentation, that of its last column in a table."""
-        for row in visible(text).split("\n"):
+        for row in visible(for_terminal(text)).split("\n"):
             own = " " * (indent + len(row) - len(row.lstrip()))
             columns = _COLUMN.split(row.strip())
             last = len(own) + len(row.strip()) - len(columns[-1])  # where the last column of a table begins
@@ -136,7 +149,7 @@ class Console:
     def error(self, text: str) -> None:
         """One line on stderr, if it can be written to."""
         with contextlib.suppress(OSError):
-            put(sys.stderr, f"error: {line(_BLANKS.sub(' ', text).strip())}\n")
+            put(sys.stderr, f"error: {line(_BLANKS.sub(' ', for_terminal(text)).strip())}\n")
 
     def progress(self, title: str, total: int | None = None, amount: Callable[[int], str] = str) -> Progress:
         """Context manager for a long step; ``amount`` writes its units (files, frames, bytes)."""

@@ -29,7 +29,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``quantize``."""
     parser.description = (
         "Writes a BF16, FP16, FP32 or FP8 checkpoint as NVFP4 in ComfyUI's own layout, with a model card beside it. "
-        "Needs memory for one tensor, not for the model. An interrupted run is gone on with by the same command."
+        "Needs memory for one tensor, not for the model. The same command continues an interrupted run."
     )
     add_source(parser)
     parser.add_argument("target", type=Path, metavar="TARGET", help="the new .safetensors file")
@@ -92,7 +92,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise CommandError(f"{name!r} is no device ({error})") from error
+        raise CommandError(f"{name!r} is not a device ({error})") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise CommandError("torch finds no CUDA device; use --device cpu")
     return device

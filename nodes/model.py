@@ -81,8 +81,11 @@ class NVFP4ModelLoader(io.ComfyNode):
                     advanced=True,
                 ),
             ],
-            outputs=[io.Model.Output(), io.String.Output("report", display_name="report")],
-            search_aliases=["nvfp4", "fp4 loader", "load diffusion model nvfp4", "ltx nvfp4"],
+            outputs=[
+                io.Model.Output(tooltip="The diffusion model, for LoRA loaders, guiders and samplers."),
+                io.String.Output("report", display_name="report", tooltip="What was loaded and how it is computed."),
+            ],
+            search_aliases=["nvfp4", "fp4", "ltx", "load diffusion model", "unet loader"],
         )
 
     @classmethod

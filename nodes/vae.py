@@ -60,12 +60,15 @@ class NVFP4VAELoader(io.ComfyNode):
                     "vae_prefix",
                     default="",
                     optional=True,
-                    tooltip="For a checkpoint with several VAEs: what the names of the wanted one begin with.",
+                    tooltip="For a checkpoint with several VAEs: how the tensor names of the wanted one begin.",
                     advanced=True,
                 ),
             ],
-            outputs=[io.Vae.Output(), io.String.Output("report", display_name="report")],
-            search_aliases=["ltx vae", "load vae", "audio vae", "full vae", "vae from checkpoint"],
+            outputs=[
+                io.Vae.Output(tooltip="The VAE, for VAE Decode and Encode, or LTXV Audio VAE Decode and Encode."),
+                io.String.Output("report", display_name="report", tooltip="Which VAE it is, its device and dtype."),
+            ],
+            search_aliases=["nvfp4", "fp4", "ltx", "vae", "load vae", "audio vae", "vae from checkpoint"],
         )
 
     @classmethod

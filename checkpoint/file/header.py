@@ -160,7 +160,7 @@ def stat_of(path: Path) -> os.stat_result:
     try:
         return os.stat(path)
     except ValueError as error:  # NUL, or half of a surrogate pair
-        found = f"this is no name of a file ({error})"
+        found = f"this is not a file name ({error})"
         raise CheckpointError(found, where=quote(str(path)), remedy="check the name") from error
 
 
@@ -188,7 +188,7 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
         found = "its first 8 bytes, the length of the header, are zero"
         remedy = "the download never finished: download it again"
         if path.with_name(path.name + BACKUP_ENDING).is_file():
-            remedy = "a repair in place was interrupted: `repair --undo` puts the old header back"
+            remedy = "a repair in place was interrupted: `repair --undo` on the command line puts the old header back"
         raise CheckpointError(found, where=where, remedy=remedy)
     if length > size - 8:
         found = f"its header should be {length:,} bytes long, but {length - (size - 8):,} of them are missing"

@@ -31,7 +31,7 @@ _STOCK_ON_FOREIGN = {
     "lightx2v": "does not recognise the layers",
 }
 # Faults of the file around the tensors -> what ``repair`` does about them.
-CONTAINER = {"shards": "which `repair` joins", "trailing": "which `repair` cuts off"}
+CONTAINER = {"shards": "which NVFP4 Repair joins", "trailing": "which NVFP4 Repair cuts off"}
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _layer_faults(
         faults.append(Fault("unmarked", text, stock))
     if misnamed:
         text = f"the header names {len(misnamed):,} layers with another prefix than their tensors have"
-        stock = "loads it with UNETLoader at best; checkpoint loaders do not find the quantised layers"
+        stock = "loads it with Load Diffusion Model at best; checkpoint loaders do not find the quantised layers"
         faults.append(Fault("misnamed", text, stock))
     foreign = {name: layer.foreign for name, layer in plan.layers.items() if layer.foreign}
     if foreign:

@@ -320,9 +320,9 @@ def refuse(where: str, layers: Mapping[str, Layer], repair: bool = False, strays
             remedy = "convert the original again with a tool that writes `comfy_quant` markers"
         elif repair and layer.low_rank:
             found += " with a low-rank part, which ComfyUI's own loaders would leave out"
-            remedy = "load it with NVFP4ModelLoader as it is"
+            remedy = "load it with NVFP4 Model Loader as it is"
         elif repair and not form.repairs and form.loads:
-            remedy = "load it with NVFP4ModelLoader as it is, or quantise it"
+            remedy = "load it with NVFP4 Model Loader as it is, or quantise it"
         elif form.loads:
             continue
         raise CheckpointError(found, where=f"{where}, layer {name}", expected="a format of ComfyUI's", remedy=remedy)

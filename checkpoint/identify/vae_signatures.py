@@ -203,7 +203,7 @@ def pick_vae(header: Header, audio: bool = False, prefix: str | None = None, con
 
 def refusal(vae: Vae, audio: bool = False, allow_preview: bool = False) -> str | None:
     """Why this VAE must not decode LTX latents, and the remedy; None if it may. Quantised weights are no reason."""
-    full = "take the full VAE of the LTX checkpoint (`split` extracts it)"
+    full = "take the full VAE of the LTX checkpoint (NVFP4 Split Checkpoint extracts it)"
     if audio != (vae.kind == AUDIO):
         return f"this is an {vae.title}; choose {'the audio' if audio else 'a video'} VAE"
     if vae.preview and not (allow_preview and vae.family == "LTX-2"):

@@ -155,7 +155,7 @@ def select(recipe: Recipe, layers: Mapping[str, tuple[int, ...]], options: Optio
         if wanted and not pattern
     ]
     if recipe.safe_default:
-        warnings.append(f"{recipe.why}: check the result with `verify` and with your own eyes")
+        warnings.append(f"{recipe.why}: check the result with NVFP4 Verify and with your own eyes")
     quantized, kept = [], {}
     for layer, shape in layers.items():
         reason = _obstacle(shape)

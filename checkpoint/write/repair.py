@@ -366,5 +366,5 @@ def _overwrite(path: Path, present: bytes, start: bytes) -> None:
                     rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
     except OSError as error:
-        remedy = "put the saved header back (`repair --undo`), or check rights and disk and try again"
+        remedy = "put the saved header back (`repair --undo` on the command line), or check rights and disk"
         raise CheckpointError(f"its header cannot be written ({error})", where=path.name, remedy=remedy) from error

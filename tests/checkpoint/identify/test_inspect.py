@@ -68,10 +68,10 @@ def test_a_published_checkpoint_is_described_from_its_header_alone(published):
     assert quantised == [str(block) for block in range(2, 46)]
     assert found.blocks["2"]["NVFP4"][0] == found.blocks["0"]["BF16"][0]
     quantised = sum(sizes["NVFP4"][0] for sizes in found.blocks.values() if "NVFP4" in sizes)
-    assert found.missing == (f"markers or a header entry for {quantised:,} quantised layers (`repair` adds them)",)
-    assert "`repair` makes it loadable" in found.stock["diffusion_model"]
+    assert found.missing == (f"markers or a header entry for {quantised:,} quantised layers (NVFP4 Repair adds them)",)
+    assert "NVFP4 Repair makes it loadable" in found.stock["diffusion_model"]
     assert found.stock["video_vae"] == found.stock["audio_vae"] == "loads it"
-    assert found.loaders["diffusion_model"] == "NVFP4ModelLoader"
+    assert found.loaders["diffusion_model"] == "NVFP4 Model Loader"
     text = str(found)
     assert "2 to 45, each" in text
     assert "21.01 B" in text
@@ -106,7 +106,7 @@ def test_each_dialect_is_named_with_what_stock_comfyui_does_with_it(tmp_path, mo
     dialect, stock = STOCK[kind]
     assert found.dialect == dialect
     assert stock in found.stock["diffusion_model"]
-    assert ("NVFP4ModelLoader" == found.loaders["diffusion_model"]) == (kind != "bf16")
+    assert ("NVFP4 Model Loader" == found.loaders["diffusion_model"]) == (kind != "bf16")
     assert found.formats.get("NVFP4", (0, 0))[0] == (0 if kind == "bf16" else len(model[2]))
 
 
@@ -141,7 +141,7 @@ VAES = [
     (VIDEO, {}, "RuntimeError", "NVFP4VAELoader"),
     ({f"vae.{n}": s for n, s in VIDEO.items()}, CONFIG, "No VAE weights detected", "NVFP4VAELoader"),
     ({n: s for n, s in VIDEO.items() if "std" not in n}, CONFIG, "garbage", "NVFP4VAELoader"),
-    (TAE, {}, "half the size", "NVFP4VAELoader with allow_preview, for previews only"),
+    (TAE, {}, "half the size", "NVFP4 VAE Loader with allow_preview, for previews only"),
     ({"decoder.conv_in.weight": (512, 16, 3, 3)}, {}, "expected 16 channels, got 128", FOREIGN_LOADER),
 ]
 

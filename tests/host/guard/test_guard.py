@@ -147,7 +147,7 @@ def test_a_preview_vae_is_told_by_its_tensors_where_the_result_is_saved(name: st
     prompt = clip(vae={"vae_name": name})
     finding = only(prompt)
     assert (finding.id, finding.severity, finding.nodes) == ("preview_vae", "warning", ("decode", "vae"))
-    assert name in finding.why and "NVFP4 Split" in finding.remedy
+    assert name in finding.why and "NVFP4 Split Checkpoint" in finding.remedy
     prompt["decode"]["class_type"] = TILED
     assert ids(prompt) == {"preview_vae": "error"}
     shown = {**prompt, "decode": prompt["decode"] | {"class_type": "VAEDecode"}}

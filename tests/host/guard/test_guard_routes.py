@@ -227,7 +227,7 @@ def test_check_reads_a_wrapped_prompt_and_says_where_it_was(host, monkeypatch):
         14,
         13,
     )
-    assert "found at input.workflow; 13 of 14 nodes understood. Unknown: 1 entry that is no node (comment)." in str(
+    assert "found at input.workflow; 13 of 14 nodes understood. Unknown: 1 entry that is not a node (comment)." in str(
         found
     )
 

@@ -108,7 +108,7 @@ def test_every_thing_that_was_not_understood_is_counted_and_named(host_classes):
     host_classes("VAEDecode")
     found = told(PROMPT | {"note": "hello", "odd": {"class_type": 3}, "late": {"inputs": {}}})
     assert (found.nodes, found.understood) == (len(PROMPT) + 3, len(PROMPT) - 1)
-    assert found.unknown[0] == "3 entries that are no nodes (note, odd, late)"
+    assert found.unknown[0] == "3 entries that are not nodes (note, odd, late)"
     assert found.unknown[1].startswith("1 node of a class that this ComfyUI does not have (VAEDecode)")
     assert f"{found.understood} of {found.nodes} nodes understood" in str(found)
 
