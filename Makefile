@@ -22,7 +22,7 @@ demo: $(setup)
 	$(PY) . demo $(ARGS)
 
 test: $(setup)
-	$(if $(ARGS),,OMP_NUM_THREADS=1) $(PY) -m pytest -q -rs $(if $(ARGS),$(ARGS),-n $(JOBS) --dist loadfile)
+	$(if $(ARGS),,OMP_NUM_THREADS=1) $(PY) -m pytest -q -rs $(if $(ARGS),$(ARGS),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 lint: $(setup)
 	$(PY) -m ruff check . $(ARGS)
