@@ -191,12 +191,12 @@ def show_files(folder: Path, model: DemoModel, console: Console) -> list[dict[st
             synthetic.write(path, kind, model.state, model.config, model.packed)
             reading = min((read_file(path, model, kind) for _ in range(READS)), key=lambda reading: reading.seconds)
             records.append(_file_record(path, reading, model))
-    head = ["file", "dialect found", "size", "of BF16", "error", "weights"]
+    head = ["file", "dialect found", "size", "ratio", "error", "weights"]
     console.say()
     console.table(head, [_file_row(record) for record in records], "<<>>><")
     console.say()
     console.say(
-        "of BF16: the bytes of the NVFP4 layers, scales and padding included, relative to BF16 (mixed also has FP8 and "
+        "ratio: the bytes of the NVFP4 layers, scales and padding included, relative to BF16 (mixed also has FP8 and "
         "BF16 layers). error: relative to the original weights; about 0.095 is what four bits cost. identical: bit for "
         "bit what the other files give.",
         "dim",

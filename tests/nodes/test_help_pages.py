@@ -33,6 +33,12 @@ def mentions(text: str, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 
+@pytest.mark.parametrize("node_id", IDS)
+def test_every_input_and_output_says_what_it_is_for(node_id: str, schemas):
+    schema = schemas[node_id]
+    assert [port.id for port in (*schema.inputs, *schema.outputs) if not port.tooltip] == []
+
+
 def test_every_page_belongs_to_a_node():
     # A page for one language would be <node id>/<language>.md.
     named = {path.relative_to(DOCS).parts[0].removesuffix(".md") for path in DOCS.rglob("*.md")}
