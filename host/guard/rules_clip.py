@@ -177,6 +177,6 @@ def audio_length(view: View) -> Iterator[Finding]:
             why,
             f"Set `frames_number` in {shown(seen.EMPTY_AUDIO)} to {snapped(length)}.",
             (audio.id, video.id),
-            # Where both have the same wrong number, `frames` mends both.
+            # Where both have the same wrong number, the rule on frames mends both.
             fixes_of(graph, [(audio.id, "frames_number", _nearest(length))]) if count != length else (),
         )

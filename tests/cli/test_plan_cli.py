@@ -108,5 +108,6 @@ def test_a_message_of_the_pack_names_flags_and_commands_here(files, capsys):
     assert "set --memory to what its box says" in said and "memory_gib" not in said
     assert main(["inspect", str(files["NVFP4"])]) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "set --dialect" in said and "(`repair` adds them)" in said
-    assert main(["inspect", str(files["NVFP4"]), "--json"]) == 1
+    assert "set --dialect (comfy" in said
+    assert main(["inspect", str(files["FP8"])]) == 1
+    assert "(`repair` adds them)" in " ".join(capsys.readouterr().out.split())
