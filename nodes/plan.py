@@ -51,7 +51,7 @@ class NVFP4DistilledSettings(io.ComfyNode):
                 io.Float.Output("fps", display_name="fps", tooltip="For conditioning, audio latent and video."),
                 io.Int.Output("frame_rate", display_name="frame_rate (whole)", tooltip="For inputs that take INT."),
                 io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Of the first stage, 8 steps."),
-                io.Sigmas.Output("sigmas_stage_2", display_name="sigmas stage 2", tooltip="Of the second one, 3 steps."),
+                io.Sigmas.Output("sigmas_stage_2", display_name="sigmas stage 2", tooltip="Of the second, 3 steps."),
                 io.Float.Output("cfg", display_name="cfg", tooltip="1, for the guider."),
                 io.Int.Output("audio_latents", display_name="audio latents", tooltip="How many the sound needs."),
                 io.Int.Output("final_width", display_name="final width", tooltip="Of the finished clip."),

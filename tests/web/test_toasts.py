@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.web.doctor_page import DoctorPage
-from nvfp4_video.tests.web.frontend_server import FrontendServer, node_definitions, static_folder
+from nvfp4_video.tests.web.frontend_server import node_definitions
 
 HERE = Path(__file__).resolve().parent
 ANSWERS = json.loads((HERE / "answers.json").read_text("utf-8"))
@@ -29,37 +29,25 @@ renderers = pytest.mark.parametrize("settings", [{}, VUE], ids=["classic", "vue"
 
 
 @pytest.fixture
-def visit(browser, tmp_path: Path) -> Iterator[Callable]:
+def visit(enter) -> Callable:
     """visit(settings, check) -> page with the workflow; ``check``: what /nvfp4/check answers."""
-    static = static_folder()
-    if static is None:
-        pytest.skip("comfyui-frontend-package is not installed")
-    opened = []
 
     def start(settings: dict | None = None, check: Callable | dict | None = None) -> DoctorPage:
         definitions = node_definitions(WORKFLOW)
         for name, definition in definitions.items():
             if name.startswith("NVFP4"):
                 definition |= {"python_module": ORIGIN, "display_name": "NVFP4 Model Loader"}
-        server = FrontendServer(static, definitions, settings).__enter__()
-        server.routes |= {
+        routes = {
             "/nvfp4/report": ANSWERS["report"] | {"findings": []}, "/nvfp4/check": check or {"findings": []},
             "/prompt": JOB | {"number": 1, "node_errors": {}}, "/nvfp4/reports": {"reports": {}},
         }  # fmt: skip
-        opened.append((server, None))
-        page = DoctorPage(browser, server.url, tmp_path)
-        opened[-1] = (server, page)
+        page, server = enter(definitions, settings, routes)
         page.page.set_viewport_size(SMALL)
         page.load(WORKFLOW)
         page.settle()
         return page
 
-    yield start
-    for server, page in opened:
-        if page is not None:
-            page.close()
-        server.__exit__()
-        assert page is None or page.problems == []
+    return start
 
 
 def fail(page: DoctorPage, node: str, kind: str) -> None:
