@@ -38,7 +38,7 @@ COMMANDS = {
     "demo": ("demo", "build one small model in every NVFP4 dialect, read it back, sample it in ComfyUI"),
     "inspect": ("files", "tell what is in a checkpoint, what it lacks, and what loads it"),
     "split": ("files", "write the VAE, audio VAE and other components of a checkpoint to their own files"),
-    "repair": ("files", "make a quantised checkpoint loadable by stock ComfyUI"),
+    "repair": ("files", "make a quantized checkpoint loadable by stock ComfyUI"),
     "quantize": ("quantize", "write a BF16 or FP8 checkpoint as NVFP4, in little memory, with a model card"),
     "verify": ("quantize", "compare an NVFP4 file with its source, tensor by tensor"),
     "plan": ("plan", "tell whether a model fits a GPU, and what NVFP4 changes there: size, speed or both"),

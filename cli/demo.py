@@ -304,7 +304,7 @@ def show_gpu(console: Console) -> dict[str, Any]:
     expected = results["torch"][0]
     identical = all(torch.equal(result, expected) for result, _ in results.values())
     rows = [(backend, f"{seconds * 1e6:,.0f} us") for backend, (_, seconds) in results.items()]
-    console.table(["backend", f"dequantise {GPU_SHAPE[0]} x {GPU_SHAPE[1]} to BF16"], rows, "<>")
+    console.table(["backend", f"dequantize {GPU_SHAPE[0]} x {GPU_SHAPE[1]} to BF16"], rows, "<>")
     console.say("Their results are identical." if identical else "THEIR RESULTS DIFFER.", "" if identical else "red", 2)
     seconds = {backend: taken for backend, (_, taken) in results.items()}
     return {"available": True, "backend": name, "reason": reason, "seconds": seconds, "identical": identical}

@@ -31,7 +31,7 @@ def make_and_split(folder: Path, state: dict[str, torch.Tensor], config: dict, c
     synthetic.write(source, "bf16", state, config, full=True)
     rows, errors = [(SOURCE, size(source.stat().st_size), "", "the source")], {}
     for name, search in ((FAST, "amax"), (BEST, "mse")):
-        with console.progress("Quantising") as progress:
+        with console.progress("Quantizing") as progress:
             progress.update(0, name)
             quantize_checkpoint(source, folder / name, QuantizeSettings(search=search))
             found = verify(folder / name, source)

@@ -43,7 +43,7 @@ def split(parser: argparse.ArgumentParser) -> None:
 
     parser.description = (
         "Writes components of a checkpoint to files of their own, <name>_<component>.safetensors, with the names and "
-        "the metadata that ComfyUI's loaders want. Quantised VAE weights become BF16. No unfinished file stays."
+        "the metadata that ComfyUI's loaders want. Quantized VAE weights become BF16. No unfinished file stays."
     )
     add_source(parser)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the new files go; made if need be")
@@ -63,7 +63,7 @@ def repair(parser: argparse.ArgumentParser) -> None:
     from ..checkpoint.write.repair import BACKUP_ENDING
 
     parser.description = (
-        "Makes a quantised checkpoint loadable by stock ComfyUI: adds what its header lacks, mends names, and converts "
+        "Makes a quantized checkpoint loadable by stock ComfyUI: adds what its header lacks, mends names, and converts "
         "foreign dialects. Exits with 1 if a fault remains."
     )
     add_source(parser)

@@ -49,7 +49,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep", nargs="+", default=[], metavar="REGEX", help="keep the layers these match")
     parser.add_argument(
-        "--quantize", nargs="+", default=[], metavar="REGEX", help="quantise these, though the recipe keeps them"
+        "--quantize", nargs="+", default=[], metavar="REGEX", help="quantize these, though the recipe keeps them"
     )
     parser.add_argument(
         "--keep-non-finite", action="store_true", help="keep layers with NaN or infinity; reads the source twice"
@@ -73,7 +73,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
         "a layer is worse than its format allows or is read in the wrong dialect, or if anything else is missing, new, "
         "altered or not declared. A file of the diffusion model alone may lack the VAEs, and that is said."
     )
-    parser.add_argument("file", metavar="FILE", help="the quantised checkpoint")
+    parser.add_argument("file", metavar="FILE", help="the quantized checkpoint")
     add_source(parser, "SOURCE")
     parser.add_argument("--picture", type=Path, metavar="OUT", help="write the errors by block and layer type as .png")
     parser.add_argument("--worst", type=count, default=10, metavar="N", help="how many layers to list (default 10)")
@@ -118,7 +118,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         _say_estimate(found, console, args.target)
         return found, found["fits"]
     try:
-        with console.progress(f"Quantising to {args.target.name}", amount=size) as progress:
+        with console.progress(f"Quantizing to {args.target.name}", amount=size) as progress:
             record = quantize_checkpoint(
                 args.source, args.target, settings, overwrite=args.overwrite, device=device, on_step=progress.of
             )
@@ -144,7 +144,7 @@ def _say_estimate(found: dict[str, Any], console: Console, target: Path) -> None
     rows = [
         ("size", f"{size(found['nbytes'])}, {_less(found)} than the source ({size(found['source_bytes'])})"),
         ("time", f"about {found['seconds'] / 60:.1f} min (reads {size(int(rates['read']))}/s, writes "
-         f"{size(int(rates['write']))}/s, quantises {rates['quantise'] / 1e6:.0f} M weights/s)"),
+         f"{size(int(rates['write']))}/s, quantizes {rates['quantize'] / 1e6:.0f} M weights/s)"),
         ("disk", f"{size(found['free_bytes'])} free" + ("" if found["fits"] else ": NOT ENOUGH")),
         ("layers", f"{found['layers']:,} to NVFP4 (recipe {found['recipe']}: {found['why']})"),
         *_calibration(found),

@@ -39,7 +39,7 @@ TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)  # what the kernels that mu
 def check_output_dtype(dtype: torch.dtype) -> None:
     """Raise ValueError for an output dtype no kernel gives."""
     if dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"cannot dequantise NVFP4 to {dtype}; expected one of {OUTPUT_DTYPES}")
+        raise ValueError(f"cannot dequantize NVFP4 to {dtype}; expected one of {OUTPUT_DTYPES}")
 
 
 def check_parts(packed: torch.Tensor, block_scale: torch.Tensor, shape: tuple[int, int]) -> None:

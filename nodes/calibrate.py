@@ -26,7 +26,7 @@ class NVFP4Calibrate(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model in BF16 or FP8; it is not changed itself."),
                 io.Combo.Input(
                     "file_name", options=file_names(LIKE_FOLDERS),
-                    tooltip="The checkpoint that the model was loaded from, and that is to be quantised.",
+                    tooltip="The checkpoint that the model was loaded from, and that is to be quantized.",
                 ),
                 io.Float.Input(
                     "memory_gb", default=2.0, min=0.1, max=512.0, step=0.1,

@@ -68,7 +68,7 @@ class NVFP4Split(io.ComfyNode):
             display_name="NVFP4 Split Checkpoint",
             category="NVFP4",
             description="Writes components of a full checkpoint to files of their own below ComfyUI's output folder, "
-            "where loaders list them at once. Quantised VAE weights are restored to BF16.",
+            "where loaders list them at once. Quantized VAE weights are restored to BF16.",
             inputs=[
                 io.Combo.Input("file_name", options=file_names(ALL_FOLDERS), tooltip=SOURCE_TOOLTIP),
                 *parts,

@@ -49,7 +49,7 @@ class NVFP4ModelLoader(io.ComfyNode):
                     options=["auto", *BACKENDS],
                     default="auto",
                     optional=True,
-                    tooltip="What dequantises. auto: Triton where it runs, torch elsewhere; the report says why.",
+                    tooltip="What dequantizes. auto: Triton where it runs, torch elsewhere; the report says why.",
                     advanced=True,
                 ),
                 io.Combo.Input(

@@ -29,7 +29,7 @@ class NVFP4Quantize(io.ComfyNode):
             description="Writes a BF16, FP16, FP32 or FP8 checkpoint as NVFP4 below ComfyUI's output folder, with a "
             "model card beside it. Needs memory for one tensor, not for the model; a cancelled run can go on.",
             inputs=[
-                io.Combo.Input("file_name", options=file_names(ALL_FOLDERS), tooltip="The checkpoint to quantise."),
+                io.Combo.Input("file_name", options=file_names(ALL_FOLDERS), tooltip="The checkpoint to quantize."),
                 io.Combo.Input(
                     "contents", options=[WHOLE, MODEL_ONLY], default=WHOLE,
                     tooltip="The VAE and all else are copied byte for byte, or left out.",

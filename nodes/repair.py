@@ -21,12 +21,12 @@ class NVFP4Repair(io.ComfyNode):
             node_id="NVFP4Repair",
             display_name="NVFP4 Repair",
             category="NVFP4",
-            description="Makes a quantised file loadable by stock ComfyUI: adds what its header lacks, mends names, "
+            description="Makes a quantized file loadable by stock ComfyUI: adds what its header lacks, mends names, "
             "converts foreign dialects. Writes a new file below ComfyUI's output folder; the old one stays as it is.",
             inputs=[
                 io.Combo.Input(
                     "file_name", options=file_names(LIKE_FOLDERS),
-                    tooltip="The quantised file; of a sharded checkpoint any one of its files.",
+                    tooltip="The quantized file; of a sharded checkpoint any one of its files.",
                 ),
                 io.Combo.Input(
                     "action", options=[ONLY_REPORT, WRITE], default=ONLY_REPORT,

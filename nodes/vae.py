@@ -18,7 +18,7 @@ class NVFP4VAELoader(io.ComfyNode):
             display_name="NVFP4 VAE Loader",
             category="NVFP4",
             description="Loads the full LTX video or audio VAE from its own file or from inside a checkpoint, told by "
-            "its tensors and not by its name. Refuses preview decoders and VAEs of other models, restores quantised "
+            "its tensors and not by its name. Refuses preview decoders and VAEs of other models, restores quantized "
             "weights, and keeps all weights on the GPU while it decodes.",
             inputs=[
                 io.Combo.Input(

@@ -43,7 +43,7 @@ def global_scale(plan: DialectPlan, layer: str, get: Get) -> torch.Tensor:
             f"its global scale is {found.item()}",
             where=f"{plan.header.path.name}, layer {layer}",
             expected="a finite number, not negative",
-            remedy="the file is damaged: download or quantise it again",
+            remedy="the file is damaged: download or quantize it again",
         )
     return found
 

@@ -31,7 +31,7 @@ OUTSIDE = "outside the blocks"
 _STOCK_ON_VAE = {
     "config": "stops with a RuntimeError while it builds the VAE",
     "statistics": "warns, then decodes garbage",
-    "quantised": "does not dequantise it: decoding fails or gives noise",
+    "quantized": "does not dequantize it: decoding fails or gives noise",
     "prefix": "says 'No VAE weights detected'",
     "vocoder": "says 'No VAE weights detected'",
     "layout": "does not know this layout",
@@ -192,7 +192,7 @@ def _missing(found: Diagnosis, identity: Identity):
     if found.plan is None:
         yield f"a declared dialect: {found.open_dialect}"
     elif found.plan.native and found.unmarked and found.has("unmarked"):
-        yield f"markers or a header entry for {len(found.unmarked):,} quantised layers (NVFP4 Repair adds them)"
+        yield f"markers or a header entry for {len(found.unmarked):,} quantized layers (NVFP4 Repair adds them)"
 
 
 def _unloadable(found: Diagnosis) -> dict[str, int]:

@@ -295,7 +295,7 @@ def _problems(
         yield Problem("layout", "its names are those of diffusers, which ComfyUI does not read")
     if quantised:
         formats = ", ".join(f"{count} as {name}" for name, count in quantised.items())
-        yield Problem("quantised", f"weights stored quantised: {formats}; ComfyUI does not dequantise a VAE")
+        yield Problem("quantized", f"weights stored quantized: {formats}; ComfyUI does not dequantize a VAE")
     if prefix and row.kind != AUDIO:
         yield Problem("prefix", f"its names begin with `{prefix}`; a VAE file of its own has none")
 

@@ -128,7 +128,7 @@ def plan_quantization(
     if not jobs:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(kept.values()).most_common(3))
         raise CheckpointError(
-            f"nothing in it would be quantised ({reasons or 'no matrices'})", where=header.path.name,
+            f"nothing in it would be quantized ({reasons or 'no matrices'})", where=header.path.name,
             expected=f"layers for the recipe {recipe.name}", remedy="choose another recipe or `quantize` patterns",
         )  # fmt: skip
     selection = Selection(tuple(layer for layer in selection.quantized if layer not in kept), kept, selection.warnings)
@@ -171,7 +171,7 @@ def _refuse_packed(header: Header, names: Mapping[str, str]) -> None:
         layer, _, suffix = name.rpartition(".")
         bytes_of = suffix == "weight_packed" or suffix == "weight" and header.tensors[name].dtype == "U8"
         if bytes_of and f"{layer}.weight_scale" in header.tensors:
-            found = f"it is quantised to four bits already, layer {layer} for one"
+            found = f"it is quantized to four bits already, layer {layer} for one"
             remedy = "take the BF16 or FP8 version; NVFP4 Repair brings other NVFP4 dialects to ComfyUI's"
             raise CheckpointError(found, where=header.path.name, expected="BF16, FP16, FP32 or FP8", remedy=remedy)
 
@@ -255,7 +255,7 @@ def _planned(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
 
 
 def _unplanned() -> NoReturn:
-    raise AssertionError("the quantiser makes tensors by unit, not one by one")
+    raise AssertionError("the quantizer makes tensors by unit, not one by one")
 
 
 def _metadata(header: Header, own_layers: Mapping[str, str], only_model: bool) -> dict[str, str]:

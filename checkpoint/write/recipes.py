@@ -114,7 +114,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "Qwen-Image", ("transformer_blocks",), (), (2, 2),
             "NVIDIA's published file: two blocks at either end and all outer layers stay; modulations of the inner "
-            "blocks, a third of the model, are quantised",
+            "blocks, a third of the model, are quantized",
             ("NVIDIA/TensorRT-LLM pull 15470", "sgl-project/sglang pull 28557"),
         ),
         Recipe(

@@ -93,7 +93,7 @@ def slow_nvfp4(view: View) -> Iterator[Finding]:
         for file in view.files(loader, tables):
             if not file.nvfp4:
                 continue
-            ours = "Load it with NVFP4 Model Loader, which dequantises with Triton, or install"
+            ours = "Load it with NVFP4 Model Loader, which dequantizes with Triton, or install"
             yield Finding(
                 "slow_nvfp4",
                 WARNING,

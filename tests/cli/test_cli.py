@@ -327,13 +327,13 @@ def test_progress_on_a_terminal_shows_bar_amount_and_note_and_wipes_itself():
 
 
 def test_progress_keeps_its_numbers_where_there_is_too_little_room(monkeypatch):
-    title = "Quantising to a-model-with-a-rather-long-name-for-a-terminal_nvfp4.safetensors"
+    title = "Quantizing to a-model-with-a-rather-long-name-for-a-terminal_nvfp4.safetensors"
     progress = Progress(io.StringIO(), title, 29_140_000_000, size)
     progress.update(12_340_000_000, "transformer_blocks.17.audio_to_video_attn.to_out.0.weight")
     progress._started -= 60
     line = progress.line(80)
     assert len(line) <= 80
-    assert line.startswith("Quantising to a-") and "12.34 GB / 29.14 GB" in line
+    assert line.startswith("Quantizing to a-") and "12.34 GB / 29.14 GB" in line
     assert line.endswith(" s left") and " MB/s  60.0 s  " in line
     assert "==========-----" in progress.line(), "with room enough there is a bar"
 

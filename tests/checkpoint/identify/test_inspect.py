@@ -68,7 +68,7 @@ def test_a_published_checkpoint_is_described_from_its_header_alone(published):
     assert quantised == [str(block) for block in range(2, 46)]
     assert found.blocks["2"]["NVFP4"][0] == found.blocks["0"]["BF16"][0]
     quantised = sum(sizes["NVFP4"][0] for sizes in found.blocks.values() if "NVFP4" in sizes)
-    assert found.missing == (f"markers or a header entry for {quantised:,} quantised layers (NVFP4 Repair adds them)",)
+    assert found.missing == (f"markers or a header entry for {quantised:,} quantized layers (NVFP4 Repair adds them)",)
     assert "NVFP4 Repair makes it loadable" in found.stock["diffusion_model"]
     assert found.stock["video_vae"] == found.stock["audio_vae"] == "loads it"
     assert found.loaders["diffusion_model"] == "NVFP4 Model Loader"
@@ -158,7 +158,7 @@ def test_a_cast_vae_inside_a_checkpoint_is_reported(tmp_path):
     shapes = {f"vae.{name}": shape for name, shape in VIDEO.items()} | {"model.diffusion_model.x.weight": (2, 2)}
     name = "vae.decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"
     found = inspect_checkpoint(save(tmp_path / "full.safetensors", shapes, CONFIG, {name: "F8_E4M3"}))
-    assert "does not dequantise it" in found.stock["video_vae"]
+    assert "does not dequantize it" in found.stock["video_vae"]
     assert found.formats["FP8"] == (1, 1024)
 
 

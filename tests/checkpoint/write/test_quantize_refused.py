@@ -68,7 +68,7 @@ def write_refused(kind: str, path: Path) -> Path:
         ("gguf", "GGUF"),
         ("pickle", "pickle"),
         ("config", "no `config`.*config_from"),
-        ("small", "nothing in it would be quantised"),
+        ("small", "nothing in it would be quantized"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused_by_what_it_is(tmp_path, kind, words):
