@@ -7,7 +7,6 @@ a fault of the pack, and is shown as such.
 
 from __future__ import annotations
 
-
 SHORT = "nvfp4_video"  # the host shows an error's module and class; the folders of the pack say nothing to its users
 
 
