@@ -120,7 +120,8 @@ class Console:
         self._write(self.paint(line(text), "bold"))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Cell]], align: str, indent: int = 2) -> None:
-        """Columns as wide as their widest cell; ``align`` has `<` or `>` for each. Columns of text wrap if they must.
+        """Columns as wide as their widest cell; ``align`` has `<` or `>` for each. Columns of text wrap if they must;
+        where a name is too long for that, it has a line of its own, above the rest of its row.
 
         An empty ``head`` leaves the heading out.
         """
@@ -135,6 +136,14 @@ class Console:
             taken = max(min(excess, widths[column] - max(longest, _LEAST)), 0)
             widths[column] -= taken
             excess -= taken
+        if excess > 0 and len(texts_only) and len(widths) > 1:
+            apart = max(texts_only, key=widths.__getitem__)
+            for row, style in zip(texts, styles, strict=True):
+                self._write(" " * indent + self.paint(row[apart], style[apart]))
+                cells = [f"{text:{how}{width}}" for text, how, width in zip(row, align, widths, strict=True)]
+                cells = [self.paint(cell, how) for cell, how in zip(cells, style, strict=True)]
+                self._write((" " * (indent + 2) + "  ".join(cells[:apart] + cells[apart + 1 :])).rstrip())
+            return
         for row, style in zip(texts, styles, strict=True):
             wrapped = [_wrap(text, width) or [""] for text, width in zip(row, widths, strict=True)]
             for parts in itertools.zip_longest(*wrapped, fillvalue=""):

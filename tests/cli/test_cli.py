@@ -300,6 +300,13 @@ def test_a_table_wraps_its_last_column_and_stays_within_the_width(capsys, monkey
     assert lines[2].startswith(" " * 15 + "word"), "a wrapped cell stays in its column"
 
 
+def test_a_name_that_is_too_long_for_its_column_stands_above_its_row(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "transformer_blocks.2.video_to_audio_attn"
+    Console().table(["layer", "error", "allowed"], [(name, "0.08", "0.11")], "<>>", indent=0)
+    assert capsys.readouterr().out.splitlines() == ["layer", "  error  allowed", name, "   0.08     0.11"]
+
+
 def test_a_quiet_console_writes_nothing_but_errors(capsys):
     console = Console(quiet=True)
     console.say("text")
