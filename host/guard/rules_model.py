@@ -24,6 +24,7 @@ _SAMPLERS = ("KSampler", "KSamplerAdvanced")  # make their schedule themselves
 # How much of the distilling LoRA makes the dev model a distilled one: the least that Lightricks' graphs run at cfg 1.
 _DISTILLED_FROM = 0.5
 _MOST_NAMED = 10
+_LOADERS = {**MODEL_LOADERS, **TEXT_LOADERS}
 
 
 def prefetch_crash(view: View) -> Iterator[Finding]:
@@ -85,11 +86,9 @@ def slow_nvfp4(view: View) -> Iterator[Finding]:
         why += f" ({off})"
     if old:
         why = f"PyTorch here is built for CUDA {'.'.join(map(str, cuda))}, and comfy-kitchen's NVFP4 kernels need 13"
-    tables = {**MODEL_LOADERS, **TEXT_LOADERS}
-    for loader in view.graph.nodes.values():
-        if loader.kind == OUR_MODEL_LOADER or names_of(loader.kind, tables) is None:
-            continue
-        for file in view.files(loader, tables):
+    kinds = {kind for kind in view.graph.kinds() if names_of(kind, _LOADERS) and kind != OUR_MODEL_LOADER}
+    for loader in view.graph.nodes.values() if kinds else ():
+        for file in view.files(loader, _LOADERS) if loader.kind in kinds else ():
             if not file.nvfp4:
                 continue
             ours = "Load it with NVFP4 Model Loader, which dequantises with Triton, or install"
@@ -152,7 +151,7 @@ def _distilled_by(view: View, sampler: Sampler, file: FileFacts) -> str | None:
 
 def _maker_of_sigmas(view: View, sampler: Sampler) -> Node | None:
     own = sampler.node.kind in _SAMPLERS
-    return sampler.node if own else view.schedule(view.graph.source(sampler.node.id, "sigmas"))
+    return sampler.node if own else view.schedule(sampler.node)
 
 
 def _foreign_schedule(view: View, sampler: Sampler, maker: Node) -> str | None:
@@ -164,7 +163,7 @@ def _foreign_schedule(view: View, sampler: Sampler, maker: Node) -> str | None:
         sigmas = view.sigmas(graph.source(sampler.node.id, "sigmas"))
     if sigmas is None or _known_schedule(sigmas.values):
         return None
-    if sigmas.of_model and view.model(graph.source(maker.id, "model")).resampled:
+    if sigmas.of_model and view.model(maker).resampled:
         return None
     numbers = ", ".join(f"{sigma:g}" for sigma in sigmas.values[:_MOST_NAMED])
     more = ", ..." if len(sigmas.values) > _MOST_NAMED else ""

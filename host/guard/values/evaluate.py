@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ..links import LEAST, MOST, Link, Node, as_link
 
 UNKNOWN: tuple = ()
+PLAIN = frozenset((str, int, float, bool, type(None)))  # the types of nearly all values that are no links
 _LONGEST_NUMBER = 40
 _MOST_FILES = 16  # pictures and films whose headers are read, of one prompt
 # What goes wrong with wild numbers in any of the formulas.
@@ -117,6 +118,14 @@ class Given:
         return self._values.stored(name)
 
 
+def link_or_literal(given: Any) -> tuple[Link | None, Any]:
+    """An input as it was sent -> its link, or its value, None for a list of values; a value may be wrapped."""
+    if isinstance(given, Mapping):
+        given = given.get("__value__")
+    link = as_link(given)
+    return link, None if link is not None or isinstance(given, (list, tuple, Mapping)) else given
+
+
 def as_number(value: Any) -> int | float | None:
     """A value -> the number it is or spells, None for none or one that nobody can mean."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -148,9 +157,12 @@ class Values:
 
     def at(self, link: Link | None) -> Any:
         """The value on a link, None if it is unknown."""
-        if link is None or link.node not in self._nodes:
+        if link is None:
             return None
-        self._evaluate(link.node)
+        if link.node not in self._outputs:
+            if link.node not in self._nodes:
+                return None
+            self._evaluate(link.node)
         return self._output(link)
 
     def chosen(self, link: Link) -> Link | None:
@@ -174,11 +186,11 @@ class Values:
     def of_input(self, node: Node, name: str) -> Any:
         """The value of an input; within a formula, ``_Wanted`` for what has to be evaluated before."""
         given = node.inputs.get(name)
-        if isinstance(given, Mapping):
-            given = given.get("__value__")
-        link = as_link(given)
+        if type(given) in PLAIN:
+            return given
+        link, literal = link_or_literal(given)
         if link is None:
-            return None if isinstance(given, (list, tuple, Mapping)) else given
+            return literal
         if link.node in self._outputs:
             return self._output(link)
         if link.node not in self._nodes:
