@@ -10,7 +10,7 @@ one, so that all questions together cost a few visits a node, whatever the shape
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -37,10 +37,13 @@ class PromptGraph:
         self.nodes: dict[str, Node] = {}
         self._origins: dict[Link, Link | None] = {}
         for key, entry in prompt.items() if isinstance(prompt, Mapping) else ():
-            kind = entry.get("class_type") if _is_mapping(entry) else None
+            if type(entry) is not dict and not isinstance(entry, Mapping):  # the class itself is asked in no time
+                continue
+            kind, inputs = entry.get("class_type"), entry.get("inputs")
             if isinstance(kind, str) and isinstance(key, str) and len(kind) + len(key) <= _LONGEST_NAMES:
-                inputs = entry.get("inputs")
-                self.nodes[key] = make_node((key, kind, inputs if _is_mapping(inputs) else {}))
+                if type(inputs) is not dict and not isinstance(inputs, Mapping):
+                    inputs = {}
+                self.nodes[key] = make_node((key, kind, inputs))
         self._values = Values(self.nodes, ROWS, CHOICES, READERS)
 
     def of_kind(self, *kinds: str) -> list[Node]:
@@ -185,7 +188,16 @@ class PromptGraph:
                 # The host runs no other side of a decided switch.
                 given = [value for name, value in node.inputs.items() if not str(name).startswith(choice.sides)]
                 given.append(chosen)
-            found[node.id] = _linked(given, nodes)
+            linked = []
+            for value in given:
+                kind = type(value)
+                if kind in PLAIN:
+                    continue
+                if kind is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is int:
+                    linked.append(value[0])  # nearly always
+                elif (link := as_link(value)) is not None:
+                    linked.append(link.node)
+            found[node.id] = [parent for parent in dict.fromkeys(linked) if parent in nodes] if linked else linked
         return found
 
     @cached_property
@@ -195,24 +207,6 @@ class PromptGraph:
             for parent in parents:
                 found[parent].append(node)
         return found
-
-
-def _is_mapping(value: Any) -> bool:
-    return type(value) is dict or isinstance(value, Mapping)  # asking the abstract class takes ten times as long
-
-
-def _linked(values: Iterable[Any], nodes: Container[str]) -> list[str]:
-    """The nodes that there are links to among these values, each once."""
-    found = []
-    for value in values:
-        kind = type(value)
-        if kind in PLAIN:
-            continue
-        if kind is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is int:  # nearly always
-            found.append(value[0])
-        elif (link := as_link(value)) is not None:
-            found.append(link.node)
-    return [node for node in (found if len(found) < 2 else dict.fromkeys(found)) if node in nodes]
 
 
 def _reach(starts: Iterable[str], neighbours: Mapping[str, list[str]]) -> set[str]:

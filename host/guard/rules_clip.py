@@ -99,6 +99,8 @@ def frame_rates(view: View) -> Iterator[Finding]:
     if len(told) > 1:
         inner = graph.upstream(graph.before([*ends, *samplers]))
         ends += [sampler for sampler in samplers if sampler not in inner]
+    if not ends:
+        return
     two = graph.two_values_of(rates)
     heard = graph.downstream(end for end in rates if graph.nodes[end].kind == seen.EMPTY_AUDIO)
     order = {node: place for place, node in enumerate(graph.nodes)}

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from ...measure.ltx import TEMPORAL
 from . import view as seen
 from .links import Node
-from .loaders import MODEL_LOADERS
 from .vaes import DECODE
 from .values.latents import Conditioning, Sound, Video, frames_of
 from .view import ERROR, WARNING, Finding, View, ids_of
@@ -121,8 +120,7 @@ def uncropped_guides(view: View) -> Iterator[Finding]:
 def old_model(view: View) -> Iterator[Finding]:
     """A model that knows no sound, in a joint graph."""
     for sampler in view.samplers:
-        joint = sampler.latent.kind == seen.JOINT
-        file = view.file(sampler.model.loader, MODEL_LOADERS) if joint else None
+        file = view.model_file(sampler) if sampler.latent.kind == seen.JOINT else None
         if file is not None and file.family == "LTX-Video":
             yield Finding(
                 "old_model",
@@ -130,7 +128,7 @@ def old_model(view: View) -> Iterator[Finding]:
                 f"{file.name} is LTX-Video (0.9.x), which knows no sound, and stops on a joint latent.",
                 "Joint latents of sound and picture are for LTX-2 and later.",
                 "Choose an LTX-2 model, or sample the video latent alone.",
-                ids_of(sampler.node, sampler.model.loader, sampler.latent.root),
+                ids_of(sampler.node, view.model(sampler.guided_by).loader, sampler.latent.root),
             )
 
 

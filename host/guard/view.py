@@ -139,7 +139,6 @@ class Sampler(NamedTuple):
 
     node: Node
     guided_by: Node
-    model: ModelPath
     latent: Latent
 
 
@@ -152,7 +151,8 @@ class View:
         self._until = until
         self._kept: dict[str, bool] = {}
         self._schedules: dict[str, Node] = {}
-        self._models: dict[str, ModelPath] = {}
+        self._models: dict[str, ModelPath] = {}  # by the node that hands one on
+        self._taken: dict[str, ModelPath] = {}  # by the node that takes one
         self._latents: dict[str, Latent] = {}
         self._known_files: dict[tuple[str, int, int | None], list[FileFacts]] = {}
         self._files: dict[tuple[str, tuple[str, ...]], FileFacts | None] = {}
@@ -210,9 +210,8 @@ class View:
             guided_by = self.graph.behind(node, "guider") if guided else node
             if guided_by is None:
                 continue
-            model = self.model(guided_by)
             sampled = Latent(VIDEO, True, node) if makes else self.latent(node, latent)
-            found.append(Sampler(node, guided_by, model, sampled))
+            found.append(Sampler(node, guided_by, sampled))
         return found
 
     @cached_property
@@ -247,14 +246,26 @@ class View:
 
     def model(self, node: Node) -> ModelPath:
         """The MODEL that a node takes, along the `model` inputs up to its loader."""
-        return self._walk(self.graph.behind(node, "model"), self._models, _NO_MODEL, self._model_before, _model_after)
+        found = self._taken.get(node.id)
+        if found is None:
+            behind = self.graph.behind(node, "model")
+            found = self._walk(behind, self._models, _NO_MODEL, self._model_before, _model_after)
+            self._taken[node.id] = found
+        return found
+
+    def model_file(self, sampler: Sampler) -> FileFacts | None:
+        """What is in the file of the model that a sampler has."""
+        return self.file(self.model(sampler.guided_by).loader, MODEL_LOADERS) if self._loads_models else None
+
+    @cached_property
+    def _loads_models(self) -> bool:
+        return any(names_of(kind, MODEL_LOADERS) for kind in self.graph.kinds())
 
     def latent(self, node: Node, name: str) -> Latent:
         """The LATENT at an input: from the node that makes it, through those that keep its kind."""
-        behind = self._latent_behind(node, name)
-        return behind if isinstance(behind, Latent) else self._walk(
-            behind, self._latents, _NO_LATENT, self._latent_before
-        )  # fmt: skip
+        passed_on = _LATENT_IN.get(node.kind) == name  # so that it is what the node itself puts out
+        start = node if passed_on else self._latent_behind(node, name)
+        return start if type(start) is Latent else self._walk(start, self._latents, _NO_LATENT, self._latent_before)
 
     def schedule(self, node: Node) -> Node | None:
         """The node that makes the SIGMAS that another takes, those that only cut a schedule skipped."""
@@ -278,7 +289,7 @@ class View:
         if root.kind in SIZED:
             return video_of(*self.asked(root))
         picture = self.graph.computed(root.id, "pixels") if root.kind in _ENCODERS else None
-        file = self.file(sampler.model.loader, MODEL_LOADERS)
+        file = self.model_file(sampler)
         if not isinstance(picture, Picture) or file is None or not (file.family or "").startswith("LTX"):
             return None
         return video_of(*picture)
@@ -330,11 +341,10 @@ class View:
                 break
             memory[node.id] = end  # what a cycle comes back to
             path.append(node)
-            step = before(node)
-            if type(step) is not Node:
-                result = end if step is None else step
+            node = before(node)
+            if type(node) is not Node:
+                result = end if node is None else node
                 break
-            node = step
         for node in reversed(path):
             if after is not None:
                 result = after(self.graph, node, result)

@@ -26,10 +26,7 @@ class Unknown(Exception):
 
 
 class _Wanted(Exception):
-    """A formula needs the outputs of a node that has not been evaluated."""
-
-    def __init__(self, node: str):
-        self.node = node
+    """A formula needs the outputs of a node that has not been evaluated, the exception's argument."""
 
 
 class Row(NamedTuple):
@@ -120,10 +117,11 @@ class Given:
 
 def link_or_literal(given: Any) -> tuple[Link | None, Any]:
     """An input as it was sent -> its link, or its value, None for a list of values; a value may be wrapped."""
-    if isinstance(given, Mapping):
+    if not isinstance(given, (list, tuple)) and isinstance(given, Mapping):
         given = given.get("__value__")
-    link = as_link(given)
-    return link, None if link is not None or isinstance(given, (list, tuple, Mapping)) else given
+    if isinstance(given, (list, tuple)):
+        return as_link(given), None
+    return None, None if isinstance(given, Mapping) else given
 
 
 def as_number(value: Any) -> int | float | None:
@@ -167,9 +165,10 @@ class Values:
 
     def chosen(self, link: Link) -> Link | None:
         """The link that an output hands on, None where it does not or of which it is unknown."""
-        if link.node not in self._nodes or self._nodes[link.node].kind not in self._choices:
-            return None
-        self._evaluate(link.node)
+        if link.node not in self._chosen:
+            if link.node not in self._nodes or self._nodes[link.node].kind not in self._choices:
+                return None
+            self._evaluate(link.node)
         chosen = self._chosen.get(link.node, [])
         found = chosen[link.slot] if 0 <= link.slot < len(chosen) else None
         return found if isinstance(found, Link) else None
@@ -221,11 +220,12 @@ class Values:
                 try:
                     self._outputs[node] = self._formula(self._nodes[node])
                 except _Wanted as wanted:
-                    if wanted.node in open_:
-                        self._outputs[wanted.node] = UNKNOWN  # it needs itself
+                    (needed,) = wanted.args
+                    if needed in open_:
+                        self._outputs[needed] = UNKNOWN  # it needs itself
                     else:
-                        waiting.append(wanted.node)
-                        open_.add(wanted.node)
+                        waiting.append(needed)
+                        open_.add(needed)
                     continue
             waiting.pop()
             open_.discard(node)
@@ -240,20 +240,25 @@ class Values:
             return UNKNOWN
 
     def _pass_on(self, node: Node, choice: Choice) -> tuple:
-        if node.id not in self._chosen:
+        known = self._chosen.get(node.id)
+        if known is None:
             found = choice.chosen(Given(node, self))
             if isinstance(found, str):
                 link = as_link(node.inputs.get(found))
                 if link is None:
                     return (_meant(self.of_input(node, found)),)
                 found = link
-            self._chosen[node.id] = found if isinstance(found, list) else [found]
+            known = self._chosen[node.id] = found if type(found) is list else [found]
         outputs = []
-        for link in self._chosen[node.id]:
-            if isinstance(link, Link) and link.node in self._nodes and link.node not in self._outputs:
-                raise _Wanted(link.node)
-            known = isinstance(link, Link) and link.node in self._nodes
-            outputs.append(self._output(link) if known else link if isinstance(link, Bundle) else None)
+        for link in known:
+            if type(link) is Link:
+                if link.node in self._outputs:
+                    link = self._output(link)
+                elif link.node in self._nodes:
+                    raise _Wanted(link.node)
+                else:
+                    link = None
+            outputs.append(link)
         return tuple(outputs)
 
 

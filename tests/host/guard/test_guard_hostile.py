@@ -139,10 +139,10 @@ def test_chains_longer_than_any_stack_are_followed_to_their_ends():
     graph = PromptGraph(prompt)
     assert graph.value("0", "value") == 24
     view = guard_view.View(graph, {})
-    assert view.model(graph.source("0", "model")).loader.id == str(count)
+    assert view.model(graph.nodes["0"]).loader.id == str(count)
     sigmas = {str(i): node("SplitSigmas", sigmas=[str(i + 1), 0]) for i in range(count)}
     split = PromptGraph(sigmas | {str(count): node("ManualSigmas", sigmas="1, 0")})
-    assert guard_view.View(split, {}).schedule(split.source("0", "sigmas")).kind == "ManualSigmas"
+    assert guard_view.View(split, {}).schedule(split.nodes["0"]).kind == "ManualSigmas"
 
 
 def test_a_prompt_of_many_faults_gets_a_hundred_findings_and_one_that_says_so(host):

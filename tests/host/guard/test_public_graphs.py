@@ -82,7 +82,7 @@ def known(graph: dict[str, Any]) -> dict[str, bool]:
     rated = view.graph.of_kind(seen.CONDITIONING, seen.EMPTY_AUDIO, *seen.FILMS)
     return {
         "model": all(
-            sampler.model.loader is not None and names_of(sampler.model.loader.kind, MODEL_LOADERS)
+            (loader := view.model(sampler.guided_by).loader) is not None and names_of(loader.kind, MODEL_LOADERS)
             for sampler in view.samplers
         ),
         "size": bool(first) and all(video is not None and video.width and video.height for video in videos),
@@ -95,7 +95,7 @@ def _begins(view: View, sampler: seen.Sampler) -> bool:
     """Whether a sampler's video does not come from another sampler."""
     root = sampler.latent.root
     if sampler.latent.kind == seen.JOINT and root is not None:
-        root = view.latent(view.graph.source(root.id, "video_latent")).root
+        root = view.latent(root, "video_latent").root
     return root is not None
 
 
