@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..files import VAE_FOLDERS
+from .files import name_says_distilled
 from .links import Node
 from .prompt_graph import PromptGraph
 
@@ -81,20 +82,18 @@ class Lora(NamedTuple):
     strength: float | None
 
 
-def loras_of(graph: PromptGraph, node: Node) -> list[Lora]:
-    """The LoRAs of a node: LoraLoader and its kin by their inputs, Power Lora Loader (rgthree) by its rows."""
+def distilling_loras(graph: PromptGraph, node: Node) -> list[Lora]:
+    """The LoRAs of a node whose names say that they distil: LoraLoader and its kin, rows of Power Lora Loader."""
     found = []
-    if "lora_name" in node.inputs:
-        name = graph.value(node.id, "lora_name")
-        if isinstance(name, str):
-            found.append(Lora(name, graph.number(node.id, "strength_model")))
+    if "lora_name" in node.inputs and name_says_distilled(name := graph.value(node.id, "lora_name")):
+        found.append(Lora(name, graph.number(node.id, "strength_model")))
     if not node.kind.startswith(_POWER_LORAS):  # of other nodes the inputs may be very many
         return found
     rows = ((key, row) for key, row in node.inputs.items() if _is_row(key, row))
     for _, (_, row) in zip(range(_MOST_LORAS), rows, strict=False):
         strength = row.get("strength")
         known = isinstance(strength, (int, float)) and not isinstance(strength, bool) and abs(strength) < 1e6
-        if isinstance(row.get("lora"), str) and row.get("on") is True:
+        if row.get("on") is True and name_says_distilled(row.get("lora")):
             found.append(Lora(row["lora"], float(strength) if known else None))
     return found
 

@@ -10,7 +10,7 @@ one, so that all questions together cost a few visits a node, whatever the shape
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -179,8 +179,9 @@ class PromptGraph:
         return found
 
     @cached_property
-    def _parents(self) -> dict[str, list[str]]:
+    def _parents(self) -> dict[str, tuple[str, ...]]:
         found, nodes = {}, self.nodes
+        linked: list[str] = []
         for node in nodes.values():
             given: Iterable[Any] = node.inputs.values()
             choice = CHOICES.get(node.kind)
@@ -188,7 +189,6 @@ class PromptGraph:
                 # The host runs no other side of a decided switch.
                 given = [value for name, value in node.inputs.items() if not str(name).startswith(choice.sides)]
                 given.append(chosen)
-            linked = []
             for value in given:
                 kind = type(value)
                 if kind in PLAIN:
@@ -197,7 +197,11 @@ class PromptGraph:
                     linked.append(value[0])  # nearly always
                 elif (link := as_link(value)) is not None:
                     linked.append(link.node)
-            found[node.id] = [parent for parent in dict.fromkeys(linked) if parent in nodes] if linked else linked
+            if not linked:
+                found[node.id] = ()
+                continue
+            found[node.id] = tuple(dict.fromkeys(filter(nodes.__contains__, linked)))
+            linked.clear()
         return found
 
     @cached_property
@@ -209,7 +213,7 @@ class PromptGraph:
         return found
 
 
-def _reach(starts: Iterable[str], neighbours: Mapping[str, list[str]]) -> set[str]:
+def _reach(starts: Iterable[str], neighbours: Mapping[str, Sequence[str]]) -> set[str]:
     seen = {start for start in starts if start in neighbours}
     waiting = list(seen)
     while waiting:

@@ -9,7 +9,7 @@ from ...measure.ltx import TEMPORAL
 from . import view as seen
 from .links import Node
 from .vaes import DECODE
-from .values.latents import Conditioning, Sound, Video, frames_of
+from .values.latents import GUIDING, Conditioning, Sound, Video, frames_of
 from .view import ERROR, WARNING, Finding, View, ids_of
 
 DEFAULT_RATE = 25.0  # what the model takes where the conditioning has no frame rate: comfy/model_base.py
@@ -97,7 +97,7 @@ def batches(view: View) -> Iterator[Finding]:
 
 def uncropped_guides(view: View) -> Iterator[Finding]:
     """Guides that are still behind the clip when it is decoded."""
-    for use in view.vaes:
+    for use in view.vaes if view.graph.of_kind(*GUIDING) else ():
         if use.task != DECODE or not use.final:
             continue
         name = _PICTURE.get(use.node.kind)
@@ -149,6 +149,8 @@ def untold_rate(view: View) -> Iterator[Finding]:
         if rate is None or rate == DEFAULT_RATE:
             continue
         link = graph.source(sampler.guided_by.id, "positive")
+        if link is None or graph.nodes[link.node].kind == seen.CONDITIONING:
+            continue
         told = graph.output(link)
         if not isinstance(told, Conditioning) or told.rate is not None:
             continue

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from ...measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
 from ..doctor.cards import is_nvidia
 from . import view as seen
-from .files import FileFacts, name_says_distilled
-from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, TEXT_LOADERS, loras_of, names_of
+from .files import FileFacts
+from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, TEXT_LOADERS, distilling_loras, names_of
 from .names import shown
 from .prompt_graph import Node
 from .values.evaluate import Unknown
@@ -146,8 +146,8 @@ def _distilled_by(view: View, sampler: Sampler, file: FileFacts) -> str | None:
         return None
     if file.distilled:
         return f"{file.name} is a distilled {file.family}, as {file.distilled} says"
-    names = (name for name, _ in loras_of(view.graph, model.lora) if name_says_distilled(name))
-    return f"the LoRA {next(names, '')} makes it a distilled model, as its file name says"
+    lora = next(iter(distilling_loras(view.graph, model.lora)))
+    return f"the LoRA {lora.name} makes it a distilled model, as its file name says"
 
 
 def _maker_of_sigmas(view: View, sampler: Sampler) -> Node | None:

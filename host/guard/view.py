@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from .files import FileFacts, file_facts, name_says_distilled
-from .loaders import MODEL_LOADERS, Names, loras_of, names_of
+from .files import FileFacts, file_facts
+from .loaders import MODEL_LOADERS, Names, distilling_loras, names_of
 from .prompt_graph import Link, Node, PromptGraph
 from .vaes import Use, find_uses
 from .values.evaluate import as_number
@@ -154,7 +154,7 @@ class View:
         self._models: dict[str, ModelPath] = {}  # by the node that hands one on
         self._taken: dict[str, ModelPath] = {}  # by the node that takes one
         self._latents: dict[str, Latent] = {}
-        self._known_files: dict[tuple[str, int, int | None], list[FileFacts]] = {}
+        self._model_files: dict[str, FileFacts | None] = {}  # by loader
         self._files: dict[tuple[str, tuple[str, ...]], FileFacts | None] = {}
 
     def keep_time(self) -> None:
@@ -173,15 +173,7 @@ class View:
 
     def files(self, loader: Node | None, table: Mapping[str, Names], most: int | None = None) -> list[FileFacts]:
         """What is in the files that a loader names; of a prompt that names very many, the first hundred are known."""
-        if loader is None:
-            return []
-        key = loader.id, id(table), most
-        if key not in self._known_files:
-            self._known_files[key] = self._read_files(loader, table, most)
-        return self._known_files[key]
-
-    def _read_files(self, loader: Node, table: Mapping[str, Names], most: int | None) -> list[FileFacts]:
-        names = names_of(loader.kind, table)
+        names = names_of(loader.kind, table) if loader is not None else None
         found = []
         for widget in names.inputs[:most] if names is not None else ():
             name = self.graph.value(loader.id, widget)
@@ -255,7 +247,12 @@ class View:
 
     def model_file(self, sampler: Sampler) -> FileFacts | None:
         """What is in the file of the model that a sampler has."""
-        return self.file(self.model(sampler.guided_by).loader, MODEL_LOADERS) if self._loads_models else None
+        loader = self.model(sampler.guided_by).loader if self._loads_models else None
+        if loader is None:
+            return None
+        if loader.id not in self._model_files:
+            self._model_files[loader.id] = self.file(loader, MODEL_LOADERS)
+        return self._model_files[loader.id]
 
     @cached_property
     def _loads_models(self) -> bool:
@@ -385,8 +382,8 @@ def _model_after(graph: PromptGraph, node: Node, before: ModelPath) -> ModelPath
         before = before._replace(cured=True)
     if _RESAMPLED in node.kind:
         before = before._replace(resampled=True)
-    for name, strength in loras_of(graph, node):
-        if strength != 0 and name_says_distilled(name):
+    for _, strength in distilling_loras(graph, node):
+        if strength != 0:
             known = before.distilling is not None and strength is not None
             before = before._replace(lora=node, distilling=before.distilling + strength if known else None)
     return before

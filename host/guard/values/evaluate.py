@@ -150,7 +150,7 @@ class Values:
         self._nodes, self._rows, self._choices, self._readers = nodes, rows, choices, readers
         self._files: dict[tuple[str, str], Any] = {}
         self._outputs: dict[str, tuple] = {}
-        self._chosen: dict[str, list[Link | Bundle | None]] = {}
+        self._chosen: dict[str, list[Link | Bundle | _Literal | None]] = {}
         self._stored: dict[str, Link] | None = None
 
     def at(self, link: Link | None) -> Any:
@@ -166,10 +166,11 @@ class Values:
     def chosen(self, link: Link) -> Link | None:
         """The link that an output hands on, None where it does not or of which it is unknown."""
         if link.node not in self._chosen:
-            if link.node not in self._nodes or self._nodes[link.node].kind not in self._choices:
+            node = self._nodes.get(link.node)
+            if node is None or node.kind not in self._choices:
                 return None
-            self._evaluate(link.node)
-        chosen = self._chosen.get(link.node, [])
+            self._choose(node)
+        chosen = self._chosen[link.node]
         found = chosen[link.slot] if 0 <= link.slot < len(chosen) else None
         return found if isinstance(found, Link) else None
 
@@ -239,27 +240,46 @@ class Values:
         except (Unknown, *_FORMULA_ERRORS):
             return UNKNOWN
 
-    def _pass_on(self, node: Node, choice: Choice) -> tuple:
+    def _choose(self, node: Node) -> None:
+        """Find what a node hands on, without what that carries."""
+        while node.id not in self._chosen:
+            try:
+                self._choice_of(node, self._choices[node.kind])
+            except _Wanted as wanted:
+                self._evaluate(*wanted.args)
+            except (Unknown, *_FORMULA_ERRORS):
+                self._chosen[node.id] = []
+
+    def _choice_of(self, node: Node, choice: Choice) -> list[Link | Bundle | _Literal | None]:
+        """What a node hands on, an entry for each output."""
         known = self._chosen.get(node.id)
         if known is None:
             found = choice.chosen(Given(node, self))
             if isinstance(found, str):
-                link = as_link(node.inputs.get(found))
-                if link is None:
-                    return (_meant(self.of_input(node, found)),)
-                found = link
+                found = as_link(node.inputs.get(found)) or _Literal(self.of_input(node, found))
             known = self._chosen[node.id] = found if type(found) is list else [found]
-        outputs = []
-        for link in known:
-            if type(link) is Link:
-                if link.node in self._outputs:
-                    link = self._output(link)
-                elif link.node in self._nodes:
-                    raise _Wanted(link.node)
+        return known
+
+    def _pass_on(self, node: Node, choice: Choice) -> tuple:
+        outputs: list[Any] = []
+        for found in self._choice_of(node, choice):
+            if type(found) is _Literal:
+                found = _meant(found.value)
+            elif type(found) is Link:
+                if found.node in self._outputs:
+                    found = self._output(found)
+                elif found.node in self._nodes:
+                    raise _Wanted(found.node)
                 else:
-                    link = None
-            outputs.append(link)
+                    found = None
+            outputs.append(found)
         return tuple(outputs)
+
+
+class _Literal(NamedTuple):
+    """A value that was sent in a link's place."""
+
+    value: Any
 
 
 _SETTERS = ("SetNode", "easy setNode")

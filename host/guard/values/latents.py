@@ -291,3 +291,8 @@ LATENTS = {
     "LTXVAddGuideMulti": Row(_guided(lambda _: None), _KJ),
     "LTXVAudioVideoMask": Row(_masked, _KJ),
 }
+# Those that put guides behind a clip.
+GUIDING = (
+    "LTXVAddGuide", "LTXVAddLatentGuide", "LTXAddVideoICLoRAGuide", "LTXAddVideoICLoRAGuideAdvanced",
+    "LTXVAddGuideMulti",
+)  # fmt: skip
