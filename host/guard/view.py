@@ -60,6 +60,7 @@ _LATENT_IN = {
     "LTXVAddGuideMulti": "latent",
     "LTXAddVideoICLoRAGuide": "latent",
     "LTXAddVideoICLoRAGuideAdvanced": "latent",
+    "LTXDirectorGuide": "latent",
     "LTXVSetAudioVideoMaskByTime": "av_latent",
     "LTXVLatentUpsamplerTiled": "samples",
     "LatentUpscale": "samples",

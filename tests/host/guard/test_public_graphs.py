@@ -111,11 +111,11 @@ def test_there_are_enough_graphs_of_enough_people():
 
 def test_of_most_graphs_the_prompt_alone_tells_model_size_length_and_rate(files):
     assert share("model") > 0.94
-    assert share("size") > 0.6 and share("length") > 0.65 and share("rate") > 0.7
+    assert share("size") > 0.63 and share("length") > 0.69 and share("rate") > 0.7
 
 
 def test_with_their_pictures_and_films_nearly_all_are_known(files, inputs):
-    assert share("size") >= 0.79 and share("length") >= 0.8 and share("rate") > 0.88
+    assert share("size") > 0.82 and share("length") > 0.85 and share("rate") > 0.88
 
 
 @pytest.mark.parametrize("place", range(len(graphs())))
