@@ -72,7 +72,8 @@ def _stream(view: View, node: Node, name: str) -> str:
     found = view.latent(node, name)
     if found.kind != seen.AUDIO or found.root is None or found.root.kind in _MAKE_SOUND:
         return found.kind
-    made = view.graph.output(view.graph.source(node.id, name))  # the name alone says sound, and the node may put out more than that
+    # The name alone says sound, and the node may put out more than that.
+    made = view.graph.output(view.graph.source(node.id, name))
     return seen.VIDEO if isinstance(made, Video) else seen.AUDIO if isinstance(made, Sound) else seen.UNKNOWN
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+
 from ...measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
 from ..doctor.cards import is_nvidia
 from . import view as seen

@@ -66,8 +66,6 @@ _LATENT_IN = {
     "LatentUpscale": "samples",
     "LatentUpscaleBy": "samples",
 }
-# What samplers call the latent they sample; LTXVBaseSampler makes its own.
-_SAMPLED = ("latent_image", "latents")
 _RESAMPLED = "ModelSampling"
 _ENCODERS = ("VAEEncode", "VAEEncodeTiled")
 _VIDEO_ROOTS = (*SIZED, *_ENCODERS)
@@ -396,7 +394,5 @@ def _pictures_after(_: PromptGraph, node: Node, before: bool) -> bool:
 
 def _sampled_by(node: Node) -> str:
     """What a sampler calls the latent it samples, "" if it has none."""
-    for name in _SAMPLED:
-        if name in node.inputs:
-            return name
-    return ""
+    inputs = node.inputs
+    return "latent_image" if "latent_image" in inputs else "latents" if "latents" in inputs else ""
