@@ -108,9 +108,9 @@ _FP16 = tl.constexpr(
 )
 
 
-# One byte -> its value twice, as the factor that _MOVE multiplies by: the byte's bits, moved to where BF16 has its lowest
-# four exponent bits and highest mantissa bits, are its value times 2**-120 (FP16: 2**-8). No BF16 holds the power of
-# two that is left to make good, so it comes as two.
+# One byte -> its value twice, as the factor that _MOVE multiplies by: the byte's bits, moved to where BF16 has its
+# lowest four exponent bits and highest mantissa bits, are its value times 2**-120 (FP16: 2**-8). No BF16 holds the
+# power of two that is left to make good, so it comes as two.
 _SCALE_BF16 = tl.constexpr("""
 {
 .reg .b32 s, t, u, z;
