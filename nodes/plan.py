@@ -95,8 +95,7 @@ class NVFP4Planner(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "memory_gib", default=0.0, min=0.0, max=1024.0, step=1.0, optional=True,
-                    tooltip="GPU memory in GiB, as on the box: for a card that is not in the list, or of another size. "
-                    "0: the card's own.",
+                    tooltip="GPU memory in GiB, as on the box, if the card is not in the list. 0: the card's own.",
                 ),
             ],
             outputs=[

@@ -32,10 +32,10 @@ import numpy as np
 
 from ...kernels.errors import PackError, one_line
 from .dtypes import BITS, ITEM_BYTES, bytes_of
+from .mistaken import AGAIN, what_it_is
 
 if TYPE_CHECKING:
     import torch
-from .mistaken import AGAIN, what_it_is
 
 MAX_HEADER_BYTES = 100_000_000
 BACKUP_ENDING = ".header-backup"  # of the header that a repair in place replaced
@@ -91,12 +91,9 @@ class TensorInfo(NamedTuple):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The torch dtype of the stored elements. CheckpointError where torch has none."""
-        from .torch_dtypes import DTYPES  # and with it torch, which a header does not need
+        from .torch_dtypes import torch_dtype  # and with it torch, which a header does not need
 
-        if self.dtype not in DTYPES:
-            found, remedy = f"a tensor has the dtype {self.dtype}", "take a BF16, FP8 or NVFP4 version of the model"
-            raise CheckpointError(found, expected=f"one of {', '.join(DTYPES)}", remedy=remedy)
-        return DTYPES[self.dtype]
+        return torch_dtype(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -94,13 +94,13 @@ def batches(view: View) -> Iterator[Finding]:
             "Both streams are one batch for the model, which ComfyUI packs into one tensor.",
             "Set the same `batch_size` in both empty latents.",
             ids_of(concat, sampler.node),
-            fixes_of(view.graph, [(sound.id, "batch_size", int(counts[0])) for sound in _sounds(view, concat.id)]),
+            fixes_of(view.graph, [(empty.id, "batch_size", int(counts[0])) for empty in _empty_sound(view, concat)]),
         )
 
 
-def _sounds(view: View, concat: str) -> list[Node]:
+def _empty_sound(view: View, concat: Node) -> list[Node]:
     """The empty latent of the sound that a concat node joins, if it is one."""
-    root = view.latent(view.graph.source(concat, "audio_latent")).root
+    root = view.latent(concat, "audio_latent").root
     return [root] if root is not None and root.kind == seen.EMPTY_AUDIO else []
 
 

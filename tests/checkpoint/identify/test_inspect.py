@@ -116,7 +116,7 @@ def test_an_open_dialect_is_reported_with_the_widget_that_decides(tmp_path, mode
     found = inspect_checkpoint(path)
     assert found.dialect is None
     assert "modelopt_swizzled" in found.evidence
-    assert "`dialect`" in found.loaders["diffusion_model"]
+    assert "dialect widget" in found.loaders["diffusion_model"]
     assert any("declared dialect" in text for text in found.missing)
     assert "dialect: open" in str(found)
     assert inspect_checkpoint(path, dialect="comfy").dialect == "comfy"
@@ -137,10 +137,10 @@ CONFIG = {"config": '{"vae": {}}'}
 TAE = {"decoder.22.bias": (48,), "decoder.1.weight": (8, 128, 3, 3)}
 FOREIGN_LOADER = "VAELoader, for models of its own family"
 VAES = [
-    (VIDEO, CONFIG, "loads it", "NVFP4VAELoader"),
-    (VIDEO, {}, "RuntimeError", "NVFP4VAELoader"),
-    ({f"vae.{n}": s for n, s in VIDEO.items()}, CONFIG, "No VAE weights detected", "NVFP4VAELoader"),
-    ({n: s for n, s in VIDEO.items() if "std" not in n}, CONFIG, "garbage", "NVFP4VAELoader"),
+    (VIDEO, CONFIG, "loads it", "NVFP4 VAE Loader"),
+    (VIDEO, {}, "RuntimeError", "NVFP4 VAE Loader"),
+    ({f"vae.{n}": s for n, s in VIDEO.items()}, CONFIG, "No VAE weights detected", "NVFP4 VAE Loader"),
+    ({n: s for n, s in VIDEO.items() if "std" not in n}, CONFIG, "garbage", "NVFP4 VAE Loader"),
     (TAE, {}, "half the size", "NVFP4 VAE Loader with allow_preview, for previews only"),
     ({"decoder.conv_in.weight": (512, 16, 3, 3)}, {}, "expected 16 channels, got 128", FOREIGN_LOADER),
 ]

@@ -88,9 +88,9 @@ def test_what_is_empty_is_called_empty_and_not_sound(data):
     [
         (b"", "this is empty"),
         (b"\xef\xbb\xbf \n", "this is empty"),
-        (b"{", "this is no JSON"),
+        (b"{", "this is not JSON"),
         (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
-        (b"\xfe\xfe\x00\x01", "this is no text"),
+        (b"\xfe\xfe\x00\x01", "this is not text"),
         (b"[" * 200_000, "nested too deeply"),
         (b"{}", "this is empty"),
         (b"[]", "this is empty"),
@@ -115,7 +115,7 @@ def test_every_thing_that_was_not_understood_is_counted_and_named(host_classes):
 
 def test_entries_of_a_saved_workflow_that_are_no_nodes_are_counted():
     found = told({"nodes": [*GRAPH["nodes"], None, {"type": 3}], "links": []})
-    assert found.nodes == 3 and "2 of its entries are no nodes" in str(found)
+    assert found.nodes == 3 and "2 of its entries are not nodes" in str(found)
 
 
 def test_of_several_prompts_the_first_is_read_and_the_others_are_not_forgotten():
