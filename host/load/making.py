@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = QuantizeSettings(only_model=True)
 # Parts of a file's name that tell how its weights are stored, not which model it is.
-_FORMATS = re.compile(r"nvfp4|mxfp[48]|[bf]p?(4|8|16|32)|int8|e4m3fn?|e5m2|scaled|mixed|comfy|transformer|only|model|v\d")
+_FORMATS = re.compile(
+    r"(nvfp4|mxfp[48]|[bf]p?(4|8|16|32)|int8|e4m3fn?|e5m2)?(scaled|mixed|comfy|transformer|only|model|v\d)?"
+)
 _PACKED = re.compile(r"nvfp4|fp4|int8|mxfp[48]|gguf")
 
 
@@ -66,8 +68,8 @@ def missing(name: str, folders: Iterable[str]) -> str:
     if not same:
         return f"{text}; put it into one of them, then press R"
     return (
-        f"{text}, but {same[0]} is, the same model by its name: choose that in `model_name` and switch `make_nvfp4` "
-        "on. The NVFP4 file is then written once, which takes minutes, and found again ever after"
+        f"{text}, but {same[0]} is, the same model by its name: choose that and switch `make_nvfp4` on. "
+        "The NVFP4 file is then written once, which takes minutes, and found again ever after"
     )
 
 
