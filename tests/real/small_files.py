@@ -108,7 +108,7 @@ def fp8_layer(layer: str, weight, torch) -> dict:
 
 
 def models(folder: Path, filler: Filler) -> tuple[dict, dict, dict, dict]:
-    """-> the diffusion model's tensors in NVFP4 and in FP8, its config, and a LoRA; writes LTX-2.5's, without a mark."""
+    """-> the diffusion model's tensors in NVFP4 and in FP8, its config, a LoRA; writes LTX-2.5's, without a mark."""
     synthetic = importlib.import_module("nvfp4_video.samples.synthetic")
     torch = importlib.import_module("torch")
     state, config = synthetic.small_ltx23()

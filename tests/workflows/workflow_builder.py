@@ -289,7 +289,7 @@ class Subgraph(Sheet):
         return self.kind
 
     def stand(self, sheet: Sheet, at: tuple[int, int], wide: int, **given: object) -> Node:
-        """Put it on a sheet: its widgets show their values, ``given`` is what is linked or differs; the rest as ``add``."""
+        """Put it on a sheet, its widgets with their values unless ``given`` has others; the rest as ``add``."""
         return sheet.add(self.define(sheet), at, wide, **(self.values | given))
 
     def definition(self) -> dict:

@@ -151,10 +151,12 @@ def ab_fp8_vs_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
 
 
 def _pair(sheet: Sheet, shown: Node, number: int, x: int) -> None:
-    """The card and the film of one seed, in the column of its number; links run above the cards and between the rows."""
+    """The card and the film of one seed in a column; links run above the cards and between the rows."""
     wide, card = 270, 300
     at, between = x + (number - 1) * (wide + GAP), card + 44 + GAP // 2
-    ways = (((x - 25, -45), (at - 15, -45)), (*up(x - 15, 160, between), (at - 15, between))) if number > 1 else ((), ())
+    ways: tuple = ((), ())
+    if number > 1:
+        ways = ((x - 25, -45), (at - 15, -45)), (*up(x - 15, 160, between), (at - 15, between))
     prefix = f"nvfp4/fp8_vs_nvfp4_{number}"
     sheet.add(
         "SaveImage", (at, 0), wide, f"Card {number}", room=card - 6, filename_prefix=prefix,

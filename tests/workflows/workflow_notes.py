@@ -46,10 +46,10 @@ RUN = "Press **Run**. The clip is saved under `output/video`."
 CLOUDY = """
 ### Why this file looks better here
 
-Lightricks' *dev* file with the distilled LoRA is often called "cloudy". Stock ComfyUI adds a LoRA to the decoded weights
-and rounds the sum to four bits again: 17 % of error in each Linear, measured with a LoRA of rank 64 and random weights.
-Here the LoRA is added while weights are decoded: 0.3 %. That is the likeliest cause; **with the real files neither was
-run**. If your download of the NVFP4 file has no VAEs in it, the loaders say so: choose
+Lightricks' *dev* file with the distilled LoRA is often called "cloudy". Stock ComfyUI adds a LoRA to the decoded
+weights and rounds the sum to four bits again: 17 % of error in each Linear, measured with a LoRA of rank 64 and
+random weights. Here the LoRA is added while weights are decoded: 0.3 %. That is the likeliest cause; **with the real
+files neither was run**. If your download of the NVFP4 file has no VAEs in it, the loaders say so: choose
 `ltx-2.3-22b-dev-fp8.safetensors` in *VAEs, text projection*.
 """
 NUMBERS = """
@@ -63,8 +63,8 @@ NUMBERS = """
 TROUBLE = """
 ### If something looks wrong
 
-- Open the subgraph with the button at its upper right: *Launch Guard*, *Sharpness* and the settings say what they found.
-  NVFP4 Doctor in the sidebar says it, too.
+- Open the subgraph with the button at its upper right: *Launch Guard*, *Sharpness* and the settings say what they
+  found. NVFP4 Doctor in the sidebar says it, too.
 - Blurred: a preview decoder (`taeltx`) instead of the full VAE; the VAE loader refuses it.
 - Leave VAE Decode as it is: it decodes in chunks of time, exactly, and goes on in tiles by itself if memory runs out.
 
@@ -149,9 +149,9 @@ OTHERS = f"""
 DISTILLED = (
     "NVFP4 Video: LTX-2.3 distilled, with sound",
     _note(
-        "**Every part but the text encoder comes from one file, Lightricks' FP8 checkpoint; its NVFP4 file is made from "
-        "it on the first run**, once, in minutes, under `output/diffusion_models` (17.6 GB more). 8 steps, 768 x 512, "
-        "5 seconds, with sound.",
+        "**Every part but the text encoder comes from one file, Lightricks' FP8 checkpoint; its NVFP4 file is made "
+        "from it on the first run**, once, in minutes, under `output/diffusion_models` (17.6 GB more). 8 steps, "
+        "768 x 512, 5 seconds, with sound.",
         _files(LTX_23_FP8), [WRITE, RUN + " The first run quantises, and shows how far it is."], OTHERS,
     ),
 )  # fmt: skip
@@ -177,8 +177,8 @@ BF16 makes the better source, since nothing is rounded twice:
 ### What you see
 
 - **What is in the file**: components, formats by block, what stock ComfyUI does with it.
-- **Does it fit**: what is in GPU memory when, and whether NVFP4 will change size, speed or both. *gpu* also takes a card
-  that you only think of buying.
+- **Does it fit**: what is in GPU memory when, and whether NVFP4 will change size, speed or both. *gpu* also takes a
+  card that you only think of buying.
 - **What was made**: layers quantised and kept, and why; a model card beside the file has all of it.
 
 *protect_audio* keeps the audio branch as it is, for a voice that sounds robotic; the file grows. To split without
