@@ -95,7 +95,8 @@ def main(url: str) -> None:
 def stand_ins(models: Path) -> None:
     """Empty files under all names that the graphs choose."""
     for path in FOLDER.glob("*.json"):
-        for node in json.loads(path.read_text("utf-8"))["nodes"]:
+        graph = json.loads(path.read_text("utf-8"))
+        for node in [node for level in (graph, *graph["definitions"]["subgraphs"]) for node in level["nodes"]]:
             folders = {model["name"]: model["directory"] for model in node["properties"].get("models", [])}
             for value in node.get("widgets_values", []):
                 if str(value).endswith(".safetensors"):
@@ -112,4 +113,5 @@ if __name__ == "__main__":
         importlib.import_module("conftest")
         with importlib.import_module("nvfp4_video.tests.real.harness").ComfyUI() as host:
             stand_ins(host.base / "models")
+            (host.base / "input" / "example.png").touch()
             main(host.url)

@@ -50,11 +50,12 @@ Lightricks' *dev* file with the distilled LoRA is often called "cloudy". Stock C
 weights and rounds the sum to four bits again: 17 % of error in each Linear, measured with a LoRA of rank 64 and
 random weights. Here the LoRA is added while weights are decoded: 0.3 %. That is the likeliest cause; **with the real
 files neither was run**. If your download of the NVFP4 file has no VAEs in it, the loaders say so: choose
-`ltx-2.3-22b-dev-fp8.safetensors` in *VAEs, text projection*.
+`ltx-2.3-22b-dev-fp8.safetensors` in *VAEs, projection*.
 """
 NUMBERS = """
 ### What the numbers do
 
+- **card**: your GPU's memory sets size and length to what it samples within two minutes, by the planner.
 - **width, height**: multiples of {step}; **seconds**: the frames become 8k + 1. Other values are moved to the nearest,
   and the settings node in the subgraph says so.
 - **compute**: `bf16` is exact and runs everywhere. `fp8` is faster on RTX 40, 50 and later, 0.2 % off in the latents.
@@ -118,7 +119,7 @@ I2V = (
     ),
 )  # fmt: skip
 ONE_STAGE = (
-    "NVFP4 Video: LTX-2.3, small and quick, with sound",
+    "NVFP4 Video: LTX-2.3, small and quick",
     _note(
         "One stage, nothing to upscale: 8 steps, 768 x 512, 5 seconds, with sound. Lightricks' own NVFP4 file of "
         "LTX-2.3 *dev* and the LoRA that makes it a distilled model, at 0.5.",

@@ -131,17 +131,18 @@ def files(
     """
     prompt = sheet.enter("prompt", "STRING", positive, multiline=True)
     picture = sheet.enter("image", "IMAGE") if image else None
+    card = sheet.enter("card", "COMBO", "as set")
     wishes = {name: sheet.enter(name, "INT", value) for name, value in zip(("width", "height"), size, strict=True)}
     wishes |= {name: sheet.enter(name, "FLOAT", value) for name, value in (("seconds", 5.0), ("fps", 24.0))}
     seed, compute = sheet.enter("seed", "INT", 42), sheet.enter("compute", "COMBO", "bf16")
     name = sheet.enter("checkpoint" if choice.make else "model", "COMBO", choice.model[0])
-    lora_name = sheet.enter("distilled LoRA", "COMBO", choice.lora[0]) if choice.lora else None
+    lora_name = sheet.enter("LoRA", "COMBO", choice.lora[0]) if choice.lora else None
     loaders = [_model(sheet, choice, MODEL_ROW, name, compute, choice.make)]
     text, vae_names = _text_encoder(sheet, choice, name)
     loaders.append(text)
     upscaler = None
     if stages == "two stages":
-        chosen = sheet.enter("latent upscaler", "COMBO", choice.upscaler[0])
+        chosen = sheet.enter("upscaler", "COMBO", choice.upscaler[0])
         loaders.append(
             sheet.add(
                 "LatentUpscaleModelLoader", (FILES[0], text.bottom + 50), FILES[1], models=[choice.upscaler],
@@ -157,8 +158,8 @@ def files(
     ]
     noise = sheet.add("RandomNoise", (FILES[0], SEED_ROW), FILES[1], noise_seed=seed)
     settings = sheet.add(
-        "NVFP4DistilledSettings", (FILES[0], SIZE_ROW), FILES[1], room=120, stages=stages, version=choice.version,
-        **wishes,
+        "NVFP4DistilledSettings", (FILES[0], SIZE_ROW), FILES[1], room=100, stages=stages, version=choice.version,
+        card=card, **wishes,
     )  # fmt: skip
     x, wide = CHOICES
     report = sheet.add(
@@ -225,7 +226,7 @@ def _text_encoder(sheet: Subgraph, choice: Choice, checkpoint: Out) -> tuple[Nod
             "CLIPLoader", (x, MODEL_ROW + 330), wide, models=[choice.encoder], clip_name=encoder, type="ltxv"
         )
         return node, names
-    parts = checkpoint if choice.make else sheet.enter("VAEs, text projection", "COMBO", choice.vaes[0][0])
+    parts = checkpoint if choice.make else sheet.enter("VAEs, projection", "COMBO", choice.vaes[0][0])
     encoder = sheet.enter("text encoder", "COMBO", choice.encoder[0])
     node = sheet.add(
         "NVFP4TextEncoderLoader", (x, MODEL_ROW + 330), wide, models=[choice.encoder, choice.vaes[0]],
