@@ -6,12 +6,9 @@ The host is stubbed (frontend_server.py); COMFYUI_FRONTEND names the folder of a
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from nvfp4_video.host.show import FILES_WRITTEN
-from nvfp4_video.tests.web.doctor_page import DoctorPage
-from nvfp4_video.tests.web.frontend_server import FrontendServer, node_definitions, static_folder
+from nvfp4_video.tests.web.frontend_server import node_definitions
 from nvfp4_video.tests.workflows.workflow_builder import Sheet, Subgraph
 
 OLD, NEW = "ltx-2.3-22b-distilled-fp8.safetensors", "ltx-2.3-22b-distilled_nvfp4.safetensors"
@@ -38,18 +35,12 @@ def graph() -> dict:
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
-def test_a_written_file_is_offered_without_reading_the_lists_by_hand(browser, tmp_path: Path, vue: bool):
-    static = static_folder()
-    if static is None:
-        pytest.skip("comfyui-frontend-package is not installed")
+def test_a_written_file_is_offered_without_reading_the_lists_by_hand(enter, vue: bool):
     workflow = graph()
-    flat = {"nodes": [node for node in workflow["nodes"] if node["type"] in INFO]}
-    definitions = node_definitions(flat)
-    with FrontendServer(static, definitions, {"Comfy.VueNodes.Enabled": vue}) as server:
-        page = DoctorPage(browser, server.url, tmp_path)
-        page.load(workflow)
-        assert page.page.evaluate(OFFERED) == [[OLD], [OLD]]
-        definitions[LOADER]["input"]["required"]["model_name"][0].append(NEW)
-        page.send(FILES_WRITTEN, {})
-        page.page.wait_for_function(f"(name) => ({OFFERED})().every((names) => names.includes(name))", arg=NEW)
-        page.close()
+    definitions = node_definitions({"nodes": [node for node in workflow["nodes"] if node["type"] in INFO]})
+    page, _ = enter(definitions, {"Comfy.VueNodes.Enabled": vue}, {})
+    page.load(workflow)
+    assert page.page.evaluate(OFFERED) == [[OLD], [OLD]]
+    definitions[LOADER]["input"]["required"]["model_name"][0].append(NEW)
+    page.send(FILES_WRITTEN, {})
+    page.page.wait_for_function(f"(name) => ({OFFERED})().every((names) => names.includes(name))", arg=NEW)
