@@ -206,17 +206,17 @@ def test_make_nvfp4_asks_for_the_file_once_and_writes_what_all_loaders_list(host
     prompt = api_prompt(graph, info)
     prompt[node_of(prompt, "NVFP4Planner")]["inputs"]["gpu"] = "RTX 5090"  # there may be none to detect
     outputs = host.queue(prompt)["outputs"]
-    output, name = host.base / "output", "ltx-2.3-22b-distilled_nvfp4.safetensors"
-    assert (output / "vae" / "ltx-2.3-22b-distilled_video_vae.safetensors").is_file()
-    assert (output / "checkpoints" / "ltx-2.3-22b-distilled_audio_vae.safetensors").is_file()
+    output, stem = host.base / "output", small_files.FP8.removesuffix(".safetensors")
+    assert (output / "vae" / f"{stem}_video_vae.safetensors").is_file()
+    assert (output / "checkpoints" / f"{stem}_audio_vae.safetensors").is_file()
     assert all(outputs[node_of(prompt, kind)]["text"] for kind in ("NVFP4Inspect", "NVFP4Planner", "NVFP4Quantize"))
     assert sum(entry["class_type"] == "PreviewImage" for entry in prompt.values()) == 2
     clip = small_clip("6 LTX-2.3 distilled, made from FP8", files, info)
     for entry in clip.values():
         for key, value in entry["inputs"].items():
             if value == small_files.FP8:
-                entry["inputs"][key] = name
+                entry["inputs"][key] = MADE
     outputs, path = render(host, clip)
     assert len(read(path).frames) == FRAMES
-    assert (output / "checkpoints" / name).is_file()
-    assert not (output / "diffusion_models" / name.replace("_nvfp4", "_nvfp4_nvfp4")).exists(), "it is NVFP4 already"
+    assert (output / "checkpoints" / MADE).is_file()
+    assert not (output / "diffusion_models" / MADE.replace("_nvfp4", "_nvfp4_nvfp4")).exists(), "it is NVFP4 already"

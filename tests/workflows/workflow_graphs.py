@@ -70,7 +70,7 @@ def make_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
     """From one checkpoint to an NVFP4 file and VAEs of their own, with pictures of what is in it and where it fits."""
     sheet, inner = Sheet(name, info), Subgraph("Make an NVFP4 file", info)
     source = {"models": [DISTILLED_FP8], "file_name": inner.enter("checkpoint", "COMBO", DISTILLED_FP8[0])}
-    given = {"name": inner.enter("name", "STRING", "ltx-2.3-22b-distilled")}
+    given = {"name": inner.enter("name", "STRING", "")}
     chosen = {name: inner.enter(name, "COMBO", value) for name, value in notes.MAKE_CHOICES.items()}
     gpu = {"gpu": inner.enter("gpu", "COMBO", "detected")}
     chosen |= {name: inner.enter(name, "BOOLEAN", False) for name in ("protect_audio", "estimate_only")}
