@@ -166,7 +166,8 @@ is enough. As it stands: Lightricks' distilled LTX-2.3 in FP8 becomes a whole ch
 ### Steps
 
 1. {DOWNLOAD}
-2. Choose the **checkpoint**; an empty *name* means its own. *estimate_only* tells size and time and writes no NVFP4 file.
+2. Choose the **checkpoint**; an empty *name* means its own. *estimate_only* tells size and time, and writes no NVFP4
+   file.
 3. Press **Run**. It takes minutes; a run that you cancel continues where it stopped.
 4. The new files are in the lists of all loaders at once: NVFP4 in `output/checkpoints`, the video VAE in `output/vae`.
 
