@@ -13,7 +13,7 @@ from ..draw.compact import compact_inspection
 from ..draw.inspect import inspection_picture
 from ..host import files
 from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
-from ..host.show import show, to_image
+from ..host.show import show, tell_files, to_image
 
 DIALECT_TOOLTIP = "How the file stores its NVFP4 weights, if it does not say so itself."
 SOURCE_TOOLTIP = "A safetensors file of any model folder; of a sharded checkpoint any one of its files."
@@ -112,4 +112,5 @@ class NVFP4Split(io.ComfyNode):
             vae_prefix=vae_prefix or None, config_from=config, overwrite=overwrite, device=files.restore_device(),
             on_bytes=files.progress(),
         )  # fmt: skip
+        tell_files()
         return io.NodeOutput("\n".join(targets.values()), ui=show(cls, "\n".join(map(str, written))))

@@ -13,10 +13,12 @@ from ..host.show import show, to_image
 from ..measure.gpus import DETECTED, GPUS
 from ..measure.ltx import VERSIONS
 from ..measure.roofline import MODES, Clip
-from ..measure.settings import STAGES
+from ..measure.settings import AS_SET, CARDS, STAGES
 
 FOLDERS = ("diffusion_models", "checkpoints")
 _SIZE = {"min": 64, "max": 8192, "step": 1}
+STAGES_TOOLTIP = "two stages: sample at half the size, upscale the latent, refine in 3 steps."
+CARD_TOOLTIP = "Size and length that a GPU of this memory samples within two minutes, by the planner."
 _FPS = {"default": 24.0, "min": 1.0, "max": 120.0, "step": 0.001}
 
 
@@ -38,11 +40,9 @@ class NVFP4DistilledSettings(io.ComfyNode):
                     tooltip="Above 0: this length decides instead of frames.",
                 ),
                 io.Float.Input("fps", tooltip="Frames per second, the same in all three nodes.", **_FPS),
-                io.Combo.Input(
-                    "stages", options=list(STAGES), default=STAGES[0],
-                    tooltip="two stages: sample at half the size, upscale the latent, refine in 3 steps.",
-                ),
+                io.Combo.Input("stages", options=list(STAGES), default=STAGES[0], tooltip=STAGES_TOOLTIP),
                 io.Combo.Input("version", options=list(VERSIONS), default=VERSIONS[0], tooltip="Version of the model."),
+                io.Combo.Input("card", options=[AS_SET, *CARDS], default=AS_SET, optional=True, tooltip=CARD_TOOLTIP),
             ],
             outputs=[
                 io.Int.Output("width", display_name="width", tooltip="For the first stage's empty latent."),

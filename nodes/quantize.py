@@ -13,7 +13,7 @@ from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import AUTO, FAMILIES, Options
 from ..host import files
 from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
-from ..host.show import show, telling
+from ..host.show import show, tell_files, telling
 
 WHOLE, MODEL_ONLY = "whole checkpoint", "diffusion model only"
 NO_CALIBRATION = "none"
@@ -98,8 +98,7 @@ class NVFP4Quantize(io.ComfyNode):
             config_from=files.optional_path(config_from, ALL_FOLDERS),
         )  # fmt: skip
         part = DIFFUSION_MODEL if settings.only_model else REST
-        target = files.output_targets(file_name, name, [part])[part].removesuffix(f"_{part}.safetensors")
-        target += "_nvfp4.safetensors"
+        target = files.output_nvfp4(file_name, name, part)
         source, device = file_path(file_name, ALL_FOLDERS), files.restore_device()
         if estimate_only:
             text = text_of(estimate(source, target, settings, device=device))
@@ -108,4 +107,5 @@ class NVFP4Quantize(io.ComfyNode):
             source, target, settings, base=files.output_folder(), overwrite=overwrite, device=device,
             on_step=telling(cls, files.progress()),
         )  # fmt: skip
+        tell_files()
         return io.NodeOutput(target, text_of(record), ui=show(cls, text_of(record)))

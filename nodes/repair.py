@@ -9,7 +9,7 @@ from ..checkpoint.identify.dialects import AUTO, DIALECTS
 from ..checkpoint.write.repair import repair
 from ..host import files
 from ..host.files import LIKE_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
-from ..host.show import show, telling
+from ..host.show import show, tell_files, telling
 
 ONLY_REPORT, WRITE = "only report", "write a new file"
 
@@ -72,5 +72,7 @@ class NVFP4Repair(io.ComfyNode):
             dry_run=action == ONLY_REPORT, on_bytes=telling(cls, files.progress()),
         )  # fmt: skip
         written = done.method == "copy"
+        if written:
+            tell_files()
         text = str(done) if written else f"{done}\nNothing was written."
         return io.NodeOutput(target if written else "", text, ui=show(cls, text))
