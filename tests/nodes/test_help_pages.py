@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from nvfp4_video.nodes import NODES
@@ -87,7 +88,7 @@ def test_links_of_the_readme_and_of_docs_lead_somewhere(path: Path):
         name, _, anchor = target.partition("#")
         if "://" in name:
             continue
-        goal = path.parent / name if name else path
+        goal = path.parent / unquote(name) if name else path
         assert goal.exists(), target
         assert not anchor or anchor in anchors(goal), target
 
