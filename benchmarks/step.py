@@ -41,10 +41,12 @@ ROWS = {
     "fp8-eager": "ours NVFP4, fp8, no graphs",
     "ours-attention": "ours NVFP4, attention auto",
     "fp8-attention": "ours NVFP4, fp8, attention auto",
+    "fp8-apart": "ours NVFP4, fp8, attention auto, blocks as the host's",
     "bf16-compiled": "stock BF16, compiled",
     "ours-compiled": "ours NVFP4, compiled",
     "fp8-compiled": "ours NVFP4, fp8, compiled",
 }
+APPROXIMATE = {"fp8", "ours-attention", "fp8-attention", "fp8-apart"}  # rows whose latents are compared with "ours"
 EQUAL = (("stock", "ours"), ("ours-eager", "ours"), ("fp8-eager", "fp8"))  # rows whose latents must have the same bits
 MARKER = json.dumps({"format": "nvfp4"}).encode()
 STARTED = time.perf_counter()
@@ -114,13 +116,15 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
     from nvfp4_video.host.load import model as load
 
     compute = "fp8" if row.startswith("fp8") else "bf16"
-    attention = "auto" if row.endswith("-attention") else "host"
+    attention = "auto" if row.endswith(("-attention", "-apart")) else "host"
     patcher, report = load.load_model(
         str(path), compute, backend=options.backend, disable_dynamic=options.no_dynamic, attention=attention
     )
     say(str(report))
     if row.endswith("-eager"):
         in_process.without_graphs(patcher)
+    if row.endswith("-apart"):
+        in_process.without_fused_blocks(patcher)
     return patcher
 
 
@@ -219,7 +223,7 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
                 again = functools.partial(in_process.sample, patchers[first], size, config, frames, seed=1 + rep)
                 latents.append(compare(outputs, first, second, lambda again=again: again()[1]))
                 say(f"{size} repetition {rep + 1}: {ROWS[second]} against {ROWS[first]} {latents[-1]}")
-        for name in outputs.keys() & {"fp8", "ours-attention", "fp8-attention"} if "ours" in outputs else ():
+        for name in outputs.keys() & APPROXIMATE if "ours" in outputs else ():
             pairs = zip(outputs[name], outputs["ours"], strict=True)
             errors.append({"row": ROWS[name], "video, audio": [relative_error(*pair) for pair in pairs]})
             say(f"{size} repetition {rep + 1}: latents against bf16 compute with ComfyUI's attention {errors[-1]}")
