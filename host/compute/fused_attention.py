@@ -8,6 +8,7 @@ want to see (a hook on a norm, a LoRA on the output) is done as the host does it
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -18,17 +19,20 @@ import torch
 from ...kernels import fused
 from ...kernels.format import FP8Rows
 from .. import residency
+from .graph_key import SCHEDULED
 from .rows import takes_rows
 
 
-def is_apart(module: torch.nn.Module) -> bool:
+def is_apart(module: torch.nn.Module, options: Mapping | None = None) -> bool:
     """Whether a call now is one of those the host's own code is for: compiled, with gradients, or of a patched class.
 
-    ``module`` is of a class that this pack derived from the host's, whose ``forward`` somebody may have exchanged.
+    ``module`` is of a class that this pack derived from the host's, whose ``forward`` somebody may have exchanged;
+    ``options``: the call's, in which a schedule may ask for the exact mode.
     """
     own = type(module)
     return (
         own.host_class.forward is not own.host_forward
+        or (options is not None and options.get(SCHEDULED) == "bf16")
         or torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or bool(getattr(comfy.model_management, "in_training", False))
@@ -53,7 +57,7 @@ def attention_class(found: type, host: ModuleType) -> type:
             )
 
         def forward(self, x, context=None, mask=None, pe=None, k_pe=None, transformer_options={}):  # noqa: B006
-            if is_apart(self) or x.dtype != torch.bfloat16:
+            if is_apart(self, transformer_options) or x.dtype != torch.bfloat16:
                 return super().forward(x, context, mask, pe, k_pe, transformer_options)
             q, source = self.to_q(x), x if context is None else context
             k, v = self.to_k(source), self.to_v(source)

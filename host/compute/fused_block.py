@@ -38,7 +38,8 @@ def block_class(found: type, host: ModuleType) -> type:
         host_class, host_forward = found, found.forward
 
         def forward(self, x, *args, **given):
-            call = None if args or is_apart(self) else _read(self, host, x, given)
+            apart = args or is_apart(self, given.get("transformer_options"))
+            call = None if apart else _read(self, host, x, given)
             return super().forward(x, *args, **given) if call is None else _run(self, call)
 
     return FusedBlock

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from nvfp4_video.host.compute import fused_block, fusions, graph_key, linear, lora, matmul
+from nvfp4_video.host.compute import fused_block, fusions, graph_key, linear, lora, matmul, schedule
 from nvfp4_video.host.compute.modes import Compute
 from nvfp4_video.kernels import fused
 from nvfp4_video.kernels.format import FP8Rows
@@ -157,6 +157,13 @@ def test_few_tokens_stay_tensors(monkeypatch, calls):
     given = arguments()
     run(block, given)
     assert 0 < calls["rows"] < 18
+
+
+def test_a_step_that_a_schedule_has_in_bf16_is_the_host_s_bit_for_bit(calls):
+    block, plain, _ = build()
+    given = arguments() | {"transformer_options": {graph_key.SCHEDULED: "bf16"}}
+    with schedule.computing_in("bf16", block), schedule.computing_in("bf16", plain):
+        assert all(map(torch.equal, run(block, given), run(plain, given))) and not calls
 
 
 def test_a_model_in_bf16_mode_is_the_host_s_bit_for_bit(calls):
