@@ -155,7 +155,7 @@ def set_tile(rows: int, cols: int) -> None:
     """Rows a program and columns a warp of all kernels from now on."""
     from nvfp4_video.kernels.triton import gate_heads, norm_rope, norm_rows
 
-    norm_rows._MOST_ROWS, norm_rows._WARP_COLS = rows, cols
+    norm_rows._TILE = norm_rows._TILE_OF_TWO = norm_rows._TILE_OF_NONE = rows, cols
     gate_heads._WARP_COLS, norm_rope._WARP_PAIRS = cols, cols // 2
     for module in (norm_rows, gate_heads, norm_rope):
         module._launcher.cache_clear()

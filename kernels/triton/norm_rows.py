@@ -21,8 +21,10 @@ from .launch import Launcher, bf16_as_bits, warps
 from .quantize_rows import row_scale
 from .tiles import round_to_bf16_bits, to_e4m3
 
-_MOST_ROWS = 4  # rows a program
-_WARP_COLS = 512
+# Rows a program and columns a warp. Two outputs have too many modulations to hold for a warp's 32 threads more often;
+# a plain addition has none, so that more rows a program only make its queue longer.
+_TILE, _TILE_OF_TWO, _TILE_OF_NONE = (8, 512), (4, 1024), (1, 512)
+_FEWEST_PROGRAMS = 512  # rather fewer rows a program than a GPU with nothing to do
 
 
 @triton.jit
@@ -177,11 +179,14 @@ def _norm_rows_kernel(
 def _launcher(device: torch.device, rows: int, cols: int, numbers: tuple, constants: tuple) -> Launcher:
     """The kernel for one shape and set of modulations; models have few."""
     step = triton.next_power_of_2(cols)
-    per = math.gcd(rows, _MOST_ROWS, *(numbers[place] for place in (3, 7, 11)))
+    most, a_warp = (_TILE_OF_NONE, _TILE, _TILE_OF_TWO)[constants[3]]
+    per = math.gcd(rows, most, *(numbers[place] for place in (3, 7, 11)))
+    while per > 1 and rows // per < _FEWEST_PROGRAMS:
+        per //= 2
     arguments = (cols, *numbers, step, per, *constants)
     quantized = ((7, constants[5]), (11, constants[7]))
     as_bytes = () if device.type == "cuda" else tuple(place for place, is_fp8 in quantized if is_fp8)
-    changes, many = (0, 1) if constants[0] else (), warps(step, _WARP_COLS)
+    changes, many = (0, 1) if constants[0] else (), warps(step, a_warp)
     return Launcher(_norm_rows_kernel, (rows // per,), arguments, device, as_bytes, changes, num_warps=many)
 
 
