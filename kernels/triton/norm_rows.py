@@ -21,8 +21,8 @@ from .launch import Launcher, bf16_as_bits, warps
 from .quantize_rows import row_scale
 from .tiles import round_to_bf16_bits, to_e4m3
 
-# Rows a program and columns a warp. Two outputs have too many modulations to hold for a warp's 32 threads more often;
-# a plain addition has none, so that more rows a program only make its queue longer.
+# Rows a program and columns a warp, as measured on an H200 (benchmarks/fused.py): modulations in registers are worth
+# the more rows the fewer there are of them; a plain addition has none but its gate.
 _TILE, _TILE_OF_TWO, _TILE_OF_NONE = (8, 512), (4, 1024), (1, 512)
 _FEWEST_PROGRAMS = 512  # rather fewer rows a program than a GPU with nothing to do
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+import comfy.ops
 import pytest
 import torch
+from nvfp4_video.host import residency
 from nvfp4_video.host.compute import fused_block, fusions, graph_key, linear, lora, matmul, schedule
 from nvfp4_video.host.compute.modes import Compute
-from nvfp4_video.kernels import fused
+from nvfp4_video.kernels import fused, reference
 from nvfp4_video.kernels.format import FP8Rows
 from nvfp4_video.tests.support import small_block
 from nvfp4_video.tests.support.lora_helpers import CPU, patches_of
@@ -149,6 +151,30 @@ def test_a_lora_is_computed_from_tensors(name, calls):
     found, right = run(block, given), run(plain, given)
     assert far(found, right) < NEAR
     assert 0 < calls["rows"] < 18, "the others go on"
+
+
+def test_weights_that_the_host_brings_for_each_call_take_rows_too(monkeypatch, calls):
+    monkeypatch.setattr(residency, "check", lambda: residency.Books(patches=True, places=False))
+    brought, bring = [], comfy.ops.cast_bias_weight
+    watched = lambda *given, **named: brought.append(1) or bring(*given, **named)  # noqa: E731
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", watched)
+    block, plain, _ = build()
+    given = arguments()
+    assert far(run(block, given), run(plain, given)) < NEAR
+    assert calls["rows"] == 18 and len(brought) == 2 * 34, "each Linear of both blocks"
+
+
+def test_rows_that_meet_another_mode_after_all_are_a_tensor_again(monkeypatch):
+    block, plain, _ = build()
+    layer = block.attn1.to_q
+    x = torch.randn(3, small_block.VIDEO).bfloat16()
+    rows = FP8Rows(*reference.quantize_rows(x), x.shape)
+    with torch.no_grad():
+        linear.choose_mode(layer, "bf16")
+        assert torch.equal(layer(rows), layer(rows.plain()))
+        linear.choose_mode(layer, "fp8")
+        monkeypatch.setattr(type(layer), "weight_function", [lambda weight: weight], raising=False)
+        assert torch.equal(layer(rows), layer(rows.plain()))
 
 
 def test_few_tokens_stay_tensors(monkeypatch, calls):
