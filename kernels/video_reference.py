@@ -56,7 +56,7 @@ def to_pixels(
     dtype: torch.dtype = torch.float32,
     finish: bool = False,
 ) -> torch.Tensor:
-    """(T, H, W, C patch patch) + bias of as many -> (C, T, H patch, W patch) ``dtype``, channels in the order (C, x, y).
+    """(T, H, W, C patch patch) + bias of as many -> (C, T, H patch, W patch) ``dtype``; channels in order (C, x, y).
 
     ``finish``: from -1..1 to 0..1, what lies outside cut off.
     """

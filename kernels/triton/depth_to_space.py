@@ -63,9 +63,10 @@ def depth_to_space(
     """As in kernels/video_reference.py; the factors must be powers of two. Raises ValueError otherwise."""
     parts, (frames, height, width, total) = math.prod(stride), x.shape
     if parts & (parts - 1) or total % parts or not x.is_contiguous():
-        raise ValueError(f"found {tuple(x.shape)} and factors {stride}; expected powers of two that divide the channels")
+        raise ValueError(f"found {tuple(x.shape)}, factors {stride}; expected powers of two that divide the channels")
     channels = total // parts
-    out = torch.empty((frames * stride[0], height * stride[1], width * stride[2], channels), dtype=x.dtype, device=x.device)
+    shape = (frames * stride[0], height * stride[1], width * stride[2], channels)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
     cols, positions = triton.next_power_of_2(channels), frames * height * width

@@ -30,7 +30,7 @@ def _to_pixels_kernel(
     BIAS: tl.constexpr,
     FINISH: tl.constexpr,
 ):
-    """Each program makes TILE numbers of the output, which lie in a row; a source's channels are read from the cache."""
+    """Each program makes TILE numbers of the output in a row; that a source is read by several is the cache's work."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = at < numbers
     x, line = at % (width * PATCH), at // (width * PATCH)
