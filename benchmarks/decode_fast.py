@@ -36,7 +36,7 @@ EPS = 1e-8
 
 
 def write_vae(path: Path, branch: float) -> None:
-    """LTX-2.3's video VAE with seeded numbers; the second convolution of each residual block is scaled by ``branch``."""
+    """LTX-2.3's video VAE with seeded numbers; ``branch`` scales the second convolution of each residual block."""
     import torch
     from nvfp4_video.samples.recorded import recorded
     from safetensors.torch import save_file
@@ -202,10 +202,12 @@ def check_kernels(bandwidth: float) -> list[dict[str, Any]]:
 
     def row(name: str, shape: tuple, ours: Any, right: Any, call: Callable[[], Any], moved: int) -> dict[str, Any]:
         apart = (ours.float() - right.float()).abs() / right.float().abs().clamp(min=2.0**-7) * 2**8
+        differ, floor = (ours != right).float().mean().item(), moved / bandwidth
         seconds = gpu_seconds(call)
-        floor = moved / bandwidth
-        return {"kernel": name, "shape": "x".join(map(str, shape)), "off_by_units": apart.max().item(),
-                "differ": (ours != right).float().mean().item(), "us": seconds * 1e6, "of_floor": seconds / floor}  # fmt: skip
+        return {
+            "kernel": name, "shape": "x".join(map(str, shape)), "off_by_units": apart.max().item(),
+            "differ": differ, "us": seconds * 1e6, "of_floor": seconds / floor,
+        }  # fmt: skip
 
     rows = []
     norm, spread, pixels = (triton_module(name) for name in ("norm_silu", "depth_to_space", "to_pixels"))
@@ -219,7 +221,8 @@ def check_kernels(bandwidth: float) -> list[dict[str, Any]]:
             mine, right, kept = torch.empty_like(x), torch.empty_like(x), (x.clone(), x.clone())
             norm.norm_silu(kept[0], mine, **options)
             video_reference.norm_silu(kept[1], right, **options)
-            assert torch.equal(*kept), "the sum that is kept"
+            if not torch.equal(*kept):
+                raise AssertionError("the sum that is kept differs")
             call = partial(norm.norm_silu, x, mine, **options)
             rows.append(row(name, shape, mine, right, call, passes * x.nbytes))
     for shape, stride in SPREADS:
