@@ -33,7 +33,7 @@ from ..decode.decoder import finishing, install_in
 logger = logging.getLogger(__name__)
 
 KINDS = ("auto", "video", "audio")
-DECODES = ("exact", "fast")
+EXACT, FAST = DECODES = ("exact", "fast")
 PREVIEW_WARNING = (
     "this is a preview decoder, several times softer than the full VAE, and it decodes without tiles. Take the full "
     "VAE for a final video."
@@ -108,7 +108,7 @@ def load_vae(
     config_from: str | None = None,
     dialect: str = AUTO,
     prefix: str | None = None,
-    decode: str = "exact",
+    decode: str = EXACT,
 ) -> tuple[Any, VaeReport]:
     """VAE file or full checkpoint -> (the host's VAE, VaeReport).
 
@@ -151,7 +151,7 @@ def _reload(path, kind, allow_preview, config_from, dialect, prefix, decode, dis
 
 def _way(host_vae: Any, decode: str) -> str:
     """How the VAE decodes, ``decode`` having been asked for, in words."""
-    if decode == "exact":
+    if decode == EXACT:
         return "exact (ComfyUI's own)"
     reason = install_in(host_vae)
     if reason:

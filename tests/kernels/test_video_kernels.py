@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies between the convolutions of a video VAE: norm and SiLU, depth to space, pixels; by definition and Triton."""
+"""What lies between the convolutions of a video VAE: norm and SiLU, depth to space, pixels; twin and Triton."""
 
 from __future__ import annotations
 
