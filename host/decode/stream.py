@@ -101,8 +101,8 @@ def _brought(conv: torch.nn.Module, x: torch.Tensor) -> Iterator[tuple[torch.Ten
         yield weight, bias
         return
     weight, bias, stream = comfy.ops.cast_bias_weight(conv, x, offloadable=True)
-    try:
-        yield weight, bias
+    try:  # the bias is added later, when the host may have used its place for something else
+        yield weight, None if bias is None else bias.clone()
     finally:
         comfy.ops.uncast_bias_weight(conv, weight, bias, stream)
 
@@ -118,7 +118,8 @@ def convolve(clip: Clip, layer: torch.nn.Module, frames: Frames, hold: bool = Fa
     end = lead + len(frames)
     clip.kernels.write(frames, x[lead:end], hold, **norm)
     x[:lead] = x[lead : lead + 1] if tail is None else tail
-    x[end:] = x[end - 1 : end]
+    if after:
+        x[end:] = x[end - 1 : end]
     clip.memory[layer] = None if clip.last else x[-before:].clone()
     if length <= before:
         return None
