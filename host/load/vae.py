@@ -28,7 +28,8 @@ from ...checkpoint.write.restore import plan_restoration
 from ...checkpoint.write.split import metadata_of, with_config
 from ...kernels.errors import PackError
 from ...measure.escape import report as text_report
-from ..decode.decoder import finishing, install_in
+from ..decode.decoder import finishing
+from ..decode.trial import install_in
 
 logger = logging.getLogger(__name__)
 

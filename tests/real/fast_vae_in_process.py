@@ -25,11 +25,13 @@ class Scene:
     def __init__(self):
         self.torch = importlib.import_module("torch")
         self.host = importlib.import_module("comfy.ldm.lightricks.vae.causal_video_autoencoder")
-        self.ours = importlib.import_module("nvfp4_video.host.decode.decoder")
+        self.ours, self.known, self.trial = (
+            importlib.import_module(f"nvfp4_video.host.decode.{name}") for name in ("decoder", "known", "trial")
+        )
         recorded = importlib.import_module("nvfp4_video.samples.recorded").recorded
         small = {"decoder_base_channels": 8, "encoder_base_channels": 8}
         self.config = dict(recorded("ltx23_config")["vae"]) | small
-        self.known = hasattr(self.host, "get_max_chunk_size")
+        self.in_chunks = hasattr(self.host, "get_max_chunk_size")
 
     def others(self) -> dict[str, dict]:
         """Configs of other LTX VAEs: residual upsampling, timesteps, causal time, mirrored edges."""
@@ -112,10 +114,10 @@ def reasons(scene: Scene) -> dict:
     noisy["decoder_blocks"] = [["res_x", {"num_layers": 1, "inject_noise": True}]]
     configs = {"noise": noisy, "groups": scene.config | GROUPS}
     configs["version 0"] = scene.host.VideoVAE.get_default_config(None, 0) | {"decoder_base_channels": 8}
-    found = {name: scene.ours.unknown(scene.model(config).decoder) for name, config in configs.items()}
-    found["cpu"] = scene.ours.obstacle(scene.model(scene.config), torch.device("cpu"), torch.bfloat16)
-    found["class"] = scene.ours.obstacle(torch.nn.Identity(), device, torch.bfloat16)
-    found["tried"] = scene.ours.tried(scene.config)
+    found = {name: scene.known.unknown(scene.model(config).decoder) for name, config in configs.items()}
+    found["cpu"] = scene.trial.obstacle(scene.model(scene.config), torch.device("cpu"), torch.bfloat16)
+    found["class"] = scene.trial.obstacle(torch.nn.Identity(), device, torch.bfloat16)
+    found["tried"] = scene.trial.tried(scene.model(scene.config))
     return found
 
 
@@ -133,17 +135,35 @@ def noticed(scene: Scene) -> dict:
             return change(forward(self, *args, **kwargs))
 
         kind.forward = other
-        scene.ours._trial.cache_clear()
-        found[name] = scene.ours.tried(scene.config)
+        scene.trial._trial.cache_clear()
+        found[name] = scene.trial.tried(scene.model(scene.config))
         kind.forward = forward
-    scene.ours._trial.cache_clear()
+    scene.trial._trial.cache_clear()
     return found
+
+
+def doubling(scene: Scene) -> type:
+    """A module of somebody else in the place of one of the host's."""
+
+    class Doubled(scene.torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            found = self.__dict__["_modules"].get(name)
+            return getattr(self.__dict__["_modules"]["inner"], name) if found is None else found
+
+        def forward(self, x):
+            return self.inner(x) * 2
+
+    return Doubled
 
 
 def in_other_hands(scene: Scene) -> dict:
     """Whether decodes equal the host's bit for bit once somebody else has a hand in a module."""
-    latent, found = scene.latent(), {}
-    for name in ("hook", "forward", "patch"):
+    latent, found, doubled = scene.latent(), {}, doubling(scene)
+    for name in ("hook", "forward", "class", "patch"):
         made = []
         for fast in (False, True):
             model = scene.model(scene.config)
@@ -153,6 +173,8 @@ def in_other_hands(scene: Scene) -> dict:
                 conv.register_forward_hook(lambda module, args, made: made * 2)
             elif name == "forward":
                 conv.forward = lambda x, forward=conv.forward: forward(x) * 2
+            elif name == "class":
+                model.decoder.up_blocks[2].res_blocks[0].conv1.conv = doubled(conv)
             else:  # what ComfyUI does for a patch of a weight that stays where it is
                 conv.weight_function = [lambda weight: weight * 2]
             made.append(scene.decoded(model, latent))
@@ -189,8 +211,8 @@ def main() -> None:
     importlib.import_module("logging").getLogger().setLevel("ERROR")
     importlib.import_module("torch").set_num_threads(1)
     scene = Scene()
-    facts["known"] = scene.known
-    for topic in TOPICS if scene.known else ():
+    facts["in_chunks"] = scene.in_chunks
+    for topic in TOPICS if scene.in_chunks else ():
         try:
             facts[topic.__name__] = topic(scene)
         except Exception:
