@@ -162,7 +162,8 @@ def finishing(host_vae: Any) -> Iterator[None]:
     """Meanwhile the frames that the host's VAE wants in host memory get there as numbers from 0 to 1."""
     decoder = getattr(getattr(host_vae, "first_stage_model", None), "decoder", None)
     decoding = getattr(decoder, "__dict__", {}).get("_nvfp4_decoding")
-    if decoding is None or not isinstance(host_vae.process_output, Finished):
+    process = getattr(host_vae, "process_output", None)
+    if decoding is None or not isinstance(process, Finished) or process.decoding is not decoding:
         yield
         return
     decoding.finishing = True
