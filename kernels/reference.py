@@ -35,6 +35,8 @@ SEARCH_GRID = 256
 COLUMN_STEPS = 143
 _EXPONENTS = range(-7, 12)
 _SMALLEST_SEARCH_SCALE = 2.0**-100
+FACTOR_BLOCK = 128  # columns of a low-rank factor in 8 bits that share a scale
+_SMALLEST_ROW_SCALE = 2.0**-100
 
 # Midpoints between neighbouring E2M1 magnitudes. A tie goes to the even code, so a midpoint counts as "reached" only
 # where the code above it is even: 0.25 -> 0, 0.75 -> 1.0, 1.25 -> 1.0, 1.75 -> 2.0, 2.5 -> 2.0, 3.5 -> 4.0, 5.0 -> 4.0.
@@ -85,9 +87,13 @@ def default_global_scale(amax: torch.Tensor, search: str) -> torch.Tensor:
     """
     if search == "amax":
         return _divide(amax, E4M3_MAX * E2M1_MAX)
-    bits = _divide(amax, E4M3_MAX * 4.0).view(torch.int32)
-    power = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # the next power of two
+    power = _next_power_of_two(_divide(amax, E4M3_MAX * 4.0))
     return torch.where(amax == 0, 0.0, power.clamp(min=_SMALLEST_SEARCH_SCALE))
+
+
+def _next_power_of_two(values: torch.Tensor) -> torch.Tensor:
+    """fp32 from 0 -> the smallest power of two that is not below it."""
+    return ((values.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 def checked_global_scale(amax: torch.Tensor, global_scale: torch.Tensor | None, search: str) -> torch.Tensor:
@@ -292,6 +298,37 @@ def dequantize_sum(weight: PackedWeight, up: torch.Tensor, down: torch.Tensor) -
     return torch.addmm(dequantize(weight, torch.float32), up.float(), down.float()).to(up.dtype)
 
 
+def unpack_factor(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """(N, K) int8 or float, (N, C) fp32 -> (N, K) ``dtype``: each value times its scale, one for FACTOR_BLOCK columns.
+
+    One scale (C = 1) is that of the whole row.
+    """
+    by_column = scale if scale.shape[1] == 1 else scale.repeat_interleave(FACTOR_BLOCK, 1)[:, : values.shape[1]]
+    return (values.float() * by_column).to(dtype)
+
+
+def to_fp8_sum(
+    weight: PackedWeight, up: torch.Tensor, down: torch.Tensor, peak: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """NVFP4 (N, K) + up (N, R) x down (R, K) -> (R16(N), R16(K)) e4m3, (R16(N),) fp32 row scales, powers of two.
+
+    ``peak`` (R,) fp32 bounds the magnitudes in each row of ``down``. A row's scale follows from a bound, |up| peak plus
+    what ``to_fp8`` takes for W, so nothing saturates and no pass over the sum is needed; where it is 2**6 too large,
+    E4M3 still has 9 octaves above its subnormals, and rounding is relative: the error of the sum is the same.
+    """
+    packed, (rows, cols) = weight.packed, weight.shape
+    scale = unswizzle(weight.block_scale.view(FP8), packed.shape[0], packed.shape[1] * 2 // BLOCK)[:rows]
+    exponent = (scale.view(torch.uint8) >> 3 & 15).int()
+    largest = exponent.amax(1) if exponent.numel() else exponent.new_ones(rows)
+    bound = weight.global_scale.float() * 360.0 * _power_of_two(largest.clamp(min=1) - 12) + up.float().abs() @ peak
+    row_scale = torch.ones(packed.shape[0], device=packed.device)
+    row_scale[:rows] = _next_power_of_two(_divide(bound, E4M3_MAX)).clamp(min=_SMALLEST_ROW_SCALE)
+    total = torch.addmm(dequantize(weight, torch.float32), up.float(), down.float())
+    out = torch.zeros(packed.shape[0], packed.shape[1] * 2, dtype=FP8, device=packed.device)
+    out[:rows, :cols] = (total / row_scale[:rows].unsqueeze(1)).to(FP8)
+    return out, row_scale
+
+
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     """One of ``ACTIVATIONS`` of x, in x's dtype; the empty one is x itself. Raises ValueError for another."""
     if activation not in ACTIVATIONS:
@@ -319,11 +356,27 @@ def linear_fp8(
 
     ``activation`` of x comes first, as in ``quantize_rows``.
     """
-    rounded, weight_scale = to_fp8(weight)
+    return _fp8_product(x, *to_fp8(weight), weight.shape[0], bias, activation)
+
+
+def linear_fp8_sum(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    peak: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "",
+) -> torch.Tensor:
+    """As ``linear_fp8`` with the weight of ``to_fp8_sum``."""
+    return _fp8_product(x, *to_fp8_sum(weight, up, down, peak), weight.shape[0], bias, activation)
+
+
+def _fp8_product(x, rounded, weight_scale, rows, bias, activation) -> torch.Tensor:
     quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]), activation)
-    out = (quantized.float() @ rounded.float().t() * weight_scale * scale)[:, : weight.shape[0]]
+    out = (quantized.float() @ rounded.float().t() * weight_scale * scale)[:, :rows]
     out = out if bias is None else out + bias.float()
-    return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    return out.to(x.dtype).reshape(*x.shape[:-1], rows)
 
 
 def gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

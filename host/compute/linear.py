@@ -89,7 +89,7 @@ def weight_only_operations(
                 device = input.device
                 matmul = multiply if own.get("nvfp4_lora") is None else multiply_with_lora
                 smoothed = "pre_quant_scale" in parameters  # ModelOpt's AWQ
-                if activation and (smoothed or matmul is not multiply or own["nvfp4_mode"] != "fp8"):
+                if activation and (smoothed or own["nvfp4_mode"] != "fp8"):
                     input, activation = reference.activate(input, activation), ""
                 if smoothed:
                     smoothing = parameters["pre_quant_scale"]
@@ -161,7 +161,7 @@ def _streamed(
             return matmul(module.__dict__, input, weight, bias, input.device, backend, activation)
         input, branch = reference.activate(input, activation), module.__dict__.get("nvfp4_lora")
         out = torch.nn.functional.linear(input, weight.to(input.dtype), bias)
-        return out if branch is None else lora.add(out, input, branch)
+        return out if branch is None else lora.add(out, input, *lora.factors(branch, input, backend))
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 

@@ -80,19 +80,26 @@ def multiply_with_lora(
     backend: str,
     activation: str = "",
 ) -> torch.Tensor:
-    """As ``multiply`` with the layer's branch; where the weight is decoded, it is decoded with the LoRA added.
+    """As ``multiply`` with the layer's branch: few rows get it beside their product, many are multiplied by the sum.
 
-    The branch takes the input too, so an activation has been computed before.
+    The sum is made while the weight is decoded, or converted to E4M3, whose rounding the change then shares: 2 N K R
+    FLOPs whatever the tokens, where a branch costs 2 T (N + K) R in BF16 and a pass over the output.
     """
     branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") != "bf16" or rows <= reference.MAX_TOKENS:
-        return lora.add(multiply(own, input, weight, bias, device, backend, activation), input, branch)
-    params = weight._params
-    down, up = lora.tensors(branch, input)
+    down, up = lora.factors(branch, input, backend)
+    params, dtype, many = weight._params, input.dtype, None
+    if own.get("nvfp4_mode") == "fp8" and rows >= FP8_MIN_TOKENS and not torch.compiler.is_compiling():
+        many = dispatch.prepare("linear_fp8_sum", tuple(params.orig_shape), dtype, device, backend)
+    if many is not None:
+        parts = weight._qdata, params.block_scale, params.scale, up, down, branch.peak
+        return many(input, *parts, bias, activation, shared_rows(own))
+    input = reference.activate(input, activation)
+    if rows <= reference.MAX_TOKENS:
+        return lora.add(multiply(own, input, weight, bias, device, backend, ""), input, down, up)
     record = PackedWeight(weight._qdata, params.block_scale, params.scale, params.orig_shape)
     merged = dispatch.dequantize_sum(record, up, down, backend)
-    return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
+    return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(dtype))
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:
