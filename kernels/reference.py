@@ -16,6 +16,7 @@ from .format import (
     E2M1_MAX,
     E2M1_VALUES,
     E4M3_MAX,
+    FACTOR_BLOCK,
     FP8,
     PackedWeight,
     check_output_dtype,
@@ -35,7 +36,6 @@ SEARCH_GRID = 256
 COLUMN_STEPS = 143
 _EXPONENTS = range(-7, 12)
 _SMALLEST_SEARCH_SCALE = 2.0**-100
-FACTOR_BLOCK = 128  # columns of a low-rank factor in 8 bits that share a scale
 _SMALLEST_ROW_SCALE = 2.0**-100
 
 # Midpoints between neighbouring E2M1 magnitudes. A tie goes to the even code, so a midpoint counts as "reached" only
@@ -305,6 +305,15 @@ def unpack_factor(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype 
     """
     by_column = scale if scale.shape[1] == 1 else scale.repeat_interleave(FACTOR_BLOCK, 1)[:, : values.shape[1]]
     return (values.float() * by_column).to(dtype)
+
+
+def pack_factor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, K) fp32 -> (N, K) int8, (N, C) fp32 scales, of FACTOR_BLOCK columns each, whose largest becomes 127."""
+    rows, cols = values.shape
+    blocks = torch.nn.functional.pad(values, (0, -cols % FACTOR_BLOCK)).view(rows, -1, FACTOR_BLOCK)
+    amax = blocks.abs().amax(2, keepdim=True)
+    scale = torch.where(amax == 0, 1.0, amax / 127)
+    return (blocks / scale).round().to(torch.int8).flatten(1)[:, :cols].contiguous(), scale.squeeze(2)
 
 
 def to_fp8_sum(

@@ -22,8 +22,8 @@ import comfy.model_management
 import torch
 
 from ...kernels import dispatch
-from ...kernels.format import OUTPUT_DTYPES
-from ...kernels.reference import FACTOR_BLOCK
+from ...kernels.format import FACTOR_BLOCK, OUTPUT_DTYPES
+from ...kernels.reference import pack_factor
 
 # What a model's adapters may hold before they are kept in 8 bits; a LoRA of rank 64 on the whole of LTX-2.3 holds 1.2
 # GB in BF16, the official one of rank 384 7.
@@ -37,7 +37,7 @@ Term = tuple[float, torch.Tensor, torch.Tensor]  # strength * alpha / rank, up (
 
 @dataclass(eq=False)
 class Branch:
-    """All LoRAs of one layer along the rank: ``down`` (R, K) and ``up`` (N, R), floating point or INT8, without strengths.
+    """All LoRAs of one layer along the rank: ``down`` (R, K) and ``up`` (N, R), float or INT8, without strengths.
 
     ``down_scale`` (R, C) fp32, by which ``down`` is multiplied at use, has the strengths in it, ``up_scale`` (N, C)
     goes with an ``up`` in INT8. ``peak`` (R,) fp32 bounds the magnitudes of the rows of ``down`` at these strengths.
@@ -111,16 +111,6 @@ def branch_of(
     return branch
 
 
-def pack_factor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) fp32 -> (N, K) int8, (N, C) fp32 scales, of FACTOR_BLOCK columns each; the largest becomes 127."""
-    rows, cols = values.shape
-    blocks = torch.nn.functional.pad(values, (0, -cols % FACTOR_BLOCK)).view(rows, -1, FACTOR_BLOCK)
-    amax = blocks.abs().amax(2, keepdim=True)
-    scale = torch.where(amax == 0, 1.0, amax / 127)
-    packed = (blocks / scale).round().to(torch.int8).flatten(1)[:, :cols].contiguous()
-    return packed, scale.squeeze(2)
-
-
 def make_branch(module: torch.nn.Module, terms: Sequence[Term], device: torch.device, packed: bool = False) -> Branch:
     """Linear, LoRAs -> Branch on ``device`` in the layer's compute dtype, or ``packed`` in 8 bits."""
     weight = module._parameters.get("weight")
@@ -142,7 +132,7 @@ def make_branch(module: torch.nn.Module, terms: Sequence[Term], device: torch.de
 
 
 def _narrowed(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product by no more columns than it has rows or columns: to_gate_logits has 32 rows, whatever the rank."""
+    """The same product of a rank no larger than its rows or columns: to_gate_logits has 32 rows, whatever the rank."""
     rows, rank, cols = *up.shape, down.shape[1]
     if rank <= min(rows, cols):
         return up, down
@@ -256,5 +246,5 @@ def _not_plain(value: Any, shape: tuple[int, int]) -> str:
 
 __all__ = [
     "ADAPTER_BYTES", "OTHER_FORMAT", "Branch", "Term", "adapter_bytes", "add", "beside", "branch_of", "factors",
-    "make_branch", "obstacle", "pack_factor", "terms_of", "to_pack",
+    "make_branch", "obstacle", "terms_of", "to_pack",
 ]  # fmt: skip

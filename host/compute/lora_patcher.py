@@ -306,9 +306,8 @@ def _tell(layers: _Layers, refused: Mapping[str, str]) -> None:
         return
     layers.told = told
     if layers.patched:
-        logger.info(
-            "LoRA beside the packed weights of %d layers, %.2f GB%s", len(layers.patched), nbytes / 1e9, _in_8_bits(layers)
-        )
+        text = "LoRA beside the packed weights of %d layers, %.2f GB%s"
+        logger.info(text, len(layers.patched), nbytes / 1e9, _in_8_bits(layers))
     for reason, count in reasons.items():
         logger.info("a patch of %d NVFP4 layers is computed into the weight by ComfyUI: %s", count, reason)
 
@@ -318,9 +317,10 @@ def _in_8_bits(layers: _Layers) -> str:
     packed = sum(branch.packed for branch in layers.patched.values())
     if not packed:
         return ""
-    whole = sum(adapter_bytes(*size) for size in layers.sizes({k: b.terms for k, b in layers.patched.items()}).values())
+    sizes = layers.sizes({key: branch.terms for key, branch in layers.patched.items()})
+    whole = sum(adapter_bytes(*size) for size in sizes.values()) / 1e9
     count = "all" if packed == len(layers.patched) else f"the largest {packed:,}"
-    return f", {count} in 8 bits: the budget is {ADAPTER_BYTES / 1e9:g} GB, in 16 bits they would hold {whole / 1e9:.2f}"
+    return f", {count} in 8 bits: in 16 they would hold {whole:.2f} GB, the budget is {ADAPTER_BYTES / 1e9:g} GB"
 
 
 __all__ = ["use_branches"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A packed weight plus a low-rank change to FP8 in Triton: what a layer in FP8 mode with a LoRA multiplies by.
 
-Two kernels: the row scales, from the block scales and a bound of the change, then the sum as dequantize_sum.py makes it,
-stored as one byte an element. kernels/reference.py documents the bound.
+Two kernels: the row scales, from the block scales and a bound of the change, then the sum as dequantize_sum.py makes
+it, stored as one byte an element. kernels/reference.py documents the bound.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..format import check_output_dtype
-from ..reference import FACTOR_BLOCK
+from ..format import FACTOR_BLOCK, check_output_dtype
 from .launch import Launcher, bf16_as_bits
 from .tiles import round_to_bf16_bits
 
@@ -64,7 +63,8 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
         count = scale.shape[1]
         if values.shape != shape or scale.shape[0] != rows or count not in (1, triton.cdiv(cols, FACTOR_BLOCK)):
             found = f"values {tuple(values.shape)}, scales {tuple(scale.shape)}"
-            raise ValueError(f"found {found}; expected {shape} and {rows} scales, or as many for {FACTOR_BLOCK} columns")
+            expected = f"{shape} and {rows} scales, or as many for each {FACTOR_BLOCK} columns"
+            raise ValueError(f"found {found}; expected {expected}")
         out = torch.empty(shape, dtype=dtype, device=device)
         if out.numel():
             launch = launchers.get((values.dtype, count))

@@ -7,8 +7,7 @@ import kernel_harness as harness
 import pytest
 import torch
 from nvfp4_video.kernels import dispatch, reference
-from nvfp4_video.kernels.format import OUTPUT_DTYPES, PackedWeight
-from nvfp4_video.kernels.reference import FACTOR_BLOCK
+from nvfp4_video.kernels.format import FACTOR_BLOCK, OUTPUT_DTYPES, PackedWeight
 
 generator = pytest.fixture(harness.fresh_generator)
 kernels = pytest.fixture(harness.tensor_core_kernels, params=harness.implementations())
@@ -24,6 +23,17 @@ def test_a_factor_is_its_bytes_times_their_scale_rounded_once(shape, dtype, kern
     found = kernels.call("unpack_factor", values, scale, dtype).cpu()
     by_hand = torch.stack([values[:, j].float() * scale[:, j // 128] for j in range(shape[1])], 1).to(dtype)
     harness.assert_same_bits(found, by_hand)
+
+
+def test_a_row_that_dwarfs_others_and_one_of_zeros_are_packed_by_scales_of_their_own(generator):
+    values = torch.randn(3, 300, generator=generator)
+    values[0] *= 1e6
+    values[1, 128:256] *= 1e-6
+    values[2] = 0
+    packed, scale = reference.pack_factor(values)
+    assert packed.shape == (3, 300) and scale.shape == (3, 3) and packed.abs().amax() == 127
+    wrong = (reference.unpack_factor(packed, scale, torch.float32) - values).abs()
+    assert (wrong <= scale.repeat_interleave(128, 1)[:, :300] * 0.501).all() and not packed[2].any()
 
 
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float16], ids=str)

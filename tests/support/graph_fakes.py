@@ -83,7 +83,10 @@ class Model(torch.nn.Module):
 
 
 def branch(rank: int = 2) -> Branch:
-    return branch_of([(1.0, torch.randn(4, rank), torch.randn(rank, 4))], torch.float32)
+    terms = [(1.0, torch.randn(4, rank), torch.randn(rank, 4))]
+    found = branch_of(terms, torch.float32)
+    found.terms = tuple(terms)
+    return found
 
 
 def show(model: Model, branches: list | None) -> None:

@@ -184,7 +184,7 @@ def test_adapters_beyond_the_budget_are_kept_in_8_bits_and_the_log_names_it(patc
     patcher.load(CPU)
     branch = layer_of(patcher).nvfp4_lora
     assert branch.packed and branch.nbytes == expected
-    assert "all in 8 bits: the budget is 2e-06 GB, in 16 bits they would hold 0.00" in caplog.text
+    assert "all in 8 bits: in 16 they would hold 0.00 GB, the budget is 2e-06 GB" in caplog.text
 
 
 def test_a_lora_of_strength_0_makes_no_branch_and_touches_no_weight(patcher):
