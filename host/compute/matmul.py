@@ -7,6 +7,8 @@ weight dequantised on the device. Called a thousand times a step: what depends o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from comfy.quant_ops import QuantizedTensor, get_layout_class
 
@@ -14,11 +16,10 @@ from ...kernels import dispatch, reference
 from ...kernels.format import PackedWeight
 from .. import residency
 from . import lora
+from .card import fp8_min_tokens, gpu_of
 from .fusions import shared_rows
 
 LAYOUT = "TensorCoreNVFP4Layout"
-# Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
-FP8_MIN_TOKENS = 256
 
 
 def wrap(record: PackedWeight) -> QuantizedTensor:
@@ -54,12 +55,12 @@ def multiply(
     if functions is None or functions[0] is not dtype or functions[1] != device or functions[2] != backend:
         with residency.outside_host_graph():  # some keep tensors of their own
             functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
-    _, _, _, few, many, dequantize = functions
+    _, _, _, few, many, least, dequantize = functions
     if few is not None or many is not None:
         shape = input.shape
         cols = shape[-1] if shape else 0
         rows = input.numel() // cols if cols else 0
-        if many is not None and rows >= FP8_MIN_TOKENS:
+        if many is not None and rows >= least:
             return many(input, packed, params.block_scale, params.scale, bias, activation, shared_rows(own))
         if activation:
             input = reference.activate(input, activation)
@@ -89,8 +90,9 @@ def multiply_with_lora(
     rows = input.numel() // cols if cols else 0
     down, up = lora.factors(branch, input, backend)
     params, dtype, many = weight._params, input.dtype, None
-    if own.get("nvfp4_mode") == "fp8" and rows >= FP8_MIN_TOKENS and not torch.compiler.is_compiling():
-        many = dispatch.prepare("linear_fp8_sum", tuple(params.orig_shape), dtype, device, backend)
+    shape = tuple(params.orig_shape)
+    if own.get("nvfp4_mode") == "fp8" and not torch.compiler.is_compiling() and rows >= _least(shape, device):
+        many = dispatch.prepare("linear_fp8_sum", shape, dtype, device, backend)
     if many is not None:
         parts = weight._qdata, params.block_scale, params.scale, up, down, branch.peak
         return many(input, *parts, bias, activation, shared_rows(own))
@@ -103,10 +105,21 @@ def multiply_with_lora(
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:
-    """What this layer calls for inputs of ``dtype`` on ``device``, which led the tuple: few rows, many, any number."""
+    """What this layer calls for inputs of ``dtype`` on ``device``, which lead the tuple.
+
+    For few rows, for many and from how many on, and for any number.
+    """
     few = dispatch.prepare("gemv", shape, dtype, device, backend)
     many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if own.get("nvfp4_mode") == "fp8" else None
-    return dtype, device, backend, few, many, dispatch.prepare("dequantize", shape, dtype, device, backend)
+    least = _least(tuple(shape), device)
+    return dtype, device, backend, few, many, least, dispatch.prepare("dequantize", shape, dtype, device, backend)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _least(shape: tuple[int, int], device: torch.device) -> int:
+    """From how many rows on a layer in FP8 mode computes in FP8; a compiled graph has the number."""
+    return fp8_min_tokens(shape, gpu_of(device))
 
 
 def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> torch.Tensor:
@@ -114,7 +127,7 @@ def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> to
     weight = packed, params.block_scale, params.scale, *params.orig_shape
     cols = input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") == "fp8" and rows >= FP8_MIN_TOKENS:
+    if own.get("nvfp4_mode") == "fp8" and rows >= _least(tuple(params.orig_shape), input.device):
         return torch.ops.nvfp4_video.linear_fp8(input, *weight, bias, backend)
     if 0 < rows <= reference.MAX_TOKENS:
         return torch.ops.nvfp4_video.gemv(input, *weight, bias, backend)

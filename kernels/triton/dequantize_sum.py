@@ -134,7 +134,7 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     bytes_shape = packed_shape(shape)
     words = bytes_shape[1] // 4
     products = device.type == "cuda" or dtype != torch.bfloat16
-    store = store_modifier(shape, dtype)
+    store = store_modifier(shape, dtype, device)
     read, as_bits = part_reader(shape, device), bf16_as_bits(dtype, device)
     launchers: dict[int, Launcher] = {}
 
