@@ -20,6 +20,7 @@ from .format import FP8, TENSOR_CORE_DTYPES, PackedWeight, block_scale_shape, pa
 
 logger = logging.getLogger(__name__)
 _TOLERANCE = 5e-3  # of the trial of gemv; rounding to BF16 alone is 1.7e-3
+_MOST_RANK_AT_ONCE = 128  # of a LoRA that is added while the weight is decoded: benchmarks/low_rank.py
 _ops = torch.ops.nvfp4_video
 
 
@@ -36,9 +37,9 @@ def prepare(
     * ``linear_fp8``      (x (..., K), packed, block_scale, global_scale, bias, activation, shared) -> (..., N);
       ``activation`` (one of ``reference.ACTIVATIONS``) of x is taken first, ``shared`` is None or
       (fp8.SharedRows, place)
-    * ``linear_fp8_sum``  (x, packed, block_scale, global_scale, up, down, peak (R,), bias, activation, shared): the
-      same with the weight plus up down; None for FP32
-    * ``unpack_factor``   (values (N, K), scale (N, C)) -> (N, K)
+    * ``linear_fp8_sum``  (x, packed, block_scale, global_scale, up, down, bias, activation, shared): the same with
+      the weight plus up down
+    * ``unpack_factors``  (down, down_scale, up, up_scale) -> (down, up) in ``dtype``
 
     Raises ValueError for a backend or dtype that cannot be; a function, for tensors of another shape.
     """
@@ -52,13 +53,18 @@ def _dequantize(shape, dtype, device, in_triton: bool):
 
 
 def _dequantize_sum(shape, dtype, device, in_triton: bool):
-    """In two passes for FP32, and where the tensor cores do not take the dtype: one more rounding before the sum."""
-    if in_triton and _multiplies(dtype, device):
-        return triton_module("dequantize_sum").prepare(shape, dtype, device)
+    """In two passes for high ranks, FP32, and tensor cores that do not take the dtype: the weight is rounded before."""
     dequantized = _dequantize(shape, dtype, device, in_triton)
-    return lambda packed, block_scale, global_scale, up, down: dequantized(packed, block_scale, global_scale).addmm_(
-        up, down
-    )
+    at_once = None
+    if in_triton and _multiplies(dtype, device):
+        at_once = triton_module("dequantize_sum").prepare(shape, dtype, device)
+
+    def run(packed, block_scale, global_scale, up, down):
+        if at_once is not None and up.shape[1] <= _MOST_RANK_AT_ONCE:
+            return at_once(packed, block_scale, global_scale, up, down)
+        return dequantized(packed, block_scale, global_scale).addmm_(up, down)
+
+    return run
 
 
 def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
@@ -107,22 +113,20 @@ def _linear_fp8(shape, dtype, device, in_triton: bool):
 
 
 def _linear_fp8_sum(shape, dtype, device, in_triton: bool):
-    if dtype not in TENSOR_CORE_DTYPES:
-        return None
     if in_triton:
         return fp8.prepare_sum(shape, dtype, device)
 
-    def run(x, packed, block_scale, global_scale, up, down, peak, bias=None, activation="", shared=None):
+    def run(x, packed, block_scale, global_scale, up, down, bias=None, activation="", shared=None):
         weight = PackedWeight(packed, block_scale, global_scale, shape)
-        return reference.linear_fp8_sum(x, weight, up, down, peak, bias, activation)
+        return reference.linear_fp8_sum(x, weight, up, down, bias, activation)
 
     return run
 
 
-def _unpack_factor(shape, dtype, device, in_triton: bool):
+def _unpack_factors(shape, dtype, device, in_triton: bool):
     if in_triton:
-        return triton_module("unpack_factor").prepare(shape, dtype, device)
-    return lambda values, scale: reference.unpack_factor(values, scale, dtype)
+        return triton_module("unpack_factors").prepare(shape, dtype, device)
+    return lambda *factors: reference.unpack_factors(*factors, dtype)
 
 
 _PREPARERS = {
@@ -131,7 +135,7 @@ _PREPARERS = {
     "gemv": _gemv,
     "linear_fp8": _linear_fp8,
     "linear_fp8_sum": _linear_fp8_sum,
-    "unpack_factor": _unpack_factor,
+    "unpack_factors": _unpack_factors,
 }
 
 
@@ -156,13 +160,19 @@ def dequantize_sum(weight: PackedWeight, up: torch.Tensor, down: torch.Tensor, b
     return _prepared("dequantize_sum", weight, up.dtype, backend)(*weight.parts, up, down)
 
 
-def unpack_factor(
-    values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16, backend: str = "auto"
-) -> torch.Tensor:
-    """(N, K) int8 or float, (N, C) fp32 -> (N, K) ``dtype``, by the chosen backend; inside torch.compile in torch."""
+def unpack_factors(
+    down: torch.Tensor,
+    down_scale: torch.Tensor,
+    up: torch.Tensor,
+    up_scale: torch.Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``reference.unpack_factors`` by the chosen backend; inside torch.compile in torch."""
     if torch.compiler.is_compiling():
-        return reference.unpack_factor(values, scale, dtype)
-    return prepare("unpack_factor", tuple(values.shape), dtype, values.device, backend)(values, scale)
+        return reference.unpack_factors(down, down_scale, up, up_scale, dtype)
+    run = prepare("unpack_factors", (up.shape[0], down.shape[1]), dtype, down.device, backend)
+    return run(down, down_scale, up, up_scale)
 
 
 def linear(

@@ -298,13 +298,21 @@ def dequantize_sum(weight: PackedWeight, up: torch.Tensor, down: torch.Tensor) -
     return torch.addmm(dequantize(weight, torch.float32), up.float(), down.float()).to(up.dtype)
 
 
-def unpack_factor(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """(N, K) int8 or float, (N, C) fp32 -> (N, K) ``dtype``: each value times its scale, one for FACTOR_BLOCK columns.
+def unpack_factors(
+    down: torch.Tensor,
+    down_scale: torch.Tensor,
+    up: torch.Tensor,
+    up_scale: torch.Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """down (R, K) and up (N, R) int8, or float and up_scale None, + scales -> both in ``dtype``, times their scales.
 
-    One scale (C = 1) is that of the whole row.
+    A scale (R, C) and (N, C) fp32 is that of FACTOR_BLOCK columns; a ``down`` that is not int8 has one a row.
     """
-    by_column = scale if scale.shape[1] == 1 else scale.repeat_interleave(FACTOR_BLOCK, 1)[:, : values.shape[1]]
-    return (values.float() * by_column).to(dtype)
+    if up_scale is None:
+        return (down.float() * down_scale).to(dtype), up.to(dtype)
+    scales = (scale.repeat_interleave(FACTOR_BLOCK, 1) for scale in (down_scale, up_scale))
+    return tuple((part * scale[:, : part.shape[1]]).to(dtype) for part, scale in zip((down, up), scales, strict=True))
 
 
 def pack_factor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,23 +324,17 @@ def pack_factor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (blocks / scale).round().to(torch.int8).flatten(1)[:, :cols].contiguous(), scale.squeeze(2)
 
 
-def to_fp8_sum(
-    weight: PackedWeight, up: torch.Tensor, down: torch.Tensor, peak: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """NVFP4 (N, K) + up (N, R) x down (R, K) -> (R16(N), R16(K)) e4m3, (R16(N),) fp32 row scales, powers of two.
+def to_fp8_sum(weight: PackedWeight, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """NVFP4 (N, K) + (N, K) float -> (R16(N), R16(K)) e4m3, (R16(N),) fp32 row scales of the sum in fp32.
 
-    ``peak`` (R,) fp32 bounds the magnitudes in each row of ``down``. A row's scale follows from a bound, |up| peak plus
-    what ``to_fp8`` takes for W, so nothing saturates and no pass over the sum is needed; where it is 2**6 too large,
-    E4M3 still has 9 octaves above its subnormals, and rounding is relative: the error of the sum is the same.
+    A row's scale is the smallest power of two at which its largest magnitude does not exceed 448. Padding becomes zero,
+    with row scale 1. NaN stays NaN where it is.
     """
     packed, (rows, cols) = weight.packed, weight.shape
-    scale = unswizzle(weight.block_scale.view(FP8), packed.shape[0], packed.shape[1] * 2 // BLOCK)[:rows]
-    exponent = (scale.view(torch.uint8) >> 3 & 15).int()
-    largest = exponent.amax(1) if exponent.numel() else exponent.new_ones(rows)
-    bound = weight.global_scale.float() * 360.0 * _power_of_two(largest.clamp(min=1) - 12) + up.float().abs() @ peak
+    total = dequantize(weight, torch.float32) + change.float()
+    amax = total.abs().nan_to_num(0.0, torch.inf).amax(1) if cols else total.new_zeros(rows)
     row_scale = torch.ones(packed.shape[0], device=packed.device)
-    row_scale[:rows] = _next_power_of_two(_divide(bound, E4M3_MAX)).clamp(min=_SMALLEST_ROW_SCALE)
-    total = torch.addmm(dequantize(weight, torch.float32), up.float(), down.float())
+    row_scale[:rows] = _next_power_of_two(_divide(amax, E4M3_MAX)).clamp(min=_SMALLEST_ROW_SCALE)
     out = torch.zeros(packed.shape[0], packed.shape[1] * 2, dtype=FP8, device=packed.device)
     out[:rows, :cols] = (total / row_scale[:rows].unsqueeze(1)).to(FP8)
     return out, row_scale
@@ -373,12 +375,11 @@ def linear_fp8_sum(
     weight: PackedWeight,
     up: torch.Tensor,
     down: torch.Tensor,
-    peak: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str = "",
 ) -> torch.Tensor:
-    """As ``linear_fp8`` with the weight of ``to_fp8_sum``."""
-    return _fp8_product(x, *to_fp8_sum(weight, up, down, peak), weight.shape[0], bias, activation)
+    """As ``linear_fp8`` with the weight plus up (N, R) x down (R, K), which is rounded to the factors' dtype before."""
+    return _fp8_product(x, *to_fp8_sum(weight, up @ down), weight.shape[0], bias, activation)
 
 
 def _fp8_product(x, rounded, weight_scale, rows, bias, activation) -> torch.Tensor:

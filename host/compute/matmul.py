@@ -89,19 +89,18 @@ def multiply_with_lora(
     branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
     down, up = lora.factors(branch, input, backend)
-    params, dtype, many = weight._params, input.dtype, None
+    params = weight._params
     shape = tuple(params.orig_shape)
     if own.get("nvfp4_mode") == "fp8" and not torch.compiler.is_compiling() and rows >= _least(shape, device):
-        many = dispatch.prepare("linear_fp8_sum", shape, dtype, device, backend)
-    if many is not None:
-        parts = weight._qdata, params.block_scale, params.scale, up, down, branch.peak
+        many = dispatch.prepare("linear_fp8_sum", shape, input.dtype, device, backend)
+        parts = weight._qdata, params.block_scale, params.scale, up, down
         return many(input, *parts, bias, activation, shared_rows(own))
     input = reference.activate(input, activation)
     if rows <= reference.MAX_TOKENS:
         return lora.add(multiply(own, input, weight, bias, device, backend, ""), input, down, up)
     record = PackedWeight(weight._qdata, params.block_scale, params.scale, params.orig_shape)
     merged = dispatch.dequantize_sum(record, up, down, backend)
-    return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(dtype))
+    return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:

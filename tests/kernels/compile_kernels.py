@@ -17,7 +17,16 @@ package = types.ModuleType("nvfp4_video")
 package.__path__ = [str(Path(__file__).resolve().parents[2])]
 sys.modules["nvfp4_video"] = package
 
-from nvfp4_video.kernels.triton import dequantize, dequantize_sum, gemv, quantize, quantize_rows, to_fp8  # noqa: E402
+from nvfp4_video.kernels.triton import (  # noqa: E402
+    dequantize,
+    dequantize_sum,
+    gemv,
+    quantize,
+    quantize_rows,
+    to_fp8,
+    to_fp8_sum,
+    unpack_factors,
+)
 from triton import compile as triton_compile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -78,6 +87,24 @@ def to_fp8_variants(capability: int) -> Iterator[Variant]:
         yield str(full), to_fp8._to_fp8_kernel, pointers, constants
 
 
+def fp8_sum_variants(capability: int) -> Iterator[Variant]:
+    """A weight with a change in FP8: rows in one step, with a warp for every 1,024 columns, and in several."""
+    pointers = POINTERS | {"change_ptr": "*bf16", "out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
+    for blocks, single in ((256, True), (1024, False)) if capability >= 89 else ():
+        yield str(single), to_fp8_sum._to_fp8_sum_kernel, pointers, {"BLOCKS": blocks, "SINGLE": single}
+
+
+def factor_variants(capability: int) -> Iterator[Variant]:
+    """Low-rank factors from 8 bits or with their strengths."""
+    dtype = "*bf16" if capability >= 80 else "*fp16"
+    for source, block in (("*i8", 128), (dtype, 0)):
+        pointers = {}
+        for name in ("down", "up"):
+            pointers |= {f"{name}_ptr": source, f"{name}_scale_ptr": "*fp32", f"{name}_out_ptr": dtype}
+        constants = {"DOWN_COLS": 1024, "UP_COLS": 512, "ELEMENTS": 2048, "BLOCK": block}
+        yield source, unpack_factors._unpack_factors_kernel, pointers, constants
+
+
 def rows_variants(capability: int) -> Iterator[Variant]:
     pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
     for activation in ("gelu_tanh", "") if capability >= 89 else ():
@@ -92,6 +119,8 @@ KERNELS = {
     "gemv": gemv_variants,
     "to_fp8": to_fp8_variants,
     "quantize_rows": rows_variants,
+    "to_fp8_sum": fp8_sum_variants,
+    "unpack_factors": factor_variants,
 }
 
 
