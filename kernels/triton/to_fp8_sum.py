@@ -18,7 +18,7 @@ from ..format import FP8, PackedWeight, block_scale_shape, packed_shape
 from .launch import Launcher, part_reader
 from .tiles import decode_words, to_e4m3
 
-_MOST_BLOCKS = 1024  # of a row in registers
+_MOST_BLOCKS, _STEP_BLOCKS = 1024, 256  # of a row in registers; of a step where a row has more
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def prepare(shape: tuple[int, int], device: torch.device) -> Callable[..., tuple
     """
     padded_rows, bytes_per_row = packed_shape(shape)
     blocks = bytes_per_row // 8
-    step = min(triton.next_power_of_2(max(blocks, 1)), _MOST_BLOCKS)
+    step = triton.next_power_of_2(max(blocks, 1)) if blocks <= _MOST_BLOCKS else _STEP_BLOCKS
     arguments = (*shape, blocks, block_scale_shape(shape)[1], step, step >= blocks)
     # 32 numbers a thread up to 4,096 columns, 64 above.
     warps = min(max(step // 64, 1), 8)

@@ -88,9 +88,9 @@ def to_fp8_variants(capability: int) -> Iterator[Variant]:
 
 
 def fp8_sum_variants(capability: int) -> Iterator[Variant]:
-    """A weight with a change in FP8: rows in one step, with a warp for every 1,024 columns, and in several."""
+    """A weight with a change in FP8: rows in one step and in several."""
     pointers = POINTERS | {"change_ptr": "*bf16", "out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
-    for blocks, single in ((256, True), (1024, False)) if capability >= 89 else ():
+    for blocks, single in ((256, True), (256, False)) if capability >= 89 else ():
         yield str(single), to_fp8_sum._to_fp8_sum_kernel, pointers, {"BLOCKS": blocks, "SINGLE": single}
 
 
