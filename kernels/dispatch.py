@@ -20,7 +20,6 @@ from .format import FP8, TENSOR_CORE_DTYPES, PackedWeight, block_scale_shape, pa
 
 logger = logging.getLogger(__name__)
 _TOLERANCE = 5e-3  # of the trial of gemv; rounding to BF16 alone is 1.7e-3
-_MOST_RANK_AT_ONCE = 128  # of a LoRA that is added while the weight is decoded: benchmarks/low_rank.py
 _ops = torch.ops.nvfp4_video
 
 
@@ -37,8 +36,8 @@ def prepare(
     * ``linear_fp8``      (x (..., K), packed, block_scale, global_scale, bias, activation, shared) -> (..., N);
       ``activation`` (one of ``reference.ACTIVATIONS``) of x is taken first, ``shared`` is None or
       (fp8.SharedRows, place)
-    * ``linear_fp8_sum``  (x, packed, block_scale, global_scale, up, down, bias, activation, shared): the same with
-      the weight plus up down
+    * ``linear_fp8_sum``  (x, packed, block_scale, global_scale, up, down, peak (R,), bias, activation, shared): the
+      same with the weight of ``reference.to_fp8_sum``; None for FP32
     * ``unpack_factors``  (down, down_scale, up, up_scale) -> (down, up) in ``dtype``
 
     Raises ValueError for a backend or dtype that cannot be; a function, for tensors of another shape.
@@ -53,18 +52,13 @@ def _dequantize(shape, dtype, device, in_triton: bool):
 
 
 def _dequantize_sum(shape, dtype, device, in_triton: bool):
-    """In two passes for high ranks, FP32, and tensor cores that do not take the dtype: the weight is rounded before."""
-    dequantized = _dequantize(shape, dtype, device, in_triton)
-    at_once = None
+    """In two passes for FP32, and where the tensor cores do not take the dtype: one more rounding before the sum."""
     if in_triton and _multiplies(dtype, device):
-        at_once = triton_module("dequantize_sum").prepare(shape, dtype, device)
-
-    def run(packed, block_scale, global_scale, up, down):
-        if at_once is not None and up.shape[1] <= _MOST_RANK_AT_ONCE:
-            return at_once(packed, block_scale, global_scale, up, down)
-        return dequantized(packed, block_scale, global_scale).addmm_(up, down)
-
-    return run
+        return triton_module("dequantize_sum").prepare(shape, dtype, device)
+    dequantized = _dequantize(shape, dtype, device, in_triton)
+    return lambda packed, block_scale, global_scale, up, down: dequantized(packed, block_scale, global_scale).addmm_(
+        up, down
+    )
 
 
 def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
@@ -113,12 +107,14 @@ def _linear_fp8(shape, dtype, device, in_triton: bool):
 
 
 def _linear_fp8_sum(shape, dtype, device, in_triton: bool):
+    if dtype not in TENSOR_CORE_DTYPES:
+        return None
     if in_triton:
         return fp8.prepare_sum(shape, dtype, device)
 
-    def run(x, packed, block_scale, global_scale, up, down, bias=None, activation="", shared=None):
+    def run(x, packed, block_scale, global_scale, up, down, peak, bias=None, activation="", shared=None):
         weight = PackedWeight(packed, block_scale, global_scale, shape)
-        return reference.linear_fp8_sum(x, weight, up, down, bias, activation)
+        return reference.linear_fp8_sum(x, weight, up, down, peak, bias, activation)
 
     return run
 

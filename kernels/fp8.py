@@ -110,11 +110,11 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
 
 
 def prepare_sum(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
-    """The same for ``linear_fp8_sum``."""
-    convert, product = triton_module("to_fp8_sum").prepare(shape, device), _product(shape, dtype, device)
+    """The same for ``linear_fp8_sum``, whose factors are of x's dtype."""
+    convert, product = triton_module("to_fp8_sum").prepare(shape, dtype, device), _product(shape, dtype, device)
 
-    def run(x, packed, block_scale, global_scale, up, down, bias=None, activation="", shared=None):
-        weight, scale = convert(packed, block_scale, global_scale, up @ down)
+    def run(x, packed, block_scale, global_scale, up, down, peak, bias=None, activation="", shared=None):
+        weight, scale = convert(packed, block_scale, global_scale, up, down, peak)
         return product(x, weight, scale, bias, activation, shared)
 
     return run

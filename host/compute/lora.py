@@ -28,6 +28,7 @@ from ...kernels.reference import pack_factor
 # What a model's adapters may hold before they are kept in 8 bits; a LoRA of rank 64 on the whole of LTX-2.3 holds 1.2
 # GB in BF16, the official one of rank 384 7.
 ADAPTER_BYTES = 2_000_000_000
+_MARGIN = 1.01  # of bounds: factors are rounded after they were multiplied
 
 OTHER_FORMAT = "the layer is not NVFP4"
 
@@ -39,26 +40,28 @@ class Branch:
     """All LoRAs of one layer along the rank: ``down`` (R, K) and ``up`` (N, R), float or INT8, without strengths.
 
     ``down_scale`` (R, C) fp32, by which ``down`` is multiplied at use, has the strengths in it, ``up_scale`` (N, C)
-    goes with an ``up`` in INT8.
+    goes with an ``up`` in INT8. ``peak`` (R,) fp32 bounds the magnitudes of the rows of ``down`` at these strengths.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     down_scale: torch.Tensor
     up_scale: torch.Tensor | None
+    peak: torch.Tensor
     terms: tuple[Term, ...] = ()
     own_scale: torch.Tensor | None = None  # ``down_scale`` without strengths
+    own_peak: torch.Tensor | None = None  # ``peak`` without them
     ranks: tuple[int, ...] = ()  # of the terms
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that a use of it reads."""
-        return [one for one in (self.down, self.up, self.down_scale, self.up_scale) if one is not None]
+        return [one for one in (self.down, self.up, self.down_scale, self.up_scale, self.peak) if one is not None]
 
     @property
     def nbytes(self) -> int:
         """Of the factors and their scales."""
-        return sum(one.nbytes for one in self.tensors)
+        return sum(one.nbytes for one in self.tensors if one is not self.peak)
 
     @property
     def packed(self) -> bool:
@@ -83,6 +86,7 @@ class Branch:
             for strength, rank in zip(strengths, self.ranks, strict=True):
                 part = slice(first, first + rank)
                 torch.mul(self.own_scale[part], strength, out=self.down_scale[part])
+                torch.mul(self.own_peak[part], abs(strength), out=self.peak[part])
                 first += rank
 
 
@@ -93,11 +97,15 @@ def branch_of(
     up, down = torch.cat([one for _, one, _ in factors], 1), torch.cat([one for _, _, one in factors])
     if packed:
         (up, up_scale), (down, own_scale) = pack_factor(up), pack_factor(down)
+        peak = own_scale.amax(1) * 127
     else:
         up, down, up_scale = up.to(dtype), down.to(dtype), None
         own_scale = torch.ones(len(down), 1, device=down.device)
+        peak = down.abs().amax(1).float()
+    own_peak = peak * _MARGIN
     ranks = tuple(one.shape[0] for _, _, one in factors)
-    branch = Branch(down, up, torch.empty_like(own_scale), up_scale, own_scale=own_scale, ranks=ranks)
+    scale, peak = torch.empty_like(own_scale), torch.empty_like(own_peak)
+    branch = Branch(down, up, scale, up_scale, peak, own_scale=own_scale, own_peak=own_peak, ranks=ranks)
     branch._put([strength for strength, _, _ in factors])
     return branch
 

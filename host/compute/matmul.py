@@ -20,6 +20,9 @@ from .card import fp8_min_tokens, gpu_of
 from .fusions import shared_rows
 
 LAYOUT = "TensorCoreNVFP4Layout"
+# A LoRA beside the product costs as much as one in the weight where T (N + K) is this many times N K: 1.5 to 2 on an
+# H200 (benchmarks/results/low_rank.json).
+_BESIDE = 1.5
 
 
 def wrap(record: PackedWeight) -> QuantizedTensor:
@@ -84,21 +87,23 @@ def multiply_with_lora(
     """As ``multiply`` with the layer's branch: few rows get it beside their product, many are multiplied by the sum.
 
     The sum is made while the weight is decoded, or converted to E4M3, whose rounding the change then shares: 2 N K R
-    FLOPs whatever the tokens, where a branch costs 2 T (N + K) R in BF16 and a pass over the output.
+    FLOPs whatever the rows, where a branch costs 2 T (N + K) R in BF16 and a pass over the output.
     """
     branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
     down, up = lora.factors(branch, input, backend)
-    params = weight._params
-    shape = tuple(params.orig_shape)
+    params, shape = weight._params, tuple(weight._params.orig_shape)
+    if rows <= reference.MAX_TOKENS or rows * sum(shape) < _BESIDE * shape[0] * shape[1]:
+        input = reference.activate(input, activation)
+        return lora.add(multiply(own, input, weight, bias, device, backend, ""), input, down, up)
+    many = None
     if own.get("nvfp4_mode") == "fp8" and not torch.compiler.is_compiling() and rows >= _least(shape, device):
         many = dispatch.prepare("linear_fp8_sum", shape, input.dtype, device, backend)
-        parts = weight._qdata, params.block_scale, params.scale, up, down
+    if many is not None:
+        parts = weight._qdata, params.block_scale, params.scale, up, down, branch.peak
         return many(input, *parts, bias, activation, shared_rows(own))
     input = reference.activate(input, activation)
-    if rows <= reference.MAX_TOKENS:
-        return lora.add(multiply(own, input, weight, bias, device, backend, ""), input, down, up)
-    record = PackedWeight(weight._qdata, params.block_scale, params.scale, params.orig_shape)
+    record = PackedWeight(weight._qdata, params.block_scale, params.scale, shape)
     merged = dispatch.dequantize_sum(record, up, down, backend)
     return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
 

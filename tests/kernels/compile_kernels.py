@@ -88,10 +88,15 @@ def to_fp8_variants(capability: int) -> Iterator[Variant]:
 
 
 def fp8_sum_variants(capability: int) -> Iterator[Variant]:
-    """A weight with a change in FP8: rows in one step and in several."""
-    pointers = POINTERS | {"change_ptr": "*bf16", "out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
-    for blocks, single in ((256, True), (256, False)) if capability >= 89 else ():
-        yield str(single), to_fp8_sum._to_fp8_sum_kernel, pointers, {"BLOCKS": blocks, "SINGLE": single}
+    """A weight with a low-rank change in FP8, and its row scales."""
+    factors = dict.fromkeys(("up_ptr", "down_ptr"), "*bf16")
+    pointers = POINTERS | factors | {"out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "peak_ptr": "*fp32"}
+    for full, rows in ((True, 128), (False, 64)) if capability >= 89 else ():
+        constants = {"ROWS": rows, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True}
+        yield str(full), to_fp8_sum._to_fp8_sum_kernel, pointers, constants
+    if capability >= 89:
+        constants = {"ROWS": 4, "SCALES": 256, "RANK": 512}
+        yield "scales", to_fp8_sum._row_scale_kernel, pointers, constants
 
 
 def factor_variants(capability: int) -> Iterator[Variant]:

@@ -87,7 +87,7 @@ def test_a_lora_of_another_rank_at_the_same_addresses_is_another_call(gpu: Gpu):
     for _ in range(3):
         step(gpu, model)
     parts = [(one.down[:2], one.up.view(-1)[:8].view(4, 2), one.down_scale[:2]) for one in large]
-    show(model, [type(large[0])(*tensors, None) for tensors in parts])
+    show(model, [type(large[0])(*tensors, None, large[0].peak[:2]) for tensors in parts])
     step(gpu, model)
     step(gpu, model)
     assert gpu.captured == [0, 1, 2] * 2

@@ -39,7 +39,7 @@ def test_a_layer_with_loras_equals_the_sum_of_weights_in_fp32(shape, which, rout
     put(layer, patches)
     added, add = [], lora.add
     monkeypatch.setattr(lora, "add", lambda *given: added.append(1) or add(*given))
-    tokens = 7 if route == "beside" else 17
+    tokens = 7 if route == "beside" else 100
     x = torch.randn(tokens, shape[1]).bfloat16()
     # The few products of one row may cancel, and then roundings count for more.
     most = TOLERANCE[torch.bfloat16] * (2 if shape[0] == 1 else 1)
@@ -94,7 +94,7 @@ def test_in_fp8_mode_few_rows_have_the_lora_in_the_layer_s_dtype(monkeypatch):
     layer, weight = build(48, 64, mode="fp8")
     patches = patches_of("three", 48, 64)
     put(layer, patches)
-    for tokens in (5, 17):
+    for tokens in (5, 17, 100):
         x = torch.randn(tokens, 64).bfloat16()
         assert error(layer(x), exact(layer, weight, x, patches)) < TOLERANCE[torch.bfloat16]
         activated = torch.nn.functional.gelu(x.float(), approximate="tanh")
@@ -102,7 +102,7 @@ def test_in_fp8_mode_few_rows_have_the_lora_in_the_layer_s_dtype(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (129, 48)], ids=str)
-@pytest.mark.parametrize("tokens", [5, 40])
+@pytest.mark.parametrize("tokens", [5, 100])
 def test_adapters_in_8_bits_are_off_by_1_percent_of_the_change(shape, tokens):
     layer, weight = build(*shape)
     patches = patches_of("three", *shape)
@@ -134,6 +134,15 @@ def test_another_strength_moves_no_factor_and_gives_what_a_new_branch_would(pack
         assert error(layer(x), exact(layer, weight, x, changed)) < 0.03
     assert places == [part.data_ptr() for part in branch.tensors]
     assert torch.equal(branch.down, factors[0]) and torch.equal(branch.up, factors[1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_peaks_bound_the_rows_that_are_multiplied(packed):
+    layer, _ = build(48, 64)
+    branch = put(layer, patches_of("three", 48, 64), packed)
+    down, _ = lora.factors(branch, torch.zeros(1, 64).bfloat16())
+    assert (down.float().abs().amax(1) <= branch.peak).all()
+    assert (branch.peak <= 1.1 * down.float().abs().amax(1) + 1e-6).all()
 
 
 @pytest.mark.parametrize("shape", [(4, 64), (64, 4)], ids=str)
