@@ -17,7 +17,7 @@ from ..format import FACTOR_BLOCK, check_output_dtype
 from .launch import Launcher, bf16_as_bits
 from .tiles import round_to_bf16_bits
 
-_ELEMENTS, _MOST_COLS = 2048, 1024  # of a program, of its rows
+_ELEMENTS, _MOST_COLS = 2048, 1024  # of a program, of its rows; packed ones are those of one scale
 
 
 @triton.jit
@@ -31,19 +31,19 @@ def _scale_tile(
     scale_cols,
     COLS: tl.constexpr,
     ELEMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """One tile of ELEMENTS / COLS rows x COLS columns, times its scales: one for BLOCK columns or, BLOCK 0, a row."""
+    """One tile of ELEMENTS / COLS rows x COLS columns, times a scale a row: the tile's or, BLOCKS 0, the row's."""
     ROWS: tl.constexpr = ELEMENTS // COLS
+    if ALIGNED:
+        cols = tl.multiple_of(cols, 16)
     column_programs = tl.cdiv(cols, COLS)
     row = (program // column_programs * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = (program % column_programs * COLS + tl.arange(0, COLS))[None, :]
+    first = program % column_programs
+    column = (first * COLS + tl.arange(0, COLS))[None, :]
     inside = (row < rows) & (column < cols)
-    scale = scale_ptr + row * scale_cols
-    if BLOCK:
-        scale = tl.load(scale + column // BLOCK, mask=inside, other=0.0)
-    else:
-        scale = tl.load(scale, mask=row < rows, other=0.0)
+    scale = tl.load(scale_ptr + row * scale_cols + first * BLOCKS, mask=row < rows, other=0.0)
     values = tl.load(values_ptr + row * cols + column, mask=inside, other=0).to(tl.float32) * scale
     if out_ptr.dtype.element_ty == tl.int16:
         values = round_to_bf16_bits(values)
@@ -67,18 +67,22 @@ def _unpack_factors_kernel(
     DOWN_COLS: tl.constexpr,
     UP_COLS: tl.constexpr,
     ELEMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """The first programs do ``down`` (rank, cols), the others, if there are any, ``up`` (rows, rank)."""
     program = tl.program_id(0)
     down_programs = tl.cdiv(rank, ELEMENTS // DOWN_COLS) * tl.cdiv(cols, DOWN_COLS)
     if program < down_programs:
         _scale_tile(
-            down_ptr, down_scale_ptr, down_out_ptr, program, rank, cols, down_scale_cols, DOWN_COLS, ELEMENTS, BLOCK
-        )
+            down_ptr, down_scale_ptr, down_out_ptr, program, rank, cols, down_scale_cols, DOWN_COLS, ELEMENTS, BLOCKS,
+            ALIGNED,
+        )  # fmt: skip
     else:
         program -= down_programs
-        _scale_tile(up_ptr, up_scale_ptr, up_out_ptr, program, rows, rank, up_scale_cols, UP_COLS, ELEMENTS, BLOCK)
+        _scale_tile(
+            up_ptr, up_scale_ptr, up_out_ptr, program, rows, rank, up_scale_cols, UP_COLS, ELEMENTS, BLOCKS, ALIGNED
+        )
 
 
 def _tile_cols(cols: int) -> int:
@@ -98,11 +102,12 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     launchers: dict[tuple, Launcher] = {}
 
     def make(rank: int, counts: tuple[int, int], packed: bool) -> Launcher:
-        tiles = _tile_cols(cols), _tile_cols(rank)
+        tiles = (FACTOR_BLOCK, FACTOR_BLOCK) if packed else (_tile_cols(cols), FACTOR_BLOCK)
+        aligned = cols % 16 == 0 and rank % 16 == 0
         grid = triton.cdiv(rank, _ELEMENTS // tiles[0]) * triton.cdiv(cols, tiles[0])
         if packed:
             grid += triton.cdiv(rows, _ELEMENTS // tiles[1]) * triton.cdiv(rank, tiles[1])
-        arguments = (rows, cols, rank, *counts, *tiles, _ELEMENTS, FACTOR_BLOCK if packed else 0)
+        arguments = (rows, cols, rank, *counts, *tiles, _ELEMENTS, int(packed), aligned)
         return Launcher(_unpack_factors_kernel, (grid,), arguments, device, num_warps=4)
 
     def run(down: torch.Tensor, down_scale: torch.Tensor, up: torch.Tensor, up_scale: torch.Tensor | None):

@@ -102,11 +102,12 @@ def fp8_sum_variants(capability: int) -> Iterator[Variant]:
 def factor_variants(capability: int) -> Iterator[Variant]:
     """Low-rank factors from 8 bits or with their strengths."""
     dtype = "*bf16" if capability >= 80 else "*fp16"
-    for source, block in (("*i8", 128), (dtype, 0)):
+    for source, blocks in (("*i8", 1), (dtype, 0)):
         pointers = {}
         for name in ("down", "up"):
             pointers |= {f"{name}_ptr": source, f"{name}_scale_ptr": "*fp32", f"{name}_out_ptr": dtype}
-        constants = {"DOWN_COLS": 1024, "UP_COLS": 512, "ELEMENTS": 2048, "BLOCK": block}
+        constants = {"DOWN_COLS": 128 if blocks else 1024, "UP_COLS": 128, "ELEMENTS": 2048}
+        constants |= {"BLOCKS": blocks, "ALIGNED": bool(blocks)}
         yield source, unpack_factors._unpack_factors_kernel, pointers, constants
 
 

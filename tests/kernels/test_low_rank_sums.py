@@ -13,7 +13,7 @@ generator = pytest.fixture(harness.fresh_generator)
 kernels = pytest.fixture(harness.tensor_core_kernels, params=harness.implementations())
 
 # (N, K), R
-FACTORS = [((1, 1), 1), ((3, 128), 17), ((130, 22), 130), ((2, 1100), 128)]
+FACTORS = [((1, 1), 1), ((3, 128), 17), ((130, 22), 130), ((2, 1100), 128), ((16, 272), 144)]
 
 
 def by_hand(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
