@@ -54,11 +54,17 @@ def multiply(
         bias = bias.to(dtype)
     if torch.compiler.is_compiling():
         return _compiled_matmul(own, reference.activate(input, activation), packed, params, bias, backend)
-    functions = own.get("_nvfp4_functions")
-    if functions is None or functions[0] is not dtype or functions[1] != device or functions[2] != backend:
+    functions, mode = own.get("_nvfp4_functions"), own.get("nvfp4_mode")
+    if (
+        functions is None
+        or functions[0] is not dtype
+        or functions[1] != device
+        or functions[2] != backend
+        or functions[3] != mode  # a schedule changes it from step to step
+    ):
         with residency.outside_host_graph():  # some keep tensors of their own
             functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
-    _, _, _, few, many, least, dequantize = functions
+    few, many, least, dequantize = functions[4:]
     if few is not None or many is not None:
         shape = input.shape
         cols = shape[-1] if shape else 0
@@ -109,14 +115,15 @@ def multiply_with_lora(
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:
-    """What this layer calls for inputs of ``dtype`` on ``device``, which lead the tuple.
+    """What this layer calls for inputs of ``dtype`` on ``device``, in its mode; these and the backend lead the tuple.
 
     For few rows, for many and from how many on, and for any number.
     """
+    mode = own.get("nvfp4_mode")
     few = dispatch.prepare("gemv", shape, dtype, device, backend)
-    many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if own.get("nvfp4_mode") == "fp8" else None
-    least = _least(tuple(shape), device)
-    return dtype, device, backend, few, many, least, dispatch.prepare("dequantize", shape, dtype, device, backend)
+    many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if mode == "fp8" else None
+    least, any_number = _least(tuple(shape), device), dispatch.prepare("dequantize", shape, dtype, device, backend)
+    return dtype, device, backend, mode, few, many, least, any_number
 
 
 @torch.compiler.assume_constant_result

@@ -81,6 +81,14 @@ def test_a_layer_in_fp8_mode_multiplies_rounded_operands(lead, fp8_runs):
     assert not torch.equal(layer(x), by_bf16(layer, record, x))
 
 
+def test_a_layer_that_has_run_computes_in_the_mode_it_is_given_next(fp8_runs):
+    layer, record = build(Compute("fp8"))
+    x = torch.randn(300, 64).bfloat16()
+    for mode, right in (("fp8", by_fp8), ("bf16", by_bf16), ("fp8", by_fp8)):
+        linear.choose_mode(layer, mode)
+        assert torch.equal(layer(x), right(layer, record, x)), mode
+
+
 def test_few_tokens_and_other_layers_stay_weight_only(fp8_runs):
     x = torch.randn(300, 64).bfloat16()
     layer, record = build(Compute("fp8"))
