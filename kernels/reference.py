@@ -18,6 +18,7 @@ from .format import (
     E4M3_MAX,
     FACTOR_BLOCK,
     FP8,
+    FP8Rows,
     PackedWeight,
     check_output_dtype,
     check_parts,
@@ -363,11 +364,11 @@ def quantize_rows(x: torch.Tensor, activation: str = "") -> tuple[torch.Tensor, 
 
 
 def linear_fp8(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, activation: str = ""
+    x: torch.Tensor | FP8Rows, weight: PackedWeight, bias: torch.Tensor | None = None, activation: str = ""
 ) -> torch.Tensor:
     """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype, both operands in E4M3 (W4A8), FP32 accumulation.
 
-    ``activation`` of x comes first, as in ``quantize_rows``.
+    ``activation`` of x comes first, as in ``quantize_rows``; x may be quantised already.
     """
     return _fp8_product(x, *to_fp8(weight), weight.shape[0], bias, activation)
 
@@ -380,7 +381,10 @@ def linear_fp8_sum(
 
 
 def _fp8_product(x, rounded, weight_scale, rows, bias, activation) -> torch.Tensor:
-    quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]), activation)
+    if isinstance(x, FP8Rows):
+        quantized, scale = x.quantized, x.scale
+    else:
+        quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]), activation)
     out = (quantized.float() @ rounded.float().t() * weight_scale * scale)[:, :rows]
     out = out if bias is None else out + bias.float()
     return out.to(x.dtype).reshape(*x.shape[:-1], rows)

@@ -13,11 +13,11 @@ import torch
 from comfy.quant_ops import QuantizedTensor, get_layout_class
 
 from ...kernels import dispatch, reference
-from ...kernels.format import PackedWeight
+from ...kernels.format import FP8Rows, PackedWeight
 from .. import residency
 from . import lora
 from .card import fp8_min_tokens, gpu_of
-from .fusions import shared_rows
+from .rows import shared_rows
 
 LAYOUT = "TensorCoreNVFP4Layout"
 # A LoRA beside the product costs as much as one in the weight where T (N + K) is this many times N K: 1.5 to 2 on an
@@ -38,7 +38,7 @@ def wrap(record: PackedWeight) -> QuantizedTensor:
 
 def multiply(
     own: dict,
-    input: torch.Tensor,
+    input: torch.Tensor | FP8Rows,
     weight: QuantizedTensor,
     bias: torch.Tensor | None,
     device: torch.device,
@@ -47,7 +47,8 @@ def multiply(
 ) -> torch.Tensor:
     """(..., K) BF16, FP16 or FP32 times a packed (N, K) weight, both on ``device`` -> (..., N) in the input's dtype.
 
-    ``own`` is the layer's ``__dict__``, where what it calls is kept; ``activation`` is computed of the input first.
+    The input of a layer in FP8 mode may be rows. ``own`` is the layer's ``__dict__``, where what it calls is kept;
+    ``activation`` is computed of the input first.
     """
     params, packed, dtype = weight._params, weight._qdata, input.dtype
     if bias is not None and bias.dtype != dtype:
@@ -65,6 +66,10 @@ def multiply(
         with residency.outside_host_graph():  # some keep tensors of their own
             functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
     few, many, least, dequantize = functions[4:]
+    if type(input) is FP8Rows:
+        if many is not None:
+            return many(input, packed, params.block_scale, params.scale, bias)
+        input = input.plain()
     if few is not None or many is not None:
         shape = input.shape
         cols = shape[-1] if shape else 0
@@ -103,7 +108,7 @@ def multiply_with_lora(
         input = reference.activate(input, activation)
         return lora.add(multiply(own, input, weight, bias, device, backend, ""), input, down, up)
     many = None
-    if own.get("nvfp4_mode") == "fp8" and not torch.compiler.is_compiling() and rows >= _least(shape, device):
+    if own.get("nvfp4_mode") == "fp8" and not torch.compiler.is_compiling() and rows >= least_rows(shape, device):
         many = dispatch.prepare("linear_fp8_sum", shape, input.dtype, device, backend)
     if many is not None:
         parts = weight._qdata, params.block_scale, params.scale, up, down, branch.peak
@@ -122,13 +127,13 @@ def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: to
     mode = own.get("nvfp4_mode")
     few = dispatch.prepare("gemv", shape, dtype, device, backend)
     many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if mode == "fp8" else None
-    least, any_number = _least(tuple(shape), device), dispatch.prepare("dequantize", shape, dtype, device, backend)
+    least, any_number = least_rows(tuple(shape), device), dispatch.prepare("dequantize", shape, dtype, device, backend)
     return dtype, device, backend, mode, few, many, least, any_number
 
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def _least(shape: tuple[int, int], device: torch.device) -> int:
+def least_rows(shape: tuple[int, int], device: torch.device) -> int:
     """From how many rows on a layer in FP8 mode computes in FP8; a compiled graph has the number."""
     return fp8_min_tokens(shape, gpu_of(device))
 
@@ -138,7 +143,7 @@ def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> to
     weight = packed, params.block_scale, params.scale, *params.orig_shape
     cols = input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") == "fp8" and rows >= _least(tuple(params.orig_shape), input.device):
+    if own.get("nvfp4_mode") == "fp8" and rows >= least_rows(tuple(params.orig_shape), input.device):
         return torch.ops.nvfp4_video.linear_fp8(input, *weight, bias, backend)
     if 0 < rows <= reference.MAX_TOKENS:
         return torch.ops.nvfp4_video.gemv(input, *weight, bias, backend)

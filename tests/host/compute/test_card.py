@@ -55,8 +55,8 @@ def test_an_unlisted_card_has_the_numbers_of_its_clocks():
 
 def test_a_layer_computes_in_fp8_from_its_card_s_number_of_tokens_on(monkeypatch):
     monkeypatch.setattr(matmul, "gpu_of", lambda device: GPUS["GB10"])
-    matmul._least.cache_clear()
+    matmul.least_rows.cache_clear()
     try:
-        assert matmul._least((2048, 2048), torch.device("cpu")) == LEAST["GB10"][1]
+        assert matmul.least_rows((2048, 2048), torch.device("cpu")) == LEAST["GB10"][1]
     finally:
-        matmul._least.cache_clear()
+        matmul.least_rows.cache_clear()
