@@ -90,7 +90,7 @@ def _sound(fused: Callable, dtype: torch.dtype, device: torch.device) -> bool:
         error = (fused(shape, dtype, device)(x, *weight.parts, None).double() - exact).norm() / exact.norm()
         if not error < _TOLERANCE:
             logger.warning(
-                "The fused kernel for few rows is off by %.2g on %s, %s: layers are dequantised instead. Please report "
+                "The fused kernel for few rows is off by %.2g on %s, %s: layers are dequantized instead. Please report "
                 "it with the version of Triton.", error, torch.cuda.get_device_name(device), dtype,
             )  # fmt: skip
             return False

@@ -116,7 +116,7 @@ def checked_global_scale(amax: torch.Tensor, global_scale: torch.Tensor | None, 
 def check_quantize(weight: torch.Tensor, search: str, column_weight: torch.Tensor | None) -> None:
     """Raise ValueError unless ``weight`` is a matrix, ``search`` is known and ``column_weight`` fits both."""
     if weight.ndim != 2:
-        raise ValueError(f"NVFP4 quantises matrices; found shape {tuple(weight.shape)}")
+        raise ValueError(f"NVFP4 quantizes matrices; found shape {tuple(weight.shape)}")
     if search not in SEARCHES:
         raise ValueError(f"unknown search {search!r}; expected {' or '.join(SEARCHES)}")
     if column_weight is None:

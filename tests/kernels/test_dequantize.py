@@ -162,7 +162,7 @@ def test_linear_is_a_matmul_with_the_decoded_weight(device, dtype, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn], ids=str)
 def test_an_output_dtype_it_cannot_give_is_refused(kernels: Kernels, dtype, generator):
-    with pytest.raises(ValueError, match=f"cannot dequantise NVFP4 to {dtype}; expected one of .*bfloat16"):
+    with pytest.raises(ValueError, match=f"cannot dequantize NVFP4 to {dtype}; expected one of .*bfloat16"):
         kernels.dequantize(random_record((16, 32), generator), dtype)
 
 

@@ -125,7 +125,7 @@ def test_fp4_layers_are_the_host_s_work_and_the_others_are_not(monkeypatch):
     assert calls == [layer]
     assert torch.equal(other(x), by_bf16(other, record, x))
     assert calls == [layer]
-    assert other._full_precision_mm, "the host's forward would quantise its activations"
+    assert other._full_precision_mm, "the host's forward would quantize its activations"
 
 
 def test_the_format_is_left_on_only_where_a_layer_computes_in_fp4(gpu):
