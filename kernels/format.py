@@ -32,6 +32,7 @@ from .geometry import round_up as round_up
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FP8 = torch.float8_e4m3fn
+FACTOR_BLOCK = 128  # columns of a low-rank factor in 8 bits that share a scale
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)  # what the kernels that multiply take: not FP32
 

@@ -185,9 +185,13 @@ def _slow_lora(layers: list) -> str:
 
 def _lora_of_own(layers: list) -> str:
     """How LoRAs are computed that cost no step more than their own matmuls, as the end of a sentence."""
-    beside = sum(layer.__dict__.get("nvfp4_lora") is not None for layer in layers)
+    branches = [branch for layer in layers if (branch := layer.__dict__.get("nvfp4_lora")) is not None]
     packed = sum(bool(layer.__dict__.get("nvfp4_lora_refused")) for layer in layers)
-    text = f"; a LoRA is computed beside the packed weight in {beside:,} layers" if beside else ""
+    text = ""
+    if branches:
+        size, eighth = sum(branch.nbytes for branch in branches) / 1e9, sum(branch.packed for branch in branches)
+        text = f"; a LoRA is computed beside the packed weight in {len(branches):,} layers, {size:.2f} GB"
+        text += f", {eighth:,} in 8 bits" if eighth else ""
     return text + (f"; ComfyUI packed a LoRA into {packed:,} layers{_reasons(layers)}" if packed else "")
 
 

@@ -147,8 +147,11 @@ def test_a_lora_computed_in_every_step_is_the_reason_of_a_slow_model(loaded):
 
 
 def test_a_lora_beside_packed_weights_leaves_a_model_fast_and_is_told(loaded):
-    (model,) = loaded(Patcher(LTXAV(OURS, nvfp4_lora=object())))
-    assert model["verdict"] == "fast" and "LoRA is computed beside the packed weight in 4 layers" in model["why"]
+    (model,) = loaded(Patcher(LTXAV(OURS, nvfp4_lora=types.SimpleNamespace(nbytes=500_000_000, packed=False))))
+    assert model["verdict"] == "fast"
+    assert model["why"].endswith("; a LoRA is computed beside the packed weight in 4 layers, 2.00 GB")
+    (model,) = loaded(Patcher(LTXAV(OURS, nvfp4_lora=types.SimpleNamespace(nbytes=750_000_000, packed=True))))
+    assert model["why"].endswith("in 4 layers, 3.00 GB, 4 in 8 bits")
 
 
 def test_a_lora_that_went_the_host_s_way_is_told_with_the_reason(loaded):
