@@ -109,7 +109,7 @@ def clip(
     sheet.note((0, 0), (NOTE_WIDE, TALL), note[0], flow(note[1]))
     x, linked = NOTE_WIDE + GAP, {}
     if image:
-        loaded = sheet.add("LoadImage", (x, 0), PICTURE_WIDE, "First frame", room=230, image="example.png")
+        loaded = sheet.add("LoadImage", (x, 0), PICTURE_WIDE, "First frame", room=300, image="example.png")
         x, linked = x + PICTURE_WIDE + GAP, {"image": loaded["IMAGE"]}
     shown = inner.stand(sheet, (x, 0), CHOICES_WIDE, text_height=220, **linked)
     x += CHOICES_WIDE + GAP
