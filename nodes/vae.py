@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 
 from ..checkpoint.identify.dialects import AUTO, DIALECTS
 from ..host.files import SAME_FILE, VAE_FOLDERS, file_names, file_path, fingerprint, optional_path
-from ..host.load.vae import KINDS, load_vae
+from ..host.load.vae import DECODES, EXACT, KINDS, load_vae
 
 
 class NVFP4VAELoader(io.ComfyNode):
@@ -63,6 +63,14 @@ class NVFP4VAELoader(io.ComfyNode):
                     tooltip="For a checkpoint with several VAEs: what the names of the wanted one begin with.",
                     advanced=True,
                 ),
+                io.Combo.Input(
+                    "decode",
+                    options=list(DECODES),
+                    default=EXACT,
+                    optional=True,
+                    tooltip="exact: ComfyUI's own decoder, bit for bit. fast: the same computation with less memory "
+                    "traffic, which rounds otherwise. LTX's video VAE on an NVIDIA GPU; the report says why not.",
+                ),
             ],
             outputs=[io.Vae.Output(), io.String.Output("report", display_name="report")],
             search_aliases=["ltx vae", "load vae", "audio vae", "full vae", "vae from checkpoint"],
@@ -70,15 +78,15 @@ class NVFP4VAELoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, vae_name, kind, allow_preview, config_from=SAME_FILE, dialect=AUTO, vae_prefix=""
+        cls, vae_name, kind, allow_preview, config_from=SAME_FILE, dialect=AUTO, vae_prefix="", decode=EXACT
     ) -> str:
-        return fingerprint((vae_name, config_from), VAE_FOLDERS, kind, allow_preview, dialect, vae_prefix)
+        return fingerprint((vae_name, config_from), VAE_FOLDERS, kind, allow_preview, dialect, vae_prefix, decode)
 
     @classmethod
     def execute(
-        cls, vae_name, kind, allow_preview, config_from=SAME_FILE, dialect=AUTO, vae_prefix=""
+        cls, vae_name, kind, allow_preview, config_from=SAME_FILE, dialect=AUTO, vae_prefix="", decode=EXACT
     ) -> io.NodeOutput:
         config = optional_path(config_from, VAE_FOLDERS)
         path = file_path(vae_name, VAE_FOLDERS)
-        vae, report = load_vae(path, kind, allow_preview, config, dialect, vae_prefix or None)
+        vae, report = load_vae(path, kind, allow_preview, config, dialect, vae_prefix or None, decode)
         return io.NodeOutput(vae, str(report))

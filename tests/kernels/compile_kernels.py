@@ -17,7 +17,20 @@ package = types.ModuleType("nvfp4_video")
 package.__path__ = [str(Path(__file__).resolve().parents[2])]
 sys.modules["nvfp4_video"] = package
 
-from nvfp4_video.kernels.triton import dequantize, dequantize_sum, gemv, quantize, quantize_rows, to_fp8  # noqa: E402
+from nvfp4_video.kernels.triton import (  # noqa: E402
+    depth_to_space,
+    dequantize,
+    dequantize_sum,
+    gate_heads,
+    gemv,
+    norm_rope,
+    norm_rows,
+    norm_silu,
+    quantize,
+    quantize_rows,
+    to_fp8,
+    to_pixels,
+)
 from triton import compile as triton_compile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -85,6 +98,62 @@ def rows_variants(capability: int) -> Iterator[Variant]:
         yield activation, quantize_rows._quantize_rows_kernel, pointers, constants
 
 
+def norm_rows_variants(capability: int) -> Iterator[Variant]:
+    """All there is in one pass to two tensors of FP8 rows; plain, to one in BF16."""
+    names = [name for name in norm_rows._norm_rows_kernel.arg_names if name.endswith("_ptr")]
+    pointers = dict.fromkeys(names, "*bf16") | {"eps": "fp32"}
+    rows = dict.fromkeys(("out_ptr", "out2_ptr"), "*fp8e4nv") | dict.fromkeys(("scale_ptr", "scale2_ptr"), "*fp32")
+    for full in (True, False) if capability >= 89 else ():
+        flags = ("ADD", "GATED", "MODULATED", "QUANTIZE", "MODULATED2", "QUANTIZE2")
+        constants = dict.fromkeys(flags, full) | {"NORM": True, "OUTPUTS": 1 + full, "FULL": full, "BITS": False}
+        constants |= {"COLS": 4096, "ROWS": 4}
+        yield str(full), norm_rows._norm_rows_kernel, pointers | rows if full else pointers, constants
+
+
+def gate_heads_variants(capability: int) -> Iterator[Variant]:
+    pointers = {"x_ptr": "*bf16", "logits_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    if capability >= 89:
+        constants = {"HEADS": 32, "WIDTH": 128, "QUANTIZE": True, "FULL": True, "BITS": False}
+        yield "", gate_heads._gate_heads_kernel, pointers, constants
+
+
+def norm_rope_variants(capability: int) -> Iterator[Variant]:
+    names = [name for name in norm_rope._norm_rope_kernel.arg_names if name.endswith("_ptr")]
+    pointers = dict.fromkeys(names, "*bf16") | {"rotation_ptr": "*i64", "eps": "fp32"}
+    for both in (True, False) if capability >= 89 else ():
+        constants = {"HALF": 64, "PAIRS": 2048, "BOTH": both, "FULL": both, "BITS": False}
+        yield str(both), norm_rope._norm_rope_kernel, pointers, constants
+
+
+def video_pointers(kernel, dtype: str) -> dict[str, str]:
+    """Every tensor of a kernel of the video VAE in one dtype."""
+    return {name: dtype for name in kernel.arg_names if name.endswith("_ptr")} | {"eps": "fp32"}
+
+
+def norm_silu_variants(capability: int) -> Iterator[Variant]:
+    """After the second convolution of a block; before an upsampling; with a timestep."""
+    kernel = norm_silu._norm_silu_kernel
+    tile = {"CHANNELS": 512, "ROWS": 8, "COLS": 512, "BIAS": True}
+    for flags in ("RNK", "R", "MN") if capability >= 80 else ():
+        names = {"NORM": "N", "RESIDUAL": "R", "KEEP": "K", "MODULATED": "M"}
+        constants = tile | {name: letter in flags for name, letter in names.items()}
+        yield flags, kernel, video_pointers(kernel, "*bf16"), constants
+
+
+def depth_to_space_variants(capability: int) -> Iterator[Variant]:
+    kernel = depth_to_space._depth_to_space_kernel
+    constants = {"CHANNELS": 64, "P1": 2, "P2": 2, "P3": 2, "PARTS": 8, "ROWS": 8, "COLS": 64, "BIAS": True}
+    if capability >= 80:
+        yield "*bf16", kernel, video_pointers(kernel, "*bf16"), constants
+
+
+def to_pixels_variants(capability: int) -> Iterator[Variant]:
+    kernel = to_pixels._to_pixels_kernel
+    constants = {"CHANNELS": 3, "PATCH": 4, "TILE": 1024, "BIAS": True, "FINISH": True}
+    if capability >= 80:
+        yield "*fp32", kernel, video_pointers(kernel, "*bf16") | {"out_ptr": "*fp32"}, constants
+
+
 KERNELS = {
     "dequantize": dequantize_variants,
     "quantize": quantize_variants,
@@ -92,6 +161,12 @@ KERNELS = {
     "gemv": gemv_variants,
     "to_fp8": to_fp8_variants,
     "quantize_rows": rows_variants,
+    "norm_rows": norm_rows_variants,
+    "gate_heads": gate_heads_variants,
+    "norm_rope": norm_rope_variants,
+    "norm_silu": norm_silu_variants,
+    "depth_to_space": depth_to_space_variants,
+    "to_pixels": to_pixels_variants,
 }
 
 
