@@ -120,8 +120,8 @@ def distilled_settings(
     if seconds > 0:
         notes.append(f"frames: {seconds:g} s at {fps:g} fps are {wanted:g} frames -> {count}, the nearest 8k + 1")
     elif count != frames:
-        notes.append(f"frames: {frames} -> {count}; the VAE makes 8k + 1, and ComfyUI would cut down in silence")
-    notes += _cautions(final_width, final_height, count, fps, latents)
+        notes.append(f"frames: {frames} -> {count}; the VAE makes 8k + 1, and ComfyUI would round down without a word")
+    notes += _cautions(final_width, final_height, count, fps)
     scale = step // ltx.SPATIAL
     return RenderSettings(
         version, stages, final_width // scale, final_height // scale, final_width, final_height, count, fps, latents,
@@ -148,7 +148,7 @@ def _nearest(side: int, step: int, smallest: int) -> int:
     return max(-((step - 2 * side) // (2 * step)) * step, smallest)
 
 
-def _cautions(width: int, height: int, frames: int, fps: float, latents: int) -> list[str]:
+def _cautions(width: int, height: int, frames: int, fps: float) -> list[str]:
     notes = []
     if fps != round(fps):
         notes.append(
@@ -161,11 +161,4 @@ def _cautions(width: int, height: int, frames: int, fps: float, latents: int) ->
         notes.append(f"size: the model's positions end at {ltx.MAX_SIDE} pixels")
     if frames > MAX_AUDIO_FRAMES:
         notes.append(f"frames: LTXV Empty Latent Audio takes {MAX_AUDIO_FRAMES} at most")
-    as_mel = ltx.mel_frames(frames)
-    notes.append(
-        f'the often quoted "frames*4-3" ({as_mel} for {frames} frames) counts MEL frames, not latents: n latents '
-        f"decode to 4n - 3 MEL frames, and at 25 fps a clip has as many latents as frames. Allocated as latents it "
-        f"gives {as_mel / ltx.AUDIO_LATENTS_PER_SECOND:.1f} s of sound for {frames / fps:.1f} s of picture; here it is "
-        f"{latents}"
-    )
     return notes

@@ -47,7 +47,7 @@ class NVFP4ModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "backend", options=["auto", *BACKENDS], default="auto", optional=True, advanced=True,
-                    tooltip="What dequantises. auto: Triton where it runs, torch elsewhere; the report says why.",
+                    tooltip="What dequantizes. auto: Triton where it runs, torch elsewhere; the report says why.",
                 ),
                 io.Combo.Input(
                     "config_from", options=[SAME_FILE, *file_names(FOLDERS)], default=SAME_FILE, optional=True,
@@ -82,8 +82,11 @@ class NVFP4ModelLoader(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Model.Output(), io.String.Output("report", display_name="report")],
-            search_aliases=["nvfp4", "fp4 loader", "load diffusion model nvfp4", "ltx nvfp4"],
+            outputs=[
+                io.Model.Output(tooltip="The diffusion model, for LoRA loaders, guiders and samplers."),
+                io.String.Output("report", display_name="report", tooltip="What was loaded and how it is computed."),
+            ],
+            search_aliases=["nvfp4", "fp4", "ltx", "load diffusion model", "unet loader"],
         )  # fmt: skip
 
     @classmethod

@@ -27,9 +27,9 @@ class NVFP4Quantize(io.ComfyNode):
             display_name="NVFP4 Quantize",
             category="NVFP4",
             description="Writes a BF16, FP16, FP32 or FP8 checkpoint as NVFP4 below ComfyUI's output folder, with a "
-            "model card beside it. Needs memory for one tensor, not for the model; a cancelled run is gone on with.",
+            "model card beside it. Needs memory for one tensor, not for the model; a cancelled run can go on.",
             inputs=[
-                io.Combo.Input("file_name", options=file_names(ALL_FOLDERS), tooltip="The checkpoint to quantise."),
+                io.Combo.Input("file_name", options=file_names(ALL_FOLDERS), tooltip="The checkpoint to quantize."),
                 io.Combo.Input(
                     "contents", options=[WHOLE, MODEL_ONLY], default=WHOLE,
                     tooltip="The VAE and all else are copied byte for byte, or left out.",
@@ -42,7 +42,7 @@ class NVFP4Quantize(io.ComfyNode):
                 io.Boolean.Input("protect_audio", default=False, tooltip="Keep the audio branch as it is."),
                 io.Boolean.Input("protect_cross_attention", default=False, tooltip="Keep cross-attention as it is."),
                 io.Boolean.Input("estimate_only", default=False, tooltip="Tell size and time, write nothing."),
-                io.String.Input("name", default="", tooltip="Of the new file; empty: that of the checkpoint."),
+                io.String.Input("name", default="", tooltip="Name of the new file. Empty: the checkpoint's."),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file that exists."),
                 io.Combo.Input(
                     "recipe", options=list(FAMILIES), default=AUTO, optional=True, advanced=True,
@@ -70,10 +70,13 @@ class NVFP4Quantize(io.ComfyNode):
                     advanced=True,
                 ),
             ],
-            outputs=[io.String.Output("file", display_name="file"), io.String.Output("report", display_name="report")],
+            outputs=[
+                io.String.Output("file", display_name="file", tooltip="The new file, below the output folder."),
+                io.String.Output("report", display_name="report", tooltip="What was written, or would be."),
+            ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            search_aliases=["convert to nvfp4", "shrink model", "fp4", "quantise"],
+            search_aliases=["convert to nvfp4", "shrink model", "quantise"],
         )  # fmt: skip
 
     @classmethod

@@ -26,7 +26,7 @@ from ...kernels.format import BLOCK, round_up
 from ..file.guard import SourceGuard
 from ..file.header import CheckpointError
 from ..file.shards import Source, open_checkpoint
-from ..identify import dialects
+from ..identify import dialects, host_layer
 from ..identify.formats import LOW_RANK, SMOOTHING
 from ..identify.layers import Layer, refuse
 from ..write.card import PROVENANCE
@@ -113,7 +113,7 @@ def _check_pair(ours: Side, theirs: Side, plain_source: bool) -> None:
         raise CheckpointError("it is both the file and its source", where=where, expected="two files", remedy=remedy)
     packed = dialects.packed_layers(theirs.header.of(theirs.own)) if plain_source else []
     if packed:
-        found = f"the source is quantised itself ({len(packed):,} NVFP4 layers), so nothing can be measured against it"
+        found = f"the source is quantized itself ({len(packed):,} NVFP4 layers), so nothing can be measured against it"
         raise CheckpointError(found, where=where, expected="a source in BF16, FP16, FP32 or FP8", remedy=remedy)
 
 
@@ -265,7 +265,7 @@ class Layers:
         refuse(header.path.name, plan.layers)
         self.ours.take(plan)
         if plan.dialect is None:
-            where, remedy = header.path.name, "choose the quantised file, and as source the one it was made from"
+            where, remedy = header.path.name, "choose the quantized file, and as source the one it was made from"
             raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
         return plan
 
@@ -273,7 +273,7 @@ class Layers:
         """A layer in the host's layout, what its input is multiplied by, and its low-rank part, if any."""
         reader = reader or self.reader
         get = lambda suffix: reader.tensor(f"{layer}.{suffix}")  # noqa: E731
-        record, read = dialects.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
+        record, read = host_layer.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
         smooth = get(SMOOTHING).float().reshape(-1).to(self.device) if SMOOTHING in read else None
         low_rank = None
         if plan.layers[layer].low_rank:

@@ -172,7 +172,7 @@ def _quantised(plan, reader, job: FloatWeight, view, packer: Packer, on_bytes, d
         raise _NonFinite(
             f"NaN or infinity in {len(bad)} layers: {listed}", where=plan.checkpoint.header.path.name,
             expected="finite weights", remedy="take a sound file, or have these layers kept as they are "
-            "(--keep-non-finite, keep_non_finite)",
+            "(`keep_non_finite`)",
         )  # fmt: skip
     marker = torch.tensor(list(nvfp4_marker()), dtype=torch.uint8)
     tensors = zip(plan.units[job.name], (*made, marker), strict=True)
