@@ -91,7 +91,7 @@ def make_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
     x = NOTE_WIDE + GAP
     shown = inner.stand(sheet, (x, 0), CHOICES_WIDE)
     x += CHOICES_WIDE + GAP
-    wide, picture = 340, 400
+    wide, picture = 258, 400
     right, above, between, y = x + wide + GAP, -45, picture + 70, picture + 20 + 2 * TITLE + GAP
     report = shown["report"].via(*up(x - GAP // 2, 80, y))
     sheet.add("PreviewImage", (x, 0), wide, "What is in the file", room=picture, images=shown["in the file"])
@@ -143,8 +143,8 @@ def ab_fp8_vs_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
         inner.leave(f"video {number}", seed["video"])
     _note(sheet, notes.COMPARE)
     x = NOTE_WIDE + GAP
-    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE, text_height=220)
-    x += CHOICES_WIDE + GAP
+    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE - GAP, text_height=220)
+    x += CHOICES_WIDE
     for number in (1, 2, 3):
         _pair(sheet, shown, number, x)
     return sheet
@@ -152,11 +152,11 @@ def ab_fp8_vs_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
 
 def _pair(sheet: Sheet, shown: Node, number: int, x: int) -> None:
     """The card and the film of one seed in a column; links run above the cards and between the rows."""
-    wide, card = 270, 300
-    at, between = x + (number - 1) * (wide + GAP), card + 44 + GAP // 2
+    wide, card = 200, 300
+    at, between = x + (number - 1) * (wide + 20), card + 44 + GAP // 2
     ways: tuple = ((), ())
     if number > 1:
-        ways = ((x - 25, -45), (at - 15, -45)), (*up(x - 15, 160, between), (at - 15, between))
+        ways = ((x - 25, -45), (at - 10, -45)), (*up(x - 15, 160, between), (at - 10, between))
     prefix = f"nvfp4/fp8_vs_nvfp4_{number}"
     sheet.add(
         "SaveImage", (at, 0), wide, f"Card {number}", room=card - 6, filename_prefix=prefix,

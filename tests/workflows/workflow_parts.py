@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .workflow_builder import Node, Out, Sheet, Subgraph
+from .workflow_builder import TITLE, Node, Out, Sheet, Subgraph
 from .workflow_files import Choice
 from .workflow_notes import flow
 
@@ -29,8 +29,8 @@ POSITIVE_I2V = (
 NEGATIVE = "blurry, low quality, still frame, watermark, subtitles, distorted sound"
 GREEN, RED = ("#232", "#353"), ("#322", "#533")
 
-# What stands on the canvas: x and width of note, picture, subgraph and video, one below the same top, GAP apart.
-NOTE_WIDE, PICTURE_WIDE, CHOICES_WIDE, VIDEO_WIDE, GAP = 430, 250, 400, 500, 40
+# What stands on the canvas: width of note, subgraph and video, side by side, GAP apart; a picture is below the note.
+NOTE_WIDE, CHOICES_WIDE, VIDEO_WIDE, GAP = 430, 400, 500, 40
 TALL = 680
 # In the subgraph, columns: x and width of their nodes. What stands right of the latents moves on where a picture comes
 # in between.
@@ -106,11 +106,12 @@ def clip(
         x += 1500
     inner.leave("video", decoded(build, steps, x)["VIDEO"])
     inner.leave("report", build.report)
-    sheet.note((0, 0), (NOTE_WIDE, TALL), note[0], flow(note[1]))
-    x, linked = NOTE_WIDE + GAP, {}
+    tall, x, linked = 400 if image else TALL, NOTE_WIDE + GAP, {}
+    sheet.note((0, 0), (NOTE_WIDE, tall), note[0], flow(note[1]))
     if image:
-        loaded = sheet.add("LoadImage", (x, 0), PICTURE_WIDE, "First frame", room=230, image="example.png")
-        x, linked = x + PICTURE_WIDE + GAP, {"image": loaded["IMAGE"]}
+        at = 0, tall + GAP + TITLE
+        loaded = sheet.add("LoadImage", at, NOTE_WIDE, "First frame", room=300, image="example.png")
+        linked = {"image": loaded["IMAGE"].via((x - GAP // 2, tall + GAP), (x - GAP // 2, 30))}
     shown = inner.stand(sheet, (x, 0), CHOICES_WIDE, text_height=220, **linked)
     x += CHOICES_WIDE + GAP
     prefix = f"video/ltx{choice.version.replace('.', '')}_nvfp4"
