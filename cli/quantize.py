@@ -15,14 +15,14 @@ from ..checkpoint.identify.components import DIFFUSION_MODEL
 from ..checkpoint.identify.dialects import AUTO
 from ..checkpoint.verify.found import Verification, summary, worst_layers
 from ..checkpoint.verify.verify import verify as verify_files
-from ..checkpoint.write.card import calibration_text
+from ..checkpoint.write.card import calibration_text, lora_text
 from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import QUALITIES, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import FAMILIES, Options
 from .amounts import count
 from .console import CommandError, Console, check_ending, size, write_file
-from .options import add_dialect, add_source, add_target
+from .options import add_dialect, add_lora, add_source, add_target
 
 
 def quantize(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +61,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
         help="a calibration file, or mean squares of each layer's inputs as safetensors; with --quality best both "
         "weight the search by the mean squares",
     )
+    add_lora(parser, "a LoRA to fold into the weights before they are packed")
     add_target(parser, "a file that exists")
     _add_device(parser)
     parser.set_defaults(run=run_quantize)
@@ -77,6 +78,9 @@ def verify(parser: argparse.ArgumentParser) -> None:
     add_source(parser, "SOURCE")
     parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the errors by block and layer type")
     parser.add_argument("--worst", type=count, default=10, metavar="N", help="how many layers to list (default 10)")
+    add_lora(parser, "a LoRA that was folded in")
+    text = "a calibration file of SOURCE: layers are judged by their outputs"
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help=text)
     add_dialect(parser)
     _add_device(parser)
     parser.set_defaults(run=run_verify)
@@ -111,6 +115,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         keep_non_finite=args.keep_non_finite,
         calibration=args.calibration,
         config_from=args.config_from,
+        loras=tuple(args.lora),
     )  # fmt: skip
     device = _device(args.device)
     if args.estimate:
@@ -130,6 +135,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         ("file", f"{record['path']}, {size(record['nbytes'])}, {_less(record)} than the source"),
         ("sha256", record["sha256"]),
         ("layers", f"{record['layers']:,} in NVFP4, {sum(record['kept'].values()):,} kept (recipe {record['recipe']})"),
+        *(("LoRA", lora_text(lora)) for lora in record["loras"]),
         *_calibration(record),
         ("card", record["card"]),
         ("time", f"{record['seconds']:.1f} s{resumed}"),
@@ -147,6 +153,7 @@ def _say_estimate(found: dict[str, Any], console: Console, target: Path) -> None
          f"{size(int(rates['write']))}/s, quantises {rates['quantise'] / 1e6:.0f} M weights/s)"),
         ("disk", f"{size(found['free_bytes'])} free" + ("" if found["fits"] else ": NOT ENOUGH")),
         ("layers", f"{found['layers']:,} to NVFP4 (recipe {found['recipe']}: {found['why']})"),
+        *(("LoRA", lora_text(lora)) for lora in found["loras"]),
         *_calibration(found),
         *((f"keeps {count:,}", reason) for reason, count in found["kept"].items()),
     ]  # fmt: skip
@@ -173,8 +180,9 @@ def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
     check_ending(args.png, ".png")
     with console.progress(f"Verifying {Path(args.file).name}", amount=size) as progress:
         found = verify_files(
-            args.file, args.source, dialect=args.dialect, device=_device(args.device), on_step=progress.of
-        )
+            args.file, args.source, dialect=args.dialect, loras=args.lora, calibration=args.calibration,
+            device=_device(args.device), on_step=progress.of,
+        )  # fmt: skip
     if args.png:
         from ..draw.verify import verification_picture  # Pillow, which only the picture needs
         from ..measure.media import encode_png

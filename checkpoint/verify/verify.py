@@ -13,34 +13,47 @@ file that leaves its dialect open is read in the one that fits.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from ...kernels.format import BLOCK, round_up
 from ..file.guard import SourceGuard
-from ..file.header import CheckpointError
+from ..file.header import CheckpointError, quote
 from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
 from ..identify.formats import LOW_RANK, SMOOTHING
 from ..identify.layers import Layer, refuse
-from ..write.card import PROVENANCE
+from ..write.calibration import Calibration, check_belongs, read_calibration
+from ..write.card import loras_of, provenance_of
+from ..write.lora import Deltas, Given, Lora, merged, read_loras
 from ..write.plan import GPTQ
 from ..write.split import same_file
 from ..write.weights import FloatRows, FloatWeight
 from .account import Side, account_for, input_scale_faults
 from .found import LayerCheck, Verification, blocks_and_kinds, summary
 from .independent import sample, structure_faults
-from .weight_error import CALIBRATED_MARGIN, MARGIN, decode, energy, layer_error, ratio
+from .weight_error import (
+    CALIBRATED_MARGIN,
+    FLOOR,
+    JUDGED_MARGIN,
+    MARGIN,
+    LayerError,
+    decode,
+    energy,
+    layer_error,
+    ratio,
+)
 
 FP8_ALLOWED = 0.04  # E4M3 with one scale has 0.027 on Gaussian weights, E5M2 twice that
 SAME = 1e-6  # of two dialects, one of which divides by its global scale
 FLOAT_ALLOWED = 0.004  # what rounding to BF16 costs at most, 2^-8
+MERGED_ALLOWED = 2e-4  # of a kept tensor with a LoRA: one element in a thousand rounded to the other side
+LORA_ALLOWED = 0.2  # of what LoRAs add to a layer
 _SUSPICIOUS = 0.2
 _BLOCK_NUMBER = re.compile(r"(?:^|\.)(\w*(?:blocks|layers)\w*)\.(\d+)\.")
 
@@ -51,21 +64,33 @@ def verify(
     *,
     dialect: str = dialects.AUTO,
     plain_source: bool = False,
+    loras: Given = (),
+    calibration: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Quantised file, its source (each a file, index, shard or wildcard) -> Verification; reads both once.
 
     ``plain_source``: refuse a source that is NVFP4 itself; a file that `repair` wrote can be compared with one, but how
-    far off its numbers are is then not measured. ``on_step(done, total)`` counts bytes of the quantised file and may
-    raise. Raises CheckpointError.
+    far off its numbers are is then not measured. ``loras``: (file, strength) of what was folded in. ``calibration``:
+    the file by which layers are judged by their outputs; it belongs to the source. ``on_step(done, total)`` counts
+    bytes of the quantised file and may raise. Raises CheckpointError.
     """
     device, step = torch.device(device), on_step or (lambda done, total: None)
     ours, theirs = Side(open_checkpoint(path)), Side(open_checkpoint(source))
     _check_pair(ours, theirs, plain_source)
+    added = read_loras(loras, theirs.header, theirs.own)
+    if (folded := loras_of(ours.header)) and not loras:
+        found = f"LoRAs were folded in: {', '.join(f'{quote(name)} at {strength:g}' for name, strength in folded)}"
+        remedy = "name them (--lora FILE=STRENGTH; the node looks for them in models/loras)"
+        raise CheckpointError(found, where=ours.header.path.name, remedy=remedy)
+    known = None
+    if calibration is not None:
+        known = read_calibration(calibration)
+        check_belongs(known, theirs.checkpoint)
     guards = SourceGuard(ours.checkpoint), SourceGuard(theirs.checkpoint)
     try:
-        found = _verify(ours, theirs, dialect, device, step)
+        found = _verify(ours, theirs, dialect, added, known, device, step)
     except Exception:
         for guard in guards:
             guard.check()  # what changed meanwhile is the reason, whatever it led to
@@ -76,11 +101,17 @@ def verify(
 
 
 def _verify(
-    ours: Side, theirs: Side, dialect: str, device: torch.device, step: Callable[[int, int], None]
+    ours: Side,
+    theirs: Side,
+    dialect: str,
+    loras: Sequence[Lora],
+    calibration: Calibration | None,
+    device: torch.device,
+    step: Callable[[int, int], None],
 ) -> Verification:
-    with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original:
+    with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original, Deltas(loras) as deltas:
         theirs.take(dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix))
-        layers = Layers(ours, theirs, reader, original, device)
+        layers = Layers(ours, theirs, reader, original, device, deltas, calibration)
         plan = layers.plan(dialect)
         account = account_for(ours, theirs, plan)
         checks, identical, changed, faults = [], 0, [], [*account.faults, *structure_faults(ours.checkpoint)]
@@ -93,7 +124,7 @@ def _verify(
                 checks += [found] if isinstance(found, LayerCheck) else []
                 faults += [found] if isinstance(found, str) else []
             elif name in account.copies:
-                same = _equal(reader.view(name), original.view(account.copies[name]))
+                same = layers.same(name, account.copies[name])
                 identical += same
                 changed += [] if same else [ours.names[name]]
         faults += input_scale_faults(ours, reader)
@@ -102,7 +133,8 @@ def _verify(
     return Verification(
         ours.header.path.name, theirs.header.path.name, plan.dialect, layers.evidence or plan.evidence,
         tuple(checks), identical, tuple(changed), account.alone, account.missing, account.extra,
-        (*faults, *wrong), account.left_out, sampled,
+        (*faults, *wrong), account.left_out, sampled, tuple(f"{lora.file} at {lora.strength:g}" for lora in loras),
+        calibration.header.path.name if calibration else "",
     )  # fmt: skip
 
 
@@ -120,10 +152,21 @@ def _check_pair(ours: Side, theirs: Side, plain_source: bool) -> None:
 class Layers:
     """Reads layers of both files and compares them."""
 
-    def __init__(self, ours: Side, theirs: Side, reader: Source, original: Source, device: torch.device) -> None:
+    def __init__(
+        self,
+        ours: Side,
+        theirs: Side,
+        reader: Source,
+        original: Source,
+        device: torch.device,
+        deltas: Deltas,
+        calibration: Calibration | None = None,
+    ) -> None:
         self.ours, self.theirs, self.reader, self.original, self.device = ours, theirs, reader, original, device
+        self._deltas, self._calibration = deltas, calibration
         self.evidence, self._stated = "", ""
-        self.margin = CALIBRATED_MARGIN if _calibrated(ours) else MARGIN
+        # GPTQ spends weight error to save output error.
+        self.margin = CALIBRATED_MARGIN if provenance_of(ours.header).get("search") == GPTQ else MARGIN
         self._plans: dict[str, dialects.DialectPlan | None] = {}
 
     def plan(self, dialect: str) -> dialects.DialectPlan:
@@ -156,6 +199,35 @@ class Layers:
         """The first rows of a weight of the source, FP32 on the CPU."""
         return FloatRows(self.original, weight, self.device).rows(0, count).cpu()
 
+    def same(self, name: str, other: str) -> bool:
+        """Whether a tensor of the file is that of the source, with what LoRAs add to it.
+
+        Then the sum may be rounded to the other side here and there, since devices add in different orders.
+        """
+        delta = self._deltas.of(other, self.device)
+        if delta is None:
+            return _equal(self.reader.view(name), self.original.view(other))
+        wanted = merged(self.original.tensor(other), delta, self.device, other).double()
+        return ratio(energy(self.reader.tensor(name).double() - wanted), energy(wanted)) <= MERGED_ALLOWED
+
+    def _rows(self, weight: FloatWeight) -> FloatRows:
+        """A weight of the source, with what LoRAs add to it."""
+        delta = self._deltas.of(weight.name, self.device)
+        return FloatRows(self.original, weight, self.device, delta=delta)
+
+    def _gram(self, layer: str, columns: int) -> torch.Tensor | None:
+        """(G, B, B) of the held-out inputs of a layer of the file, or None. CheckpointError for another width."""
+        if self._calibration is None:
+            return None
+        own = self.ours.layer(layer)
+        name = next((key for key in (own, self.theirs.prefix + own) if key in self._calibration.layers), None)
+        if name is None:
+            return None
+        if (found := self._calibration.columns(name)) != columns:
+            text, where = f"layer {own} has inputs of {found} columns", self._calibration.header.path.name
+            raise CheckpointError(text, where=where, expected=str(columns), remedy="collect it again with this model")
+        return self._calibration.moments(name, self.device).held_out
+
     def compare(self, mine: Layer, other: Layer) -> LayerCheck | str:
         """A layer that the two files store in different ways -> LayerCheck, or why it cannot be compared."""
         own = self.ours.layer(mine.name)
@@ -176,13 +248,15 @@ class Layers:
 
     def _nvfp4(self, layer: str, weight: FloatWeight) -> LayerCheck:
         """One NVFP4 layer against its original."""
-        rows = FloatRows(self.original, weight, self.device)
+        rows = self._rows(weight)
         record, *beside = self.record(layer)
         (n, k), (stored_n, stored_k) = rows.shape, record.shape
         if (round_up(n, 16), round_up(k, BLOCK)) != (round_up(stored_n, 16), round_up(stored_k, BLOCK)):
             verdict = f"it is {stored_n} x {stored_k}, its original {n} x {k}"
-            return self._made(layer, "NVFP4", (n, k), (math.inf, 0.1, 0.0, 0.0, 0), verdict)
-        numbers = layer_error(rows, record, *beside, self.margin)
+            return self._made(layer, "NVFP4", (n, k), LayerError(math.inf, 0.1, 0.0, 0.0, 0), verdict)
+        gram = self._gram(layer, k)
+        margin = self.margin if gram is None else JUDGED_MARGIN
+        numbers = layer_error(rows, record, *beside, margin, gram)
         return self._made(layer, "NVFP4", (n, k), numbers, self._verdict(layer, weight, numbers))
 
     def _rewritten(self, mine: Layer, other: Layer) -> LayerCheck:
@@ -196,11 +270,12 @@ class Layers:
         if not all(same) or [b is None for b in beside] != [b is None for b in others]:
             error = math.inf
         verdict = "" if error <= SAME else f"its error is {error:.3g}, though the source has it in NVFP4 too"
-        return self._made(mine.name, "NVFP4", shape, (error, SAME, 0.0, 0.0, int(not math.isfinite(error))), verdict)
+        numbers = LayerError(error, SAME, 0.0, 0.0, int(not math.isfinite(error)))
+        return self._made(mine.name, "NVFP4", shape, numbers, verdict)
 
     def _decoded(self, layer: Layer, mine: FloatWeight, weight: FloatWeight) -> LayerCheck:
         """One FP8 or floating-point layer that the source has in another format."""
-        wanted, found = FloatRows(self.original, weight, self.device), FloatRows(self.reader, mine, self.device)
+        wanted, found = self._rows(weight), FloatRows(self.reader, mine, self.device)
         off = size = torch.zeros((), dtype=torch.float64, device=self.device)
         for start, rows in wanted:
             decoded = found.rows(start, start + rows.shape[0])
@@ -208,23 +283,24 @@ class Layers:
         error, title = ratio(off, size), "FP8" if mine.fp8 else mine.info.dtype
         allowed = {"F8_E4M3": FP8_ALLOWED, "F8_E5M2": 2 * FP8_ALLOWED}.get(mine.info.dtype, FLOAT_ALLOWED)
         verdict = "" if error <= allowed else f"its error is {error:.3f}, {title} should have {allowed:g} at most"
-        bad = int(not math.isfinite(error))
-        return self._made(layer.name, title, weight.info.shape, (error, allowed, 0.0, 0.0, bad), verdict)
+        numbers = LayerError(error, allowed, 0.0, 0.0, int(not math.isfinite(error)))
+        return self._made(layer.name, title, weight.info.shape, numbers, verdict)
 
-    def _made(self, layer: str, kind_of: str, shape, numbers, verdict: str) -> LayerCheck:
+    def _made(self, layer: str, kind_of: str, shape, numbers: LayerError, verdict: str) -> LayerCheck:
         own = self.ours.layer(layer)
         found = _BLOCK_NUMBER.search(own)
         kind = own[found.end() :] if found else own
         if found and found[1] not in ("transformer_blocks", "blocks", "layers"):
             kind = f"{found[1]}: {kind}"
-        return LayerCheck(own, int(found[2]) if found else None, kind, kind_of, tuple(shape), *numbers, verdict)
+        block = int(found[2]) if found else None
+        return LayerCheck(own, block, kind, kind_of, tuple(shape), *numbers[:5], verdict, *numbers[5:8])
 
-    def _verdict(self, layer: str, weight, numbers) -> str:
-        error, allowed, _, lost, bad = numbers
+    def _verdict(self, layer: str, weight, numbers: LayerError) -> str:
+        error, allowed, _, lost, bad = numbers[:5]
         if bad:
             return f"{bad:,} of its decoded values are NaN or infinite"
         if error <= allowed:
-            return ""
+            return _outputs_verdict(numbers) or _lora_verdict(numbers)
         text = f"its error is {error:.3f}, the format allows {allowed:.3f}"
         if error < _SUSPICIOUS:
             return text
@@ -232,7 +308,7 @@ class Layers:
             other = self._other(name)
             if name != self._plan.dialect and other is not None and layer in other.nvfp4:
                 found = self._record(other, layer)
-                if layer_error(FloatRows(self.original, weight, self.device), *found, self.margin)[0] <= allowed:
+                if layer_error(self._rows(weight), *found, self.margin).error <= allowed:
                     return f"{text}; it is in the dialect {name}, not {self._plan.dialect}: state that and repair it"
         if lost > 0.5:
             return f"{text}; {100 * lost:.0f} % of its blocks decode to zero, in the source they are not"
@@ -247,7 +323,7 @@ class Layers:
             weight = self.theirs.weight(self.ours.layer(layer))
             if weight is not None:
                 found = self._record(plan, layer)
-                return layer_error(FloatRows(self.original, weight, self.device), *found, self.margin)[0]
+                return layer_error(self._rows(weight), *found, self.margin).error
         return None
 
     def _other(self, name: str) -> dialects.DialectPlan | None:
@@ -281,13 +357,16 @@ class Layers:
         return record, smooth, low_rank
 
 
-def _calibrated(side: Side) -> bool:
-    """Whether a file says of itself that GPTQ made it, which spends weight error to save output error."""
-    try:
-        said = json.loads(side.header.metadata.get(PROVENANCE, "{}"))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(said, dict) and said.get("search") == GPTQ
+def _outputs_verdict(numbers: LayerError) -> str:
+    if numbers.output is None or numbers.output <= max(MARGIN * numbers.output_plain, FLOOR):
+        return ""
+    return f"its outputs are off by {numbers.output:.3f}, those of block maxima by {numbers.output_plain:.3f}"
+
+
+def _lora_verdict(numbers: LayerError) -> str:
+    if numbers.lora is None or abs(numbers.lora - 1) <= LORA_ALLOWED + 5 * numbers.noise:
+        return ""
+    return f"{numbers.lora:.2f} of what the LoRAs add is in it, expected 1: other strengths, or other LoRAs"
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:

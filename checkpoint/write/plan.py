@@ -29,6 +29,7 @@ from ..identify.layers import Layer, refuse
 from ..identify.signatures import find_model
 from .calibration import Statistics, find_statistics
 from .card import licence_of, tool_version
+from .lora import Lora, read_loras
 from .recipes import AUTO, Options, Recipe, Selection, find_recipe, select
 from .split import with_config
 from .weights import FloatWeight, float_weight
@@ -48,7 +49,7 @@ class QuantizeSettings:
     ``search``: "mse", "amax", or "gptq" with a calibration file. ``keep_non_finite``: keep layers with NaN or infinity
     instead of refusing the file. ``calibration``: a calibration file (calibration.py), or a safetensors file with the
     mean squares of each layer's inputs, (K,) under the layer's name, which weight the search "mse".
-    ``config_from``: as in ``split``.
+    ``config_from``: as in ``split``. ``loras``: (file, strength) of LoRAs that are added to the weights first.
     """
 
     recipe: str = AUTO
@@ -58,6 +59,7 @@ class QuantizeSettings:
     keep_non_finite: bool = False
     calibration: str | os.PathLike[str] | None = None
     config_from: str | os.PathLike[str] | None = None
+    loras: tuple[tuple[str | os.PathLike[str], float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class QuantizePlan:
     """``jobs``: source tensor -> the weight it is, to be quantised. ``restored``: the same, to become BF16.
 
     ``kept``: coded layers that stay in their format. ``copies``: source tensor -> tensor of the target. ``made``:
-    tensor of the target -> its bytes. ``units``: what is finished together, by source tensor, or by target tensor for
-    ``made``. ``tensors``: the file, wide elements first, so that all are aligned.
+    tensor of the target -> its bytes. ``loras``: what changes tensors of the first two and of ``copies``. ``units``:
+    what is finished together, by source tensor, or by target tensor for ``made``. ``tensors``: the file, wide elements
+    first, so that all are aligned.
     """
 
     checkpoint: Checkpoint
@@ -81,6 +84,7 @@ class QuantizePlan:
     made: Mapping[str, bytes]
     units: Mapping[str, tuple[PlannedTensor, ...]]
     tensors: tuple[PlannedTensor, ...]
+    loras: tuple[Lora, ...]
     statistics: Statistics | None
     metadata: Mapping[str, str]
     record: Mapping[str, Any]
@@ -133,10 +137,12 @@ def plan_quantization(
         )  # fmt: skip
     selection = Selection(tuple(layer for layer in selection.quantized if layer not in kept), kept, selection.warnings)
     quantized = {job.layer for job in jobs.values()}
-    copies, made = _others(checkpoint, stored, component.names, quantized)
-    restored = _restored(header, stored, quantized)
-    gone = quantized | {weight.layer for weight in restored.values()}
-    still = {name: layer for name, layer in stored.layers.items() if layer.coded and name not in gone}
+    loras = read_loras(settings.loras, header, component.names)
+    changed = {name for lora in loras for name in lora.changes}
+    restored = _restored(header, stored, quantized, changed)
+    anew = quantized | {weight.layer for weight in restored.values()}
+    copies, made = _others(checkpoint, stored, component.names, anew)
+    still = {name: layer for name, layer in stored.layers.items() if layer.coded and name not in anew}
     names = dict(component.names) if settings.only_model else {name: name for name in header.tensors}
     copies = {name: _rename(names[name], new) for name, new in copies.items() if name in names}
     made = {_rename(names[f"{layer}.weight"], dialects.MARKER): content for layer, content in made.items()}
@@ -152,11 +158,12 @@ def plan_quantization(
             settings.calibration, own_jobs, component.prefix, checkpoint, settings.search == GPTQ
         )
     record = _record(checkpoint, settings, recipe, model.family, selection, len(jobs))
+    record["loras"] = [lora.as_dict() for lora in loras]
     record["calibrated"] = len(statistics.tensors) if statistics else 0
     metadata = _metadata(header, own_layers, settings.only_model)
     return QuantizePlan(
         checkpoint, settings, recipe, model.family, selection, jobs, restored, still, copies, made, units,
-        tuple(tensors), statistics, metadata, record,
+        tuple(tensors), loras, statistics, metadata, record,
     )  # fmt: skip
 
 
@@ -186,16 +193,29 @@ def _weights(
     return weights, {own_layers[name]: layer.shape for name, layer in matrices.items()}, own_layers
 
 
-def _restored(header: Header, stored: dialects.DialectPlan, quantized: set[str]) -> dict[str, FloatWeight]:
-    """Weights that are not quantised and whose format ComfyUI does not have: FP8 scaled in blocks."""
-    blocks = [layer for name, layer in stored.layers.items() if layer.kind == "fp8_blocks" and name not in quantized]
-    return {weight.name: weight for layer in blocks if isinstance(weight := float_weight(header, layer), FloatWeight)}
+def _restored(
+    header: Header, stored: dialects.DialectPlan, quantized: set[str], changed: set[str]
+) -> dict[str, FloatWeight]:
+    """Weights that are not quantised and become BF16: FP8 scaled in blocks, which ComfyUI does not have, and coded ones
+    that a LoRA changes. CheckpointError for one of these that is not read here."""
+    found = {}
+    for name, layer in stored.layers.items():
+        adapted = layer.coded and f"{name}.{layer.weight}" in changed
+        if name in quantized or not (adapted or layer.kind == "fp8_blocks"):
+            continue
+        weight = float_weight(header, layer)
+        if isinstance(weight, FloatWeight):
+            found[weight.name] = weight
+        elif adapted:
+            text, remedy = f"a LoRA changes it, and it is {weight}", "take the BF16 or FP8 version of the model"
+            raise CheckpointError(text, where=f"{header.path.name}, {name}", remedy=remedy)
+    return found
 
 
 def _others(
-    checkpoint: Checkpoint, stored: dialects.DialectPlan, names: Mapping[str, str], quantized: set[str]
+    checkpoint: Checkpoint, stored: dialects.DialectPlan, names: Mapping[str, str], anew: set[str]
 ) -> tuple[dict[str, str], dict[str, bytes]]:
-    """-> tensors to copy: new key suffix, "" for the old one; layers that need a marker: its content.
+    """Layers written anew -> tensors to copy: new key suffix, "" for the old one; layers that need a marker: it.
 
     A kept layer's marker is written anew where it is damaged, missing, or more is known of the layer than it says.
     """
@@ -204,7 +224,7 @@ def _others(
     made = {}
     ones = _ones(checkpoint, [f"{layer}.scale_input" for layer in stored.layers])
     for name, layer in stored.layers.items():
-        done = name in quantized or layer.kind == "fp8_blocks"
+        done = name in anew or layer.kind == "fp8_blocks"
         for suffix in (*layer.read, *layer.ignored):
             key = f"{name}.{suffix}"
             # ComfyUI, too, takes an input scale of one in the old files for none.
