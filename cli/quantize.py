@@ -14,6 +14,7 @@ from ..checkpoint.file.resume import PART
 from ..checkpoint.identify.components import DIFFUSION_MODEL
 from ..checkpoint.identify.dialects import AUTO
 from ..checkpoint.verify.found import Verification, summary, worst_layers
+from ..checkpoint.verify.quality import quality_card
 from ..checkpoint.verify.verify import verify as verify_files
 from ..checkpoint.write.card import calibration_text, lora_text
 from ..checkpoint.write.estimate import estimate
@@ -77,6 +78,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the quantised checkpoint")
     add_source(parser, "SOURCE")
     parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the errors by block and layer type")
+    parser.add_argument("--card", type=Path, metavar="OUT", help="write the errors by block and layer type as Markdown")
     parser.add_argument("--worst", type=count, default=10, metavar="N", help="how many layers to list (default 10)")
     add_lora(parser, "a LoRA that was folded in")
     text = "a calibration file of SOURCE: layers are judged by their outputs"
@@ -178,6 +180,7 @@ def _less(record: dict[str, Any]) -> str:
 def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the verification, whether nothing is wrong)."""
     check_ending(args.png, ".png")
+    check_ending(args.card, ".md")
     with console.progress(f"Verifying {Path(args.file).name}", amount=size) as progress:
         found = verify_files(
             args.file, args.source, dialect=args.dialect, loras=args.lora, calibration=args.calibration,
@@ -188,13 +191,16 @@ def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
         from ..measure.media import encode_png
 
         write_file(args.png, encode_png(verification_picture(found)))
+    if args.card:
+        write_file(args.card, quality_card(found, args.png.name if args.png else "").encode())
     console.say(summary(found))
     _say_worst(found, console, args.worst)
-    if args.png:
-        console.say(f"Picture: {args.png}")
+    for what, path in (("Picture", args.png), ("Quality card", args.card)):
+        if path:
+            console.say(f"{what}: {path}")
     # Strict JSON has no infinity; a layer that decodes to it has one.
     record = json.loads(json.dumps(found.as_dict()), parse_constant=lambda _: None)
-    return record | {"png": str(args.png) if args.png else None}, found.ok
+    return record | {key: str(path) if (path := getattr(args, key)) else None for key in ("png", "card")}, found.ok
 
 
 def _say_worst(found: Verification, console: Console, count: int) -> None:

@@ -364,9 +364,10 @@ def _outputs_verdict(numbers: LayerError) -> str:
 
 
 def _lora_verdict(numbers: LayerError) -> str:
-    if numbers.lora is None or abs(numbers.lora - 1) <= LORA_ALLOWED + 5 * numbers.noise:
+    slack, plain = LORA_ALLOWED + 5 * numbers.noise, numbers.lora_plain
+    if numbers.lora is None or min(1.0, plain) - slack <= numbers.lora <= max(1.0, plain) + slack:
         return ""
-    return f"{numbers.lora:.2f} of what the LoRAs add is in it, expected 1: other strengths, or other LoRAs"
+    return f"{numbers.lora:.2f} of what the LoRAs add is in it, expected {plain:.2f}: other strengths, or other LoRAs"
 
 
 def _equal(a: memoryview, b: memoryview) -> bool:

@@ -28,7 +28,8 @@ class LayerError(NamedTuple):
     """``error``, ``allowed``: relative Frobenius norms; shares of ``saturated`` and of ``lost`` blocks; ``bad`` values.
 
     ``output``, ``output_plain``: relative error of the outputs, that of plain block maxima. ``lora``: share of the
-    LoRAs that is there; ``noise``: the standard deviation by which rounding blurs it.
+    LoRAs that is there; ``lora_plain``: that of block maxima, less than 1 where the source lies on a coarse grid itself
+    and rounding undoes small changes; ``noise``: the standard deviation by which rounding blurs either.
     """
 
     error: float
@@ -39,6 +40,7 @@ class LayerError(NamedTuple):
     output: float | None = None
     output_plain: float | None = None
     lora: float | None = None
+    lora_plain: float = 1.0
     noise: float = 0.0
 
 
@@ -58,7 +60,8 @@ def layer_error(
     device = rows.device
     off = plain = size = torch.zeros((), dtype=torch.float64, device=device)
     outputs = torch.zeros(3, dtype=torch.float64, device=device)
-    along = added = torch.zeros((), dtype=torch.float64, device=device)
+    along = torch.zeros(2, dtype=torch.float64, device=device)
+    added = torch.zeros((), dtype=torch.float64, device=device)
     saturated = lost = bad = torch.zeros((), dtype=torch.int64, device=device)
     amax = rows.amax()
     if not torch.isfinite(amax):
@@ -84,7 +87,8 @@ def layer_error(
             outputs += torch.stack([gptq.output_error(part, gram) for part in parts])
         if rows.delta is not None:
             change = rows.delta.rows(start, start + height)
-            along, added = along + ((decoded - values) * change).sum(dtype=torch.float64), added + energy(change)
+            along += torch.stack([((v - values) * change).sum(dtype=torch.float64) for v in (decoded, again)])
+            added = added + energy(change)
         blocks = torch.nn.functional.pad(values, (0, -width % BLOCK)).unflatten(1, (-1, BLOCK)).abs().amax(-1)
         zero = torch.nn.functional.pad(decoded, (0, -width % BLOCK)).unflatten(1, (-1, BLOCK)).abs().amax(-1) == 0
         saturated = saturated + (blocks > 1.01 * E2M1_MAX * E4M3_MAX * global_scale).sum()
@@ -95,9 +99,10 @@ def layer_error(
     found = LayerError(error, allowed, saturated.item() / count, lost.item() / count, bad.item())
     if gram is not None:
         found = found._replace(output=ratio(outputs[0], outputs[2]), output_plain=ratio(outputs[1], outputs[2]))
-    if added.item() > 0 and math.isfinite(along.item()):
+    if added.item() > 0 and torch.isfinite(along).all():
+        shares = (1 + along / added).tolist()
         noise = ratio(off, added) / math.sqrt(rows.shape[0] * rows.shape[1])
-        found = found._replace(lora=1 + along.item() / added.item(), noise=noise)
+        found = found._replace(lora=shares[0], lora_plain=shares[1], noise=noise)
     return found
 
 
