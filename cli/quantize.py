@@ -16,7 +16,8 @@ from ..checkpoint.identify.dialects import AUTO
 from ..checkpoint.verify.found import Verification, summary, worst_layers
 from ..checkpoint.verify.quality import quality_card
 from ..checkpoint.verify.verify import verify as verify_files
-from ..checkpoint.write.card import calibration_text, lora_text
+from ..checkpoint.write.budget import PRESETS
+from ..checkpoint.write.card import budget_text, calibration_text, curve_rows, lora_text
 from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import QUALITIES, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
@@ -62,6 +63,11 @@ def quantize(parser: argparse.ArgumentParser) -> None:
         help="a calibration file, or mean squares of each layer's inputs as safetensors; with --quality best both "
         "weight the search by the mean squares",
     )
+    parser.add_argument(
+        "--budget", default="", metavar="SIZE",
+        help=f"{', '.join(PRESETS)}, or a size such as 20GB: with --calibration the layers whose outputs gain most are "
+        "kept or written in FP8, as many as this size of the file allows; --estimate shows what sizes buy",
+    )  # fmt: skip
     add_lora(parser, "a LoRA to fold into the weights before they are packed")
     add_target(parser, "a file that exists")
     _add_device(parser)
@@ -118,6 +124,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         calibration=args.calibration,
         config_from=args.config_from,
         loras=tuple(args.lora),
+        budget=args.budget,
     )  # fmt: skip
     device = _device(args.device)
     if args.estimate:
@@ -139,6 +146,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         ("layers", f"{record['layers']:,} in NVFP4, {sum(record['kept'].values()):,} kept (recipe {record['recipe']})"),
         *(("LoRA", lora_text(lora)) for lora in record["loras"]),
         *_calibration(record),
+        *_budget(record),
         ("card", record["card"]),
         ("time", f"{record['seconds']:.1f} s{resumed}"),
     ]
@@ -157,14 +165,22 @@ def _say_estimate(found: dict[str, Any], console: Console, target: Path) -> None
         ("layers", f"{found['layers']:,} to NVFP4 (recipe {found['recipe']}: {found['why']})"),
         *(("LoRA", lora_text(lora)) for lora in found["loras"]),
         *_calibration(found),
+        *_budget(found),
         *((f"keeps {count:,}", reason) for reason, count in found["kept"].items()),
     ]  # fmt: skip
     console.table((), rows, "<<", indent=0)
+    if curve := curve_rows(found):
+        console.say()
+        console.table(curve[0], curve[1:], ">>>>", indent=0)
     console.say(f"Nothing was written to {target}.")
 
 
 def _calibration(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [("calibration", calibration_text(record).partition(": ")[2])] if record["calibration"] else []
+
+
+def _budget(record: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("budget", text)] if (text := budget_text(record)) else []
 
 
 def _say_warnings(record: dict[str, Any], console: Console) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..checkpoint.identify.components import DIFFUSION_MODEL, REST
+from ..checkpoint.write.budget import PRESETS
 from ..checkpoint.write.card import text_of
 from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import QUALITIES, QuantizeSettings
@@ -44,14 +45,10 @@ class NVFP4Quantize(io.ComfyNode):
                 io.Boolean.Input("estimate_only", default=False, tooltip="Tell size and time, write nothing."),
                 io.String.Input("name", default="", tooltip="Of the new file; empty: that of the checkpoint."),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file that exists."),
-                io.Combo.Input(
-                    "recipe", options=list(FAMILIES), default=AUTO, optional=True, advanced=True,
-                    tooltip="Which layers; auto goes by the tensors.",
-                ),
-                io.Int.Input(
-                    "keep_first_last", default=-1, min=-1, max=64, optional=True, advanced=True,
-                    tooltip="Blocks kept at either end; -1: as the recipe.",
-                ),
+                io.Combo.Input("recipe", options=list(FAMILIES), default=AUTO, optional=True, advanced=True,
+                               tooltip="Which layers; auto goes by the tensors."),
+                io.Int.Input("keep_first_last", default=-1, min=-1, max=64, optional=True, advanced=True,
+                             tooltip="Blocks kept at either end; -1: as the recipe."),
                 io.String.Input(
                     "keep", default="", multiline=True, optional=True, advanced=True,
                     tooltip="Regular expressions, one a line: layers whose names they match are kept.",
@@ -75,6 +72,9 @@ class NVFP4Quantize(io.ComfyNode):
                                tooltip="Of that LoRA."),
                 io.String.Input("more_loras", default="", multiline=True, optional=True, advanced=True,
                                 tooltip="Further LoRAs to fold in, one a line: name of the file = strength."),
+                io.String.Input("budget", default="", optional=True, advanced=True,
+                                tooltip=f"With a calibration: {', '.join(PRESETS)}, or a size such as 20GB, spent on "
+                                "layers whose outputs gain most; empty: none."),
             ],
             outputs=[io.String.Output("file", display_name="file"), io.String.Output("report", display_name="report")],
             hidden=[io.Hidden.unique_id],
@@ -95,7 +95,7 @@ class NVFP4Quantize(io.ComfyNode):
     def execute(
         cls, file_name, contents, quality, protect_audio, protect_cross_attention, estimate_only, name, overwrite,
         recipe=AUTO, keep_first_last=-1, keep="", keep_non_finite=False, config_from=SAME_FILE,
-        calibration=NO_CALIBRATION, lora=NO_LORA, lora_strength=1.0, more_loras="",
+        calibration=NO_CALIBRATION, lora=NO_LORA, lora_strength=1.0, more_loras="", budget="",
     ) -> io.NodeOutput:  # fmt: skip
         edges = None if keep_first_last < 0 else keep_first_last
         options = Options(protect_audio, protect_cross_attention, edges, tuple(keep.split()))
@@ -103,7 +103,7 @@ class NVFP4Quantize(io.ComfyNode):
         settings = QuantizeSettings(
             recipe, options, contents == MODEL_ONLY, QUALITIES[quality], keep_non_finite, statistics,
             config_from=files.optional_path(config_from, ALL_FOLDERS),
-            loras=files.lora_paths(lora, lora_strength, more_loras),
+            loras=files.lora_paths(lora, lora_strength, more_loras), budget=budget.strip(),
         )  # fmt: skip
         part = DIFFUSION_MODEL if settings.only_model else REST
         target = files.output_targets(file_name, name, [part])[part].removesuffix(f"_{part}.safetensors")

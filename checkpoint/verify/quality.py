@@ -35,8 +35,8 @@ def quality_card(found: Verification, picture: str = "") -> str:
     return "\n".join(
         [
             *head,
-            "Errors are relative; those of a group are root mean squares, in which each layer counts alike. *Before* is",
-            "what plain block maxima give, as other tools write them.",
+            "Errors are relative; those of a group are root mean squares, in which each layer counts alike. *Before*",
+            "is what plain block maxima give, as other tools write them.",
             "",
             *_table("layer type", [(kind, kinds[kind]) for kind in sorted(kinds)]),
             *_table("block", [(str(block), blocks[block]) for block in order]),

@@ -130,7 +130,8 @@ def _card_text(record: Mapping[str, Any]) -> str:
         [
             f"# {markdown(record['file'])}",
             "",
-            f"{family} with {record['layers']:,} layers in NVFP4, for ComfyUI.",
+            f"{family} with {record['layers']:,} layers in NVFP4"
+            f"{', ' + format(record['fp8'], ',') + ' in FP8' if record['fp8'] else ''}, for ComfyUI.",
             "",
             "## Before you judge it",
             "",
@@ -147,6 +148,7 @@ def _card_text(record: Mapping[str, Any]) -> str:
             *(f"| LoRA folded in | {lora_text(lora)}, sha256 `{lora['sha256']}` |" for lora in record["loras"]),
             f"| made by | {record['tool']}, recipe {markdown(record['recipe'])} ({markdown(record['why'])}) |",
             *([f"| options | {options} |"] if options else []),
+            *([f"| budget | {markdown(budget_text(record))} |"] if record.get("budget") else []),
             f"| scales | {search}{weighted} |",
             *([f"| calibration | {markdown(record['calibration'])}: {calibrated} |"] if calibrated else []),
             f"| licence | {licence} |",
@@ -180,10 +182,31 @@ def text_of(record: Mapping[str, Any]) -> str:
         lines += [f"time: about {record['seconds'] / 60:.1f} min", f"free on disk: {free}"]
     lines += [f"layers: {record['layers']:,} in NVFP4, recipe {record['recipe']}: {record['why']}"]
     lines += [f"LoRA folded in: {lora_text(lora)}" for lora in record["loras"]]
+    if record.get("budget"):
+        lines += [f"budget {budget_text(record)}", *("  ".join(row) for row in curve_rows(record))]
     lines += [calibration_text(record)] if record["calibration"] else []
     lines += [f"kept: {count:,} {reason}" for reason, count in record["kept"].items()]
     lines += [f"warning: {text}" for text in record["warnings"]]
     return report(lines)
+
+
+def budget_text(record: Mapping[str, Any]) -> str:
+    """Record of a file, or of an estimate, with a byte budget -> what was bought with it; "" without."""
+    if not (found := record.get("budget")):
+        return ""
+    first = found["curve"][0]["error"]
+    formats = f"{found['fp8']:,} in FP8 and {found['whole']:,} as in the source"
+    errors = f"squared error of outputs {found['error']:.5f} where all in NVFP4 would have {first:.5f} by the plain search"
+    return f"{found['asked']}: of {found['layers']:,} calibrated layers {formats}, mean {errors}"
+
+
+def curve_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Such a record -> rows of a table, its heading first: what files of other sizes would be; empty without."""
+    rows = [
+        (size_text(round(point["nbytes"])), f"{point['error']:.5f}", f"{point['fp8']:,}", f"{point['whole']:,}")
+        for point in (record.get("budget") or {"curve": ()})["curve"]
+    ]
+    return [("size", "error of outputs", "in FP8", "as in the source"), *rows] if rows else []
 
 
 def lora_text(lora: Mapping[str, Any]) -> str:

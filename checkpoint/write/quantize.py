@@ -27,11 +27,13 @@ from ..file.resume import PartFile, discard, left_behind
 from ..file.shards import Source
 from ..identify import dialects
 from ..identify.values import check_layer
+from .budget import spend
 from .card import PROVENANCE, provenance, write_card
 from .lora import Deltas, hash_of, merged
 from .pack import Packer
-from .plan import QuantizePlan, QuantizeSettings, nvfp4_marker, plan_quantization
+from .plan import QuantizePlan, QuantizeSettings, plan_quantization
 from .split import check_targets
+from .units import fp8_marker, nvfp4_marker, quantize_fp8
 from .weights import FloatRows, non_finite
 
 OnStep = Callable[[int, int], None]
@@ -57,8 +59,8 @@ def quantize_checkpoint(
     step = on_step or (lambda done, total: None)
     plan = plan_quantization(source, settings)
     guard = SourceGuard(plan.checkpoint)
-    if settings.keep_non_finite:
-        plan = _without_non_finite(plan, source, device, step)
+    bad = _not_finite(plan, device, step) if settings.keep_non_finite else frozenset()
+    plan = plan_quantization(source, settings, bad) if bad else plan
     request = _request(plan, guard)
     sources = [file.path for file in plan.checkpoint.files]
     sources += [file.path for lora in plan.loras for file in lora.checkpoint.files]
@@ -67,6 +69,8 @@ def quantize_checkpoint(
         return _finish(path, left)
     check_targets(plan.checkpoint.header, {"": target}, sources, base, overwrite)
     _check_sidecar(path)
+    if settings.budget:
+        plan = spend(plan, source, bad, device, lambda: step(0, 1))
     if base is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -148,6 +152,8 @@ def _stream(
                 if (job := plan.jobs.get(name)) is not None:
                     rows = FloatRows(reader, job, packer.device, view, delta)
                     data = _quantised(plan, reader, rows, packer, on_bytes, done)
+                elif (job := plan.fp8.get(name)) is not None:
+                    data = _in_fp8(plan, FloatRows(reader, job, packer.device, view, delta))
                 elif (job := plan.restored.get(name)) is not None:
                     data = [_restored(plan, FloatRows(reader, job, packer.device, view, delta))]
                 elif delta is not None:
@@ -183,6 +189,15 @@ def _bytes(planned: PlannedTensor, made: torch.Tensor) -> memoryview:
     return produce_bytes(replace(planned, produce=lambda: made), Path(planned.name))
 
 
+def _in_fp8(plan: QuantizePlan, rows: FloatRows) -> list[memoryview]:
+    """The bytes of an FP8 layer's three tensors."""
+    amax = rows.amax()
+    coded = torch.cat([quantize_fp8(values, amax)[0].cpu() for _, values in rows])
+    marker = torch.tensor(list(fp8_marker()), dtype=torch.uint8)
+    tensors = zip(plan.units[rows.weight.name], (coded, quantize_fp8(amax, amax)[1].cpu(), marker), strict=True)
+    return [_bytes(planned, made) for planned, made in tensors]
+
+
 def _restored(plan: QuantizePlan, rows: FloatRows) -> memoryview:
     """The bytes of a weight in BF16, for a layer that is kept but has a format ComfyUI does not know."""
     made = torch.cat([values.to(torch.bfloat16).cpu() for _, values in rows])
@@ -193,12 +208,12 @@ class _NonFinite(CheckpointError):
     """Weights that no format can hold."""
 
 
-def _without_non_finite(plan: QuantizePlan, source, device: torch.device, step: OnStep) -> QuantizePlan:
-    """The plan with every layer kept that holds NaN or infinity; reads all layers once."""
+def _not_finite(plan: QuantizePlan, device: torch.device, step: OnStep) -> frozenset[str]:
+    """The layers to be quantised that hold NaN or infinity, without prefix; reads all of them once."""
     with Source(plan.checkpoint) as reader:
         bad = non_finite(reader, plan.jobs, device, lambda: step(0, 1))
     own = dict(zip(plan.jobs, plan.selection.quantized, strict=True))
-    return plan_quantization(source, plan.settings, frozenset(own[name] for name in bad)) if bad else plan
+    return frozenset(own[name] for name in bad)
 
 
 def _request(plan: QuantizePlan, guard: SourceGuard) -> str:
