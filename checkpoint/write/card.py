@@ -196,8 +196,8 @@ def budget_text(record: Mapping[str, Any]) -> str:
         return ""
     first = found["curve"][0]["error"]
     formats = f"{found['fp8']:,} in FP8 and {found['whole']:,} as in the source"
-    errors = f"squared error of outputs {found['error']:.5f} where all in NVFP4 would have {first:.5f} by the plain search"
-    return f"{found['asked']}: of {found['layers']:,} calibrated layers {formats}, mean {errors}"
+    errors = f"mean squared error of outputs {found['error']:.5f} where all in NVFP4 would have {first:.5f}"
+    return f"{found['asked']}: of {found['layers']:,} calibrated layers {formats}, {errors}, by the plain search"
 
 
 def curve_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
