@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What calibrating costs on a GPU: by how much a step gets longer while inputs are counted, and GPTQ's time and memory.
 
-1. GPTQ's result on the GPU beside the CPU's, on a small layer: error of held-out outputs, share of equal bytes.
-2. A step of LTX-2.3 in BF16 in a real ComfyUI, random weights in the released shapes, as it is and with NVFP4 Calibrate's
-   wrapper at several block widths, rows taking turns; memory of the sums; whether latents keep their bits.
+1. GPTQ's result on the GPU beside the CPU's, on a small layer: held-out error, share of equal bytes.
+2. A step of LTX-2.3 in BF16 in a real ComfyUI, random weights in the released shapes, as it is and with the wrapper of
+   NVFP4 Calibrate at several block widths, rows taking turns; memory of the sums; whether latents keep their bits.
 3. GPTQ as ``quantize --quality calibrated`` runs it (search, trials of dampings, the whole weight, judgement) on every
    shape that the recipe packs, once each, the first run of a shape not counted; times and peaks above weight and sums.
    From the number of layers of each shape follows the time of the whole model.

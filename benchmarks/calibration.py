@@ -42,10 +42,11 @@ def collect(texts: list[str]) -> Any:
 
 
 def blocks(gram: Any, width: int) -> Any:
-    """(1, K, K) -> (K / width, width, width)."""
+    """(1, K, K) -> (G, width, width), the last one padded with zeros."""
     import torch
 
     width = min(width, gram.shape[1])
+    gram = torch.nn.functional.pad(gram, (0, -gram.shape[1] % width, 0, -gram.shape[1] % width))
     return torch.stack([gram[0, at : at + width, at : at + width] for at in range(0, gram.shape[1], width)])
 
 
