@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ComfyUI itself makes of LoRA files that are folded in here, as one line of JSON; run by test_fold_lora_host.py.
+"""What ComfyUI itself makes of LoRA files that are folded in here, and of files of mixed formats, as one line of JSON.
+
+Run by test_fold_lora_host.py.
 
 usage: <the host's python> fold_lora_in_process.py <empty folder>, in the folder of a ComfyUI checkout
 """
@@ -108,6 +110,28 @@ def end_to_end(scene, paths: list[str]) -> dict:
     }  # fmt: skip
 
 
+def mixed(scene, paths: list[str]) -> dict:
+    """Calibrated while stock's model samples, a file by GPTQ with a byte budget; stock's latents of it and ours."""
+    plan, verify = load("nvfp4_video.checkpoint.write.plan"), load("nvfp4_video.checkpoint.verify.verify")
+    source, made, known = scene.path(SOURCE), scene.path("mixed"), str(scene.folder / "calibration.safetensors")
+    patcher = scene.stock(SOURCE).clone()
+    plain = scene.sample(scene.stock(SOURCE))
+    load("nvfp4_video.host.compute.calibrate").collect(patcher, source, known, 10**8, overwrite=False)
+    same = load("torch").equal(scene.sample(patcher), plain)
+    for _ in range(3):  # a clip is a few tokens
+        scene.sample(patcher, steps=8)
+    settings = plan.QuantizeSettings(search=plan.GPTQ, calibration=known, budget="balanced")
+    record = load("nvfp4_video.checkpoint.write.quantize").quantize_checkpoint(source, made, settings)
+    found = verify.verify(made, source, calibration=known)
+    stock, ours = (scene.sample(loader("mixed")) for loader in (scene.stock, scene.ours))
+    return {
+        "same": same, "ok": found.ok, "report": load("nvfp4_video.checkpoint.verify.found").summary(found),
+        "fp8": record["fp8"], "whole": record["budget"]["whole"], "layers": record["layers"], "gptq": record["gptq"],
+        "nbytes": record["nbytes"], "smallest": record["budget"]["curve"][0]["nbytes"],
+        "stock": error(stock, plain), "ours": error(ours, plain), "apart": error(ours, stock),
+    }  # fmt: skip
+
+
 def main(folder: Path) -> None:
     sys.path.insert(1, str(Path(__file__).resolve().parent))
     in_process = load("in_process")
@@ -120,7 +144,7 @@ def main(folder: Path) -> None:
             scene.path(SOURCE), SOURCE, scene.state, scene.config, scene.packed
         )
         paths = write_loras(scene)
-        for topic in (sums, end_to_end):
+        for topic in (sums, end_to_end, mixed):
             try:
                 facts[topic.__name__] = topic(scene, paths)
             except Exception:

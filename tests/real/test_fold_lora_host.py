@@ -41,3 +41,12 @@ def test_the_file_is_source_and_loras_within_what_its_format_costs(facts: dict):
     assert found["layers"] > 10 and found["worst"] < 0.1
     # Latents of stock's loader and of ours are the same, and move with the LoRAs as those of ComfyUI's LoRA do.
     assert found["finite"] and found["equal"] and found["folded"] < 0.5, found
+
+
+def test_a_file_of_nvfp4_fp8_and_bf16_by_calibration_and_budget_loads_and_samples_alike_in_both(facts: dict):
+    found = of(facts, "mixed")
+    assert found["same"], "collecting must not change what is sampled"
+    assert found["ok"], found["report"]
+    assert found["layers"] and found["fp8"] and found["nbytes"] <= 1.1 * found["smallest"]
+    assert found["gptq"]["taken"] + found["gptq"]["worse"] + found["gptq"]["unseen"] == found["layers"]
+    assert found["apart"] < 0.1 * found["stock"] and found["ours"] < 0.2, found
