@@ -3,9 +3,11 @@
 # The first target run makes .venv and installs requirements-dev.lock and .txt into it. `make test PY=/path/to/python` uses an
 # interpreter of your own instead. ARGS goes to the command: make test ARGS="-k dialects".
 # COMFYUI_PATH=<checkout> adds the tests that boot a real ComfyUI, with COMFYUI_PYTHON or the checkout's own venv.
+# The whole suite runs in JOBS processes, each with one thread for torch; what ARGS chooses runs in one, where -s and --pdb work.
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 
 ifdef PY
 setup :=
@@ -20,7 +22,7 @@ demo: $(setup)
 	$(PY) . demo $(ARGS)
 
 test: $(setup)
-	$(PY) -m pytest -q -rs $(ARGS)
+	$(if $(ARGS),,OMP_NUM_THREADS=1) $(PY) -m pytest -q -rs $(if $(ARGS),$(ARGS),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 lint: $(setup)
 	$(PY) -m ruff check . $(ARGS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time a denoising step of the whole LTX-2.3 DiT in a real ComfyUI: stock BF16, stock NVFP4 and this pack, side by
-side, the pack also with `fp8` compute, without CUDA graphs, with attention by trial, and compiled by ComfyUI's
-TorchCompileModel (--rows).
+side, the pack also with `fp8` compute, in all steps or not in the first and last, without CUDA graphs, with attention
+by trial, and compiled by ComfyUI's TorchCompileModel (--rows).
 
 One process holds all models on the GPU. The weights are random, the tensor names and shapes the released ones,
 the quantised layers those of the published files (every Linear of all blocks but the first and last two). ComfyUI is
@@ -41,11 +41,13 @@ ROWS = {
     "fp8-eager": "ours NVFP4, fp8, no graphs",
     "ours-attention": "ours NVFP4, attention auto",
     "fp8-attention": "ours NVFP4, fp8, attention auto",
+    "fp8-schedule": "ours NVFP4, fp8, first and last step bf16",
     "bf16-compiled": "stock BF16, compiled",
     "ours-compiled": "ours NVFP4, compiled",
     "fp8-compiled": "ours NVFP4, fp8, compiled",
 }
 EQUAL = (("stock", "ours"), ("ours-eager", "ours"), ("fp8-eager", "fp8"))  # rows whose latents must have the same bits
+ROUNDED = {"fp8", "fp8-schedule", "ours-attention", "fp8-attention"}  # rows compared with `ours` by relative error
 MARKER = json.dumps({"format": "nvfp4"}).encode()
 STARTED = time.perf_counter()
 
@@ -105,7 +107,7 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
 
         device = "cpu" if options.cpu else "cuda"
         state = {key: random_weight(key, shape, device).cpu() for key, shape in keys.items()}
-        _empty_cache()
+        empty_cache()
         say(f"built {sum(tensor.nbytes for tensor in state.values()) / 1e9:.2f} GB of BF16 weights")
         metadata = {"config": json.dumps({"transformer": config})}
         return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=options.no_dynamic)
@@ -119,12 +121,16 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
         str(path), compute, backend=options.backend, disable_dynamic=options.no_dynamic, attention=attention
     )
     say(str(report))
+    if row.endswith("-schedule"):
+        from nvfp4_video.host.compute import schedule
+
+        say(schedule.use_schedule(patcher, schedule.FIRST_AND_LAST))
     if row.endswith("-eager"):
         in_process.without_graphs(patcher)
     return patcher
 
 
-def _empty_cache() -> None:
+def empty_cache() -> None:
     import torch
 
     gc.collect()
@@ -219,7 +225,7 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
                 again = functools.partial(in_process.sample, patchers[first], size, config, frames, seed=1 + rep)
                 latents.append(compare(outputs, first, second, lambda again=again: again()[1]))
                 say(f"{size} repetition {rep + 1}: {ROWS[second]} against {ROWS[first]} {latents[-1]}")
-        for name in outputs.keys() & {"fp8", "ours-attention", "fp8-attention"} if "ours" in outputs else ():
+        for name in outputs.keys() & ROUNDED if "ours" in outputs else ():
             pairs = zip(outputs[name], outputs["ours"], strict=True)
             errors.append({"row": ROWS[name], "video, audio": [relative_error(*pair) for pair in pairs]})
             say(f"{size} repetition {rep + 1}: latents against bf16 compute with ComfyUI's attention {errors[-1]}")
@@ -244,7 +250,7 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
     keys, config = recorded_model(options.layers, options.tiny)
     path = scratch / "ltx23-nvfp4.safetensors"
     layers = write_nvfp4(path, keys, config, device)
-    _empty_cache()
+    empty_cache()
     written = path.stat().st_size / 1e9
     say(f"wrote {written:.2f} GB, {config['num_layers']} blocks, {len(layers)} NVFP4 Linears, to {scratch}")
     result: dict[str, Any] = {"facts": found, "file_gb": written, "quantised": len(layers)}

@@ -11,6 +11,7 @@ from .model import NVFP4ModelLoader
 from .plan import NVFP4DistilledSettings, NVFP4Planner
 from .quantize import NVFP4Quantize
 from .repair import NVFP4Repair
+from .schedule import NVFP4ComputeSchedule
 from .text_encoder import NVFP4TextEncoderLoader
 from .vae import NVFP4VAELoader
 from .verify import NVFP4Verify
@@ -20,6 +21,7 @@ NODES = [
     NVFP4VAELoader,
     NVFP4TextEncoderLoader,
     NVFP4Attention,
+    NVFP4ComputeSchedule,
     NVFP4Inspect,
     NVFP4Split,
     NVFP4Calibrate,

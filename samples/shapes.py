@@ -105,6 +105,15 @@ def rates(count: int) -> Prompt:
     return prompt
 
 
+def silent(count: int) -> Prompt:
+    """The same without sound, where two frame rates may be meant: nothing to say, of any of the films."""
+    prompt = rates(count)
+    for name, entry in prompt.items():
+        if name.startswith("s") and name[1:].isdecimal():
+            entry["inputs"]["latent_image"] = ["video", 0]
+    return prompt
+
+
 def reroutes(count: int) -> Prompt:
     """A chain of reroutes and decided switches."""
     prompt = clip() | _chain(count, ["latent", 0], lambda before: {"class_type": "Reroute", "inputs": {"": before}})
@@ -143,7 +152,7 @@ def cycles(count: int) -> Prompt:
 
 PROMPTS: Mapping[str, Callable[[int], Prompt]] = {
     made.__name__: made
-    for made in (clips, primitives, schedules, loras, samplers, rates, reroutes, star, files, cycles)
+    for made in (clips, primitives, schedules, loras, samplers, rates, silent, reroutes, star, files, cycles)
 }
 
 KINDS = (

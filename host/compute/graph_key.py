@@ -26,6 +26,7 @@ _WITHOUT_EFFECT = frozenset((
     residency.PREFETCH_FLAG,
 ))  # fmt: skip
 _EFFECTIVE = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn", "stg_skip_self_attn")  # ... and these do.
+SCHEDULED = "nvfp4_video.compute"  # the mode in which this step's layers compute, if it is not their own (schedule.py)
 _EMPTY: dict = {}
 
 
@@ -39,7 +40,7 @@ def host_class(name: str) -> type | None:
 
 def strange(options: Mapping) -> list[str]:
     """Names of the options that might change what a block computes in a way this module does not see."""
-    known = (*_WITHOUT_EFFECT, *_EFFECTIVE)
+    known = (*_WITHOUT_EFFECT, *_EFFECTIVE, SCHEDULED)
     found = [
         name
         for name, value in options.items()
@@ -57,7 +58,7 @@ def _is_nothing(value: Any) -> bool:
 def of_call(arguments: Mapping, tensors: list[torch.Tensor]) -> tuple | None:
     """A block's arguments -> what a graph of them depends on, or None; ``tensors`` receives those but ``img``."""
     options = arguments["transformer_options"]
-    found: list[Any] = [tuple(options.get(name) for name in _EFFECTIVE), *_attention(options)]
+    found: list[Any] = [tuple(options.get(name) for name in (*_EFFECTIVE, SCHEDULED)), *_attention(options)]
     found += [_kind(tensor, []) for tensor in arguments["img"]]
     for name, value in arguments.items():
         if name not in ("img", "transformer_options"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import machine, settings, trials
+from . import machine, replaced, settings, trials
 from .facts import Fact, why
 
 SOFTWARE, GPU, NVFP4, MEMORY, OFFLOADING, CRASHES = "Software", "GPU", "NVFP4", "Memory", "Offloading", "Known crashes"
@@ -68,6 +68,10 @@ _QUESTIONS: dict[str, tuple[str, str, str, Callable[[], tuple[object, str]]]] = 
     "joint_noise_crash": (
         CRASHES, "Noise for joint audio and video", "tried, if replaced: comfy.sample.prepare_noise",
         trials.joint_noise_crash,
+    ),
+    "joint_sampling_crash": (
+        CRASHES, "Joint audio and video through other packs' functions", "tried, if replaced: comfy.sample, "
+        "comfy.samplers, comfy.k_diffusion.sampling", replaced.joint_sampling_crash,
     ),
     "replaced_sampling": (
         CRASHES, "Sampling functions of other packs", "comfy.sample, comfy.samplers", trials.replaced_sampling

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from .facts import Unknown, comfy, module
@@ -29,6 +31,8 @@ _SAMPLING = (
     ("comfy.samplers", "CFGGuider", "outer_sample"),
     ("comfy.samplers", "CFGGuider", "inner_sample"),
 )
+_SAMPLERS = "comfy.k_diffusion.sampling"
+_DEFINITION = re.compile(r"^def (sample_\w+)\(", re.MULTILINE)
 _VIDEO, _AUDIO = (1, 2, 2, 2, 2), (1, 2, 3, 2)  # shapes of a joint latent, small
 _tried: list[tuple[Any, tuple[bool, str]]] = []  # the last function tried, and what came of it
 
@@ -79,10 +83,9 @@ def joint_noise_crash() -> tuple[bool, str]:
     not tried. A trial runs once a function, since it seeds torch's generators, which are put back, and never beside a
     prompt, whose noise that could change.
     """
-    replaced = {name: function for name, function in _replaced() if name == "comfy.sample.prepare_noise"}
-    if not replaced:
+    function = dict(replaced()).get("comfy.sample.prepare_noise")
+    if function is None:
         return False, "no, it is ComfyUI's own"
-    (function,) = replaced.values()
     if not (_tried and _tried[0][0] is function):
         _tried[:] = [(function, _try_noise(function))]
     return _tried[0][1]
@@ -90,7 +93,7 @@ def joint_noise_crash() -> tuple[bool, str]:
 
 def replaced_sampling() -> tuple[tuple[tuple[str, str], ...], str]:
     """(Function of the host, whose code stands in its place), ... -- named, not judged."""
-    found = tuple((name, origin(function)) for name, function in _replaced())
+    found = tuple((name, origin(function)) for name, function in replaced())
     return found, ", ".join(f"{name} is {whose}'s" for name, whose in found) or "none"
 
 
@@ -105,9 +108,9 @@ def origin(function: Callable) -> str:
     return "/".join(parts[-2:])
 
 
-def _replaced() -> Iterator[tuple[str, Callable]]:
-    """Names and functions of ``_SAMPLING`` whose code is from another file than the module they stand in."""
-    for place, owner, name in _SAMPLING:
+def replaced() -> Iterator[tuple[str, Callable]]:
+    """Names and functions of the host's sampling whose code is from another file than the module they stand in."""
+    for place, owner, name in itertools.chain(_SAMPLING, ((_SAMPLERS, "", name) for name in sampler_functions())):
         host = sys.modules.get(place)  # what nobody has imported, nobody has replaced
         function = getattr(getattr(host, owner, None) if owner else host, name, None)
         own = getattr(host, "__file__", None)
@@ -116,6 +119,20 @@ def _replaced() -> Iterator[tuple[str, Callable]]:
         code = _code(function)
         if code is None or os.path.realpath(code.co_filename) != os.path.realpath(own):
             yield ".".join(filter(None, (place, owner, name))), function
+
+
+def sampler_functions() -> tuple[str, ...]:
+    """The host's own functions of k_diffusion, by name; packs add more to that module, which replace nothing."""
+    return _defined_in(getattr(sys.modules.get(_SAMPLERS), "__file__", None))
+
+
+@functools.lru_cache(maxsize=1)
+def _defined_in(file: str | None) -> tuple[str, ...]:
+    """The functions `sample_...` that a file defines."""
+    try:
+        return tuple(_DEFINITION.findall(Path(file).read_text(encoding="utf-8"))) if file else ()
+    except (OSError, UnicodeDecodeError):
+        return ()
 
 
 def _code(function: Any) -> Any:
@@ -132,12 +149,10 @@ def _code(function: Any) -> Any:
 
 
 def _try_noise(function: Callable) -> tuple[bool, str]:
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if getattr(getattr(server, "prompt_queue", None), "currently_running", None):
-        raise Unknown("another pack replaced it, and it is not tried while a prompt runs")
+    only_while_idle()
     torch, whose = module("torch"), origin(function)
     nested = comfy("nested_tensor").NestedTensor([torch.zeros(_VIDEO), torch.zeros(_AUDIO)])
-    with _generators_kept(torch):
+    with generators_kept(torch):
         if tuple(function(torch.zeros(_VIDEO), 0, None).shape) != _VIDEO:
             raise Unknown(f"{whose} makes noise of another shape for a plain latent too")
         try:
@@ -150,8 +165,15 @@ def _try_noise(function: Callable) -> tuple[bool, str]:
     return False, f"no, {whose} takes both"
 
 
+def only_while_idle() -> None:
+    """Raises Unknown beside a running prompt, whose noise a trial could change."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if getattr(getattr(server, "prompt_queue", None), "currently_running", None):
+        raise Unknown("another pack replaced it, and it is not tried while a prompt runs")
+
+
 @contextlib.contextmanager
-def _generators_kept(torch: Any) -> Iterator[None]:
+def generators_kept(torch: Any) -> Iterator[None]:
     """Whatever is seeded in here, torch's generators go on as before."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=list(gpus)):

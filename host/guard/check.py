@@ -172,6 +172,18 @@ def check_host(facts: Mapping[str, Any]) -> list[Finding]:
                 f"Update or disable {pack} to sample LTX-2 with sound.",
             )
         )
+    crash = fact("joint_sampling_crash") or ()
+    if crash:
+        packs = ", ".join(dict.fromkeys(whose.partition("/")[0] for _, whose in crash))
+        found.append(
+            Finding(
+                "replaced_sampling",
+                WARNING,
+                f"Sampling functions of {packs} in the place of ComfyUI's cannot take joint audio and video.",
+                f"{', '.join(f'{name} ({whose})' for name, whose in crash)}; tried with a joint latent.",
+                f"Update or disable {packs} to sample LTX-2 with sound.",
+            )
+        )
     cuda, capability = fact("torch_cuda"), fact("capability")
     able = isinstance(capability, tuple) and capability >= (10, 0) and is_nvidia(fact)
     if able and isinstance(cuda, tuple) and cuda < (13, 0):

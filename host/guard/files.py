@@ -91,7 +91,7 @@ def find_file(name: object, folders: tuple[str, ...]) -> str | None:
 
 def name_says_distilled(name: object) -> bool:
     """Whether a file's name says that the model, or what a LoRA makes of it, is a distilled one."""
-    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or "distil" not in name.lower():
         return False
     return _distilled_by(os.path.basename(name.replace("\\", "/")))
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 LEAST, MOST = 1e-9, 1e12  # no input of a node that the guard knows takes numbers beyond, and products stay finite
@@ -24,13 +25,18 @@ class Node(NamedTuple):
     inputs: Mapping[str, Any]
 
 
+# A prompt has thousands, and a named tuple's own way of making one takes twice as long.
+make_node = partial(tuple.__new__, Node)
+_make_link = partial(tuple.__new__, Link)
+
+
 def as_link(value: Any) -> Link | None:
     """``["<id>", slot]`` -> Link; None for everything else, a list of values included."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
     node, slot = value
     if type(node) is str and type(slot) is int:
-        return Link(node, slot)
+        return _make_link((node, slot))
     if type(node) is int and type(slot) is int and abs(node) < MOST:
         return Link(str(node), slot)
     return None

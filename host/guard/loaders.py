@@ -8,15 +8,17 @@ ComfyUI-MultiGPU, whose loaders take the inputs of the one whose name they begin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..files import VAE_FOLDERS
+from .files import name_says_distilled
 from .links import Node
 from .prompt_graph import PromptGraph
 
 OUR_MODEL_LOADER, OUR_VAE_LOADER = "NVFP4ModelLoader", "NVFP4VAELoader"
-_MULTI_GPU = re.compile(r"(?:Advanced)?(?:DisTorch2?)?MultiGPU$")
+_MULTI_GPU = "MultiGPU"
+_BEFORE_IT = re.compile(r"(?:Advanced)?(?:DisTorch2?)?MultiGPU$")
 _POWER_LORAS = "Power Lora Loader"
 _POWER_LORA = re.compile(r"lora_\d{1,4}")
 _MOST_LORAS = 64  # of one node
@@ -69,7 +71,8 @@ UPSCALER_LOADERS = {"LatentUpscaleModelLoader": Names(("model_name",), ("latent_
 
 def names_of(kind: str, table: Mapping[str, Names]) -> Names | None:
     """What a loader class names in its inputs; None for a class that is not of this table."""
-    return table.get(kind) or table.get(_MULTI_GPU.sub("", kind))
+    found = table.get(kind)
+    return found if found is not None or not kind.endswith(_MULTI_GPU) else table.get(_BEFORE_IT.sub("", kind))
 
 
 class Lora(NamedTuple):
@@ -79,19 +82,20 @@ class Lora(NamedTuple):
     strength: float | None
 
 
-def loras_of(graph: PromptGraph, node: Node) -> Iterator[Lora]:
-    """The LoRAs of a node: LoraLoader and its kin by their inputs, Power Lora Loader (rgthree) by its rows."""
-    name = graph.value(node.id, "lora_name")
-    if isinstance(name, str):
-        yield Lora(name, graph.number(node.id, "strength_model"))
+def distilling_loras(graph: PromptGraph, node: Node) -> list[Lora]:
+    """The LoRAs of a node whose names say that they distil: LoraLoader and its kin, rows of Power Lora Loader."""
+    found = []
+    if "lora_name" in node.inputs and name_says_distilled(name := graph.value(node.id, "lora_name")):
+        found.append(Lora(name, graph.number(node.id, "strength_model")))
     if not node.kind.startswith(_POWER_LORAS):  # of other nodes the inputs may be very many
-        return
+        return found
     rows = ((key, row) for key, row in node.inputs.items() if _is_row(key, row))
     for _, (_, row) in zip(range(_MOST_LORAS), rows, strict=False):
         strength = row.get("strength")
         known = isinstance(strength, (int, float)) and not isinstance(strength, bool) and abs(strength) < 1e6
-        if isinstance(row.get("lora"), str) and row.get("on") is True:
-            yield Lora(row["lora"], float(strength) if known else None)
+        if row.get("on") is True and name_says_distilled(row.get("lora")):
+            found.append(Lora(row["lora"], float(strength) if known else None))
+    return found
 
 
 def _is_row(key: Any, row: Any) -> bool:

@@ -9,13 +9,14 @@ one, so that all questions together cost a few visits a node, whatever the shape
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from .inputs import downscale_of, film_of, picture_of
-from .links import Link, Node, as_link
-from .values.evaluate import Values, as_number
+from .links import Link, Node, as_link, make_node
+from .values.evaluate import PLAIN, Values, as_number, link_or_literal
 from .values.latents import LATENTS
 from .values.numbers import CHOICES, NUMBERS
 from .values.pictures import PICTURES
@@ -36,20 +37,37 @@ class PromptGraph:
         self.nodes: dict[str, Node] = {}
         self._origins: dict[Link, Link | None] = {}
         for key, entry in prompt.items() if isinstance(prompt, Mapping) else ():
-            kind = entry.get("class_type") if _is_mapping(entry) else None
+            if type(entry) is not dict and not isinstance(entry, Mapping):  # the class itself is asked in no time
+                continue
+            kind, inputs = entry.get("class_type"), entry.get("inputs")
             if isinstance(kind, str) and isinstance(key, str) and len(kind) + len(key) <= _LONGEST_NAMES:
-                inputs = entry.get("inputs")
-                self.nodes[key] = Node(key, kind, inputs if _is_mapping(inputs) else {})
+                if type(inputs) is not dict and not isinstance(inputs, Mapping):
+                    inputs = {}
+                self.nodes[key] = make_node((key, kind, inputs))
         self._values = Values(self.nodes, ROWS, CHOICES, READERS)
 
     def of_kind(self, *kinds: str) -> list[Node]:
         """The nodes of these classes."""
         return [node for kind in kinds for node in self._by_kind.get(kind, ())]
 
+    def kinds(self) -> Iterable[str]:
+        """The classes that there are nodes of."""
+        return self._by_kind.keys()
+
     def source(self, node: str, name: str) -> Link | None:
         """Where an input's value is made, reroutes and decided switches skipped; None without such a node."""
         found = self.nodes.get(node)
         return self.origin(as_link(found.inputs.get(name))) if found is not None else None
+
+    def behind(self, node: Node, name: str) -> Node | None:
+        """The node of ``source``, where the output does not matter."""
+        given = node.inputs.get(name)
+        if type(given) is list and len(given) == 2 and type(given[0]) is str and type(given[1]) is int:
+            found = self.nodes.get(given[0])  # nearly always; the rest is as_link's to tell
+            if found is None or found.kind not in CHOICES:
+                return found
+        link = self.origin(as_link(given))
+        return self.nodes[link.node] if link is not None else None
 
     def origin(self, link: Link | None) -> Link | None:
         """A link -> the output it stands for, reroutes and decided switches skipped."""
@@ -84,14 +102,14 @@ class PromptGraph:
 
     def computed(self, node: str, name: str) -> Any:
         """As ``value``, and for what is no literal a record of values/: Picture, Video, Joint, Sigmas and so on."""
-        if node not in self.nodes:
+        found = self.nodes.get(node)
+        if found is None:
             return None
-        given = self.nodes[node].inputs.get(name)
-        if isinstance(given, Mapping):
-            given = given.get("__value__")
-        if (link := as_link(given)) is not None:
-            return self._values.at(link)
-        return None if isinstance(given, (list, tuple, Mapping)) else given
+        given = found.inputs.get(name)
+        if type(given) in PLAIN:
+            return given
+        link, literal = link_or_literal(given)
+        return self._values.at(link) if link is not None else literal
 
     def output(self, link: Link | None) -> Any:
         """What ``computed`` says of an input, of an output."""
@@ -108,7 +126,7 @@ class PromptGraph:
 
     def before(self, nodes: Iterable[str]) -> set[str]:
         """The nodes that these have links to."""
-        return {parent for node in nodes for parent in self._parents[node]}
+        return set(itertools.chain.from_iterable(map(self._parents.__getitem__, nodes)))
 
     def upstream(self, starts: Iterable[str]) -> set[str]:
         """All nodes that these need, themselves included."""
@@ -121,6 +139,8 @@ class PromptGraph:
     def restricted_to(self, targets: Iterable[str]) -> PromptGraph:
         """The part of the graph that these nodes need."""
         kept = self.upstream(targets)
+        if len(kept) == len(self.nodes):
+            return self
         part = PromptGraph(None)
         part.nodes = {name: node for name, node in self.nodes.items() if name in kept}
         part._values = self._values  # what a kept node needs is kept too, so that its values are the same
@@ -132,15 +152,24 @@ class PromptGraph:
 
         A node takes two values at most, so that each link is walked twice at most, cycles included.
         """
-        found: dict[str, set[Hashable]] = {}
-        waiting = [(node, value) for node, value in marks.items() if node in self.nodes]
+        first: dict[str, Hashable] = {}
+        second: dict[str, Hashable] = {}
+        waiting: list[tuple[Iterable[str], Hashable]] = [((node,), value) for node, value in marks.items()]
+        children = self._children
         while waiting:
-            node, value = waiting.pop()
-            known = found.setdefault(node, set())
-            if value not in known and len(known) < 2:
-                known.add(value)
-                waiting += [(child, value) for child in self._children[node]]
-        return found
+            nodes, value = waiting.pop()
+            for node in nodes:
+                if node not in first:
+                    if node not in children:
+                        continue
+                    first[node] = value
+                elif node in second or first[node] == value:
+                    continue
+                else:
+                    second[node] = value
+                if children[node]:
+                    waiting.append((children[node], value))
+        return {node: {value, second[node]} if node in second else {value} for node, value in first.items()}
 
     @cached_property
     def _by_kind(self) -> dict[str, list[Node]]:
@@ -150,17 +179,29 @@ class PromptGraph:
         return found
 
     @cached_property
-    def _parents(self) -> dict[str, list[str]]:
-        found = {}
-        for node in self.nodes.values():
+    def _parents(self) -> dict[str, tuple[str, ...]]:
+        found, nodes = {}, self.nodes
+        linked: list[str] = []
+        for node in nodes.values():
             given: Iterable[Any] = node.inputs.values()
             choice = CHOICES.get(node.kind)
             if choice is not None and choice.sides and (chosen := self._values.chosen(Link(node.id, 0))):
                 # The host runs no other side of a decided switch.
                 given = [value for name, value in node.inputs.items() if not str(name).startswith(choice.sides)]
                 given.append(chosen)
-            links = [link.node for value in given if (link := as_link(value)) is not None]
-            found[node.id] = [parent for parent in dict.fromkeys(links) if parent in self.nodes]
+            for value in given:
+                kind = type(value)
+                if kind in PLAIN:
+                    continue
+                if kind is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is int:
+                    linked.append(value[0])  # nearly always
+                elif (link := as_link(value)) is not None:
+                    linked.append(link.node)
+            if not linked:
+                found[node.id] = ()
+                continue
+            found[node.id] = tuple(dict.fromkeys(filter(nodes.__contains__, linked)))
+            linked.clear()
         return found
 
     @cached_property
@@ -172,16 +213,13 @@ class PromptGraph:
         return found
 
 
-def _is_mapping(value: Any) -> bool:
-    return type(value) is dict or isinstance(value, Mapping)  # asking the abstract class takes ten times as long
-
-
-def _reach(starts: Iterable[str], neighbours: Mapping[str, list[str]]) -> set[str]:
+def _reach(starts: Iterable[str], neighbours: Mapping[str, Sequence[str]]) -> set[str]:
     seen = {start for start in starts if start in neighbours}
     waiting = list(seen)
     while waiting:
         for found in neighbours[waiting.pop()]:
             if found not in seen:
                 seen.add(found)
-                waiting.append(found)
+                if neighbours[found]:
+                    waiting.append(found)
     return seen

@@ -8,7 +8,7 @@ does not tell give no finding.
 from __future__ import annotations
 
 from .rules_clip import audio_length, frame_rates, frames, size
-from .rules_host import audio_dtype, replaced_noise
+from .rules_host import audio_dtype, replaced_noise, replaced_sampling
 from .rules_joint import batches, old_model, swapped_streams, uncropped_guides, untold_rate
 from .rules_model import distilled, no_audio_latent, prefetch_crash, slow_nvfp4
 from .rules_tiles import tiles
@@ -17,5 +17,5 @@ from .rules_vae import confused_vaes, other_versions, wrong_vae
 RULES = (
     prefetch_crash, no_audio_latent, old_model, wrong_vae, confused_vaes, other_versions, swapped_streams, batches,
     uncropped_guides, slow_nvfp4, distilled, frames, size, frame_rates, untold_rate, audio_length, tiles,
-    replaced_noise, audio_dtype,
+    replaced_noise, replaced_sampling, audio_dtype,
 )  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from ...measure.ltx import AUDIO_LATENTS_PER_SECOND
 from . import view as seen
+from .links import Node
 from .names import shown
 from .vaes import UPSCALERS, upscaler_of
 from .view import WARNING, Finding, View
@@ -87,29 +88,37 @@ def frame_rates(view: View) -> Iterator[Finding]:
     graph = view.graph
     rated = graph.of_kind(seen.CONDITIONING, seen.EMPTY_AUDIO)
     rates = {node.id: rate for node in rated if (rate := graph.number(node.id, "frame_rate")) is not None}
-    samplers = [sampler.node.id for sampler in view.samplers]
-    if not rates or not samplers:
+    told = set(rates.values())
+    videos = {node.id: node for node in graph.of_kind(*seen.FILMS)}
+    shown_at = {end: fps for end, node in videos.items() if (fps := _shown_at(view, node)) is not None}
+    if not rates or not view.samplers or (len(told) == 1 and told.issuperset(shown_at.values())):
         return
-    sampled = graph.downstream(samplers)
-    videos = {node.id: node for node in graph.of_kind(*seen.FILMS) if node.id in sampled}
-    inner = graph.upstream(graph.before([*videos, *samplers]))
+    samplers = [sampler.node.id for sampler in view.samplers]
+    sampled = graph.downstream(samplers) if videos else set()
+    ends = [end for end in videos if end in sampled]
+    if len(told) > 1:
+        inner = graph.upstream(graph.before([*ends, *samplers]))
+        ends += [sampler for sampler in samplers if sampler not in inner]
+    if not ends:
+        return
     two = graph.two_values_of(rates)
+    heard = graph.downstream(end for end in rates if graph.nodes[end].kind == seen.EMPTY_AUDIO)
     order = {node: place for place, node in enumerate(graph.nodes)}
-    untold: list[set[str]] = []  # for each finding the nodes that need a rate which it does not name
-    for end in [*videos, *(sampler for sampler in samplers if sampler not in inner)]:
-        fps = None
-        if end in videos and view.keeps_time(graph.source(end, "images")):
-            fps = graph.number(end, seen.FILMS[videos[end].kind])
-        known = two.get(end, set())
-        differ = len(known) > 1 or (fps is not None and bool(known - {fps}))
-        if not differ or (fps is None and any(end not in others for others in untold)):
+    unnamed: list[set[str]] = []  # for each finding the rates that it does not name
+    untold: list[set[str]] = []  # and the nodes that need one of these, as far as that was asked
+    for end in ends:
+        fps, known = shown_at.get(end), two.get(end, ())
+        if len(known) < 2 and (fps is None or fps in known or not known):
             continue
+        if end not in heard and not (end in videos and "audio" in videos[end].inputs):
+            continue  # a silent clip is faster or slower, which may be meant
+        if fps is None:
+            untold += map(graph.downstream, unnamed[len(untold) :])
+            if any(end not in others for others in untold):
+                continue  # all that it needs was named
         needed = graph.upstream([end])
         group = {node: rate for node, rate in rates.items() if node in needed}
-        heard = end in videos and "audio" in videos[end].inputs
-        if not heard and not any(graph.nodes[node].kind == seen.EMPTY_AUDIO for node in group):
-            continue  # a silent clip is faster or slower, which may be meant
-        untold.append(graph.downstream(rates.keys() - group.keys()))
+        unnamed.append(rates.keys() - group.keys())
         if fps is not None:
             group[end] = fps
         nodes = sorted(group, key=order.__getitem__)
@@ -124,21 +133,22 @@ def frame_rates(view: View) -> Iterator[Finding]:
             "Set the same frame rate everywhere.",
             tuple(nodes[:_MOST_NODES]),
         )
-        if len(untold) == _MOST_GROUPS:
+        if len(unnamed) == _MOST_GROUPS:
             return
+
+
+def _shown_at(view: View, film: Node) -> float | None:
+    """How many pictures a second a film shows, where they are those of a decode."""
+    return view.graph.number(film.id, seen.FILMS[film.kind]) if view.keeps_time(film) else None
 
 
 def audio_length(view: View) -> Iterator[Finding]:
     """An audio latent that lasts longer or shorter than the video latent it is joined with."""
     graph = view.graph
-    done = set()
-    for sampler in view.samplers:
+    for sampler in view.joint:
         concat = sampler.latent.root
-        if sampler.latent.kind != seen.JOINT or concat is None or concat.id in done:
-            continue
-        done.add(concat.id)
-        video = view.latent(graph.source(concat.id, "video_latent")).root
-        audio = view.latent(graph.source(concat.id, "audio_latent")).root
+        video = view.latent(concat, "video_latent").root
+        audio = view.latent(concat, "audio_latent").root
         if video is None or video.kind not in seen.SIZED or audio is None or audio.kind != seen.EMPTY_AUDIO:
             continue
         _, _, length = view.asked(video)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..doctor.profiles import AUDIO_FLAGS
+from ..doctor.replaced import FROM_SAMPLER
 from . import view as seen
+from .links import Node
 from .view import ERROR, Finding, View, ids_of
 
 # Nodes that encode sound: how they call the VAE, and the loaders that give them LTX's in the dtype of the flags.
@@ -41,10 +43,45 @@ def replaced_noise(view: View) -> Iterator[Finding]:
             f"{pack} has replaced ComfyUI's noise by one that cannot take joint audio and video.",
             f"comfy.sample.prepare_noise is {whose}'s. Tried with a joint latent, it stops or makes noise for the "
             "picture alone, on which the sampler stops with tensors of different sizes.",
-            f"Update {pack}, or disable it: --disable-all-custom-nodes with --whitelist-custom-nodes and the packs "
-            "that this workflow needs starts ComfyUI without it.",
+            _without(pack),
             ids_of(sampler.node),
         )
+
+
+def replaced_sampling(view: View) -> Iterator[Finding]:
+    """Joint audio and video through another pack's sampling function that was tried and cannot take it."""
+    crash = view.fact("joint_sampling_crash")
+    if not isinstance(crash, tuple) or not crash:
+        return
+    for sampler in view.samplers:
+        if sampler.latent.kind != seen.JOINT:
+            continue
+        used = FROM_SAMPLER + str(_sampler_name(view, sampler.node))
+        found = next((entry for entry in crash if not entry[0].startswith(FROM_SAMPLER) or entry[0] == used), None)
+        if found is None:
+            continue
+        name, whose = found
+        pack = whose.partition("/")[0]
+        yield Finding(
+            "replaced_sampling",
+            ERROR,
+            f"{pack} has replaced a sampling function of ComfyUI by one that cannot take joint audio and video.",
+            f"{name} is {whose}'s. Tried with a joint latent, it stops or loses a part of it.",
+            _without(pack),
+            ids_of(sampler.node),
+        )
+
+
+def _sampler_name(view: View, node: Node) -> Any:
+    chosen = view.graph.behind(node, "sampler") or node
+    return view.graph.value(chosen.id, "sampler_name")
+
+
+def _without(pack: str) -> str:
+    return (
+        f"Update {pack}, or disable it: --disable-all-custom-nodes with --whitelist-custom-nodes and the packs that "
+        "this workflow needs starts ComfyUI without it."
+    )
 
 
 def audio_dtype(view: View) -> Iterator[Finding]:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 from ...measure.ltx import TEMPORAL
 from . import view as seen
-from .links import Link
-from .loaders import MODEL_LOADERS
+from .links import Node
 from .vaes import DECODE
-from .values.latents import Conditioning, Sound, Video, frames_of
+from .values.latents import GUIDING, Conditioning, Sound, Video, frames_of
 from .view import ERROR, WARNING, Finding, View, ids_of
 
 DEFAULT_RATE = 25.0  # what the model takes where the conditioning has no frame rate: comfy/model_base.py
@@ -37,11 +36,10 @@ def swapped_streams(view: View) -> Iterator[Finding]:
     """The sound where the picture is meant, the picture where the sound is, a joint latent where one of them is."""
     for table, meant in ((_PICTURE, seen.VIDEO), (_SOUND, seen.AUDIO)):
         for node in view.graph.of_kind(*table):
-            link = view.graph.source(node.id, table[node.kind])
-            got = _stream(view, link)
+            got = _stream(view, node, table[node.kind])
             if got in (seen.UNKNOWN, meant) or (got == seen.JOINT and node.kind in _TAKE_JOINT):
                 continue
-            maker = view.graph.nodes[link.node]
+            maker = view.graph.behind(node, table[node.kind])
             remedy = f"Connect {_NAMES[meant]} instead"
             if maker.kind == seen.SEPARATE:
                 remedy += f": output {2 if meant == seen.AUDIO else 1} of LTXV Separate AV Latent"
@@ -58,35 +56,31 @@ def swapped_streams(view: View) -> Iterator[Finding]:
     separating = view.graph.of_kind(seen.SEPARATE)
     used = view.graph.before(view.graph.nodes) if separating else ()
     for node in separating:
-        link = view.graph.source(node.id, "av_latent")
-        if node.id in used and (got := _stream(view, link)) in (seen.VIDEO, seen.AUDIO):
+        if node.id in used and (got := _stream(view, node, "av_latent")) in (seen.VIDEO, seen.AUDIO):
             yield Finding(
                 "swapped_streams",
                 ERROR,
                 f"LTXV Separate AV Latent gets {_NAMES[got]}, in which there is nothing to separate.",
                 "It takes the second stream of a joint latent, which is not there, and stops.",
                 "Join both latents with LTXV Concat AV Latent before the sampler, or leave the node out.",
-                ids_of(node, view.graph.nodes[link.node]),
+                ids_of(node, view.graph.behind(node, "av_latent")),
             )
 
 
-def _stream(view: View, link: Link | None) -> str:
-    """Which stream a link carries, UNKNOWN where that is not certain."""
-    found = view.latent(link)
+def _stream(view: View, node: Node, name: str) -> str:
+    """Which stream an input gets, UNKNOWN where that is not certain."""
+    found = view.latent(node, name)
     if found.kind != seen.AUDIO or found.root is None or found.root.kind in _MAKE_SOUND:
         return found.kind
-    made = view.graph.output(link)  # the name alone says sound, and the node may put out more than that
+    # The name alone says sound, and the node may put out more than that.
+    made = view.graph.output(view.graph.source(node.id, name))
     return seen.VIDEO if isinstance(made, Video) else seen.AUDIO if isinstance(made, Sound) else seen.UNKNOWN
 
 
 def batches(view: View) -> Iterator[Finding]:
     """Different batch sizes of the two streams that are sampled together."""
-    done = set()
-    for sampler in view.samplers:
+    for sampler in view.joint:
         concat = sampler.latent.root
-        if sampler.latent.kind != seen.JOINT or concat is None or concat.id in done:
-            continue
-        done.add(concat.id)
         video = view.video(view.graph.source(concat.id, "video_latent"))
         sound = view.sound(view.graph.source(concat.id, "audio_latent"))
         counts = [stream.batch if stream is not None else None for stream in (video, sound)]
@@ -104,7 +98,7 @@ def batches(view: View) -> Iterator[Finding]:
 
 def uncropped_guides(view: View) -> Iterator[Finding]:
     """Guides that are still behind the clip when it is decoded."""
-    for use in view.vaes:
+    for use in view.vaes if view.graph.of_kind(*GUIDING) else ():
         if use.task != DECODE or not use.final:
             continue
         name = _PICTURE.get(use.node.kind)
@@ -127,15 +121,15 @@ def uncropped_guides(view: View) -> Iterator[Finding]:
 def old_model(view: View) -> Iterator[Finding]:
     """A model that knows no sound, in a joint graph."""
     for sampler in view.samplers:
-        file = view.file(sampler.model.loader, MODEL_LOADERS)
-        if sampler.latent.kind == seen.JOINT and file is not None and file.family == "LTX-Video":
+        file = view.model_file(sampler) if sampler.latent.kind == seen.JOINT else None
+        if file is not None and file.family == "LTX-Video":
             yield Finding(
                 "old_model",
                 ERROR,
                 f"{file.name} is LTX-Video (0.9.x), which knows no sound, and stops on a joint latent.",
                 "Joint latents of sound and picture are for LTX-2 and later.",
                 "Choose an LTX-2 model, or sample the video latent alone.",
-                ids_of(sampler.node, sampler.model.loader, sampler.latent.root),
+                ids_of(sampler.node, view.model(sampler.guided_by).loader, sampler.latent.root),
             )
 
 
@@ -143,19 +137,28 @@ def untold_rate(view: View) -> Iterator[Finding]:
     """A conditioning without a frame rate, where sound or film have another than the one that the model then takes."""
     graph = view.graph
     rated: set[str] | None = None
+    sounds: dict[str, tuple[Node | None, float | None]] = {}
     for sampler in view.samplers:
+        root = sampler.latent.root
+        if sampler.latent.kind != seen.JOINT or root is None:
+            continue
+        if root.id not in sounds:
+            audio = view.latent(root, "audio_latent").root
+            empty = audio is not None and audio.kind == seen.EMPTY_AUDIO
+            sounds[root.id] = audio, graph.number(audio.id, "frame_rate") if empty else None
+        audio, rate = sounds[root.id]
+        if rate is None or rate == DEFAULT_RATE:
+            continue
         link = graph.source(sampler.guided_by.id, "positive")
-        told = graph.output(link) if sampler.latent.kind == seen.JOINT else None
+        if link is None or graph.nodes[link.node].kind == seen.CONDITIONING:
+            continue
+        told = graph.output(link)
         if not isinstance(told, Conditioning) or told.rate is not None:
             continue
         if rated is None:
             rated = graph.downstream(node.id for node in graph.of_kind(seen.CONDITIONING))
         if link.node in rated:
             continue  # told by a node whose rate is not known
-        audio = view.latent(graph.source(sampler.latent.root.id, "audio_latent")).root
-        rate = graph.number(audio.id, "frame_rate") if audio is not None and audio.kind == seen.EMPTY_AUDIO else None
-        if rate is None or rate == DEFAULT_RATE:
-            continue
         yield Finding(
             "untold_rate",
             WARNING,

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from ...measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
 from ..doctor.cards import is_nvidia
 from . import view as seen
-from .files import FileFacts, name_says_distilled
-from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, TEXT_LOADERS, loras_of, names_of
+from .files import FileFacts
+from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, TEXT_LOADERS, distilling_loras, names_of
 from .names import shown
 from .prompt_graph import Node
 from .values.evaluate import Unknown
@@ -24,6 +23,7 @@ _SAMPLERS = ("KSampler", "KSamplerAdvanced")  # make their schedule themselves
 # How much of the distilling LoRA makes the dev model a distilled one: the least that Lightricks' graphs run at cfg 1.
 _DISTILLED_FROM = 0.5
 _MOST_NAMED = 10
+_LOADERS = {**MODEL_LOADERS, **TEXT_LOADERS}
 
 
 def prefetch_crash(view: View) -> Iterator[Finding]:
@@ -37,8 +37,10 @@ def prefetch_crash(view: View) -> Iterator[Finding]:
         return
     certain = dynamic is True and bool(streams)
     for sampler in view.samplers:
-        family = _family(view, sampler)
-        if sampler.model.cured or sampler.latent.kind != seen.JOINT or not (family is None or family in _LTX2):
+        if sampler.latent.kind != seen.JOINT:
+            continue
+        family, model = _family(view, sampler), view.model(sampler.guided_by)
+        if model.cured or not (family is None or family in _LTX2):
             continue
         yield Finding(
             "prefetch_crash",
@@ -49,7 +51,7 @@ def prefetch_crash(view: View) -> Iterator[Finding]:
             "under DynamicVRAM with asynchronous offload on.",
             "Put NVFP4 Launch Guard with policy `cure` between the model and this sampler, or update ComfyUI (fixed by "
             "commit c47633f3, two days later), or start it with --disable-async-offload.",
-            ids_of(sampler.node, sampler.guided_by, sampler.model.loader),
+            ids_of(sampler.node, sampler.guided_by, model.loader),
         )
 
 
@@ -63,7 +65,7 @@ def no_audio_latent(view: View) -> Iterator[Finding]:
                 "no_audio_latent",
                 ERROR,
                 "This ComfyUI cannot sample an audio and video model without an audio latent.",
-                f"{_file_of(view, sampler).name} is {_family(view, sampler)}; this ComfyUI stops in the first step on "
+                f"{view.model_file(sampler).name} is {_family(view, sampler)}; this ComfyUI stops in the first step on "
                 "the empty sound that it then assumes. ComfyUI 0.29.0 does that, 0.30.0 no longer.",
                 f"Join {shown(seen.EMPTY_AUDIO)} of the same frames and frame rate with LTXV Concat AV Latent, and "
                 "take the video from LTXV Separate AV Latent behind the sampler; or update ComfyUI.",
@@ -85,11 +87,9 @@ def slow_nvfp4(view: View) -> Iterator[Finding]:
         why += f" ({off})"
     if old:
         why = f"PyTorch here is built for CUDA {'.'.join(map(str, cuda))}, and comfy-kitchen's NVFP4 kernels need 13"
-    tables = {**MODEL_LOADERS, **TEXT_LOADERS}
-    for loader in view.graph.nodes.values():
-        if loader.kind == OUR_MODEL_LOADER or names_of(loader.kind, tables) is None:
-            continue
-        for file in view.files(loader, tables):
+    kinds = {kind for kind in view.graph.kinds() if names_of(kind, _LOADERS) and kind != OUR_MODEL_LOADER}
+    for loader in view.graph.nodes.values() if kinds else ():
+        for file in view.files(loader, _LOADERS) if loader.kind in kinds else ():
             if not file.nvfp4:
                 continue
             ours = "Load it with NVFP4 Model Loader, which dequantises with Triton, or install"
@@ -107,7 +107,7 @@ def distilled(view: View) -> Iterator[Finding]:
     """A distilled model sampled with guidance, or with other sigmas than its own."""
     judged: dict[tuple[str, str], str | None] = {}
     for sampler in view.samplers:
-        file = _file_of(view, sampler)
+        file = view.model_file(sampler)
         evidence = _distilled_by(view, sampler, file) if file is not None and file.family in _LTX2 else None
         if evidence is None:
             continue
@@ -120,7 +120,7 @@ def distilled(view: View) -> Iterator[Finding]:
                 f"{evidence}; it was trained to run without guidance, which doubles the time of a step and harms the "
                 "picture.",
                 "Set cfg to 1.",
-                ids_of(node, sampler.guided_by, sampler.model.loader),
+                ids_of(node, sampler.guided_by, view.model(sampler.guided_by).loader),
             )
         # With a LoRA the schedule is a matter of taste and strength.
         maker = _maker_of_sigmas(view, sampler) if file.distilled else None
@@ -141,18 +141,19 @@ def distilled(view: View) -> Iterator[Finding]:
 
 def _distilled_by(view: View, sampler: Sampler, file: FileFacts) -> str | None:
     """What makes a sampler's model a distilled one; None if nothing does, or not enough of it, or it is not known."""
-    added = sampler.model.distilling
+    model = view.model(sampler.guided_by)
+    added = model.distilling
     if added is None or (1.0 if file.distilled else 0.0) + added < _DISTILLED_FROM:
         return None
     if file.distilled:
         return f"{file.name} is a distilled {file.family}, as {file.distilled} says"
-    names = (name for name, _ in loras_of(view.graph, sampler.model.lora) if name_says_distilled(name))
-    return f"the LoRA {next(names, '')} makes it a distilled model, as its file name says"
+    lora = next(iter(distilling_loras(view.graph, model.lora)))
+    return f"the LoRA {lora.name} makes it a distilled model, as its file name says"
 
 
 def _maker_of_sigmas(view: View, sampler: Sampler) -> Node | None:
     own = sampler.node.kind in _SAMPLERS
-    return sampler.node if own else view.schedule(view.graph.source(sampler.node.id, "sigmas"))
+    return sampler.node if own else view.schedule(sampler.node)
 
 
 def _foreign_schedule(view: View, sampler: Sampler, maker: Node) -> str | None:
@@ -164,7 +165,7 @@ def _foreign_schedule(view: View, sampler: Sampler, maker: Node) -> str | None:
         sigmas = view.sigmas(graph.source(sampler.node.id, "sigmas"))
     if sigmas is None or _known_schedule(sigmas.values):
         return None
-    if sigmas.of_model and view.model(graph.source(maker.id, "model")).resampled:
+    if sigmas.of_model and view.model(maker).resampled:
         return None
     numbers = ", ".join(f"{sigma:g}" for sigma in sigmas.values[:_MOST_NAMED])
     more = ", ..." if len(sigmas.values) > _MOST_NAMED else ""
@@ -203,10 +204,6 @@ def _known_schedule(values: tuple[float, ...]) -> bool:
     return False
 
 
-def _file_of(view: View, sampler: Sampler) -> Any:
-    return view.file(sampler.model.loader, MODEL_LOADERS)
-
-
 def _family(view: View, sampler: Sampler) -> str | None:
-    file = _file_of(view, sampler)
+    file = view.model_file(sampler)
     return file.family if file is not None else None

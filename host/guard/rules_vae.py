@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from ...checkpoint.identify.vae_signatures import LTX, PREVIEW, Vae, refusal
-from .loaders import AUDIO_VAE_LOADERS, MODEL_LOADERS, OUR_VAE_LOADER
+from .loaders import AUDIO_VAE_LOADERS, OUR_VAE_LOADER
 from .vaes import DECODE, OWN_TILES, PICTURES, SOUND, UPSCALE, UPSCALERS, Use, find_sounds, upscaler_of
 from .view import ERROR, WARNING, Finding, View, ids_of
 
@@ -157,7 +157,7 @@ def _family(view: View) -> str | None:
     """The one family of LTX that all of a prompt's samplers have; None if there are more, or a file is unknown."""
     found = set()
     for sampler in view.samplers:
-        file = view.file(sampler.model.loader, MODEL_LOADERS)
+        file = view.model_file(sampler)
         family = file.family if file is not None else None
         if family in _FOREIGN_VERSIONS:
             found.add(family)

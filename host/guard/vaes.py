@@ -117,7 +117,7 @@ def _use(view: View, node: Node, task: str, held: _Held, final: bool) -> Use:
     ltx = ENCODERS.get(node.kind, task == UPSCALE)
     if task == DECODE:
         samples = next((name for name in _SAMPLES if name in node.inputs), _SAMPLES[0])
-        ltx = view.latent(view.graph.source(node.id, samples)).ltx
+        ltx = view.latent(node, samples).ltx
     return Use(node, task, *held, ltx, final)
 
 

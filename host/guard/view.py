@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from .files import FileFacts, file_facts, name_says_distilled
-from .loaders import MODEL_LOADERS, Names, loras_of, names_of
+from .files import FileFacts, file_facts
+from .loaders import MODEL_LOADERS, Names, distilling_loras, names_of
 from .prompt_graph import Link, Node, PromptGraph
 from .vaes import Use, find_uses
 from .values.evaluate import as_number
@@ -60,14 +60,13 @@ _LATENT_IN = {
     "LTXVAddGuideMulti": "latent",
     "LTXAddVideoICLoRAGuide": "latent",
     "LTXAddVideoICLoRAGuideAdvanced": "latent",
+    "LTXDirectorGuide": "latent",
     "LTXVSetAudioVideoMaskByTime": "av_latent",
     "LTXVLatentUpsamplerTiled": "samples",
     "LatentUpscale": "samples",
     "LatentUpscaleBy": "samples",
 }
-# What samplers call the latent they sample; LTXVBaseSampler makes its own.
-_SAMPLED = ("latent_image", "latents")
-_RESAMPLED = re.compile(r"ModelSampling")
+_RESAMPLED = "ModelSampling"
 _ENCODERS = ("VAEEncode", "VAEEncodeTiled")
 _VIDEO_ROOTS = (*SIZED, *_ENCODERS)
 
@@ -130,12 +129,15 @@ class ModelPath(NamedTuple):
     resampled: bool = False
 
 
+_NO_MODEL, _NO_LATENT = ModelPath(None), Latent(UNKNOWN, False, None)
+_SEPARATED = (Latent(VIDEO, True, None), Latent(AUDIO, True, None))  # by whether it is the second output
+
+
 class Sampler(NamedTuple):
     """A sampling node. ``guided_by``: the node that takes the MODEL and holds the cfg, itself or its guider."""
 
     node: Node
     guided_by: Node
-    model: ModelPath
     latent: Latent
 
 
@@ -146,10 +148,12 @@ class View:
         self.graph = graph
         self._facts = facts
         self._until = until
-        self._kept: dict[Link, bool] = {}
-        self._schedules: dict[Link, Node | None] = {}
-        self._models: dict[Link, ModelPath] = {}
-        self._latents: dict[Link, Latent] = {}
+        self._kept: dict[str, bool] = {}
+        self._schedules: dict[str, Node] = {}
+        self._models: dict[str, ModelPath] = {}  # by the node that hands one on
+        self._taken: dict[str, ModelPath] = {}  # by the node that takes one
+        self._latents: dict[str, Latent] = {}
+        self._model_files: dict[str, FileFacts | None] = {}  # by loader
         self._files: dict[tuple[str, tuple[str, ...]], FileFacts | None] = {}
 
     def keep_time(self) -> None:
@@ -163,7 +167,8 @@ class View:
 
     def file(self, loader: Node | None, table: Mapping[str, Names]) -> FileFacts | None:
         """What is in the file that a loader is about."""
-        return next(iter(self.files(loader, table, 1)), None)
+        found = self.files(loader, table, 1)
+        return found[0] if found else None
 
     def files(self, loader: Node | None, table: Mapping[str, Names], most: int | None = None) -> list[FileFacts]:
         """What is in the files that a loader names; of a prompt that names very many, the first hundred are known."""
@@ -185,29 +190,42 @@ class View:
         """Every node that takes a latent, or makes its own, and a model, or a guider in its place."""
         found = []
         for node in self.graph.nodes.values():
+            inputs = node.inputs
+            guided = "guider" in inputs
+            if not (guided or "model" in inputs):
+                continue
             latent = _sampled_by(node)
             makes = node.kind == "LTXVBaseSampler"
-            if not (latent or makes) or not ("model" in node.inputs or "guider" in node.inputs):
+            if not (latent or makes):
                 continue
-            guided_by = node
-            if "guider" in node.inputs:
-                guider = self.graph.source(node.id, "guider")
-                if guider is None:
-                    continue
-                guided_by = self.graph.nodes[guider.node]
-            model = self.model(self.graph.source(guided_by.id, "model"))
-            sampled = Latent(VIDEO, True, node) if makes else self.latent(self.graph.source(node.id, latent))
-            found.append(Sampler(node, guided_by, model, sampled))
+            guided_by = self.graph.behind(node, "guider") if guided else node
+            if guided_by is None:
+                continue
+            sampled = Latent(VIDEO, True, node) if makes else self.latent(node, latent)
+            found.append(Sampler(node, guided_by, sampled))
         return found
+
+    @cached_property
+    def joint(self) -> list[Sampler]:
+        """The samplers of joint latents that begin at a node that is known, one for each such node."""
+        found: dict[str, Sampler] = {}
+        for sampler in self.samplers:
+            if sampler.latent.kind == JOINT and sampler.latent.root is not None:
+                found.setdefault(sampler.latent.root.id, sampler)
+        return list(found.values())
 
     @cached_property
     def sized(self) -> list[tuple[Node, Sampler]]:
         """The nodes that set size and length of a latent that is sampled, each once."""
-        found = {}
+        found: dict[str, tuple[Node, Sampler]] = {}
+        done = set()
         for sampler in self.samplers:
             root = sampler.latent.root
-            if sampler.latent.kind == JOINT and root is not None:
-                root = self.latent(self.graph.source(root.id, "video_latent")).root
+            if root is None or root.id in done:
+                continue
+            done.add(root.id)
+            if sampler.latent.kind == JOINT:
+                root = self.latent(root, "video_latent").root
             if root is not None and root.kind in SIZED:
                 found.setdefault(root.id, (root, sampler))
         return list(found.values())
@@ -217,19 +235,38 @@ class View:
         """Every VAE at a node that decodes, encodes or upscales pictures with it."""
         return find_uses(self)
 
-    def model(self, link: Link | None) -> ModelPath:
-        """The MODEL on a link, along the `model` inputs up to its loader."""
-        end = ModelPath(None)
-        return self._walk(link, self._models, end, self._model_before, self._model_after)
+    def model(self, node: Node) -> ModelPath:
+        """The MODEL that a node takes, along the `model` inputs up to its loader."""
+        found = self._taken.get(node.id)
+        if found is None:
+            behind = self.graph.behind(node, "model")
+            found = self._walk(behind, self._models, _NO_MODEL, self._model_before, _model_after)
+            self._taken[node.id] = found
+        return found
 
-    def latent(self, link: Link | None) -> Latent:
-        """The LATENT on a link: from the node that makes it, through those that keep its kind."""
-        end = Latent(UNKNOWN, False, None)
-        return self._walk(link, self._latents, end, self._latent_before, lambda _, before: before)
+    def model_file(self, sampler: Sampler) -> FileFacts | None:
+        """What is in the file of the model that a sampler has."""
+        loader = self.model(sampler.guided_by).loader if self._loads_models else None
+        if loader is None:
+            return None
+        if loader.id not in self._model_files:
+            self._model_files[loader.id] = self.file(loader, MODEL_LOADERS)
+        return self._model_files[loader.id]
 
-    def schedule(self, link: Link | None) -> Node | None:
-        """The node that makes the SIGMAS on a link, those that only cut a schedule skipped."""
-        return self._walk(link, self._schedules, None, self._schedule_before, lambda _, before: before)
+    @cached_property
+    def _loads_models(self) -> bool:
+        return any(names_of(kind, MODEL_LOADERS) for kind in self.graph.kinds())
+
+    def latent(self, node: Node, name: str) -> Latent:
+        """The LATENT at an input: from the node that makes it, through those that keep its kind."""
+        passed_on = _LATENT_IN.get(node.kind) == name  # so that it is what the node itself puts out
+        start = node if passed_on else self._latent_behind(node, name)
+        return start if type(start) is Latent else self._walk(start, self._latents, _NO_LATENT, self._latent_before)
+
+    def schedule(self, node: Node) -> Node | None:
+        """The node that makes the SIGMAS that another takes, those that only cut a schedule skipped."""
+        behind = self.graph.behind(node, "sigmas")
+        return self.graph.nodes.get(self._walk(behind, self._schedules, "", self._schedule_before))
 
     def video(self, link: Link | None) -> Video | None:
         """Size, length, batch and guides of the video latent on a link, that of a joint one too, as far as known."""
@@ -242,13 +279,13 @@ class View:
         found = self.video(self.graph.source(sampler.node.id, _sampled_by(sampler.node)))
         root = sampler.latent.root
         if sampler.latent.kind == JOINT and root is not None:
-            root = self.latent(self.graph.source(root.id, "video_latent")).root
+            root = self.latent(root, "video_latent").root
         if found is not None or root is None:
             return found
         if root.kind in SIZED:
             return video_of(*self.asked(root))
         picture = self.graph.computed(root.id, "pixels") if root.kind in _ENCODERS else None
-        file = self.file(sampler.model.loader, MODEL_LOADERS)
+        file = self.model_file(sampler)
         if not isinstance(picture, Picture) or file is None or not (file.family or "").startswith("LTX"):
             return None
         return video_of(*picture)
@@ -283,71 +320,79 @@ class View:
         """The GuiderParameters of a MultimodalGuider, one behind the other."""
         return (self.graph.nodes[link.node] for link in self.graph.chain(guider.id, "parameters"))
 
-    def keeps_time(self, link: Link | None) -> bool:
-        """Whether the pictures on a link are those of a decode, one for one, as far as the names of nodes tell."""
-        return self._walk(link, self._kept, False, self._pictures_before, self._pictures_after)
+    def keeps_time(self, node: Node) -> bool:
+        """Whether the `images` of a node are those of a decode, one for one, as far as the names of nodes tell."""
+        behind = self.graph.behind(node, "images")
+        return self._walk(behind, self._kept, False, self._pictures_before, _pictures_after)
 
-    def _walk(self, link: Link | None, memory: dict, end: Any, before: Callable, after: Callable) -> Any:
-        """Back along links until ``before`` gives a result, not a link; then forth, each result from the one before."""
-        if link in memory:
-            return memory[link]
+    def _walk(
+        self, node: Node | None, memory: dict[str, Any], end: Any, before: Callable, after: Callable | None = None
+    ) -> Any:
+        """Back from node to node until ``before`` gives a result; then forth, each result from the one before."""
         path, result = [], end
-        while link is not None:
-            if link in memory:
-                result = memory[link]
+        while node is not None:
+            known = memory.get(node.id)
+            if known is not None:
+                result = known
                 break
-            memory[link] = end  # what a cycle comes back to
-            path.append(link)
-            step = before(self.graph.nodes[link.node], link.slot)
-            if not isinstance(step, Link):
-                result = end if step is None else step
+            memory[node.id] = end  # what a cycle comes back to
+            path.append(node)
+            node = before(node)
+            if type(node) is not Node:
+                result = end if node is None else node
                 break
-            link = step
-        for link in reversed(path):
-            result = memory[link] = after(self.graph.nodes[link.node], result)
+        for node in reversed(path):
+            if after is not None:
+                result = after(self.graph, node, result)
+            memory[node.id] = result
         return result
 
-    def _model_before(self, node: Node, _: int) -> Link | ModelPath:
-        return self.graph.source(node.id, "model") or ModelPath(node)
+    def _model_before(self, node: Node) -> Node | ModelPath:
+        return self.graph.behind(node, "model") or ModelPath(node)
 
-    def _model_after(self, node: Node, before: ModelPath) -> ModelPath:
-        lora, distilling = before.lora, before.distilling
-        for name, strength in loras_of(self.graph, node):
-            if strength != 0 and name_says_distilled(name):
-                lora = node
-                distilling = None if distilling is None or strength is None else distilling + strength
-        return ModelPath(
-            before.loader,
-            lora,
-            before.cured or (node.kind == GUARD_NODE and self.graph.value(node.id, "policy") == "cure"),
-            distilling,
-            before.resampled or bool(_RESAMPLED.search(node.kind)),
-        )
+    def _schedule_before(self, node: Node) -> Node | str:
+        return (self.graph.behind(node, "sigmas") if node.kind == SPLIT_SIGMAS else None) or node.id
 
-    def _schedule_before(self, node: Node, _: int) -> Link | Node:
-        return (self.graph.source(node.id, "sigmas") if node.kind == SPLIT_SIGMAS else None) or node
-
-    def _pictures_before(self, node: Node, _: int) -> Link | bool:
-        before = self.graph.source(node.id, "images") or self.graph.source(node.id, "image")
+    def _pictures_before(self, node: Node) -> Node | bool:
+        before = self.graph.behind(node, "images") or self.graph.behind(node, "image")
         return before or "decode" in node.kind.lower()
 
-    def _pictures_after(self, node: Node, before: bool) -> bool:
-        return before and not _RETIMES.search(node.kind)
+    def _latent_behind(self, node: Node, name: str) -> Node | Latent | None:
+        """The node that the latent at an input is from, or the stream of a separate node, which has one an output."""
+        behind = self.graph.behind(node, name)
+        if behind is None or behind.kind != SEPARATE:
+            return behind
+        return _SEPARATED[self.graph.source(node.id, name).slot == 1]
 
-    def _latent_before(self, node: Node, slot: int) -> Link | Latent | None:
+    def _latent_before(self, node: Node) -> Node | Latent | None:
         kind = node.kind
         if kind in _LATENT_IN:
-            return self.graph.source(node.id, _LATENT_IN[kind])
+            return self._latent_behind(node, _LATENT_IN[kind])
         if kind == CONCAT:
             return Latent(JOINT, True, node)
-        if kind == SEPARATE:
-            return Latent(AUDIO if slot == 1 else VIDEO, True, None)
         ltx = kind.startswith(("LTXV", "EmptyLTXV"))
         if kind in _VIDEO_ROOTS:
             return Latent(VIDEO, ltx, node)
         return Latent(AUDIO if "audio" in kind.lower() else UNKNOWN, ltx, node)
 
 
+def _model_after(graph: PromptGraph, node: Node, before: ModelPath) -> ModelPath:
+    if node.kind == GUARD_NODE and graph.value(node.id, "policy") == "cure":
+        before = before._replace(cured=True)
+    if _RESAMPLED in node.kind:
+        before = before._replace(resampled=True)
+    for _, strength in distilling_loras(graph, node):
+        if strength != 0:
+            known = before.distilling is not None and strength is not None
+            before = before._replace(lora=node, distilling=before.distilling + strength if known else None)
+    return before
+
+
+def _pictures_after(_: PromptGraph, node: Node, before: bool) -> bool:
+    return before and not _RETIMES.search(node.kind)
+
+
 def _sampled_by(node: Node) -> str:
     """What a sampler calls the latent it samples, "" if it has none."""
-    return next((name for name in _SAMPLED if name in node.inputs), "")
+    inputs = node.inputs
+    return "latent_image" if "latent_image" in inputs else "latents" if "latents" in inputs else ""

@@ -7,10 +7,11 @@ program. A thread loads 16 bytes of a weight's row, 32 columns, and the two bloc
 program are 32 apart in fours, as the scales lie in their tiles (kernels/format.py), so that all bytes of a fetched
 sector are used.
 
-A code times a block scale is exact in BF16 and FP16; sums are FP32; the global scale and the bias come last, and the
-result is rounded once. Where the rows are too few to fill the GPU, K is divided among programs; the last of them to
-finish adds all sums in a fixed order: two calls give the same bits. It is found by a counter per group of rows, which
-it sets back to zero. The counters belong to a shape: two streams must not multiply by weights of one shape at once.
+A scale is never negative in NVFP4; one that is, like NaN, makes its row NaN. A code times a block scale is exact in
+BF16 and FP16; sums are FP32; the global scale and the bias come last, and the result is rounded once. Where the rows
+are too few to fill the GPU, K is divided among programs; the last of them to finish adds all sums in a fixed order: two
+calls give the same bits. It is found by a counter per group of rows, which it sets back to zero. The counters belong to
+a shape: two streams must not multiply by weights of one shape at once.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ import triton.language as tl
 from ..format import TENSOR_CORE_DTYPES, PackedWeight, block_scale_shape, packed_shape
 from ..reference import MAX_TOKENS
 from .launch import Launcher, bf16_as_bits, part_reader
-from .tiles import decode_operand, round_to_bf16_bits
+from .tiles import decode_operand, decode_scale, round_to_bf16_bits
 
 # What the sum is multiplied by besides the global scale: the operands carry 2**-8 (BF16) or 2**-7 (FP16) of their own.
 _UNDO = {torch.bfloat16: 256.0, torch.float16: 128.0}
+_ROWS = 16
 _STEP_WORDS = 16
-_WARPS_PER_MULTIPROCESSOR = 15
-_MOST_SLICES = 8
+_WARPS_PER_MULTIPROCESSOR = 20
+_FEWEST_STEPS = 3  # of a program
+_MOST_SLICES = 16
 
 
 @triton.jit
 def _multiply(acc, x, token_inside, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
-    """acc (R, T) += word (R, 4) x x (T, 32), ``scale`` (R, 4) being the words' E4M3 bytes; column: (32,) of x."""
+    """acc (R, T) += word (R, 4) x x (T, 32), ``scale`` (R, 4) being the words', decoded; column: (32,) of x."""
     inside = token_inside if FULL else token_inside & (column < cols)[None, :]
     values = tl.load(x + column[None, :], mask=inside, other=0.0)
     weight = decode_operand(word, scale, PACKED, values.dtype)
@@ -48,17 +51,23 @@ def _multiply(acc, x, token_inside, column, cols, word, scale, FULL: tl.constexp
 
 
 @triton.jit
-def _step(acc, x, token_inside, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
-    """acc (R, T) += word (R, 16) x x, 128 columns; ``scale`` (4, R) int16 holds the two scales of four words."""
-    pair = tl.trans(scale).to(tl.int32)
-    low, high = pair & 0xFF, (pair >> 8) & 0xFF
+def _step(acc, bad, x, token_inside, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
+    """acc (R, T) += word (R, 16) x x, 128 columns; ``scale`` (4, R) int16 holds the two scales of four words.
+
+    ``bad`` (4, R) gets a bit where a byte of ``scale`` is above 126.
+    """
+    pair = scale.to(tl.int32)
+    bad |= (pair | (pair + 0x0101)) & 0x8080
+    pair = tl.trans(pair)
+    low = decode_scale(pair & 0x7F, PACKED, x.dtype.element_ty)
+    high = decode_scale((pair >> 8) & 0x7F, PACKED, x.dtype.element_ty)
     even, odd = tl.split(tl.reshape(word, (acc.shape[0], 4, 2, 2)))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
     acc = _multiply(acc, x, token_inside, column, cols, w0, low, FULL, PACKED)
     acc = _multiply(acc, x, token_inside, column + 8, cols, w1, low, FULL, PACKED)
     acc = _multiply(acc, x, token_inside, column + 16, cols, w2, high, FULL, PACKED)
-    return _multiply(acc, x, token_inside, column + 24, cols, w3, high, FULL, PACKED)
+    return _multiply(acc, x, token_inside, column + 24, cols, w3, high, FULL, PACKED), bad
 
 
 @triton.jit(do_not_specialize=["tokens", "steps"])
@@ -81,7 +90,6 @@ def _gemv_kernel(
     UNDO: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
-    UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
     FULL: tl.constexpr,
     PACKED: tl.constexpr,
@@ -111,27 +119,25 @@ def _gemv_kernel(
     x = x_ptr + (token * cols)[:, None]
     column = tl.arange(0, 32) // 8 * 32 + tl.arange(0, 32) % 8
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    for first in range(first_step, first_step + steps, UNROLL):
-        if FULL:
-            here, s_here, x_here = words + first * 16, scales + first * 512, column + first * 128
-            w0, s0 = tl.load(here + word_offset), tl.load(s_here + scale_offset)
-            if UNROLL > 1:
-                w1, s1 = tl.load(here + 16 + word_offset), tl.load(s_here + 512 + scale_offset)
-            if UNROLL > 2:
-                w2, s2 = tl.load(here + 32 + word_offset), tl.load(s_here + 1024 + scale_offset)
-                w3, s3 = tl.load(here + 48 + word_offset), tl.load(s_here + 1536 + scale_offset)
-            acc = _step(acc, x, token_inside, x_here, cols, w0, s0, FULL, PACKED)
-            if UNROLL > 1:
-                acc = _step(acc, x, token_inside, x_here + 128, cols, w1, s1, FULL, PACKED)
-            if UNROLL > 2:
-                acc = _step(acc, x, token_inside, x_here + 256, cols, w2, s2, FULL, PACKED)
-                acc = _step(acc, x, token_inside, x_here + 384, cols, w3, s3, FULL, PACKED)
-        else:
-            inside = row_inside[:, None] & (first * 16 + word_col < words_per_row)[None, :]
-            word = tl.load(words + first * 16 + word_offset, mask=inside, other=0)
-            inside = (first * 16 + four * 4 < words_per_row)[:, None] & row_inside[None, :]
-            scale = tl.load(scales + first * 512 + scale_offset, mask=inside, other=0)
-            acc = _step(acc, x, token_inside, column + first * 128, cols, word, scale, FULL, PACKED)
+    bad = tl.zeros((4, ROWS), tl.int32)
+    end = first_step + steps
+    if FULL:
+        # What is next is loaded before what is here is decoded: the memory does not wait for the arithmetic.
+        word, scale = tl.load(words + first_step * 16 + word_offset), tl.load(scales + first_step * 512 + scale_offset)
+        for step in range(first_step, end):
+            ahead = tl.minimum(step + 1, end - 1)
+            next_word = tl.load(words + ahead * 16 + word_offset)
+            next_scale = tl.load(scales + ahead * 512 + scale_offset)
+            acc, bad = _step(acc, bad, x, token_inside, column + step * 128, cols, word, scale, FULL, PACKED)
+            word, scale = next_word, next_scale
+    else:
+        for step in range(first_step, end):
+            inside = row_inside[:, None] & (step * 16 + word_col < words_per_row)[None, :]
+            word = tl.load(words + step * 16 + word_offset, mask=inside, other=0)
+            inside = (step * 16 + four * 4 < words_per_row)[:, None] & row_inside[None, :]
+            scale = tl.load(scales + step * 512 + scale_offset, mask=inside, other=0)
+            acc, bad = _step(acc, bad, x, token_inside, column + step * 128, cols, word, scale, FULL, PACKED)
+    acc = tl.where((tl.max(bad, 0) != 0)[:, None], float("nan"), acc)
     number = group * 128 + row
     inside = (number < rows)[:, None] & (token < tokens)[None, :]
     target = token[None, :] * rows + number[:, None]
@@ -161,13 +167,11 @@ def _finish(acc, target, number, inside, rows, global_ptr, bias_ptr, UNDO: tl.co
     tl.store(target, acc.to(target.dtype.element_ty), mask=inside)
 
 
-def plan(shape: tuple[int, int], programs: int) -> tuple[int, int, int]:
-    """(N, K), programs that fill the GPU -> (ROWS, UNROLL, SPLIT)."""
-    rows, steps = -(-shape[0] // 128) * 8, -(-packed_shape(shape)[1] // (4 * _STEP_WORDS))
-    split = 1
-    while rows * split < programs and split < _MOST_SLICES and steps % (4 * split) == 0 and steps // (2 * split) >= 4:
-        split *= 2
-    return 16, 2, split
+def plan(shape: tuple[int, int], programs: int) -> tuple[int, int]:
+    """(N, K), programs that fill the GPU -> (ROWS, SPLIT)."""
+    groups, steps = -(-shape[0] // 128) * (128 // _ROWS), -(-packed_shape(shape)[1] // (4 * _STEP_WORDS))
+    splits = [n for n in range(1, _MOST_SLICES + 1) if steps % n == 0 and steps // n >= _FEWEST_STEPS] or [1]
+    return _ROWS, next((n for n in splits if groups * n >= programs), splits[-1])
 
 
 @functools.cache
@@ -175,24 +179,23 @@ def prepare(
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
-    config: tuple[int, int, int] | None = None,
+    config: tuple[int, int] | None = None,
 ) -> Callable[..., torch.Tensor]:
     """(N, K), dtype and device of x -> function (x (M, K), packed, block_scale, global_scale, bias or None) -> (M, N).
 
-    For M up to ``MAX_TOKENS``. ``config``: (ROWS, UNROLL, SPLIT) instead of ``plan``'s choice. Raises ValueError for a
+    For M up to ``MAX_TOKENS``. ``config``: (ROWS, SPLIT) instead of ``plan``'s choice. Raises ValueError for a
     dtype that the tensor cores do not take, the function for tensors of another shape.
     """
     if dtype not in TENSOR_CORE_DTYPES:
         raise ValueError(f"the small-input kernel computes in {TENSOR_CORE_DTYPES}; found {dtype}")
     on_gpu = device.type == "cuda"
     programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
-    tile_rows, unroll, split = config or plan(shape, programs * _WARPS_PER_MULTIPROCESSOR)
+    tile_rows, split = config or plan(shape, programs * _WARPS_PER_MULTIPROCESSOR)
     rows, cols = shape
     packed_rows, bytes_per_row = packed_shape(shape)
     words = bytes_per_row // 4
     steps = triton.cdiv(triton.cdiv(words, _STEP_WORDS), split)
     full = packed_rows % 128 == 0 and words == steps * split * _STEP_WORDS and cols % 16 == 0
-    unroll = unroll if full and steps % unroll == 0 else 1
     grid = (triton.cdiv(rows, 128) * (128 // tile_rows), split)
     counters = torch.zeros(grid[0] if split > 1 else 1, dtype=torch.int32, device=device)
     read, as_bits = part_reader(shape, device), bf16_as_bits(dtype, device)
@@ -200,7 +203,7 @@ def prepare(
 
     def launcher(tokens: int, bias: bool) -> Launcher:
         sizes = (tokens, rows, cols, packed_rows, words, block_scale_shape(shape)[1], steps, _UNDO[dtype])
-        tile = (8 if tokens <= 8 else 16, tile_rows, unroll, split, full, on_gpu, bias)
+        tile = (8 if tokens <= 8 else 16, tile_rows, split, full, on_gpu, bias)
         return Launcher(_gemv_kernel, grid, sizes + tile, device, (2,), num_warps=1, num_stages=1)
 
     def run(

@@ -58,8 +58,7 @@ def decode_words(word, scale_byte, global_scale):
 # decode_words); times the scale, 2**118 (2**7) too large. Subnormal operands count in full.
 _MOVE = """
 {{
-.reg .b32 a, b, s;
-mov.b32 s, {{$9, $9}};
+.reg .b32 a, b;
 shl.b32 a, $8, {odd_low};
 and.b32 a, a, {mask};
 shl.b32 b, $8, 12;
@@ -93,7 +92,7 @@ _BF16 = tl.constexpr(
         odd_high_by=2,
         even_high=6,
         mask="0x01C001C0",
-        multiply="{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 a, a, s, z; }",
+        multiply="{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 a, a, $9, z; }",
     )
 )
 _FP16 = tl.constexpr(
@@ -104,29 +103,58 @@ _FP16 = tl.constexpr(
         odd_high_by=1,
         even_high=3,
         mask="0x0E000E00",
-        multiply="mul.f16x2 a, a, s;",
+        multiply="mul.f16x2 a, a, $9;",
     )
 )
 
 
+# One byte -> its value twice, as the factor that _MOVE multiplies by: the byte's bits, moved to where BF16 has its
+# lowest four exponent bits and highest mantissa bits, are its value times 2**-120 (FP16: 2**-8). No BF16 holds the
+# power of two that is left to make good, so it comes as two.
+_SCALE_BF16 = tl.constexpr("""
+{
+.reg .b32 s, t, u, z;
+mov.b32 t, 0x7F007F00;
+mov.b32 u, 0x77007700;
+mov.b32 z, 0x80008000;
+mul.lo.u32 s, $1, 0x00100010;
+fma.rn.bf16x2 s, s, t, z;
+fma.rn.bf16x2 $0, s, u, z;
+}
+""")
+_SCALE_FP16 = tl.constexpr("""
+{
+.reg .b32 s, t;
+mov.b32 t, 0x78007800;
+mul.lo.u32 s, $1, 0x00800080;
+mul.f16x2 $0, s, t;
+}
+""")
+
+
 @triton.jit
-def decode_operand(word, scale_byte, PACKED: tl.constexpr, dtype: tl.constexpr):
-    """int32 words [...] + their scales' E4M3 bytes -> [..., 2, 2, 2] of ``dtype``, times 2**-8 (BF16) or 2**-7 (FP16).
+def decode_scale(byte, PACKED: tl.constexpr, dtype: tl.constexpr):
+    """E4M3 bytes 0 to 126 as int32 -> what ``decode_operand`` multiplies by: both halves of an int32, or the byte."""
+    if PACKED:
+        asm: tl.constexpr = _SCALE_BF16 if dtype == tl.bfloat16 else _SCALE_FP16
+        return tl.inline_asm_elementwise(asm, "=r,r", [byte], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return byte
+
+
+@triton.jit
+def decode_operand(word, scale, PACKED: tl.constexpr, dtype: tl.constexpr):
+    """int32 words [...] + ``decode_scale`` of theirs -> [..., 2, 2, 2] of ``dtype``, times 2**-8 (BF16), 2**-7 (FP16).
 
     PACKED: two numbers an instruction. Triton's interpreter has neither assembly nor BF16 products and gets the same
     values in FP32: nothing is rounded in either.
     """
     if PACKED:
-        if dtype == tl.bfloat16:
-            scale = (e4m3_to_f32(scale_byte) * 8.507059173023462e37).to(tl.bfloat16)  # 2**126
-            asm: tl.constexpr = _BF16
-        else:
-            scale = (e4m3_to_f32(scale_byte) * 32768.0).to(tl.float16)
-            asm: tl.constexpr = _FP16
+        asm: tl.constexpr = _BF16 if dtype == tl.bfloat16 else _FP16
         word, scale = tl.broadcast(word, scale)
         c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
             asm,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
             [word, scale],
             dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
             is_pure=True,
@@ -137,7 +165,7 @@ def decode_operand(word, scale_byte, PACKED: tl.constexpr, dtype: tl.constexpr):
         return tl.join(even, odd).to(dtype, bitcast=True)
     else:
         factor: tl.constexpr = 0.00390625 if dtype == tl.bfloat16 else 0.0078125
-        return decode_words(word, scale_byte, factor)
+        return decode_words(word, scale, factor)
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def gemv_variants(capability: int) -> Iterator[Variant]:
     """The kernel for few rows, from the first tensor cores on that take BF16: masks or none, K in one slice or four."""
     if capability < 80:
         return
-    tile = {"UNDO": 256.0, "TOKENS": 16, "ROWS": 16, "UNROLL": 1, "PACKED": True, "BIAS": True}
+    tile = {"UNDO": 256.0, "TOKENS": 16, "ROWS": 16, "PACKED": True, "BIAS": True}
     sums = {"sum_ptr": "*fp32", "counter_ptr": "*i32"}
     for dtype in ("*bf16", "*fp16"):
         pointers = POINTERS | sums | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)

@@ -21,8 +21,12 @@ KNOWN_ERRORS = ("ComfyApp graph accessed before initialization",)
 # The front end asks where a template's missing models are published how large they are; the host's rules forbid it.
 MODEL_SIZES = "/assets/missingModelMetadata"
 # What a real host answers with 404 on a first visit, which Chromium logs.
-KNOWN_MISSING = ("/user.css", "/userdata?dir=workflows", "/userdata?dir=subgraphs", "/userdata/comfy.templates.json")
+KNOWN_MISSING = (
+    "/favicon.ico", "/user.css", "/userdata?dir=workflows", "/userdata?dir=subgraphs", "/userdata/comfy.templates.json",
+)  # fmt: skip
 ELSEWHERE = re.compile(r"^https?://(?!127\.0\.0\.1)")
+# Not by Playwright's ``route``, which switches off Chromium's cache, and with it that of compiled scripts.
+NOWHERE_ELSE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 VIEW = {"width": 1500, "height": 950}
 TIMEOUT_MS = 60_000
 
@@ -36,7 +40,7 @@ def chromium() -> Iterator:
         pytest.skip("there is no chromium on the PATH; Debian and Ubuntu have it as the package chromium")
     with sync_api.sync_playwright() as playwright:
         # Containers run as root and give no user namespaces, which Chromium's sandbox needs.
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", NOWHERE_ELSE])
         yield browser
         browser.close()
 
@@ -46,7 +50,7 @@ class DoctorPage:
 
     ``.problems`` collects what the console called an error, what was thrown and not caught, and what our own files
     warned about. With ``host=True`` the websocket is the server's, else a silent one; ``send`` speaks into either.
-    Requests to other machines are answered by an empty list.
+    Other machines cannot be reached.
     """
 
     def __init__(self, browser, url: str, shots: Path, host: bool = False, scripts: tuple[str, ...] = ()):
@@ -58,10 +62,25 @@ class DoctorPage:
             page.add_init_script(script)
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.problems.append(f"not caught: {error}"))
-        page.route(ELSEWHERE, lambda route: route.fulfill(json=[], headers={"Access-Control-Allow-Origin": "*"}))
         page.route_web_socket("**/ws*", self._on_host_socket if host else self._on_socket)
-        page.goto(url)
-        page.wait_for_function(READY)
+        self._open()
+
+    def _open(self) -> None:
+        self.page.goto(self.url)
+        self.page.wait_for_function(READY)
+
+    def leave(self) -> None:
+        """End the visit: nothing of the front end runs any more, and what it stored in the browser is gone."""
+        self.page.goto(f"{self.url}/user.css")
+        self.page.evaluate("() => sessionStorage.clear()")
+        session = self.context.new_cdp_session(self.page)
+        session.send("Storage.clearDataForOrigin", {"origin": self.url, "storageTypes": "all"})
+        session.detach()
+
+    def come_back(self, shots: Path) -> None:
+        """Another first visit, after ``leave``. What Chromium compiled of the front end stays: half of the work."""
+        self.shots, self.problems, self._sockets = shots, [], []
+        self._open()
 
     def _on_socket(self, socket) -> None:
         self._sockets.append(socket)
@@ -73,7 +92,8 @@ class DoctorPage:
 
     def _on_console(self, message) -> None:
         where = message.location.get("url", "")
-        if message.type == "error" and message.text not in KNOWN_ERRORS and MODEL_SIZES not in where:
+        ours = not (MODEL_SIZES in where or ELSEWHERE.match(where))
+        if message.type == "error" and message.text not in KNOWN_ERRORS and ours:
             if not ("404" in message.text and any(known in where for known in KNOWN_MISSING)):
                 self.problems.append(f"{message.text} ({where})")
         elif message.type == "warning" and "nvfp4" in where:

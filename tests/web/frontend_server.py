@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real front end over a stubbed host: what ``comfyui-frontend-package`` asks for, and our two routes.
 
-    with FrontendServer() as server:
+    with FrontendServer(static_folder(), node_definitions(workflow)) as server:
         page.goto(server.url)
 
 Standard library only. The websocket is not served here: tests route it in the browser (``open_socket``).
@@ -94,6 +94,14 @@ class FrontendServer:
     """
 
     def __init__(self, static: Path, object_info: dict, settings: dict | None = None):
+        self.begin(object_info, settings)
+        handler = type("Handler", (_Handler,), {"owner": self, "static": str(static)})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def begin(self, object_info: dict, settings: dict | None = None) -> None:
+        """Answer as if nobody had been here."""
         self.settings = SETTINGS | (settings or {})
         self.calls: list[tuple[str, Any]] = []
         self.unknown: list[str] = []
@@ -107,10 +115,6 @@ class FrontendServer:
             "/queue": {"queue_running": [], "queue_pending": []}, "/history": {}, "/embeddings": [],
             "/settings": lambda body: self.settings,
         }  # fmt: skip
-        handler = type("Handler", (_Handler,), {"owner": self, "static": str(static)})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> FrontendServer:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

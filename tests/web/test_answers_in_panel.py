@@ -7,7 +7,7 @@ The answers are made by the pack itself; the host is stubbed (frontend_server.py
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from nvfp4_video.host.doctor.facts import GIB, Fact
 from nvfp4_video.host.doctor.profiles import launch_profile
 from nvfp4_video.host.guard import reading
 from nvfp4_video.tests.web.doctor_page import DoctorPage
-from nvfp4_video.tests.web.frontend_server import FrontendServer, node_definitions, static_folder
+from nvfp4_video.tests.web.frontend_server import node_definitions
 
 HERE = Path(__file__).resolve().parent
 WORKFLOW = json.loads((HERE / "workflow.json").read_text("utf-8"))
@@ -29,28 +29,18 @@ WRAPPED = {"input": {"workflow": {"1": {"class_type": "SaveVideo", "inputs": {}}
 
 
 @pytest.fixture
-def visit(browser, tmp_path: Path) -> Iterator[Callable]:
+def visit(enter) -> Callable:
     """visit(report, answer) -> a page whose panel is open."""
-    static = static_folder()
-    if static is None:
-        pytest.skip("comfyui-frontend-package is not installed")
-    server = FrontendServer(static, node_definitions(WORKFLOW), {}).__enter__()
-    opened = []
 
     def start(report: dict, answer: dict) -> DoctorPage:
-        server.routes.update({"/nvfp4/report": report, "/nvfp4/check": answer})
-        opened.append(page := DoctorPage(browser, server.url, tmp_path))
+        page, _ = enter(node_definitions(WORKFLOW), {}, {"/nvfp4/report": report, "/nvfp4/check": answer})
         page.load(WORKFLOW)
         page.open_panel()
         page.settle()
         page.shot("panel")
         return page
 
-    yield start
-    for page in opened:
-        page.close()
-        assert page.problems == []
-    server.__exit__()
+    return start
 
 
 def test_an_amd_owner_reads_advice_for_amd_s_gpus_only(visit):

@@ -7,14 +7,14 @@ tests/real/test_reports_in_browser.py runs every reporting node in a real ComfyU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from nvfp4_video.nodes import NODES
 from nvfp4_video.tests.web.doctor_page import DoctorPage
-from nvfp4_video.tests.web.frontend_server import FrontendServer, node_definitions, static_folder
+from nvfp4_video.tests.web.frontend_server import node_definitions
 
 SCHEMAS = [node.GET_SCHEMA() for node in NODES]
 REPORTING = [schema.node_id for schema in SCHEMAS if schema.is_output_node]
@@ -80,36 +80,21 @@ def report(node: str) -> str:
 
 
 @pytest.fixture
-def visit(browser, tmp_path: Path) -> Iterator[Callable]:
-    """visit(settings, types, reports) -> page with a workflow of those nodes; the console must be clean at the end."""
-    static = static_folder()
-    if static is None:
-        pytest.skip("comfyui-frontend-package is not installed")
-    opened = []
+def visit(enter) -> Callable:
+    """visit(settings, types, reports) -> page with a workflow of those nodes."""
 
     def start(settings: dict | None = None, types=tuple(REPORTING), reports: dict | None = None) -> DoctorPage:
         definitions = node_definitions(workflow(*{*types, OTHER}))
         for name in definitions.keys() & {*REPORTING, OTHER}:
             definitions[name] |= {"python_module": ORIGIN, "output_node": name in REPORTING}
-        server = FrontendServer(static, definitions, settings).__enter__()
-        server.routes["/nvfp4/reports"] = {"reports": reports or {}}
-        opened.append((server, None))
-        page = DoctorPage(browser, server.url, tmp_path)
-        page.server = server
-        opened[-1] = (server, page)
+        page, page.server = enter(definitions, settings, {"/nvfp4/reports": {"reports": reports or {}}})
         # The front end opens a workflow of its own first; one that is loaded before that has no tab of its own.
         page.page.wait_for_function(OPENED)
         page.settle()
         page.load(workflow(*types))
         return page
 
-    yield start
-    for server, page in opened:
-        if page is not None:
-            page.close()
-        server.__exit__()
-        assert server.unknown == []
-        assert page is None or page.problems == []
+    return start
 
 
 def run(page: DoctorPage, outputs: dict[str, dict], end: str = "execution_success") -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ..links import LEAST, MOST, Link, Node, as_link
 
 UNKNOWN: tuple = ()
+PLAIN = frozenset((str, int, float, bool, type(None)))  # the types of nearly all values that are no links
 _LONGEST_NUMBER = 40
 _MOST_FILES = 16  # pictures and films whose headers are read, of one prompt
 # What goes wrong with wild numbers in any of the formulas.
@@ -25,10 +26,7 @@ class Unknown(Exception):
 
 
 class _Wanted(Exception):
-    """A formula needs the outputs of a node that has not been evaluated."""
-
-    def __init__(self, node: str):
-        self.node = node
+    """A formula needs the outputs of a node that has not been evaluated, the exception's argument."""
 
 
 class Row(NamedTuple):
@@ -117,6 +115,15 @@ class Given:
         return self._values.stored(name)
 
 
+def link_or_literal(given: Any) -> tuple[Link | None, Any]:
+    """An input as it was sent -> its link, or its value, None for a list of values; a value may be wrapped."""
+    if not isinstance(given, (list, tuple)) and isinstance(given, Mapping):
+        given = given.get("__value__")
+    if isinstance(given, (list, tuple)):
+        return as_link(given), None
+    return None, None if isinstance(given, Mapping) else given
+
+
 def as_number(value: Any) -> int | float | None:
     """A value -> the number it is or spells, None for none or one that nobody can mean."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -143,22 +150,27 @@ class Values:
         self._nodes, self._rows, self._choices, self._readers = nodes, rows, choices, readers
         self._files: dict[tuple[str, str], Any] = {}
         self._outputs: dict[str, tuple] = {}
-        self._chosen: dict[str, list[Link | Bundle | None]] = {}
+        self._chosen: dict[str, list[Link | Bundle | _Literal | None]] = {}
         self._stored: dict[str, Link] | None = None
 
     def at(self, link: Link | None) -> Any:
         """The value on a link, None if it is unknown."""
-        if link is None or link.node not in self._nodes:
+        if link is None:
             return None
-        self._evaluate(link.node)
+        if link.node not in self._outputs:
+            if link.node not in self._nodes:
+                return None
+            self._evaluate(link.node)
         return self._output(link)
 
     def chosen(self, link: Link) -> Link | None:
         """The link that an output hands on, None where it does not or of which it is unknown."""
-        if link.node not in self._nodes or self._nodes[link.node].kind not in self._choices:
-            return None
-        self._evaluate(link.node)
-        chosen = self._chosen.get(link.node, [])
+        if link.node not in self._chosen:
+            node = self._nodes.get(link.node)
+            if node is None or node.kind not in self._choices:
+                return None
+            self._choose(node)
+        chosen = self._chosen[link.node]
         found = chosen[link.slot] if 0 <= link.slot < len(chosen) else None
         return found if isinstance(found, Link) else None
 
@@ -174,11 +186,11 @@ class Values:
     def of_input(self, node: Node, name: str) -> Any:
         """The value of an input; within a formula, ``_Wanted`` for what has to be evaluated before."""
         given = node.inputs.get(name)
-        if isinstance(given, Mapping):
-            given = given.get("__value__")
-        link = as_link(given)
+        if type(given) in PLAIN:
+            return given
+        link, literal = link_or_literal(given)
         if link is None:
-            return None if isinstance(given, (list, tuple, Mapping)) else given
+            return literal
         if link.node in self._outputs:
             return self._output(link)
         if link.node not in self._nodes:
@@ -209,11 +221,12 @@ class Values:
                 try:
                     self._outputs[node] = self._formula(self._nodes[node])
                 except _Wanted as wanted:
-                    if wanted.node in open_:
-                        self._outputs[wanted.node] = UNKNOWN  # it needs itself
+                    (needed,) = wanted.args
+                    if needed in open_:
+                        self._outputs[needed] = UNKNOWN  # it needs itself
                     else:
-                        waiting.append(wanted.node)
-                        open_.add(wanted.node)
+                        waiting.append(needed)
+                        open_.add(needed)
                     continue
             waiting.pop()
             open_.discard(node)
@@ -227,22 +240,46 @@ class Values:
         except (Unknown, *_FORMULA_ERRORS):
             return UNKNOWN
 
-    def _pass_on(self, node: Node, choice: Choice) -> tuple:
-        if node.id not in self._chosen:
+    def _choose(self, node: Node) -> None:
+        """Find what a node hands on, without what that carries."""
+        while node.id not in self._chosen:
+            try:
+                self._choice_of(node, self._choices[node.kind])
+            except _Wanted as wanted:
+                self._evaluate(*wanted.args)
+            except (Unknown, *_FORMULA_ERRORS):
+                self._chosen[node.id] = []
+
+    def _choice_of(self, node: Node, choice: Choice) -> list[Link | Bundle | _Literal | None]:
+        """What a node hands on, an entry for each output."""
+        known = self._chosen.get(node.id)
+        if known is None:
             found = choice.chosen(Given(node, self))
             if isinstance(found, str):
-                link = as_link(node.inputs.get(found))
-                if link is None:
-                    return (_meant(self.of_input(node, found)),)
-                found = link
-            self._chosen[node.id] = found if isinstance(found, list) else [found]
-        outputs = []
-        for link in self._chosen[node.id]:
-            if isinstance(link, Link) and link.node in self._nodes and link.node not in self._outputs:
-                raise _Wanted(link.node)
-            known = isinstance(link, Link) and link.node in self._nodes
-            outputs.append(self._output(link) if known else link if isinstance(link, Bundle) else None)
+                found = as_link(node.inputs.get(found)) or _Literal(self.of_input(node, found))
+            known = self._chosen[node.id] = found if type(found) is list else [found]
+        return known
+
+    def _pass_on(self, node: Node, choice: Choice) -> tuple:
+        outputs: list[Any] = []
+        for found in self._choice_of(node, choice):
+            if type(found) is _Literal:
+                found = _meant(found.value)
+            elif type(found) is Link:
+                if found.node in self._outputs:
+                    found = self._output(found)
+                elif found.node in self._nodes:
+                    raise _Wanted(found.node)
+                else:
+                    found = None
+            outputs.append(found)
         return tuple(outputs)
+
+
+class _Literal(NamedTuple):
+    """A value that was sent in a link's place."""
+
+    value: Any
 
 
 _SETTERS = ("SetNode", "easy setNode")

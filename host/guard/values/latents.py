@@ -18,6 +18,7 @@ _LT, _AUDIO = "comfy_extras/nodes_lt.py", "comfy_extras/nodes_lt_audio.py"
 _SAMPLER, _NODES = "comfy_extras/nodes_custom_sampler.py", "nodes.py"
 _MOST_GUIDES = 64  # of one latent
 _LIGHTRICKS, _KJ = "ComfyUI-LTXVideo", "ComfyUI-KJNodes nodes/ltxv_nodes.py"
+_DIRECTOR = "WhatDreamsCost-ComfyUI"
 
 
 class Guide(NamedTuple):
@@ -185,6 +186,20 @@ def _without(video: Video, cropped: Guides | None) -> Video:
     return video._replace(guides=(), length=video.length - over * TEMPORAL)  # it cuts into the clip
 
 
+def _directed(given: Given) -> Iterable[Any]:
+    """LTXDirectorGuide; its versions put guides into the clip or behind it, and differ in what they do to scale."""
+    video = _video(given, "latent")
+    sides = (_conditioning(given, side) for side in ("positive", "negative"))
+    told = tuple(found._replace(guides=None) if found is not None else None for found in sides)
+    if video is None:
+        return (*told, None)
+    # With an IC-LoRA it snaps the size to that LoRA's grid, unless it is told not to.
+    snaps = given.has("model") and given.maybe("auto_snap_ic_grid") is not False
+    if given.maybe("scale_by") != 1 or (snaps and given.maybe("ic_lora_name") != "None"):
+        video = video._replace(width=None, height=None)
+    return (*told, video._replace(guides=None))
+
+
 def _masked(given: Given) -> Iterable[Any]:
     """LTXVAudioVideoMask makes a latent longer only where it is told to pad."""
     video, sound = _latent(given, "video_latent"), _latent(given, "audio_latent")
@@ -289,5 +304,11 @@ LATENTS = {
     ),
     "LTXVImgToVideoInplaceKJ": Row(_same("latent"), _KJ),
     "LTXVAddGuideMulti": Row(_guided(lambda _: None), _KJ),
+    "LTXDirectorGuide": Row(_directed, f"{_DIRECTOR} ltx_director_guide.py"),
     "LTXVAudioVideoMask": Row(_masked, _KJ),
 }
+# Those that put guides behind a clip.
+GUIDING = (
+    "LTXVAddGuide", "LTXVAddLatentGuide", "LTXAddVideoICLoRAGuide", "LTXAddVideoICLoRAGuideAdvanced",
+    "LTXVAddGuideMulti",
+)  # fmt: skip

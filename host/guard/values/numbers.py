@@ -206,7 +206,10 @@ NUMBERS = {
 
 
 def _only_link(given: Given) -> str | None:
-    return next((name for name, value in given.node.inputs.items() if as_link(value)), None)
+    for name, value in given.node.inputs.items():
+        if as_link(value) is not None:
+            return name
+    return None
 
 
 def _first_of_any(given: Given) -> str | None:

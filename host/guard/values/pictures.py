@@ -220,10 +220,11 @@ def _resized_kj(given: Given) -> Iterable[Any]:
 def _blended(given: Given) -> Iterable[Any]:
     """Two of one size; of one length too, unless the longer one is cut."""
     first, second = _given(given, "image_a"), _given(given, "image_b")
-    if given.flag("trim_to_shortest"):
-        count = None if first.count is None or second.count is None else min(first.count, second.count)
-    else:
+    counts, trimmed = (first.count, second.count), given.maybe("trim_to_shortest")
+    if trimmed is False or first.count == second.count:
         count = first.count or second.count
+    else:
+        count = min(counts) if trimmed and None not in counts else None
     return (Picture(first.width or second.width, first.height or second.height, count),)
 
 

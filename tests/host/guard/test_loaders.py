@@ -199,7 +199,8 @@ def test_the_length_of_a_sampler_that_makes_its_own_latent_is_judged(named):
 def test_a_pipe_s_model_is_found(named):
     way = {"pipe": node("ToBasicPipe", model=["model", 0]), "out": node("FromBasicPipe", basic_pipe=["pipe", 0])}
     graph = PromptGraph(clip(**way, guider={"model": ["out", 0]}))
-    assert guard_view.View(graph, {}).samplers[0].model.loader.id == "model"
+    view = guard_view.View(graph, {})
+    assert view.model(view.samplers[0].guided_by).loader.id == "model"
 
 
 def test_a_gguf_file_s_family_and_name_are_read(stub_comfy: types.ModuleType, tmp_path: Path):

@@ -82,7 +82,7 @@ def known(graph: dict[str, Any]) -> dict[str, bool]:
     rated = view.graph.of_kind(seen.CONDITIONING, seen.EMPTY_AUDIO, *seen.FILMS)
     return {
         "model": all(
-            sampler.model.loader is not None and names_of(sampler.model.loader.kind, MODEL_LOADERS)
+            (loader := view.model(sampler.guided_by).loader) is not None and names_of(loader.kind, MODEL_LOADERS)
             for sampler in view.samplers
         ),
         "size": bool(first) and all(video is not None and video.width and video.height for video in videos),
@@ -95,7 +95,7 @@ def _begins(view: View, sampler: seen.Sampler) -> bool:
     """Whether a sampler's video does not come from another sampler."""
     root = sampler.latent.root
     if sampler.latent.kind == seen.JOINT and root is not None:
-        root = view.latent(view.graph.source(root.id, "video_latent")).root
+        root = view.latent(root, "video_latent").root
     return root is not None
 
 
@@ -111,11 +111,11 @@ def test_there_are_enough_graphs_of_enough_people():
 
 def test_of_most_graphs_the_prompt_alone_tells_model_size_length_and_rate(files):
     assert share("model") > 0.94
-    assert share("size") > 0.6 and share("length") > 0.65 and share("rate") > 0.7
+    assert share("size") > 0.63 and share("length") > 0.69 and share("rate") > 0.7
 
 
 def test_with_their_pictures_and_films_nearly_all_are_known(files, inputs):
-    assert share("size") >= 0.79 and share("length") >= 0.8 and share("rate") > 0.88
+    assert share("size") > 0.82 and share("length") > 0.85 and share("rate") > 0.88
 
 
 @pytest.mark.parametrize("place", range(len(graphs())))

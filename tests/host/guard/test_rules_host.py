@@ -51,6 +51,29 @@ def test_the_host_s_own_findings_name_the_pack_once_whatever_is_open():
     assert guard.check_host(HEALTHY) == []
 
 
+GUIDER, EULER = "comfy.samplers.CFGGuider.sample", "comfy.k_diffusion.sampling.sample_euler"
+
+
+def sampling(*names: str) -> dict:
+    return HEALTHY | facts(joint_sampling_crash=tuple((name, "ComfyUI_Old/sampling.py") for name in names))
+
+
+def test_a_sampling_function_that_stops_on_joint_latents_is_named_where_one_is_sampled():
+    found = only(clip(), sampling(GUIDER))
+    assert (found.id, found.severity, found.nodes) == ("replaced_sampling", "error", ("sampler",))
+    assert GUIDER in found.why and "Update ComfyUI_Old, or disable it" in found.remedy
+    assert "replaced_sampling" not in ids(clip(sampler={"latent_image": ["video", 0]}), sampling(GUIDER))
+    assert ids(clip(), sampling()) == ids(clip(), HEALTHY | facts(joint_sampling_crash=None)) == {}
+    (open_,) = guard.check_host(sampling(GUIDER))
+    assert (open_.id, open_.severity) == ("replaced_sampling", "warning") and "ComfyUI_Old" in open_.title
+
+
+@pytest.mark.parametrize(("name", "heard"), [("euler", True), ("dpmpp_2m", False)])
+def test_the_function_of_one_sampler_is_in_the_way_of_that_sampler_alone(name, heard):
+    prompt = clip(sampler={"sampler": ["choice", 0]}, choice=node("KSamplerSelect", sampler_name=name))
+    assert ("replaced_sampling" in ids(prompt, sampling(EULER))) is heard
+
+
 @pytest.mark.parametrize("flag", ["--bf16-vae", "--fp16-vae"])
 def test_a_flag_that_stops_the_audio_encoder_is_named_with_the_loader_that_does_not_mind(flag):
     host = HEALTHY | facts(launch_flags=[flag])

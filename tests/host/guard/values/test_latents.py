@@ -98,3 +98,16 @@ def test_a_chain_of_very_many_guides_is_not_followed_for_ever():
         prompt |= guide(f"g{i}", before, cond=cond)
         before, cond = [f"g{i}", 2], f"g{i}"
     assert PromptGraph(prompt).output(Link("g1999", 2)) == VIDEO._replace(guides=None)
+
+
+def test_a_director_s_guide_keeps_the_size_unless_it_scales_or_snaps():
+    def directed(**inputs: object) -> object:
+        more = {"d": node("LTXDirectorGuide", latent=["v", 0], positive=["cond", 0], **inputs)}
+        return at("d", 2, **more)
+
+    assert directed(scale_by=1.0) == directed(scale_by=1, model=["m", 0], auto_snap_ic_grid=False)
+    assert directed(scale_by=1.0) == VIDEO._replace(guides=None), "put behind the clip by some versions of the node"
+    assert directed(scale_by=1.0, model=["m", 0], ic_lora_name="None") == VIDEO._replace(guides=None)
+    unknown = VIDEO._replace(width=None, height=None, guides=None)
+    for inputs in ({}, {"scale_by": 0.5}, {"scale_by": 1.0, "model": ["m", 0], "ic_lora_name": "x.safetensors"}):
+        assert directed(**inputs) == unknown
