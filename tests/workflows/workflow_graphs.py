@@ -60,15 +60,15 @@ def make_nvfp4(info: Mapping[str, Mapping]) -> Sheet:
     source = {"models": [FP8_23], "file_name": FP8_23[0]}
     look = sheet.add("NVFP4Inspect", (0, 0), 440, room=460, **source)
     sheet.group("1. Look: what is in the file", look)
-    plan = sheet.add("NVFP4Planner", (0, 690), 440, room=320, **source)
+    plan = sheet.add("NVFP4Planner", (0, 830), 440, room=320, **source)
     sheet.group("2. Plan: does it fit, what will NVFP4 change", plan)
     made = sheet.add("NVFP4Quantize", (540, 0), 440, room=120, name="ltx-2.3-22b-distilled", **source)
     report = sheet.add("PreviewAny", (1040, 0), 440, "Report", room=460, source=made["report"])
     sheet.group("3. Quantise", made, report)
     parts = sheet.add(
-        "NVFP4Split", (540, 690), 440, room=60, audio_vae=True, name="ltx-2.3-22b-distilled", **source
+        "NVFP4Split", (540, 830), 440, room=60, audio_vae=True, name="ltx-2.3-22b-distilled", **source
     )
-    files = sheet.add("PreviewAny", (1040, 690), 440, "Files", room=130, source=parts["files"])
+    files = sheet.add("PreviewAny", (1040, 830), 440, "Files", room=130, source=parts["files"])
     sheet.group("4. Split: the full VAEs as files of their own", parts, files)
     return sheet
 
