@@ -113,8 +113,8 @@ def summary(found: Verification) -> str:
     ]
     if found.loras:
         shares = [check.lora for check in found.layers if check.lora is not None]
-        seen = f"{min(shares):.2f} to {max(shares):.2f} of it found in" if shares else "of no effect on"
-        lines.append(f"the source with {', '.join(found.loras)}: {seen} {len(shares):,} quantised layers")
+        seen = f", {min(shares):.2f} to {max(shares):.2f} of it in {len(shares):,} quantised layers" if shares else ""
+        lines.append(f"compared with the source and {', '.join(found.loras)}{seen}")
     if found.calibration:
         lines.append(f"outputs, by {found.calibration}: {outputs_text(found)}")
     if found.left_out:

@@ -244,11 +244,12 @@ def _read(path, strength: float, header: Header, targets: Mapping[str, str]) -> 
         raise CheckpointError(f"strength {strength}", where=where, expected="a number other than 0")
     grouped: dict[str, dict[str, dict[str, str]]] = {}
     refused, strange, twice, stems = [], [], [], {}
+    known = frozenset(targets.values())
     for key, info in keys.items():
         stem, kind, part = _split(key)
         if why := _refusal(key):
             refused.append(f"{quote(key)} ({why})")
-        elif kind is None or (name := _target(stem, kind, targets)) is None or not _fits(info, header, name):
+        elif kind is None or (name := _target(stem, kind, targets, known)) is None or not _fits(info, header, name):
             strange.append(quote(key))
         else:
             parts = grouped.setdefault(name, {}).setdefault("diff" if kind == "bias" else kind, {})
@@ -287,15 +288,15 @@ def _fits(info: TensorInfo, header: Header, name: str) -> bool:
     return info.dtype in FLOATS and (header.tensors[name].dtype in FLOATS or name.endswith("weight"))
 
 
-def _target(stem: str, kind: str, targets: Mapping[str, str]) -> str | None:
-    """The tensor that a layer's name stands for, its bias for a change of that, or None."""
+def _target(stem: str, kind: str, targets: Mapping[str, str], known: frozenset[str]) -> str | None:
+    """The one of the ``known`` tensors that a layer's name stands for, its bias for a change of that, or None."""
     prefixes = (*_DOTTED, *_UNDERSCORED)
     names = (targets.get(stem[len(prefix) :]) for prefix in prefixes if stem.startswith(prefix))
     name = next((name for name in names if name is not None), None)
     if kind != "bias" or name is None:
         return name
     bias = f"{name.removesuffix('.weight')}.bias"
-    return bias if name.endswith(".weight") and bias in targets.values() else None
+    return bias if name.endswith(".weight") and bias in known else None
 
 
 def _change(group, strength: float, header: Header, name: str, reader: Source, where: str) -> Change:

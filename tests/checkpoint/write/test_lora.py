@@ -152,7 +152,7 @@ def test_verify_wants_the_loras_and_finds_all_of_them(lora, source, tmp_path):
     found = verify(path, source, loras=[(lora, 1.0)])
     assert found.ok, summary(found)
     assert all(0.9 < check.lora < 1.1 for check in found.layers if check.lora is not None)
-    assert "the source with lora.safetensors at 1: " in summary(found)
+    assert "compared with the source and lora.safetensors at 1, " in summary(found)
 
 
 def test_verify_notices_another_strength_and_a_lora_that_is_not_in_it(lora, source, tmp_path):
