@@ -19,7 +19,7 @@ from nvfp4_video.measure.ltx import SIGMAS  # noqa: E402
 
 __all__ = [
     "FRAME_RATE", "SIGMAS", "add_options", "begin", "compiled", "end_of_node", "latent_shapes", "launch_cost",
-    "parse_options", "sample", "save", "start_host", "without_graphs",
+    "parse_options", "sample", "save", "start_host", "without_fused_blocks", "without_graphs",
 ]  # fmt: skip
 
 
@@ -117,6 +117,13 @@ def without_graphs(patcher: Any) -> None:
     from nvfp4_video.host.compute import block_graphs
 
     patcher.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, block_graphs.KEY)
+
+
+def without_fused_blocks(patcher: Any) -> None:
+    """Give a loaded model's blocks and attentions the host's own classes back; feed-forwards stay as they are."""
+    for module in patcher.model.diffusion_model.modules():
+        if type(module).__name__ in ("FusedAttention", "FusedBlock"):
+            module.__class__ = type(module).host_class
 
 
 def compiled(patcher: Any) -> Any:

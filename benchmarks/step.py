@@ -41,13 +41,15 @@ ROWS = {
     "fp8-eager": "ours NVFP4, fp8, no graphs",
     "ours-attention": "ours NVFP4, attention auto",
     "fp8-attention": "ours NVFP4, fp8, attention auto",
+    "fp8-apart": "ours NVFP4, fp8, attention auto, blocks as the host's",
     "fp8-schedule": "ours NVFP4, fp8, first and last step bf16",
     "bf16-compiled": "stock BF16, compiled",
     "ours-compiled": "ours NVFP4, compiled",
     "fp8-compiled": "ours NVFP4, fp8, compiled",
 }
 EQUAL = (("stock", "ours"), ("ours-eager", "ours"), ("fp8-eager", "fp8"))  # rows whose latents must have the same bits
-ROUNDED = {"fp8", "fp8-schedule", "ours-attention", "fp8-attention"}  # rows compared with `ours` by relative error
+# Rows compared with `ours` by relative error.
+ROUNDED = {"fp8", "fp8-schedule", "ours-attention", "fp8-attention", "fp8-apart"}
 MARKER = json.dumps({"format": "nvfp4"}).encode()
 STARTED = time.perf_counter()
 
@@ -116,7 +118,7 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
     from nvfp4_video.host.load import model as load
 
     compute = "fp8" if row.startswith("fp8") else "bf16"
-    attention = "auto" if row.endswith("-attention") else "host"
+    attention = "auto" if row.endswith(("-attention", "-apart")) else "host"
     patcher, report = load.load_model(
         str(path), compute, backend=options.backend, disable_dynamic=options.no_dynamic, attention=attention
     )
@@ -127,6 +129,8 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
         say(schedule.use_schedule(patcher, schedule.FIRST_AND_LAST))
     if row.endswith("-eager"):
         in_process.without_graphs(patcher)
+    if row.endswith("-apart"):
+        in_process.without_fused_blocks(patcher)
     return patcher
 
 

@@ -131,6 +131,20 @@ def resident(own: dict, device: torch.device) -> tuple[QuantizedTensor, torch.Te
     return None if bias is None and parameters["bias"] is not None else (weight, bias)
 
 
+def plain_weight(module: torch.nn.Module, device: torch.device) -> torch.Tensor | None:
+    """A layer's own weight as it lies on ``device`` for this call; None: it is quantised, patched, elsewhere, or none.
+
+    ``resident`` for layers that ``cast_bias_weight`` would give their weight as it is, such as norms.
+    """
+    own = module.__dict__
+    weight = own["_parameters"].get("weight")
+    if weight is None or (hasattr(module, "weight_function") and patched(module)):
+        return None
+    if "_v" in own:
+        weight = own.get("_v_weight") if _held(own) else None
+    return weight if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.device == device else None
+
+
 def _held(own: dict) -> bool:
     """Whether the block prefetch has found the layer in GPU memory and holds it there."""
     prefetch = own.get("_prefetch")

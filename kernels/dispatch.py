@@ -33,8 +33,8 @@ def prepare(
     * ``dequantize_sum``  (packed, block_scale, global_scale, up (N, R), down (R, K)) -> (N, K)
     * ``gemv``            (x (M, K), packed, block_scale, global_scale, bias) -> (M, N); None where nothing is faster
       than to dequantise: another backend than Triton, FP32, an older GPU
-    * ``linear_fp8``      (x (..., K), packed, block_scale, global_scale, bias, activation, shared) -> (..., N);
-      ``activation`` (one of ``reference.ACTIVATIONS``) of x is taken first, ``shared`` is None or
+    * ``linear_fp8``      (x (..., K), packed, block_scale, global_scale, bias, activation, shared) -> (..., N); x may
+      be FP8Rows; ``activation`` (one of ``reference.ACTIVATIONS``) of x is taken first, ``shared`` is None or
       (fp8.SharedRows, place)
 
     Raises ValueError for a backend or dtype that cannot be; a function, for tensors of another shape.

@@ -82,6 +82,28 @@ class PackedWeight:
         return self.packed.nbytes + self.block_scale.nbytes + self.global_scale.nbytes
 
 
+@dataclass(frozen=True, eq=False)
+class FP8Rows:
+    """A tensor of ``shape`` (..., K) that exists only as E4M3 with a scale a row, for the products that take it so.
+
+    ``quantized`` (M, K) e4m3, ``scale`` (M, 1) fp32; K is a multiple of 16, and M the product of the other sizes.
+    """
+
+    quantized: torch.Tensor
+    scale: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def device(self) -> torch.device:
+        """Of both tensors."""
+        return self.quantized.device
+
+    def plain(self) -> torch.Tensor:
+        """-> (..., K) of ``dtype``, for whoever cannot multiply E4M3."""
+        return (self.quantized.float() * self.scale).to(self.dtype).view(self.shape)
+
+
 def swizzle(scales: torch.Tensor) -> torch.Tensor:
     """Row-major block scales (N, C) -> tiled and zero-padded (R128(N), R4(C)), same dtype."""
     rows, cols = scales.shape

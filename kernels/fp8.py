@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from .backends import FP8_CAPABILITY, pick_backend, triton_module
-from .format import FP8, round_up
+from .format import FP8, FP8Rows, round_up
 from .reference import ACTIVATIONS
 
 # On: sums stay in the tensor core's short accumulator instead of going to FP32 every 128 products. On an H200 that
@@ -112,11 +112,15 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
             bias = bias if bias.dtype == torch.bfloat16 else bias.to(torch.bfloat16)
             bias = torch.nn.functional.pad(bias, (0, added)) if added else bias
         weight, weight_scale = convert(packed, block_scale, global_scale)
-        quantize = flat[activation]
-        quantized, scale = quantize(x) if shared is None or activation else shared[0].get(shared[1], x, quantize)
+        if type(x) is FP8Rows:
+            quantized, scale = x.quantized, x.scale
+        elif shared is None or activation:
+            quantized, scale = flat[activation](x)
+        else:
+            quantized, scale = shared[0].get(shared[1], x, flat[activation])
         out = scaled_mm(quantized, scale, weight, weight_scale, bias)
         out = out[:, :rows] if added else out
         out = out if dtype == torch.bfloat16 else out.to(dtype)
-        return out if x.ndim == 2 else out.reshape(*x.shape[:-1], rows)
+        return out if len(x.shape) == 2 else out.reshape(*x.shape[:-1], rows)
 
     return run

@@ -17,6 +17,7 @@ from .format import (
     E2M1_VALUES,
     E4M3_MAX,
     FP8,
+    FP8Rows,
     PackedWeight,
     check_output_dtype,
     check_parts,
@@ -313,14 +314,17 @@ def quantize_rows(x: torch.Tensor, activation: str = "") -> tuple[torch.Tensor, 
 
 
 def linear_fp8(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, activation: str = ""
+    x: torch.Tensor | FP8Rows, weight: PackedWeight, bias: torch.Tensor | None = None, activation: str = ""
 ) -> torch.Tensor:
     """(..., K) float x NVFP4 (N, K) -> (..., N) in x's dtype, both operands in E4M3 (W4A8), FP32 accumulation.
 
-    ``activation`` of x comes first, as in ``quantize_rows``.
+    ``activation`` of x comes first, as in ``quantize_rows``; x may be quantised already.
     """
     rounded, weight_scale = to_fp8(weight)
-    quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]), activation)
+    if isinstance(x, FP8Rows):
+        quantized, scale = x.quantized, x.scale
+    else:
+        quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]), activation)
     out = (quantized.float() @ rounded.float().t() * weight_scale * scale)[:, : weight.shape[0]]
     out = out if bias is None else out + bias.float()
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])

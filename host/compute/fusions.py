@@ -1,59 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What neighbouring FP8 layers of a loaded LTX model can do together: one pass over memory less each time.
+"""What neighbouring layers of a loaded LTX model in FP8 mode can do together: one pass over memory less each time.
 
 * to_q, to_k and to_v of an attention take the same tensor: it is quantised once.
 * GELU before the second Linear of the feed-forward is computed while that Linear quantises its input.
+* The norm and rotation of q and k are one pass, the gates of heads come with the next Linear's rows
+  (fused_attention.py); gated addition, norm, modulation and rows for the next Linears are one (fused_block.py).
 
-The first changes no bit, the second leaves out the rounding between the two. Only LTX's own classes are prepared, of
-which it is known that they do just that, and whoever replaced a ``forward`` or hooked a layer gets what he would
-without: each call looks. Classes are set on the model's own modules; nothing of the host is patched.
+The first changes no bit, the others leave out roundings between. Models without a layer in FP8 mode stay as they are.
+Only LTX's own classes are prepared, whose source is one of those that this pack was written after, and whoever replaced
+a ``forward`` or hooked a layer gets what he would without: each call looks. Classes are set on the model's own modules;
+nothing of the host is patched.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
+import hashlib
 import importlib
+import inspect
+import textwrap
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
+from ...kernels.format import FP8Rows
 from ...kernels.fp8 import SharedRows
 from .. import residency
+from .fused_attention import attention_class, is_apart
+from .fused_block import block_class
+from .rows import takes_rows
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")
+# ``fingerprint`` of what the classes here stand for, in ComfyUI 0.33 and in 0.38.
+_ATTENTIONS = frozenset(("a50b55954c4f2bc3", "c434d556e55fe4c8"))
+_BLOCKS = frozenset(("68f99ad48eef5f89",))
 
 
-def fuse(model: torch.nn.Module, linear: type) -> None:
-    """Prepare the layers of class ``linear`` in FP8 mode; other models, classes and modes are left alone."""
-    host = _host()
+def fuse(model: torch.nn.Module, linear: type) -> str:
+    """Prepare the layers of class ``linear`` in FP8 mode -> what to expect, for the load report; "" if nobody would.
+
+    Other models, classes and modes are left alone, and modules that were prepared for another mode are as before.
+    """
+    release(model)
+    if not any(_in_fp8(module, linear) for module in model.modules()):
+        return ""
+    host, av = _host("model"), _host("av_model")
+    attention, block = getattr(host, "CrossAttention", None), getattr(av, "BasicAVTransformerBlock", None)
+    known = attention, block, getattr(host, "FeedForward", None)
+    if not any(type(module) in known for module in model.modules()):
+        return ""
+    reason = _stands_down(host, av)
     for module in model.modules():
-        if type(module) is getattr(host, "CrossAttention", None):
+        if type(module) is attention:
             layers = [getattr(module, name, None) for name in _PROJECTIONS]
             if all(_in_fp8(layer, linear) for layer in layers):
                 shared, owns = SharedRows(), tuple(layer.__dict__ for layer in layers)
                 for place, own in enumerate(owns):
                     own["_nvfp4_shared"], own["_nvfp4_sharers"] = (shared, place), owns
+            if not reason:
+                module.__class__ = attention_class(attention, host)
+        elif type(module) is block and not reason:
+            module.__class__ = block_class(block, av)
         elif (fused := _feed_forward(type(module))) is not None and _in_fp8(module.net[2], linear):
             module.__class__ = fused
+    if reason:
+        return f"rows of q, k and v, and the feed-forward's activation; no more, {reason}"
+    return "norms, modulations, gates and rotations, each with its neighbours"
 
 
-def shared_rows(own: dict) -> tuple[SharedRows, int] | None:
-    """What a Linear hands to its FP8 function so that its input is quantised once for all three that take it.
+def release(model: torch.nn.Module) -> None:
+    """Give all modules the host's classes back."""
+    for module in model.modules():
+        host_class = type(module).__dict__.get("host_class")
+        if host_class is not None:
+            module.__class__ = host_class
 
-    None for any other layer, and as long as one of the three is not its own master: what runs between them might
-    change the input.
-    """
-    shared = own.get("_nvfp4_shared")
-    return None if shared is None or any(map(residency.taken_over, own["_nvfp4_sharers"])) else shared
+
+def _stands_down(host: ModuleType | None, av: ModuleType | None) -> str:
+    """Why the host's attention and blocks are left as they are, or an empty string."""
+    try:
+        attention = fingerprint(host.CrossAttention.forward, host.apply_rotary_emb, host.apply_rotary_emb_qk)
+        block = fingerprint(
+            av.BasicAVTransformerBlock.forward, av.BasicAVTransformerBlock.get_ada_values,
+            av.BasicAVTransformerBlock._apply_text_cross_attention, av.apply_cross_attention_adaln,
+            av.CompressedTimestep,
+        )  # fmt: skip
+    except (AttributeError, OSError, TypeError, SyntaxError) as error:
+        return f"this ComfyUI's transformer cannot be read: {error}"
+    if attention not in _ATTENTIONS or block not in _BLOCKS:
+        return "this ComfyUI's attention or block is not one that this pack knows"
+    return str(residency.check())
+
+
+def fingerprint(*parts: Callable | type) -> str:
+    """Functions and classes -> 16 digits of their source without comments, docstrings and layout."""
+    digest = hashlib.sha256()
+    for part in parts:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:16]
 
 
 def _in_fp8(layer: object, linear: type) -> bool:
     return isinstance(layer, linear) and layer.__dict__.get("nvfp4_mode") == "fp8"
 
 
-def _host() -> ModuleType | None:
+def _host(name: str) -> ModuleType | None:
     try:
-        return importlib.import_module("comfy.ldm.lightricks.model")
+        return importlib.import_module(f"comfy.ldm.lightricks.{name}")
     except ImportError:
         return None
 
@@ -61,13 +120,20 @@ def _host() -> ModuleType | None:
 @functools.cache
 def _feed_forward(found: type) -> type | None:
     """LTX's feed-forward -> a class derived from it, any other class -> None."""
-    host = _host()
+    host = _host("model")
     if found is not getattr(host, "FeedForward", None) or not hasattr(host, "GELU_approx"):
         return None
 
     class FusedFeedForward(found):
+        host_class, host_forward = found, found.forward
+
+        def accepts(self) -> bool:
+            """Whether the input may come as rows."""
+            free = not (residency.taken_over(self.__dict__) or is_apart(self))
+            return free and _as_built(self.net, host.GELU_approx) and takes_rows(self.net[0].proj)
+
         def forward(self, x):
-            if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _as_built(self.net, host.GELU_approx):
+            if type(x) is not FP8Rows and (is_apart(self) or not _as_built(self.net, host.GELU_approx)):
                 return super().forward(x)
             return self.net[2](self.net[0].proj(x), activation="gelu_tanh")
 

@@ -112,7 +112,8 @@ def of_block(block: torch.nn.Module, device: torch.device) -> tuple[tuple, tuple
     That is if somebody's function stands in it, if it is compiled, or if a weight is not on the GPU or is computed
     anew in every call. Branches are told by where they lie and by their ranks: LoRA of the model, of a hook, or none.
     """
-    if type(block) is not host_class("BasicAVTransformerBlock"):
+    kind = type(block)
+    if kind.__dict__.get("host_class", kind) is not host_class("BasicAVTransformerBlock"):  # or the pack's own of it
         return None
     branches: list[Any] = []
     found: list[Any] = []

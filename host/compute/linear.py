@@ -20,7 +20,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ...checkpoint.file.header import CheckpointError
 from ...kernels import reference
-from ...kernels.format import OUTPUT_DTYPES, packed_shape
+from ...kernels.format import OUTPUT_DTYPES, FP8Rows, packed_shape
 from .. import residency
 from . import lora
 from .experts import bank_class
@@ -59,6 +59,8 @@ def weight_only_operations(
 
     class WeightOnlyOperations(base):
         class Linear(base.Linear):
+            takes_fp8_rows = True  # see rows.py
+
             def _load_from_state_dict(self, state_dict, prefix, *args):
                 weight = state_dict.get(f"{prefix}weight")
                 if isinstance(weight, QuantizedTensor):
@@ -75,20 +77,23 @@ def weight_only_operations(
                 own = self.__dict__
                 parameters = own["_parameters"]
                 weight = parameters.get("weight")
+                rows = type(input) is FP8Rows
                 if not (
                     own.get("nvfp4_mode") in _OWN_MODES
                     and isinstance(weight, QuantizedTensor)
                     and not patched(self)
-                    and type(input) is torch.Tensor
+                    and (rows or type(input) is torch.Tensor)
                     and input.dtype in OUTPUT_DTYPES
-                    and not (input.requires_grad and torch.is_grad_enabled())
+                    and (rows or not (input.requires_grad and torch.is_grad_enabled()))
                 ):
-                    input = reference.activate(input, activation)
+                    input = reference.activate(input.plain() if rows else input, activation)
                     out, branch = super().forward(input, *args, **kwargs), own.get("nvfp4_lora")
                     return out if branch is None else lora.beside(parameters, out, input, branch)
                 device = input.device
                 matmul = multiply if own.get("nvfp4_lora") is None else multiply_with_lora
                 smoothed = "pre_quant_scale" in parameters  # ModelOpt's AWQ
+                if rows and (smoothed or activation or matmul is not multiply):
+                    input = input.plain()
                 if activation and (smoothed or matmul is not multiply or own["nvfp4_mode"] != "fp8"):
                     input, activation = reference.activate(input, activation), ""
                 if smoothed:
@@ -147,7 +152,7 @@ def _unwrap(state_dict: dict, prefix: str, weight: QuantizedTensor, shape: tuple
 
 
 def _streamed(
-    module, input: torch.Tensor, weight: QuantizedTensor, backend: str, matmul: Callable, activation: str
+    module, input: torch.Tensor | FP8Rows, weight: QuantizedTensor, backend: str, matmul: Callable, activation: str
 ) -> torch.Tensor:
     """The weight is offloaded, or DynamicVRAM owns it: the host brings it, and takes it back afterwards."""
     comfy.ops.run_every_op()
@@ -159,6 +164,7 @@ def _streamed(
     try:
         if isinstance(weight, QuantizedTensor):
             return matmul(module.__dict__, input, weight, bias, input.device, backend, activation)
+        input = input.plain() if type(input) is FP8Rows else input
         input, branch = reference.activate(input, activation), module.__dict__.get("nvfp4_lora")
         out = torch.nn.functional.linear(input, weight.to(input.dtype), bias)
         return out if branch is None else lora.add(out, input, branch)

@@ -11,10 +11,10 @@ import torch
 from comfy.quant_ops import QuantizedTensor, get_layout_class
 
 from ...kernels import dispatch, reference
-from ...kernels.format import PackedWeight
+from ...kernels.format import FP8Rows, PackedWeight
 from .. import residency
 from . import lora
-from .fusions import shared_rows
+from .rows import shared_rows
 
 LAYOUT = "TensorCoreNVFP4Layout"
 # Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
@@ -34,7 +34,7 @@ def wrap(record: PackedWeight) -> QuantizedTensor:
 
 def multiply(
     own: dict,
-    input: torch.Tensor,
+    input: torch.Tensor | FP8Rows,
     weight: QuantizedTensor,
     bias: torch.Tensor | None,
     device: torch.device,
@@ -43,7 +43,8 @@ def multiply(
 ) -> torch.Tensor:
     """(..., K) BF16, FP16 or FP32 times a packed (N, K) weight, both on ``device`` -> (..., N) in the input's dtype.
 
-    ``own`` is the layer's ``__dict__``, where what it calls is kept; ``activation`` is computed of the input first.
+    The input of a layer in FP8 mode may be rows. ``own`` is the layer's ``__dict__``, where what it calls is kept;
+    ``activation`` is computed of the input first.
     """
     params, packed, dtype = weight._params, weight._qdata, input.dtype
     if bias is not None and bias.dtype != dtype:
@@ -55,6 +56,10 @@ def multiply(
         with residency.outside_host_graph():  # some keep tensors of their own
             functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
     _, _, _, few, many, dequantize = functions
+    if type(input) is FP8Rows:
+        if many is not None:
+            return many(input, packed, params.block_scale, params.scale, bias)
+        input = input.plain()
     if few is not None or many is not None:
         shape = input.shape
         cols = shape[-1] if shape else 0

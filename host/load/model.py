@@ -82,7 +82,7 @@ def load_model(
     dit = patcher.model.diffusion_model
     again = functools.partial(build_again, patcher.model)
     lacks = check_model(dit, operations.Linear, as_named(patcher.model, given), header.path.name, again)
-    fuse(dit, operations.Linear)
+    fusions = fuse(dit, operations.Linear)
 
     def compute_on(other: torch.device) -> Compute:
         modes = MODES if how.uses("fp4") else tuple(mode for mode in MODES if mode != "fp4")
@@ -93,7 +93,8 @@ def load_model(
     attends = use_attention(patcher, attention, how.mode)
     graphs = use_graphs(patcher)
     place = f"{device} (on another GPU modes are chosen again)" if len(_gpus()) > 1 else str(device)
-    report = report_of(plan, model, how, (backend_name, reason), place, patcher, config_source, attends, graphs, lacks)
+    found = attends, graphs, fusions, lacks
+    report = report_of(plan, model, how, (backend_name, reason), place, patcher, config_source, *found)
     logger.info("%s", str(report).replace("\n", "; "))
     return patcher, report
 

@@ -34,6 +34,7 @@ class LoadReport:
     config_from: str | None
     attention: str
     graphs: str  # CUDA graphs of the blocks: which, or why none; empty if nobody would expect any
+    fusions: str = ""  # what neighbouring layers in FP8 mode do together; empty without such layers
     lacks: str = ""  # what the host builds and the file does not have
     unknown: str = ""  # what of the host's book-keeping this pack does not find, and does without
 
@@ -56,6 +57,8 @@ class LoadReport:
             lines.append(f"attention: {self.attention}")
         if self.graphs:
             lines.append(f"CUDA graphs: {self.graphs}")
+        if self.fusions:
+            lines.append(f"in one pass: {self.fusions}")
         if self.lacks:
             lines.append(f"the file has {self.lacks}")
         if self.unknown:
@@ -84,6 +87,7 @@ def report_of(
     config_from: str | None,
     attention: str,
     graphs: str,
+    fusions: str,
     lacks: str,
 ) -> LoadReport:
     """What the loader read, decided and built -> its report; ``backend`` is a name and the reason for it."""
@@ -108,6 +112,7 @@ def report_of(
         config_from=config_from,
         attention=attention,
         graphs=graphs,
+        fusions=fusions,
         lacks=lacks,
         unknown=str(residency.check()),
     )

@@ -18,6 +18,11 @@ _DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) and not t
 _L2_BYTES = 48 << 20
 
 
+def warps(columns: int, a_warp: int) -> int:
+    """How many warps take a row of a power of two of columns, ``a_warp`` columns each: 1 to 16."""
+    return min(16, max(1, columns // a_warp))
+
+
 def part_reader(shape: tuple[int, int], device: torch.device) -> Callable[..., tuple[torch.Tensor, ...]]:
     """(N, K), device -> function (packed, block_scale, global_scale) -> the three as kernels read them.
 
@@ -60,10 +65,11 @@ class Launcher:
 
     From its second call on it skips the JIT's analysis of arguments, which costs the CPU more than all the rest, and
     Triton's look at each pointer, which fails for what cudaMallocAsync gives out while a CUDA graph is captured; that
-    needs the first call's alignment. ``as_bytes``: positions of tensors that the kernel sees as uint8.
+    needs the first call's alignment. ``as_bytes``: positions of tensors that the kernel sees as uint8; ``changes``: of
+    those that it reads and writes, since it is launched a second time in the first call.
     """
 
-    __slots__ = ("_arguments", "_as_bytes", "_device", "_direct", "_grid", "_kernel", "_options")
+    __slots__ = ("_arguments", "_as_bytes", "_changes", "_device", "_direct", "_grid", "_kernel", "_options")
 
     def __init__(
         self,
@@ -72,9 +78,10 @@ class Launcher:
         arguments: tuple,
         device: torch.device,
         as_bytes: tuple[int, ...] = (),
+        changes: tuple[int, ...] = (),
         **options: int,
     ):
-        self._kernel, self._grid, self._arguments = kernel, (*grid, 1, 1)[:3], arguments
+        self._kernel, self._grid, self._arguments, self._changes = kernel, (*grid, 1, 1)[:3], arguments, changes
         self._device, self._options, self._as_bytes, self._direct = device, options, as_bytes, None
 
     def __call__(self, *tensors: torch.Tensor) -> None:
@@ -87,10 +94,13 @@ class Launcher:
         if aligned and self._direct is not None:
             self._direct(*pointers, *self._arguments)
             return
+        copies = [tensors[at].clone() for at in self._changes] if aligned and _DIRECT else []
         seen = [tensor.view(torch.uint8) if at in self._as_bytes else tensor for at, tensor in enumerate(tensors)]
         with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
             compiled = self._kernel[self._grid](*seen, *self._arguments, **self._options)
         if aligned and _DIRECT:
+            for at, copy in zip(self._changes, copies, strict=True):
+                pointers[at] = copy.data_ptr()
             self._direct = direct_launch(compiled, self._grid, self._device, (*pointers, *self._arguments))
 
 

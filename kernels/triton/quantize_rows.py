@@ -44,6 +44,12 @@ def _activated(values, ACTIVATION: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
+def row_scale(amax):
+    """Largest magnitude of a row -> the scale with which it becomes 448."""
+    return tl.where(amax < _SMALLEST_AMAX, 1.0, tl.div_rn(amax, 448.0))
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x_ptr,
     out_ptr,
@@ -67,7 +73,7 @@ def _quantize_rows_kernel(
             more = tl.load(source + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
             more = _activated(more, ACTIVATION, on_gpu)
             amax = tl.maximum(amax, tl.max(tl.where(more == more, tl.abs(more), 0.0), axis=0))
-    scale = tl.where(amax < _SMALLEST_AMAX, 1.0, tl.div_rn(amax, 448.0))
+    scale = row_scale(amax)
     factor = tl.div_rn(1.0, scale)
     tl.store(scale_ptr + row, scale)
     tl.store(target + column, to_e4m3(values * factor, out_ptr.dtype.element_ty), mask=column < out_cols)

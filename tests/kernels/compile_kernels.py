@@ -17,7 +17,17 @@ package = types.ModuleType("nvfp4_video")
 package.__path__ = [str(Path(__file__).resolve().parents[2])]
 sys.modules["nvfp4_video"] = package
 
-from nvfp4_video.kernels.triton import dequantize, dequantize_sum, gemv, quantize, quantize_rows, to_fp8  # noqa: E402
+from nvfp4_video.kernels.triton import (  # noqa: E402
+    dequantize,
+    dequantize_sum,
+    gate_heads,
+    gemv,
+    norm_rope,
+    norm_rows,
+    quantize,
+    quantize_rows,
+    to_fp8,
+)
 from triton import compile as triton_compile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -85,6 +95,33 @@ def rows_variants(capability: int) -> Iterator[Variant]:
         yield activation, quantize_rows._quantize_rows_kernel, pointers, constants
 
 
+def norm_rows_variants(capability: int) -> Iterator[Variant]:
+    """All there is in one pass to two tensors of FP8 rows; plain, to one in BF16."""
+    names = [name for name in norm_rows._norm_rows_kernel.arg_names if name.endswith("_ptr")]
+    pointers = dict.fromkeys(names, "*bf16") | {"eps": "fp32"}
+    rows = dict.fromkeys(("out_ptr", "out2_ptr"), "*fp8e4nv") | dict.fromkeys(("scale_ptr", "scale2_ptr"), "*fp32")
+    for full in (True, False) if capability >= 89 else ():
+        flags = ("ADD", "GATED", "MODULATED", "QUANTIZE", "MODULATED2", "QUANTIZE2")
+        constants = dict.fromkeys(flags, full) | {"NORM": True, "OUTPUTS": 1 + full, "FULL": full, "BITS": False}
+        constants |= {"COLS": 4096, "ROWS": 4}
+        yield str(full), norm_rows._norm_rows_kernel, pointers | rows if full else pointers, constants
+
+
+def gate_heads_variants(capability: int) -> Iterator[Variant]:
+    pointers = {"x_ptr": "*bf16", "logits_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    if capability >= 89:
+        constants = {"HEADS": 32, "WIDTH": 128, "QUANTIZE": True, "FULL": True, "BITS": False}
+        yield "", gate_heads._gate_heads_kernel, pointers, constants
+
+
+def norm_rope_variants(capability: int) -> Iterator[Variant]:
+    names = [name for name in norm_rope._norm_rope_kernel.arg_names if name.endswith("_ptr")]
+    pointers = dict.fromkeys(names, "*bf16") | {"rotation_ptr": "*i64", "eps": "fp32"}
+    for both in (True, False) if capability >= 89 else ():
+        constants = {"HALF": 64, "PAIRS": 2048, "BOTH": both, "FULL": both, "BITS": False}
+        yield str(both), norm_rope._norm_rope_kernel, pointers, constants
+
+
 KERNELS = {
     "dequantize": dequantize_variants,
     "quantize": quantize_variants,
@@ -92,6 +129,9 @@ KERNELS = {
     "gemv": gemv_variants,
     "to_fp8": to_fp8_variants,
     "quantize_rows": rows_variants,
+    "norm_rows": norm_rows_variants,
+    "gate_heads": gate_heads_variants,
+    "norm_rope": norm_rope_variants,
 }
 
 

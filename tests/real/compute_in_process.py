@@ -88,7 +88,33 @@ def facts_of(scene) -> dict:
             found["finite"]["lora"] = bool(changed.isfinite().all())
             found["changed by lora"] = float((changed - latents).norm() / latents.norm())
             found["restored"] = bool((sampled(scene, counts, patcher)[0] == latents).all())
-    return found
+    return found | {"fused": fused_against_not(scene)}
+
+
+def fused_against_not(scene) -> dict:
+    """How often each fused pass ran in a sampling in BF16, and what the latents are with the host's own classes."""
+    patcher = scene.ours("comfy_markers", compute="fp8")
+    patcher.set_model_compute_dtype(importlib.import_module("torch").bfloat16)
+    fused, calls = load("kernels.fused"), {"norm_rows": 0, "gate_heads": 0, "norm_rope": 0, "rows": 0}
+    kept = {name: getattr(fused, name) for name in ("norm_rows", "gate_heads", "norm_rope")}
+
+    def counting(name):
+        def call(*given, **named):
+            calls[name] += 1
+            out = kept[name](*given, **named)
+            calls["rows"] += sum(hasattr(one, "quantized") for one in (out if isinstance(out, list) else [out]))
+            return out
+
+        return call
+
+    for name in kept:
+        setattr(fused, name, counting(name))
+    latents = scene.sample(patcher, steps=8)
+    for name, function in kept.items():
+        setattr(fused, name, function)
+    load("host.compute.fusions").release(patcher.model.diffusion_model)
+    apart = scene.sample(patcher, steps=8)
+    return {"calls": calls, "error": float((latents - apart).norm() / apart.norm())}
 
 
 class FakeGraph:

@@ -72,3 +72,9 @@ def test_fp8_layers_share_what_they_can(found: dict):
     graphs = found["graphs"]
     assert graphs["feed-forward"] > 0
     assert graphs["sharing"] > 0 and set(graphs["places"]) == {graphs["sharing"]}
+
+
+def test_a_fused_model_gives_the_latents_of_the_host_s_own_classes_but_for_rounding(found: dict):
+    fused = found["fused"]
+    assert 0 < fused["error"] < 0.005
+    assert all(fused["calls"].values()), "every kind of pass runs, also with rows in FP8"

@@ -86,4 +86,7 @@ def test_neither_importing_nor_asking_touches_the_gpu_of_a_host_on_the_cpu(check
 
 def test_the_launch_profile_says_about_the_folklore_flags_what_the_probe_found(checkout):
     found = found_in(checkout)
-    assert ("are not needed" in found["launch"]["note"]) == (found["facts"]["prefetch_crash"][0] is False)
+    note = found["launch_with_nvidia"]["note"]
+    assert ("are not needed" in note) == (found["facts"]["prefetch_crash"][0] is False)
+    on_the_cpu = found["launch"]
+    assert on_the_cpu["flags"] == [] and "ComfyUI computes on the CPU here" in on_the_cpu["note"]

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Linear in FP8 mode may be given besides a tensor of its own: rows that are quantised already, or once for all.
+
+Either is for layers in nobody else's hands: a hook, somebody's ``forward``, a LoRA or a smoothing wants the tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...kernels.fp8 import SharedRows
+from .. import residency
+
+
+def shared_rows(own: dict) -> tuple[SharedRows, int] | None:
+    """What a Linear hands to its FP8 function so that its input is quantised once for all three that take it.
+
+    None for any other layer, and as long as one of the three is not its own master: what runs between them might
+    change the input.
+    """
+    shared = own.get("_nvfp4_shared")
+    return None if shared is None or any(map(residency.taken_over, own["_nvfp4_sharers"])) else shared
+
+
+def takes_rows(layer: torch.nn.Module) -> bool:
+    """Whether a layer is a Linear of this pack's that multiplies FP8 rows, and needs nothing but them."""
+    own = layer.__dict__
+    return bool(
+        own.get("nvfp4_mode") == "fp8"
+        and type(layer).__dict__.get("takes_fp8_rows", False)  # not a class derived from it
+        and own.get("nvfp4_lora") is None
+        and "pre_quant_scale" not in own["_parameters"]
+        and not residency.taken_over(own)
+        and not residency.patched(layer)
+    )
