@@ -37,7 +37,7 @@ def verification_picture(found: Verification) -> np.ndarray:
     beside = f", {len(others):,} other faults" if others else ""
     state = "as good as its format allows" if found.ok else f"{wrong:,} layers worse than their format allows{beside}"
     mean = f", mean error {found.mean_error:.4f}" if found.layers else ""
-    page.text(MARGIN, 88, f"{len(found.layers):,} quantised layers{mean}: {state}", 22, FAINT if found.ok else _WRONG)
+    page.text(MARGIN, 88, f"{len(found.layers):,} quantized layers{mean}: {state}", 22, FAINT if found.ok else _WRONG)
     page.text(MARGIN, 132, "Relative error by block (across) and layer type (down)", 22, bold=True)
     y = _map(page, 176, blocks, kinds, lambda check: check.error, _SCALE)
     _legend(page, y + 34, _SCALE, "relative error")

@@ -119,6 +119,11 @@ def output_targets(source: str, name: str, components: Iterable[str]) -> dict[st
     return {part: os.path.join(OUTPUT_FOLDERS[part], f"{name}_{part}.safetensors") for part in components}
 
 
+def output_nvfp4(source: str, name: str, part: str) -> str:
+    """Path below the output folder of ``source`` in NVFP4, ``part`` being DIFFUSION_MODEL or REST, the whole of it."""
+    return os.path.join(OUTPUT_FOLDERS[part], f"{_output_name(source, name)}_nvfp4.safetensors")
+
+
 def output_like(source: str, name: str, ending: str) -> str:
     """Path below the output folder, ``<folder>/<name>_<ending>.safetensors``, that is listed where ``source`` is.
 

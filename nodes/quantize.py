@@ -14,7 +14,7 @@ from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import AUTO, FAMILIES, Options
 from ..host import files
 from ..host.files import ALL_FOLDERS, LORA_FOLDERS, NO_LORA, SAME_FILE, file_names, file_path, fingerprint
-from ..host.show import show, telling
+from ..host.show import show, tell_files, telling
 
 WHOLE, MODEL_ONLY = "whole checkpoint", "diffusion model only"
 NO_CALIBRATION = "none"
@@ -28,9 +28,9 @@ class NVFP4Quantize(io.ComfyNode):
             display_name="NVFP4 Quantize",
             category="NVFP4",
             description="Writes a BF16, FP16, FP32 or FP8 checkpoint as NVFP4 below ComfyUI's output folder, with a "
-            "model card beside it. Needs memory for one tensor, not for the model; a cancelled run is gone on with.",
+            "model card beside it. Needs memory for one tensor, not for the model; a cancelled run can go on.",
             inputs=[
-                io.Combo.Input("file_name", options=file_names(ALL_FOLDERS), tooltip="The checkpoint to quantise."),
+                io.Combo.Input("file_name", options=file_names(ALL_FOLDERS), tooltip="The checkpoint to quantize."),
                 io.Combo.Input(
                     "contents", options=[WHOLE, MODEL_ONLY], default=WHOLE,
                     tooltip="The VAE and all else are copied byte for byte, or left out.",
@@ -43,7 +43,7 @@ class NVFP4Quantize(io.ComfyNode):
                 io.Boolean.Input("protect_audio", default=False, tooltip="Keep the audio branch as it is."),
                 io.Boolean.Input("protect_cross_attention", default=False, tooltip="Keep cross-attention as it is."),
                 io.Boolean.Input("estimate_only", default=False, tooltip="Tell size and time, write nothing."),
-                io.String.Input("name", default="", tooltip="Of the new file; empty: that of the checkpoint."),
+                io.String.Input("name", default="", tooltip="Name of the new file. Empty: the checkpoint's."),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file that exists."),
                 io.Combo.Input("recipe", options=list(FAMILIES), default=AUTO, optional=True, advanced=True,
                                tooltip="Which layers; auto goes by the tensors."),
@@ -76,10 +76,13 @@ class NVFP4Quantize(io.ComfyNode):
                                 tooltip=f"With a calibration: {', '.join(PRESETS)}, or a size such as 20GB, spent on "
                                 "layers whose outputs gain most; empty: none."),
             ],
-            outputs=[io.String.Output("file", display_name="file"), io.String.Output("report", display_name="report")],
+            outputs=[
+                io.String.Output("file", display_name="file", tooltip="The new file, below the output folder."),
+                io.String.Output("report", display_name="report", tooltip="What was written, or would be."),
+            ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            search_aliases=["convert to nvfp4", "shrink model", "fp4", "quantise"],
+            search_aliases=["convert to nvfp4", "shrink model", "quantise"],
         )  # fmt: skip
 
     @classmethod
@@ -106,8 +109,7 @@ class NVFP4Quantize(io.ComfyNode):
             loras=files.lora_paths(lora, lora_strength, more_loras), budget=budget.strip(),
         )  # fmt: skip
         part = DIFFUSION_MODEL if settings.only_model else REST
-        target = files.output_targets(file_name, name, [part])[part].removesuffix(f"_{part}.safetensors")
-        target += "_nvfp4.safetensors"
+        target = files.output_nvfp4(file_name, name, part)
         source, device = file_path(file_name, ALL_FOLDERS), files.restore_device()
         if estimate_only:
             text = text_of(estimate(source, target, settings, device=device))
@@ -116,4 +118,5 @@ class NVFP4Quantize(io.ComfyNode):
             source, target, settings, base=files.output_folder(), overwrite=overwrite, device=device,
             on_step=telling(cls, files.progress()),
         )  # fmt: skip
+        tell_files()
         return io.NodeOutput(target, text_of(record), ui=show(cls, text_of(record)))

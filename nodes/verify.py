@@ -27,7 +27,7 @@ class NVFP4Verify(io.ComfyNode):
             display_name="NVFP4 Verify",
             category="NVFP4",
             description="Compares an NVFP4 file with the checkpoint it was made from, tensor by tensor: what is "
-            "quantised is measured, everything else must be there and equal. Reads both files once.",
+            "quantized is measured, everything else must be there and equal. Reads both files once.",
             inputs=[
                 io.Combo.Input(
                     "file_name", options=file_names(FOLDERS), tooltip="The NVFP4 file to examine, of any dialect."

@@ -29,7 +29,10 @@ MAY_IMPORT = {
 # Ring -> its wings, each of which may import those before it.
 WINGS = {
     "checkpoint": ("file", "identify", "write", "verify"),
-    "host": ("residency", "files", "border", "show", "compute", "doctor", "guard", "load", "planning", "bench"),
+    "host": (
+        *("residency", "files", "border", "show", "compute", "decode"),
+        *("doctor", "guard", "load", "planning", "bench"),
+    ),
 }
 HOST_MODULES = {
     "comfy",

@@ -15,7 +15,7 @@ import torch
 from ...kernels.format import BLOCK, round_up
 from ..file.header import CheckpointError
 from ..file.shards import Source
-from ..identify import dialects
+from ..identify import dialects, host_layer
 from ..identify.formats import LOW_RANK, SMOOTHING
 from ..identify.layers import Layer, refuse
 from ..write.calibration import Calibration
@@ -238,7 +238,7 @@ class Layers:
         refuse(header.path.name, plan.layers)
         self.ours.take(plan)
         if plan.dialect is None:
-            where, remedy = header.path.name, "choose the quantised file, and as source the one it was made from"
+            where, remedy = header.path.name, "choose the quantized file, and as source the one it was made from"
             raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
         return plan
 
@@ -246,7 +246,7 @@ class Layers:
         """A layer in the host's layout, what its input is multiplied by, and its low-rank part, if any."""
         reader = reader or self.reader
         get = lambda suffix: reader.tensor(f"{layer}.{suffix}")  # noqa: E731
-        record, read = dialects.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
+        record, read = host_layer.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
         smooth = get(SMOOTHING).float().reshape(-1).to(self.device) if SMOOTHING in read else None
         low_rank = None
         if plan.layers[layer].low_rank:

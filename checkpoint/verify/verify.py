@@ -119,7 +119,7 @@ def _check_pair(ours: Side, theirs: Side, plain_source: bool) -> None:
         raise CheckpointError("it is both the file and its source", where=where, expected="two files", remedy=remedy)
     packed = dialects.packed_layers(theirs.header.of(theirs.own)) if plain_source else []
     if packed:
-        found = f"the source is quantised itself ({len(packed):,} NVFP4 layers), so nothing can be measured against it"
+        found = f"the source is quantized itself ({len(packed):,} NVFP4 layers), so nothing can be measured against it"
         raise CheckpointError(found, where=where, expected="a source in BF16, FP16, FP32 or FP8", remedy=remedy)
 
 

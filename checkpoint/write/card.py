@@ -43,12 +43,12 @@ With cfg 3, 20 steps or `LTXVScheduler(8)` it
   looks burnt or blurred. (An undistilled one takes the settings of its original.)
 - **Frames: 8k + 1** (97, 121, ...). **Width and height: multiples of 32.** ComfyUI rounds others down in silence.
 - **One frame rate**, the same in LTXVConditioning, LTXVEmptyLatentAudio and CreateVideo.
-- **Memory, not speed.** Without FP4 tensor cores these weights are dequantised layer by layer: the file is smaller in
+- **Memory, not speed.** Without FP4 tensor cores these weights are dequantized layer by layer: the file is smaller in
   memory, a step is not faster than in BF16."""
 _OTHER_TRAPS = """\
 - **Decode with the model's own full VAE**, not with a preview decoder (TAESD, taew and kin). {vae}
-- **Use the steps, cfg and sampler of the original model**: quantising changes none of them.
-- **Memory, not speed.** Without FP4 tensor cores these weights are dequantised layer by layer: the file is smaller in
+- **Use the steps, cfg and sampler of the original model**: quantizing changes none of them.
+- **Memory, not speed.** Without FP4 tensor cores these weights are dequantized layer by layer: the file is smaller in
   memory, a step is not faster than in BF16."""
 
 
@@ -118,7 +118,7 @@ def _card_text(record: Mapping[str, Any]) -> str:
     shrunk = 1 - record["nbytes"] / record["source_bytes"]
     search = {
         "mse": "block scales chosen for the least squared error among candidates, same format as plain NVFP4",
-        "amax": "plain block maxima, as comfy-kitchen's quantiser",
+        "amax": "plain block maxima, as comfy-kitchen's quantizer",
         "gptq": "GPTQ: rounding errors are made up for by later columns, as calibration inputs are correlated; "
         "block scales chosen on the way, same format as plain NVFP4",
     }[record["search"]]

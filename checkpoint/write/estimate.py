@@ -44,10 +44,10 @@ def estimate(
     elements = sum(job.info.numel for job in plan.jobs.values())
     rates = {
         "read": _read_rate(plan.checkpoint.files[0]),
-        "quantise": _quantise_rate(plan, torch.device(device)),
+        "quantize": _quantise_rate(plan, torch.device(device)),
         "write": _write_rate(folder),
     }
-    amounts = {"read": plan.record["source_bytes"], "quantise": elements, "write": 2 * plan.nbytes}
+    amounts = {"read": plan.record["source_bytes"], "quantize": elements, "write": 2 * plan.nbytes}
     metadata = dict(plan.metadata) | {PROVENANCE: provenance(plan.record)}
     nbytes = len(build_header(Path(target), plan.tensors, metadata)[0]) + plan.nbytes
     free = shutil.disk_usage(folder).free

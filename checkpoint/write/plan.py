@@ -116,7 +116,7 @@ def plan_quantization(
     if settings.search not in (MSE, AMAX, GPTQ):
         raise CheckpointError(f"unknown search {settings.search!r}", expected=f"{MSE}, {AMAX} or {GPTQ}")
     if settings.calibration is None and settings.search == GPTQ:
-        remedy = "name one (--calibration, calibration), or choose another quality"
+        remedy = "name one in `calibration`, or choose another quality"
         raise CheckpointError("calibrated quality needs a calibration file", remedy=remedy)
     if settings.calibration is not None and settings.search == AMAX:
         raise CheckpointError("block maxima take no calibration statistics", remedy="leave out one of the two")
@@ -145,7 +145,7 @@ def plan_quantization(
     if not jobs and not fp8:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(kept.values()).most_common(3))
         raise CheckpointError(
-            f"nothing in it would be quantised ({reasons or 'no matrices'})", where=header.path.name,
+            f"nothing in it would be quantized ({reasons or 'no matrices'})", where=header.path.name,
             expected=f"layers for the recipe {recipe.name}", remedy="choose another recipe or `quantize` patterns",
         )  # fmt: skip
     selection = Selection(tuple(packed), kept, selection.warnings)
@@ -187,8 +187,8 @@ def _refuse_packed(header: Header, names: Mapping[str, str]) -> None:
         layer, _, suffix = name.rpartition(".")
         bytes_of = suffix == "weight_packed" or suffix == "weight" and header.tensors[name].dtype == "U8"
         if bytes_of and f"{layer}.weight_scale" in header.tensors:
-            found = f"it is quantised to four bits already, layer {layer} for one"
-            remedy = "take the BF16 or FP8 version; `repair` brings other NVFP4 dialects to ComfyUI's"
+            found = f"it is quantized to four bits already, layer {layer} for one"
+            remedy = "take the BF16 or FP8 version; NVFP4 Repair brings other NVFP4 dialects to ComfyUI's"
             raise CheckpointError(found, where=header.path.name, expected="BF16, FP16, FP32 or FP8", remedy=remedy)
 
 

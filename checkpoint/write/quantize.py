@@ -22,7 +22,7 @@ import torch
 
 from ..file.container import PlannedTensor, produce_bytes
 from ..file.guard import SourceGuard
-from ..file.header import CheckpointError, Header, open_regular
+from ..file.header import CheckpointError, Header, open_regular, read_header
 from ..file.resume import PartFile, discard, left_behind
 from ..file.shards import Source
 from ..identify import dialects
@@ -79,6 +79,16 @@ def quantize_checkpoint(
         discard(path)  # of no use to a run that keeps these layers
         raise
     return _finish(path, record)
+
+
+def is_made_of(path: str | os.PathLike[str], source: str | os.PathLike[str], settings: QuantizeSettings) -> bool:
+    """Whether the file at ``path`` says that it was made of a source of this name with these settings."""
+    said = json.loads(read_header(path).metadata.get(PROVENANCE, "{}"))
+    due = json.loads(provenance(plan_quantization(source, settings).record))
+    for side in (said, due):
+        side["source"] = [file["file"] for file in side.get("source", [])]
+        side.pop("tool", None)  # another version of the pack made it
+    return said == due
 
 
 def _write(
@@ -178,7 +188,7 @@ def _quantised(plan, reader, rows: FloatRows, packer: Packer, on_bytes, done):
         raise _NonFinite(
             f"NaN or infinity in {len(bad)} layers: {listed}", where=plan.checkpoint.header.path.name,
             expected="finite weights", remedy="take a sound file, or have these layers kept as they are "
-            "(--keep-non-finite, keep_non_finite)",
+            "(`keep_non_finite`)",
         )  # fmt: skip
     marker = torch.tensor(list(nvfp4_marker()), dtype=torch.uint8)
     tensors = zip(plan.units[job.name], (*made, marker), strict=True)

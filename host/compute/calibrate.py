@@ -84,7 +84,7 @@ def collect(patcher: Any, source: str, target: str, budget: int, overwrite: bool
     checkpoint = open_checkpoint(source)
     name, layers, total = watched_layers(patcher.model.diffusion_model, checkpoint.header, recipe)
     if not layers:
-        found = f"none of its {total:,} layers that would be quantised is a Linear of this model"
+        found = f"none of its {total:,} layers that would be quantized is a Linear of this model"
         remedy = "choose the checkpoint that the model was loaded from, and connect the node before torch.compile"
         raise CheckpointError(found, where=checkpoint.header.path.name, remedy=remedy)
     try:

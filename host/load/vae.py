@@ -28,10 +28,13 @@ from ...checkpoint.write.restore import plan_restoration
 from ...checkpoint.write.split import metadata_of, with_config
 from ...kernels.errors import PackError
 from ...measure.escape import report as text_report
+from ..decode.decoder import finishing
+from ..decode.trial import install_in
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("auto", "video", "audio")
+EXACT, FAST = DECODES = ("exact", "fast")
 PREVIEW_WARNING = (
     "this is a preview decoder, several times softer than the full VAE, and it decodes without tiles. Take the full "
     "VAE for a final video."
@@ -47,6 +50,11 @@ class ResidentVAE(comfy.sd.VAE):
     """
 
     disable_offload = property(lambda self: True, lambda self, value: None)
+
+    def decode(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """The host's own, which a fast decoder may hand finished frames."""
+        with finishing(self):
+            return super().decode(*arguments, **options)
 
 
 class PreviewVAE(ResidentVAE):
@@ -76,6 +84,7 @@ class VaeReport:
     device: str
     dtype: str
     config_from: str | None
+    decode: str
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -84,6 +93,7 @@ class VaeReport:
             f"{self.file}: {self.title}, {place}, {self.tensors:,} tensors, {self.gigabytes:.2f} GB",
             f"device: {self.device}, dtype: {self.dtype}, all weights on the device while it decodes",
         ]
+        lines.append(f"decode: {self.decode}")
         if self.restored:
             formats = ", ".join(f"{count:,} from {name}" for name, count in self.restored.items())
             lines.append(f"restored to BF16: {formats}")
@@ -99,13 +109,17 @@ def load_vae(
     config_from: str | None = None,
     dialect: str = AUTO,
     prefix: str | None = None,
+    decode: str = EXACT,
 ) -> tuple[Any, VaeReport]:
     """VAE file or full checkpoint -> (the host's VAE, VaeReport).
 
     ``kind``: "video", "audio", or "auto", which is the video VAE where there is one. ``config_from``: a file whose
     `config` is used where ``path`` lacks it. ``prefix``: which of several VAEs. ``dialect``: for packed weights that do
-    not declare it. Raises CheckpointError, with the remedy, for a file that cannot decode LTX latents well.
+    not declare it. ``decode``: "exact", ComfyUI's own decoder, or "fast" (host/decode), where that can be; the report
+    says why not. Raises CheckpointError, with the remedy, for a file that cannot decode LTX latents well.
     """
+    if decode not in DECODES:
+        raise PackError(f"unknown decode {decode!r}; expected {' or '.join(DECODES)}")
     if kind not in KINDS:
         raise PackError(f"unknown kind of VAE {kind!r}; expected {', '.join(KINDS)}")
     checkpoint = open_checkpoint(path)
@@ -124,15 +138,26 @@ def load_vae(
     host_vae = _build(vae, state_dict, metadata_of(header, component), header.path.name)
     patcher = _patcher_of(host_vae)
     if hasattr(patcher, "cached_patcher_init"):  # since 0.15.1
-        patcher.cached_patcher_init = (_reload, (path, kind, allow_preview, config_from, dialect, prefix))
-    report = _report(vae, header, component, restored, patcher.load_device, host_vae, config_source)
+        patcher.cached_patcher_init = (_reload, (path, kind, allow_preview, config_from, dialect, prefix, decode))
+    way = _way(host_vae, decode)
+    report = _report(vae, header, component, restored, patcher.load_device, host_vae, config_source, way)
     logger.log(logging.WARNING if report.warnings else logging.INFO, "%s", str(report).replace("\n", "; "))
     return host_vae, report
 
 
-def _reload(path, kind, allow_preview, config_from, dialect, prefix, disable_dynamic: bool = False):
+def _reload(path, kind, allow_preview, config_from, dialect, prefix, decode, disable_dynamic: bool = False):
     """The host's factory for clones that need weights of their own, on another GPU."""
-    return _patcher_of(load_vae(path, kind, allow_preview, config_from, dialect, prefix)[0])
+    return _patcher_of(load_vae(path, kind, allow_preview, config_from, dialect, prefix, decode)[0])
+
+
+def _way(host_vae: Any, decode: str) -> str:
+    """How the VAE decodes, ``decode`` having been asked for, in words."""
+    if decode == EXACT:
+        return "exact (ComfyUI's own)"
+    reason = install_in(host_vae)
+    if reason:
+        return f"exact (ComfyUI's own), not fast: {reason}"
+    return "fast (channels_last_3d, norms fused in Triton); differs from exact by rounding"
 
 
 def _read(checkpoint: Checkpoint, header: Header, component: Component, dialect: str) -> tuple[dict, dict[str, int]]:
@@ -209,6 +234,7 @@ def _report(
     device: torch.device,
     host_vae: Any,
     config_source: str | None,
+    way: str,
 ) -> VaeReport:
     warnings = [PREVIEW_WARNING] if vae.preview else []
     management = comfy.model_management
@@ -225,5 +251,6 @@ def _report(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         config_from=config_source,
+        decode=way,
         warnings=tuple(warnings),
     )

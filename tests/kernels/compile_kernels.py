@@ -18,15 +18,20 @@ package.__path__ = [str(Path(__file__).resolve().parents[2])]
 sys.modules["nvfp4_video"] = package
 
 from nvfp4_video.kernels.triton import (  # noqa: E402
+    depth_to_space,
     dequantize,
     dequantize_sum,
     gate_heads,
     gemv,
     norm_rope,
     norm_rows,
+    norm_silu,
     quantize,
     quantize_rows,
     to_fp8,
+    to_fp8_sum,
+    to_pixels,
+    unpack_factors,
 )
 from triton import compile as triton_compile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -88,6 +93,30 @@ def to_fp8_variants(capability: int) -> Iterator[Variant]:
         yield str(full), to_fp8._to_fp8_kernel, pointers, constants
 
 
+def fp8_sum_variants(capability: int) -> Iterator[Variant]:
+    """A weight with a low-rank change in FP8, and its row scales."""
+    factors = dict.fromkeys(("up_ptr", "down_ptr"), "*bf16")
+    pointers = POINTERS | factors | {"out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "peak_ptr": "*fp32"}
+    for full, rows in ((True, 128), (False, 64)) if capability >= 89 else ():
+        constants = {"ROWS": rows, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True}
+        yield str(full), to_fp8_sum._to_fp8_sum_kernel, pointers, constants
+    if capability >= 89:
+        constants = {"ROWS": 4, "SCALES": 256, "RANK": 512}
+        yield "scales", to_fp8_sum._row_scale_kernel, pointers, constants
+
+
+def factor_variants(capability: int) -> Iterator[Variant]:
+    """Low-rank factors from 8 bits or with their strengths."""
+    dtype = "*bf16" if capability >= 80 else "*fp16"
+    for source, blocks in (("*i8", 1), (dtype, 0)):
+        pointers = {}
+        for name in ("down", "up"):
+            pointers |= {f"{name}_ptr": source, f"{name}_scale_ptr": "*fp32", f"{name}_out_ptr": dtype}
+        constants = {"DOWN_COLS": 128 if blocks else 1024, "UP_COLS": 128, "ELEMENTS": 2048}
+        constants |= {"BLOCKS": blocks, "ALIGNED": bool(blocks)}
+        yield source, unpack_factors._unpack_factors_kernel, pointers, constants
+
+
 def rows_variants(capability: int) -> Iterator[Variant]:
     pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
     for activation in ("gelu_tanh", "") if capability >= 89 else ():
@@ -122,6 +151,35 @@ def norm_rope_variants(capability: int) -> Iterator[Variant]:
         yield str(both), norm_rope._norm_rope_kernel, pointers, constants
 
 
+def video_pointers(kernel, dtype: str) -> dict[str, str]:
+    """Every tensor of a kernel of the video VAE in one dtype."""
+    return {name: dtype for name in kernel.arg_names if name.endswith("_ptr")} | {"eps": "fp32"}
+
+
+def norm_silu_variants(capability: int) -> Iterator[Variant]:
+    """After the second convolution of a block; before an upsampling; with a timestep."""
+    kernel = norm_silu._norm_silu_kernel
+    tile = {"CHANNELS": 512, "ROWS": 8, "COLS": 512, "BIAS": True}
+    for flags in ("RNK", "R", "MN") if capability >= 80 else ():
+        names = {"NORM": "N", "RESIDUAL": "R", "KEEP": "K", "MODULATED": "M"}
+        constants = tile | {name: letter in flags for name, letter in names.items()}
+        yield flags, kernel, video_pointers(kernel, "*bf16"), constants
+
+
+def depth_to_space_variants(capability: int) -> Iterator[Variant]:
+    kernel = depth_to_space._depth_to_space_kernel
+    constants = {"CHANNELS": 64, "P1": 2, "P2": 2, "P3": 2, "PARTS": 8, "ROWS": 8, "COLS": 64, "BIAS": True}
+    if capability >= 80:
+        yield "*bf16", kernel, video_pointers(kernel, "*bf16"), constants
+
+
+def to_pixels_variants(capability: int) -> Iterator[Variant]:
+    kernel = to_pixels._to_pixels_kernel
+    constants = {"CHANNELS": 3, "PATCH": 4, "TILE": 1024, "BIAS": True, "FINISH": True}
+    if capability >= 80:
+        yield "*fp32", kernel, video_pointers(kernel, "*bf16") | {"out_ptr": "*fp32"}, constants
+
+
 KERNELS = {
     "dequantize": dequantize_variants,
     "quantize": quantize_variants,
@@ -129,9 +187,14 @@ KERNELS = {
     "gemv": gemv_variants,
     "to_fp8": to_fp8_variants,
     "quantize_rows": rows_variants,
+    "to_fp8_sum": fp8_sum_variants,
+    "unpack_factors": factor_variants,
     "norm_rows": norm_rows_variants,
     "gate_heads": gate_heads_variants,
     "norm_rope": norm_rope_variants,
+    "norm_silu": norm_silu_variants,
+    "depth_to_space": depth_to_space_variants,
+    "to_pixels": to_pixels_variants,
 }
 
 

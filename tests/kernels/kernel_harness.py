@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from nvfp4_video.kernels import reference
+from nvfp4_video.kernels import reference, video_reference
 from nvfp4_video.kernels.backends import BF16_CAPABILITY
 from nvfp4_video.kernels.format import PackedWeight, block_scale_shape, packed_shape
 
@@ -36,9 +36,9 @@ class Kernels:
     guarded: list[torch.Tensor]
 
     def function(self, name: str) -> Callable:
-        """The one of this name in kernels/reference.py or in the file of kernels/triton that bears the name too."""
+        """The one of this name in the definitions of kernels/, or in the file of kernels/triton that bears the name."""
         if self.name == "reference":
-            return getattr(reference, name)
+            return getattr(reference if hasattr(reference, name) else video_reference, name)
         pytest.importorskip("triton")
         return getattr(importlib.import_module(f"nvfp4_video.kernels.triton.{name}"), name)
 
@@ -58,11 +58,15 @@ class Kernels:
         """Call on the device, then look at the guards of all memory that ``torch.empty`` gave out meanwhile."""
         self.guarded.clear()
         result = self.function(function)(*(moved(value, self.device) for value in arguments))
+        self.look_at_guards()
+        return result
+
+    def look_at_guards(self) -> None:
+        """Fail for a store outside the memory that ``torch.empty`` has given out."""
         assert self.guarded or self.name == "reference", "nothing came from torch.empty, so nothing was poisoned"
         for buffer in self.guarded:
             stray = torch.cat((buffer[:_GUARD], buffer[-_GUARD:])) != _poison(buffer.dtype)
             assert not stray.any(), f"{int(stray.sum())} stores outside an output"
-        return result
 
 
 def moved(value, device: str):

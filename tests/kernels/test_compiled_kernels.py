@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+COUNTS = {"75": 13, "80": 8, "89": 14, "90": 14, "100": 14, "120": 38}
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
@@ -25,5 +26,5 @@ def test_the_kernels_compile_from_turing_to_blackwell(tmp_path: Path):
     assert run.returncode == 0, run.stderr[-2000:]
     sizes = json.loads(run.stdout)
     # BF16 tensor cores from 8.0 on, E4M3 conversions from 8.9 on; all variants of the first and the last, one between.
-    assert Counter(name.split()[0] for name in sizes) == {"75": 11, "80": 4, "89": 9, "90": 9, "100": 9, "120": 28}
+    assert Counter(name.split()[0] for name in sizes) == COUNTS
     assert all(size > 1000 for size in sizes.values())

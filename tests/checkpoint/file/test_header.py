@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nvfp4_video.checkpoint.file import header as header_module
 from nvfp4_video.checkpoint.file.container import TensorReader
-from nvfp4_video.checkpoint.file.dtypes import BITS, DTYPES
+from nvfp4_video.checkpoint.file.dtypes import BITS
 from nvfp4_video.checkpoint.file.header import CheckpointError, Header, TensorInfo, read_header
+from nvfp4_video.checkpoint.file.torch_dtypes import DTYPES
 
 # No example database: the tests leave nothing behind in the checkout.
 fuzz = settings(max_examples=250, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])

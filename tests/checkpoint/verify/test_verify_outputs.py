@@ -131,7 +131,7 @@ def test_a_calibration_of_another_model_is_refused(folder):
 def test_the_card_has_errors_before_and_after_by_layer_type_and_block_and_the_worst_layers(folder, capsys):
     card, picture = folder / "q.md", folder / "q.png"
     given = ["verify", str(folder / "gptq.safetensors"), str(folder / "source.safetensors")]
-    given += ["--calibration", str(folder / "c.safetensors"), "--card", str(card), "--png", str(picture)]
+    given += ["--calibration", str(folder / "c.safetensors"), "--card", str(card), "--picture", str(picture)]
     assert main(given) == 0
     assert f"Quality card: {card}" in capsys.readouterr().out
     text = card.read_text("utf-8")

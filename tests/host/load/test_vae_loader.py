@@ -18,6 +18,7 @@ from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.host.files import SAME_FILE
 from nvfp4_video.host.load.vae import ResidentVAE, load_vae
 from nvfp4_video.kernels import reference
+from nvfp4_video.kernels.errors import PackError
 from nvfp4_video.nodes.vae import NVFP4VAELoader
 from nvfp4_video.samples.recorded import recorded
 from nvfp4_video.tests.support import containers
@@ -164,6 +165,22 @@ def test_the_host_can_load_the_vae_again_for_another_gpu(put, video):
     for again in (factory(*arguments), factory(*arguments, disable_dynamic=True)):
         assert again.model is not vae.patcher.model
         assert same({name: p.detach() for name, p in again.model.named_parameters()}, video)
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_where_fast_cannot_be_the_report_says_why_and_the_weights_are_the_file_s(put, video, audio, kind):
+    path = put("checkpoints", "full.safetensors", full(video, audio))
+    vae, report = run("full.safetensors", kind, decode="fast")
+    (line,) = [line for line in report.splitlines() if line.startswith("decode: ")]
+    assert line.startswith("decode: exact (ComfyUI's own), not fast: this ComfyUI decodes it by other classes")
+    assert same(weights(vae), video if kind == "video" else audio)
+    assert vae.patcher.cached_patcher_init[1] == (path, kind, False, None, "auto", None, "fast")
+    assert "decode: exact (ComfyUI's own)" in run("full.safetensors", kind)[1].splitlines()
+
+
+def test_a_way_to_decode_that_does_not_exist_is_refused(put, video):
+    with pytest.raises(PackError, match="unknown decode 'quick'; expected exact or fast"):
+        load_vae(put("vae", "own.safetensors", video), decode="quick")
 
 
 def test_scaled_fp8_and_packed_kernels_become_bf16_once(put, video):
