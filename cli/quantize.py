@@ -14,15 +14,17 @@ from ..checkpoint.file.resume import PART
 from ..checkpoint.identify.components import DIFFUSION_MODEL
 from ..checkpoint.identify.dialects import AUTO
 from ..checkpoint.verify.found import Verification, summary, worst_layers
+from ..checkpoint.verify.quality import quality_card
 from ..checkpoint.verify.verify import verify as verify_files
-from ..checkpoint.write.card import calibration_text
+from ..checkpoint.write.budget import PRESETS
+from ..checkpoint.write.card import budget_text, calibration_text, curve_rows, lora_text
 from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import QUALITIES, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import FAMILIES, Options
 from .amounts import count
 from .console import CommandError, Console, check_ending, size, write_file
-from .options import add_dialect, add_source, add_target
+from .options import add_dialect, add_lora, add_source, add_target
 
 
 def quantize(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +63,12 @@ def quantize(parser: argparse.ArgumentParser) -> None:
         help="a calibration file, or mean squares of each layer's inputs as safetensors; with --quality best both "
         "weight the search by the mean squares",
     )
+    parser.add_argument(
+        "--budget", default="", metavar="SIZE",
+        help=f"{', '.join(PRESETS)}, or a size such as 20GB: with --calibration the layers whose outputs gain most are "
+        "kept or written in FP8, as many as this size of the file allows; --estimate shows what sizes buy",
+    )  # fmt: skip
+    add_lora(parser, "a LoRA to fold into the weights before they are packed")
     add_target(parser, "a file that exists")
     _add_device(parser)
     parser.set_defaults(run=run_quantize)
@@ -76,7 +84,11 @@ def verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the quantized checkpoint")
     add_source(parser, "SOURCE")
     parser.add_argument("--picture", type=Path, metavar="OUT", help="write the errors by block and layer type as .png")
+    parser.add_argument("--card", type=Path, metavar="OUT", help="write the errors by block and layer type as Markdown")
     parser.add_argument("--worst", type=count, default=10, metavar="N", help="how many layers to list (default 10)")
+    add_lora(parser, "a LoRA that was folded in")
+    text = "a calibration file of SOURCE: layers are judged by their outputs"
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help=text)
     add_dialect(parser)
     _add_device(parser)
     parser.set_defaults(run=run_verify)
@@ -111,6 +123,8 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         keep_non_finite=args.keep_non_finite,
         calibration=args.calibration,
         config_from=args.config_from,
+        loras=tuple(args.lora),
+        budget=args.budget,
     )  # fmt: skip
     device = _device(args.device)
     if args.estimate:
@@ -130,7 +144,9 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         ("file", f"{record['path']}, {size(record['nbytes'])}, {_less(record)} than the source"),
         ("sha256", record["sha256"]),
         ("layers", f"{record['layers']:,} in NVFP4, {sum(record['kept'].values()):,} kept (recipe {record['recipe']})"),
+        *(("LoRA", lora_text(lora)) for lora in record["loras"]),
         *_calibration(record),
+        *_budget(record),
         ("card", record["card"]),
         ("time", f"{record['seconds']:.1f} s{resumed}"),
     ]
@@ -147,15 +163,24 @@ def _say_estimate(found: dict[str, Any], console: Console, target: Path) -> None
          f"{size(int(rates['write']))}/s, quantizes {rates['quantize'] / 1e6:.0f} M weights/s)"),
         ("disk", f"{size(found['free_bytes'])} free" + ("" if found["fits"] else ": NOT ENOUGH")),
         ("layers", f"{found['layers']:,} to NVFP4 (recipe {found['recipe']}: {found['why']})"),
+        *(("LoRA", lora_text(lora)) for lora in found["loras"]),
         *_calibration(found),
+        *_budget(found),
         *((f"keeps {count:,}", reason) for reason, count in found["kept"].items()),
     ]  # fmt: skip
     console.table((), rows, "<<", indent=0)
+    if curve := curve_rows(found):
+        console.say()
+        console.table(curve[0], curve[1:], ">>>>", indent=0)
     console.say(f"Nothing was written to {target}.")
 
 
 def _calibration(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [("calibration", calibration_text(record).partition(": ")[2])] if record["calibration"] else []
+
+
+def _budget(record: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("budget", text)] if (text := budget_text(record)) else []
 
 
 def _say_warnings(record: dict[str, Any], console: Console) -> None:
@@ -171,22 +196,27 @@ def _less(record: dict[str, Any]) -> str:
 def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the verification, whether nothing is wrong)."""
     check_ending(args.picture, ".png")
+    check_ending(args.card, ".md")
     with console.progress(f"Verifying {Path(args.file).name}", amount=size) as progress:
         found = verify_files(
-            args.file, args.source, dialect=args.dialect, device=_device(args.device), on_step=progress.of
-        )
+            args.file, args.source, dialect=args.dialect, loras=args.lora, calibration=args.calibration,
+            device=_device(args.device), on_step=progress.of,
+        )  # fmt: skip
     if args.picture:
         from ..draw.verify import verification_picture  # Pillow, which only the picture needs
         from ..measure.media import encode_png
 
         write_file(args.picture, encode_png(verification_picture(found)))
+    if args.card:
+        write_file(args.card, quality_card(found, args.picture.name if args.picture else "").encode())
     console.say(summary(found))
     _say_worst(found, console, args.worst)
-    if args.picture:
-        console.say(f"Picture: {args.picture}")
+    for what, path in (("Picture", args.picture), ("Quality card", args.card)):
+        if path:
+            console.say(f"{what}: {path}")
     # Strict JSON has no infinity; a layer that decodes to it has one.
     record = json.loads(json.dumps(found.as_dict()), parse_constant=lambda _: None)
-    return record | {"picture": str(args.picture) if args.picture else None}, found.ok
+    return record | {key: str(path) if (path := getattr(args, key)) else None for key in ("picture", "card")}, found.ok
 
 
 def _say_worst(found: Verification, console: Console, count: int) -> None:

@@ -6,13 +6,14 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..checkpoint.identify.components import DIFFUSION_MODEL, REST
+from ..checkpoint.write.budget import PRESETS
 from ..checkpoint.write.card import text_of
 from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import QUALITIES, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import AUTO, FAMILIES, Options
 from ..host import files
-from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
+from ..host.files import ALL_FOLDERS, LORA_FOLDERS, NO_LORA, SAME_FILE, file_names, file_path, fingerprint
 from ..host.show import show, tell_files, telling
 
 WHOLE, MODEL_ONLY = "whole checkpoint", "diffusion model only"
@@ -44,14 +45,10 @@ class NVFP4Quantize(io.ComfyNode):
                 io.Boolean.Input("estimate_only", default=False, tooltip="Tell size and time, write nothing."),
                 io.String.Input("name", default="", tooltip="Name of the new file. Empty: the checkpoint's."),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file that exists."),
-                io.Combo.Input(
-                    "recipe", options=list(FAMILIES), default=AUTO, optional=True, advanced=True,
-                    tooltip="Which layers; auto goes by the tensors.",
-                ),
-                io.Int.Input(
-                    "keep_first_last", default=-1, min=-1, max=64, optional=True, advanced=True,
-                    tooltip="Blocks kept at either end; -1: as the recipe.",
-                ),
+                io.Combo.Input("recipe", options=list(FAMILIES), default=AUTO, optional=True, advanced=True,
+                               tooltip="Which layers; auto goes by the tensors."),
+                io.Int.Input("keep_first_last", default=-1, min=-1, max=64, optional=True, advanced=True,
+                             tooltip="Blocks kept at either end; -1: as the recipe."),
                 io.String.Input(
                     "keep", default="", multiline=True, optional=True, advanced=True,
                     tooltip="Regular expressions, one a line: layers whose names they match are kept.",
@@ -69,6 +66,15 @@ class NVFP4Quantize(io.ComfyNode):
                     tooltip="What the inputs of this model's layers are like: a calibration file.", optional=True,
                     advanced=True,
                 ),
+                io.Combo.Input("lora", options=[NO_LORA, *file_names(LORA_FOLDERS)], default=NO_LORA, optional=True,
+                               tooltip="A LoRA to fold into the weights before they are packed."),
+                io.Float.Input("lora_strength", default=1.0, min=-20.0, max=20.0, step=0.01, optional=True,
+                               tooltip="Of that LoRA."),
+                io.String.Input("more_loras", default="", multiline=True, optional=True, advanced=True,
+                                tooltip="Further LoRAs to fold in, one a line: name of the file = strength."),
+                io.String.Input("budget", default="", optional=True, advanced=True,
+                                tooltip=f"With a calibration: {', '.join(PRESETS)}, or a size such as 20GB, spent on "
+                                "layers whose outputs gain most; empty: none."),
             ],
             outputs=[
                 io.String.Output("file", display_name="file", tooltip="The new file, below the output folder."),
@@ -80,15 +86,19 @@ class NVFP4Quantize(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, file_name, config_from=SAME_FILE, calibration=NO_CALIBRATION, **options) -> str:
+    def fingerprint_inputs(
+        cls, file_name, config_from=SAME_FILE, calibration=NO_CALIBRATION, lora=NO_LORA, lora_strength=1.0,
+        more_loras="", **options,
+    ) -> str:  # fmt: skip
         names = file_name, config_from, SAME_FILE if calibration == NO_CALIBRATION else calibration
-        return fingerprint(names, ALL_FOLDERS, sorted(options.items()))
+        loras = files.lora_states(lora, lora_strength, more_loras)
+        return fingerprint(names, ALL_FOLDERS, sorted(options.items()), loras)
 
     @classmethod
     def execute(
         cls, file_name, contents, quality, protect_audio, protect_cross_attention, estimate_only, name, overwrite,
         recipe=AUTO, keep_first_last=-1, keep="", keep_non_finite=False, config_from=SAME_FILE,
-        calibration=NO_CALIBRATION,
+        calibration=NO_CALIBRATION, lora=NO_LORA, lora_strength=1.0, more_loras="", budget="",
     ) -> io.NodeOutput:  # fmt: skip
         edges = None if keep_first_last < 0 else keep_first_last
         options = Options(protect_audio, protect_cross_attention, edges, tuple(keep.split()))
@@ -96,6 +106,7 @@ class NVFP4Quantize(io.ComfyNode):
         settings = QuantizeSettings(
             recipe, options, contents == MODEL_ONLY, QUALITIES[quality], keep_non_finite, statistics,
             config_from=files.optional_path(config_from, ALL_FOLDERS),
+            loras=files.lora_paths(lora, lora_strength, more_loras), budget=budget.strip(),
         )  # fmt: skip
         part = DIFFUSION_MODEL if settings.only_model else REST
         target = files.output_nvfp4(file_name, name, part)

@@ -15,6 +15,7 @@ from ..host.files import file_names, file_path, fingerprint
 from ..host.show import show, telling, to_image
 
 FOLDERS = ("diffusion_models", "checkpoints")
+NO_CALIBRATION = "none"
 REPORT, STOP = "report", "stop the job"
 
 
@@ -43,6 +44,11 @@ class NVFP4Verify(io.ComfyNode):
                     "dialect", options=[AUTO, *DIALECTS], default=AUTO, optional=True, advanced=True,
                     tooltip="How the NVFP4 file lays out its weights; auto goes by its marks, or by what fits.",
                 ),
+                io.Combo.Input(
+                    "calibration", options=[NO_CALIBRATION, *file_names(FOLDERS)], default=NO_CALIBRATION,
+                    tooltip="A calibration file of the source: layers are judged by their outputs.", optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.Boolean.Output("ok", display_name="ok", tooltip="Whether nothing is wrong."),
@@ -59,13 +65,16 @@ class NVFP4Verify(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, file_name, source, on_finding, dialect=AUTO) -> str:
-        return fingerprint((file_name, source), FOLDERS, on_finding, dialect)
+    def fingerprint_inputs(cls, file_name, source, on_finding, dialect=AUTO, calibration=NO_CALIBRATION) -> str:
+        names = file_name, source, None if calibration == NO_CALIBRATION else calibration
+        return fingerprint(names, FOLDERS, on_finding, dialect)
 
     @classmethod
-    def execute(cls, file_name, source, on_finding, dialect=AUTO) -> io.NodeOutput:
+    def execute(cls, file_name, source, on_finding, dialect=AUTO, calibration=NO_CALIBRATION) -> io.NodeOutput:
+        path = file_path(file_name, FOLDERS)
         found = verify(
-            file_path(file_name, FOLDERS), file_path(source, FOLDERS), dialect=dialect, plain_source=True,
+            path, file_path(source, FOLDERS), dialect=dialect, plain_source=True, loras=files.folded_loras(path),
+            calibration=None if calibration == NO_CALIBRATION else file_path(calibration, FOLDERS),
             device=files.restore_device(), on_step=telling(cls, files.progress()),
         )  # fmt: skip
         if on_finding == STOP and not found.ok:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from nvfp4_video.checkpoint.file.shards import open_checkpoint
 from nvfp4_video.checkpoint.identify import host_layer
+from nvfp4_video.checkpoint.verify import compare as module
 from nvfp4_video.checkpoint.verify import independent, weight_error
-from nvfp4_video.checkpoint.verify import verify as module
 from nvfp4_video.checkpoint.verify.verify import summary, verify
 from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
