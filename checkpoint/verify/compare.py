@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from ...kernels.format import BLOCK, round_up
+from ...kernels.format import BLOCK, PackedWeight, round_up
 from ..file.header import CheckpointError
 from ..file.shards import Source
 from ..identify import dialects, host_layer
@@ -148,7 +148,7 @@ class Layers:
         rows = self._rows(weight)
         record, *beside = self.record(layer)
         (n, k), (stored_n, stored_k) = rows.shape, record.shape
-        if (round_up(n, 16), round_up(k, BLOCK)) != (round_up(stored_n, 16), round_up(stored_k, BLOCK)):
+        if not _fits(record, rows):
             verdict = f"it is {stored_n} x {stored_k}, its original {n} x {k}"
             return self._made(layer, "NVFP4", (n, k), LayerError(math.inf, 0.1, 0.0, 0.0, 0), verdict)
         gram = self._gram(layer, k)
@@ -204,8 +204,8 @@ class Layers:
         for name in dialects.DIALECTS:
             other = self._other(name)
             if name != self._plan.dialect and other is not None and layer in other.nvfp4:
-                found = self._record(other, layer)
-                if layer_error(self._rows(weight), *found, self.margin).error <= allowed:
+                rows, found = self._rows(weight), self._record(other, layer)
+                if _fits(found[0], rows) and layer_error(rows, *found, self.margin).error <= allowed:
                     return f"{text}; it is in the dialect {name}, not {self._plan.dialect}: state that and repair it"
         if lost > 0.5:
             return f"{text}; {100 * lost:.0f} % of its blocks decode to zero, in the source they are not"
@@ -219,8 +219,8 @@ class Layers:
         for layer in plan.nvfp4 if plan else ():
             weight = self.theirs.weight(self.ours.layer(layer))
             if weight is not None:
-                found = self._record(plan, layer)
-                return layer_error(self._rows(weight), *found, self.margin).error
+                rows, found = self._rows(weight), self._record(plan, layer)
+                return layer_error(rows, *found, self.margin).error if _fits(found[0], rows) else None
         return None
 
     def _other(self, name: str) -> dialects.DialectPlan | None:
@@ -252,6 +252,12 @@ class Layers:
         if plan.layers[layer].low_rank:
             low_rank = tuple(get(suffix).float().to(self.device) for suffix in LOW_RANK)
         return record, smooth, low_rank
+
+
+def _fits(record: PackedWeight, rows: FloatRows) -> bool:
+    """Whether a layer is of its original's shape, padded or not."""
+    stored, own = ((round_up(n, 16), round_up(k, BLOCK)) for n, k in (record.shape, rows.shape))
+    return stored == own
 
 
 def _outputs_verdict(numbers: LayerError) -> str:
