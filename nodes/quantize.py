@@ -31,10 +31,8 @@ class NVFP4Quantize(io.ComfyNode):
             "model card beside it. Needs memory for one tensor, not for the model; a cancelled run can go on.",
             inputs=[
                 io.Combo.Input("file_name", options=file_names(ALL_FOLDERS), tooltip="The checkpoint to quantize."),
-                io.Combo.Input(
-                    "contents", options=[WHOLE, MODEL_ONLY], default=WHOLE,
-                    tooltip="The VAE and all else are copied byte for byte, or left out.",
-                ),
+                io.Combo.Input("contents", options=[WHOLE, MODEL_ONLY], default=WHOLE,
+                               tooltip="The VAE and all else are copied byte for byte, or left out."),
                 io.Combo.Input(
                     "quality", options=[*QUALITIES], default="best",
                     tooltip="best searches the block scales with the least error; fast takes block maxima; calibrated "
@@ -61,14 +59,12 @@ class NVFP4Quantize(io.ComfyNode):
                     "config_from", options=[SAME_FILE, *file_names(ALL_FOLDERS)], default=SAME_FILE, optional=True,
                     tooltip="A file of the same model version, whose `config` is used.", advanced=True,
                 ),
-                io.Combo.Input(
-                    "calibration", options=[NO_CALIBRATION, *file_names(ALL_FOLDERS)], default=NO_CALIBRATION,
-                    tooltip="What the inputs of this model's layers are like: a calibration file.", optional=True,
-                    advanced=True,
-                ),
+                io.Combo.Input("calibration", options=[NO_CALIBRATION, *file_names(ALL_FOLDERS)],
+                               default=NO_CALIBRATION, optional=True, advanced=True,
+                               tooltip="What the inputs of this model's layers are like: a calibration file."),
                 io.Combo.Input("lora", options=[NO_LORA, *file_names(LORA_FOLDERS)], default=NO_LORA, optional=True,
                                tooltip="A LoRA to fold into the weights before they are packed."),
-                io.Float.Input("lora_strength", default=1.0, min=-20.0, max=20.0, step=0.01, optional=True,
+                io.Float.Input("lora_strength", default=1, min=-20, max=20, step=0.01, optional=True,
                                tooltip="Of that LoRA."),
                 io.String.Input("more_loras", default="", multiline=True, optional=True, advanced=True,
                                 tooltip="Further LoRAs to fold in, one a line: name of the file = strength."),
