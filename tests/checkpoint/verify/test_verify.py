@@ -216,6 +216,19 @@ def test_a_layer_without_its_original_and_an_unrelated_source_are_not_in_order(f
         verify(folder / "source.safetensors", folder / "whole.safetensors")
 
 
+@pytest.mark.parametrize("rows", [3, 17])
+def test_layers_with_fewer_rows_than_their_originals_are_one_clear_error_whatever_dialect_is_tried(
+    folder, tmp_path, rows
+):
+    def cut(tensors):
+        for key, tensor in list(tensors.items()):
+            if key.endswith(".weight") and f"{key}_scale_2" in tensors:
+                tensors[key] = tensor[:rows].clone()
+
+    with pytest.raises(CheckpointError, match=f"{rows} packed rows"):
+        verify(changed(folder, tmp_path, cut), folder / "source.safetensors")
+
+
 def test_the_command_exits_with_1_where_a_layer_is_worse_than_allowed(folder, tmp_path, capsys):
     source, png = str(folder / "source.safetensors"), tmp_path / "v.png"
     whole = str(folder / "whole.safetensors")
