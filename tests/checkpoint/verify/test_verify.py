@@ -217,13 +217,12 @@ def test_a_layer_without_its_original_and_an_unrelated_source_are_not_in_order(f
 
 
 @pytest.mark.parametrize("rows", [3, 17])
-def test_layers_with_fewer_rows_than_their_originals_are_one_clear_error_whatever_dialect_is_tried(
+def test_a_layer_with_fewer_rows_than_its_original_is_one_clear_error_whatever_dialect_is_tried(
     folder, tmp_path, rows
 ):
     def cut(tensors):
-        for key, tensor in list(tensors.items()):
-            if key.endswith(".weight") and f"{key}_scale_2" in tensors:
-                tensors[key] = tensor[:rows].clone()
+        first = min(key for key in tensors if f"{key}_scale_2" in tensors)
+        tensors[first] = tensors[first][:rows].clone()
 
     with pytest.raises(CheckpointError, match=f"{rows} packed rows"):
         verify(changed(folder, tmp_path, cut), folder / "source.safetensors")
