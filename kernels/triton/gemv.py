@@ -32,7 +32,8 @@ from .tiles import decode_operand, decode_scale, round_to_bf16_bits
 _UNDO = {torch.bfloat16: 256.0, torch.float16: 128.0}
 _ROWS = 16
 _STEP_WORDS = 16
-_WARPS_PER_MULTIPROCESSOR = 20
+# Programs for each multiprocessor, for tiles of 8 and of 16 rows of x, whose sums are more bytes to add up.
+_PROGRAMS = {8: 20, 16: 10}
 _FEWEST_STEPS = 3  # of a program
 _MOST_SLICES = 16
 
@@ -189,22 +190,26 @@ def prepare(
     if dtype not in TENSOR_CORE_DTYPES:
         raise ValueError(f"the small-input kernel computes in {TENSOR_CORE_DTYPES}; found {dtype}")
     on_gpu = device.type == "cuda"
-    programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
-    tile_rows, split = config or plan(shape, programs * _WARPS_PER_MULTIPROCESSOR)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+    divisions = {tile: config or plan(shape, processors * most) for tile, most in _PROGRAMS.items()}
     rows, cols = shape
     packed_rows, bytes_per_row = packed_shape(shape)
     words = bytes_per_row // 4
-    steps = triton.cdiv(triton.cdiv(words, _STEP_WORDS), split)
-    full = packed_rows % 128 == 0 and words == steps * split * _STEP_WORDS and cols % 16 == 0
-    grid = (triton.cdiv(rows, 128) * (128 // tile_rows), split)
-    counters = torch.zeros(grid[0] if split > 1 else 1, dtype=torch.int32, device=device)
+    counters = torch.zeros(-(-rows // 128) * 8, dtype=torch.int32, device=device)
     read, as_bits = part_reader(shape, device), bf16_as_bits(dtype, device)
     launchers: dict[tuple[int, bool], Launcher] = {}
 
     def launcher(tokens: int, bias: bool) -> Launcher:
+        tile = 8 if tokens <= 8 else 16
+        tile_rows, split = divisions[tile]
+        steps = triton.cdiv(triton.cdiv(words, _STEP_WORDS), split)
+        full = packed_rows % 128 == 0 and words == steps * split * _STEP_WORDS and cols % 16 == 0
+        grid = (triton.cdiv(rows, 128) * (128 // tile_rows), split)
         sizes = (tokens, rows, cols, packed_rows, words, block_scale_shape(shape)[1], steps, _UNDO[dtype])
-        tile = (8 if tokens <= 8 else 16, tile_rows, split, full, on_gpu, bias)
-        return Launcher(_gemv_kernel, grid, sizes + tile, device, (2,), num_warps=1, num_stages=1)
+        return Launcher(
+            _gemv_kernel, grid, (*sizes, tile, tile_rows, split, full, on_gpu, bias), device, (2,), num_warps=1,
+            num_stages=1,
+        )  # fmt: skip
 
     def run(
         x: torch.Tensor,
@@ -229,7 +234,7 @@ def prepare(
         if launch is None:
             launch = launchers[key] = launcher(*key)
         bias = global_scale if bias is None else bias
-        sums = counters
+        sums, split = counters, divisions[8 if tokens <= 8 else 16][1]
         if split > 1:
             sums = torch.empty((split, tokens, rows), dtype=torch.float32, device=device)
         launch(x, packed, block_scale, global_scale, bias, out.view(torch.int16) if as_bits else out, sums, counters)
