@@ -54,6 +54,12 @@ def write_file(path: Path, data: bytes) -> None:
     write_small(path, data, overwrite=True)
 
 
+def wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    """Lines of at most ``width``, at least one; paths and flags are not taken apart at their hyphens."""
+    folded = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return folded or [""]
+
+
 def put(stream: TextIO, text: str) -> None:
     """Write and flush; a stream whose reader has gone (`| head`) is silent from then on, other errors are raised."""
     try:
@@ -84,7 +90,7 @@ class Console:
         """Lines, wrapped to the width; a wrapped one keeps its own indentation."""
         for row in visible(text).split("\n"):
             own = " " * (indent + len(row) - len(row.lstrip()))
-            for part in textwrap.wrap(row.lstrip(), self.width, initial_indent=own, subsequent_indent=own) or [""]:
+            for part in wrapped(row.lstrip(), self.width, own):
                 self._write(self.paint(part, style))
 
     def title(self, text: str) -> None:
@@ -104,7 +110,7 @@ class Console:
         start = indent + sum(widths[:-1]) + 2 * (len(widths) - 1)
         widths[-1] = max(min(widths[-1], self.width - start), 10)
         for row, style in zip(texts, styles, strict=True):
-            last = textwrap.wrap(row[-1], widths[-1]) or [""]
+            last = wrapped(row[-1], widths[-1])
             shown = zip([*row[:-1], last[0]], align, widths, strict=True)
             cells = [f"{text:{how}{width}}" for text, how, width in shown]
             painted = "  ".join(self.paint(cell, how) for cell, how in zip(cells, style, strict=True))

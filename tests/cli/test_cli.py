@@ -293,6 +293,14 @@ def test_a_table_wraps_its_last_column_and_stays_within_the_width(capsys, monkey
     assert lines[2].startswith(" " * 15 + "word"), "a wrapped cell stays in its column"
 
 
+def test_a_path_is_not_taken_apart_at_its_hyphens(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    Console().say("Picture: /folder-of-mine/another-one/card.png")
+    Console().table(["flag", "text"], [("a", "as with the flag --disable-async-offload")], "<<")
+    lines = capsys.readouterr().out.split()
+    assert "/folder-of-mine/another-one/card.png" in lines and "--disable-async-offload" in lines
+
+
 def test_a_quiet_console_writes_nothing_but_errors(capsys):
     console = Console(quiet=True)
     console.say("text")
