@@ -6,6 +6,7 @@ COMFYUI_FRONTEND names the folder of another front end than the installed one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,8 @@ def run(host: ComfyUI, page) -> dict:
     job = response.value.json()["prompt_id"]
     for _ in range(600):
         if job in (history := host.get(f"/history/{job}")):
+            status = history[job]["status"]
+            assert status["status_str"] == "success", json.dumps(status["messages"])[-3000:]
             return history[job]["outputs"]
         page.wait_for_timeout(200)
     raise AssertionError("the job did not end")
