@@ -36,7 +36,18 @@ def _alias_repository() -> None:
     sys.modules[PACKAGE] = package
 
 
+def _take_time() -> None:
+    """No test of hypothesis fails because the machine is busy, and none leaves examples in the checkout."""
+    if importlib.util.find_spec("hypothesis"):
+        from hypothesis import HealthCheck, settings
+
+        slow = [HealthCheck.too_slow]
+        settings.register_profile("busy machine", deadline=None, database=None, suppress_health_check=slow)
+        settings.load_profile("busy machine")
+
+
 _alias_repository()
+_take_time()
 sys.path.insert(0, str(STUB))
 
 

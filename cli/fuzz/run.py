@@ -187,7 +187,7 @@ class _Worker:
         self.task, self.lane = task, lane
         self.slot = mmap.mmap(-1, _SLOT.size)
         self.folder = task.base / f"lane{lane}"
-        self.pid, self.pipe, self.rest, self.hung = 0, -1, b"", False
+        self.pid, self.pipe, self.rest, self.hung, self.told = 0, -1, b"", False, -1
 
     def begin(self, number: int) -> None:
         """Start the process at this case."""
@@ -224,7 +224,7 @@ class _Worker:
         data = os.read(self.pipe, 1 << 20)
         *lines, self.rest = (self.rest + data).split(b"\n")
         for line in map(json.loads, lines):
-            tally.tried += 1
+            tally.tried, self.told = tally.tried + 1, line["n"]
             tally.most = max(tally.most, line["most"])
             tally.notes.update(line["notes"])
             for found in line["found"]:
@@ -240,6 +240,8 @@ class _Worker:
         number, _ = _SLOT.unpack(self.slot[:])
         if number < 0:
             return None
+        if number == self.told:  # killed for its time between the end of a case and the next
+            return number + self.task.limits.jobs
         code = os.waitstatus_to_exitcode(status)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
         how = f"killed after {HANG_SECONDS:g} s" if self.hung else how

@@ -88,7 +88,8 @@ def _planted(how: str) -> Kind:
 )
 def test_a_planted_fault_is_counted_kept_and_seen_again(how: str, what: str, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "KIND", _planted(how))
-    monkeypatch.setattr(run, "HANG_SECONDS", 0.3)
+    if how == "hang":
+        monkeypatch.setattr(run, "HANG_SECONDS", 1.0)
     cases = "8" if how == "hang" else "30"
     code, record = fuzz(capsys, tmp_path, "--what", "files", "--seed", "1", "--cases", cases)
     row = record["kinds"]["files"]
@@ -102,6 +103,21 @@ def test_a_planted_fault_is_counted_kept_and_seen_again(how: str, what: str, cap
     assert about["again"].startswith("fuzz --what files --seed 1 --case ")
     again, record = fuzz(capsys, tmp_path, *about["again"].split()[1:])
     assert again == 1 and record["kinds"]["files"]["tried"] == 1
+
+
+def test_a_case_that_was_told_is_not_counted_again_when_its_process_is_killed(capsys, tmp_path, monkeypatch):
+    def work(worker, number: int, pipe: int) -> None:
+        if number >= worker.task.limits.start + worker.task.limits.cases:
+            worker.slot[:] = run._SLOT.pack(-1, 0.0)
+            return
+        os.write(pipe, json.dumps({"n": number, "most": 0, "notes": {}, "found": []}).encode() + b"\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(files, "KIND", _planted("nothing"))
+    monkeypatch.setattr(run._Worker, "_work", work)
+    code, record = fuzz(capsys, tmp_path, "--what", "files", "--seed", "1", "--cases", "3")
+    row = record["kinds"]["files"]
+    assert (code, row["tried"], row["counts"]) == (0, 3, {})
 
 
 def test_a_finding_is_kept_with_no_more_damage_than_shows_it(bases, tmp_path, monkeypatch):

@@ -17,10 +17,24 @@ from nvfp4_video.nodes.quantize import WHOLE, NVFP4Quantize
 from nvfp4_video.tests.support.quantize_sources import PREFIX, linears, save, tiny
 
 
+class StoredLinear(torch.nn.Module):
+    """As the host's Linear of stored FP8 and NVFP4: no torch.nn.Linear, with its shape under the same names."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = torch.nn.Parameter(torch.randn(out_features, in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight)
+
+
 class Diffusion(torch.nn.Module):
     """The layers of ``tiny`` at their names; its forward calls two of them with one input."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], block: str = "transformer_blocks") -> None:
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], block: str = "transformer_blocks", linear: type = torch.nn.Linear
+    ) -> None:
         super().__init__()
         for name in linears(tensors):
             at, names = self, name.removeprefix(PREFIX).replace("transformer_blocks", block).split(".")
@@ -29,7 +43,7 @@ class Diffusion(torch.nn.Module):
                     at.add_module(part, torch.nn.Module())
                 at = getattr(at, part)
             rows, columns = tensors[f"{name}.weight"].shape
-            at.add_module(names[-1], torch.nn.Linear(columns, rows, bias=False))
+            at.add_module(names[-1], linear(columns, rows, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layers = dict(self.named_modules())
@@ -84,6 +98,13 @@ def test_samplings_add_up_in_a_file_that_the_quantiser_takes(full, target, stub_
         "full.safetensors", WHOLE, "calibrated", False, False, False, "", False, calibration="inputs.safetensors"
     )
     assert "inputs.safetensors has 2 of 20 layers" in result.args[1]
+
+
+def test_layers_that_the_host_keeps_in_fp8_count_too(full, target):
+    patcher, text = run(patcher_of(Diffusion(tiny(), linear=StoredLinear))).args
+    assert text.startswith("20 of 20 layers")
+    sample(patcher)
+    assert read_calibration(target).tokens == 320
 
 
 def test_the_model_given_has_no_wrapper_and_no_hook_stays_after_a_step(full):

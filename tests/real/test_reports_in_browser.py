@@ -6,6 +6,7 @@ COMFYUI_FRONTEND names the folder of another front end than the installed one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,7 @@ GRAPH = {
     "11": ("NVFP4Compare", {"images_a": ["9", 0], "images_b": ["9", 0]}),
     "12": ("NVFP4Verify", {"file_name": NVFP4, "source": FP8}),
     "13": ("NVFP4Repair", {"file_name": NVFP4}),
+    "14": ("NVFP4Calibrate", {"model": ["6", 0], "file_name": FP8}),
 }
 # The nodes side by side, as narrow as nodes are, and all of them in view.
 GRID = """() => {
@@ -50,7 +52,7 @@ VERDICTS = {
     "1": f"{NVFP4}: full checkpoint", "2": "video VAE: ", "3": "ltx-2.3-22b-distilled-fp8", "4": "LTX-2.3 distilled: ",
     "5": "fits all at once", "7": "nothing found", "8": "nothing found; models: ", "10": "Verdict: undecided.",
     "11": "The pictures are identical.", "12": f"{NVFP4} against {FP8}: as good as",
-    "13": f"{NVFP4}: nothing to repair",
+    "13": f"{NVFP4}: nothing to repair", "14": "168 of 168 layers (recipe LTX-2.3)",
 }  # fmt: skip
 
 
@@ -88,6 +90,8 @@ def run(host: ComfyUI, page) -> dict:
     job = response.value.json()["prompt_id"]
     for _ in range(600):
         if job in (history := host.get(f"/history/{job}")):
+            status = history[job]["status"]
+            assert status["status_str"] == "success", json.dumps(status["messages"])[-3000:]
             return history[job]["outputs"]
         page.wait_for_timeout(200)
     raise AssertionError("the job did not end")

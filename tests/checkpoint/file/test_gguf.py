@@ -61,7 +61,7 @@ def test_what_is_no_such_head_is_refused(data: bytes, tmp_path: Path):
         read_gguf(path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, database=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.integers(0, 400), st.binary(max_size=8))
 def test_no_damage_raises_anything_else(tmp_path: Path, place: int, damage: bytes):
     data = head(LTX, ENTRIES)

@@ -12,7 +12,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvfp4_video.checkpoint.file import header as header_module
 from nvfp4_video.checkpoint.file.container import TensorReader
@@ -21,7 +21,7 @@ from nvfp4_video.checkpoint.file.header import CheckpointError, Header, TensorIn
 from nvfp4_video.checkpoint.file.torch_dtypes import DTYPES
 
 # No example database: the tests leave nothing behind in the checkout.
-fuzz = settings(max_examples=250, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+fuzz = settings(max_examples=250)
 
 
 def pack(header: object, data: bytes = b"") -> bytes:

@@ -355,7 +355,7 @@ def test_a_name_that_leads_to_no_file_is_unknown(name: object, models):
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, database=None
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(PROMPTS)
 def test_any_prompt_can_be_checked(stub_comfy, prompt: dict):
