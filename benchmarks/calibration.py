@@ -42,10 +42,11 @@ def collect(texts: list[str]) -> Any:
 
 
 def blocks(gram: Any, width: int) -> Any:
-    """(1, K, K) -> (K / width, width, width)."""
+    """(1, K, K) -> (G, width, width), the last one padded with zeros."""
     import torch
 
     width = min(width, gram.shape[1])
+    gram = torch.nn.functional.pad(gram, (0, -gram.shape[1] % width, 0, -gram.shape[1] % width))
     return torch.stack([gram[0, at : at + width, at : at + width] for at in range(0, gram.shape[1], width)])
 
 
@@ -208,6 +209,7 @@ def main() -> int:
     parser = common.make_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=19_000, help="to calibrate with; default %(default)s")
     parser.add_argument("--judge", type=int, default=6_000, help="tokens to judge by; default %(default)s")
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="rows whose names begin so; default: all")
     options = parser.parse_args()
     common.import_pack()
     from nvfp4_video.measure.machine import version
@@ -228,6 +230,8 @@ def main() -> int:
     print(f"{counts['calibrated']:,} tokens to calibrate with, {counts['judged']:,} to judge by", flush=True)
     rows, reports = [], {}
     for name, way in ways(reports).items():
+        if options.only and not name.startswith(tuple(options.only)):
+            continue
         sentences = {"same kind": others, "everyday": list(minilm.SENTENCES)}
         rows.append({"way": name} | measure(way, calibrated, judged, sentences))
         shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in rows[-1].items()}
@@ -235,7 +239,10 @@ def main() -> int:
         taken = {name: sum(one["taken"] for one in layers) for name, layers in reports.items()}
         common.save("calibration", options.out, {"facts": found, "tokens": counts, "rows": rows, "took_gptq": taken})
     common.print_table(rows, {"way": "", "seconds": ".1f"})
-    plain, full = (next(row for row in rows if row["way"] == name) for name in ("search", "GPTQ full"))
+    found = {row["way"]: row for row in rows}
+    if not {"search", "GPTQ full"} <= found.keys():
+        return 0
+    plain, full = found["search"], found["GPTQ full"]
     return int(not all(full[key] < plain[key] for key in ("output MSE", "distance, same kind")))
 
 

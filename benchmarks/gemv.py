@@ -124,7 +124,7 @@ def main() -> int:
     found, bandwidth = common.begin_on_gpu()
     shapes = common.shapes_of(options.shapes)
     counts = list(map(int, options.rows.split(",")))
-    checks = [check(shape, rows) for shape in (*SHAPES, *ODD) for rows in (1, 7, 16)]
+    checks = [check(shape, rows) for shape in (*common.shapes_of(",".join(SHAPES)), *ODD) for rows in (1, 7, 16)]
     if options.configs:
         checks += [check((256, 4096), rows, config) for config in all_configs((256, 4096)) for rows in (3, 13)]
     wrong = [c for c in checks if c["unequal"] or not (c["error bfloat16"] < 3e-3 and c["error float16"] < 5e-4)]

@@ -11,6 +11,7 @@ and changes a weight by a fifth of its size. One process holds all models; Comfy
 2. Times of a step without and with the LoRA: ours in `bf16` and, where it runs, `fp8` compute, and the stock NVFP4
    loader, side by side. Each repetition runs the rows in another order; a row's first step, which brings the weights to
    the GPU and applies the LoRA, is not counted but given as `first s`.
+3. Adapters on the GPU, in bytes, and seconds to load the model with the LoRA, and again with another strength.
 
 `--tiny --cpu --sizes 64x64 --frames 9` tries the script on a machine without a GPU.
 """
@@ -90,11 +91,31 @@ def load_row(name: str, path: Path, options: Namespace) -> Any:
     return patcher
 
 
-def with_lora(patcher: Any, lora: Mapping[str, Any]) -> Any:
+def with_lora(patcher: Any, lora: Mapping[str, Any], strength: float = 1.0) -> Any:
     """What LoraLoaderModelOnly returns."""
     import comfy.sd
 
-    return comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)[0]
+    return comfy.sd.load_lora_for_models(patcher, None, lora, strength, 0.0)[0]
+
+
+def change_strength(patcher: Any, lora: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds until a loaded model has the LoRA, has it at another strength, and has none."""
+    import comfy.model_management
+    import torch
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    models = {"LoRA s": with_lora(patcher, lora), "another strength s": with_lora(patcher, lora, 0.5)}
+    models["none s"] = patcher
+    comfy.model_management.load_models_gpu([patcher])
+    found = {}
+    for name, model in models.items():
+        synchronize()
+        start = time.perf_counter()
+        comfy.model_management.load_models_gpu([model])
+        synchronize()
+        found[name] = time.perf_counter() - start
+    in_process.end_of_node()
+    return found
 
 
 def layer_errors(
@@ -186,7 +207,8 @@ def adapter_bytes(patcher: Any) -> dict[str, Any]:
     owns = [module.__dict__ for module in patcher.model.modules()]
     branches = [own["nvfp4_lora"] for own in owns if "nvfp4_lora" in own]
     refused = sum(bool(own.get("nvfp4_lora_refused")) for own in owns)
-    return {"branches": len(branches), "gb": sum(branch.nbytes for branch in branches) / 1e9, "refused": refused}
+    found = {"branches": len(branches), "gb": sum(branch.nbytes for branch in branches) / 1e9, "refused": refused}
+    return found | {"in 8 bits": sum(branch.packed for branch in branches)}
 
 
 def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, Any]:
@@ -204,8 +226,12 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
     say(f"wrote {path.stat().st_size / 1e9:.2f} GB, {config['num_layers']} blocks, {len(layers)} NVFP4 Linears")
     result: dict[str, Any] = {"facts": found, "blocks": config["num_layers"], "quantised": len(layers)}
     result |= {"rank": options.rank, "frames": options.frames, "change": CHANGE, "sizes": {}}
+    if options.budget is not None:
+        from nvfp4_video.host.compute import lora as branches
+
+        branches.ADAPTER_BYTES = options.budget * 1e9
     expected = {}
-    for name in REFERENCES:
+    for name in REFERENCES if options.errors else ():
         patcher = load_reference(name, keys, config, layers, device)
         expected[name] = latents_of(patcher, config, options), latents_of(with_lora(patcher, lora), config, options)
         del patcher
@@ -216,9 +242,14 @@ def run(options: Namespace, found: dict[str, Any], scratch: Path) -> dict[str, A
     plain = {name: load_row(name, path, options) for name in names}
     patched = {name: with_lora(patcher, lora) for name, patcher in plain.items()}
     dynamic = {name: bool(getattr(patcher, "is_dynamic", bool)()) for name, patcher in plain.items()}
-    result |= {"DynamicVRAM": dynamic, "latents": latent_errors(patched, expected, config, options)}
-    result["linears"] = layer_errors(patched, layers, keys, lora, device)
-    result["adapters"] = {name: adapter_bytes(patched[name]) for name in names if name != "stock"}
+    result |= {"DynamicVRAM": dynamic, "latents": [], "linears": [], "adapters": {}}
+    if options.errors:
+        result["latents"] = latent_errors(patched, expected, config, options)
+        result["linears"] = layer_errors(patched, layers, keys, lora, device)
+    for name in names:
+        comfy.model_management.load_models_gpu([patched[name]])
+        result["adapters"][name] = {} if name == "stock" else adapter_bytes(patched[name])
+        result["adapters"][name] |= change_strength(plain[name], lora)
     in_process.save("lora", options, result)
     rows = {ROWS[name] + end: patchers[name] for name in names for end, patchers in (("", plain), (WITH, patched))}
     for size in options.sizes:
@@ -233,6 +264,8 @@ def parse() -> Namespace:
     in_process.add_options(parser, "ours,fp8,stock")
     parser.add_argument("--layers", type=int, default=12, help="transformer blocks; default %(default)s")
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA; default %(default)s")
+    parser.add_argument("--budget", type=float, help="GB of adapters beyond which they are kept in 8 bits; default 2")
+    parser.add_argument("--no-errors", dest="errors", action="store_false", help="leave out the first part")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="folder with 8 GB free; default %(default)s")
     parser.add_argument("--limit", type=float, default=150, help="start no repetition after so many seconds")
     return in_process.parse_options(parser, ROWS)
@@ -249,7 +282,7 @@ def main() -> int:
     common.print_table(result["linears"])
     common.print_table(result["latents"])
     common.print_table([row for rows in result["sizes"].values() for row in rows], {"x without": ".3f"})
-    say(f"adapters on the GPU: {result['adapters']}")
+    common.print_table([{"row": ROWS[name], **found} for name, found in result["adapters"].items()])
     errors = {row["row"]: row["decoded, of the change"] for row in result["latents"]}
     ours, stock = errors.get(ROWS["ours"] + WITH), errors.get(ROWS["stock"] + WITH)
     return int(not all(row["finite"] for row in result["latents"]) or None not in (ours, stock) and ours > stock)

@@ -31,14 +31,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..kernels.errors import PackError
-from .console import MAX_WIDTH, CommandError, Console, put
+from .console import MAX_WIDTH, CommandError, Console, for_terminal, put
 
 # Command -> (module of this package, summary).
 COMMANDS = {
     "demo": ("demo", "build one small model in every NVFP4 dialect, read it back, sample it in ComfyUI"),
     "inspect": ("files", "tell what is in a checkpoint, what it lacks, and what loads it"),
     "split": ("files", "write the VAE, audio VAE and other components of a checkpoint to their own files"),
-    "repair": ("files", "make a quantised checkpoint loadable by stock ComfyUI"),
+    "repair": ("files", "make a quantized checkpoint loadable by stock ComfyUI"),
     "quantize": ("quantize", "write a BF16 or FP8 checkpoint as NVFP4, in little memory, with a model card"),
     "verify": ("quantize", "compare an NVFP4 file with its source, tensor by tensor"),
     "plan": ("plan", "tell whether a model fits a GPU, and what NVFP4 changes there: size, speed or both"),
@@ -130,7 +130,7 @@ def _fail(console: Console, message: str, code: int = FAILED) -> int:
     console.error(message)
     if console.quiet:
         try:
-            put(sys.stdout, json.dumps({"error": message}, indent=2) + "\n")
+            put(sys.stdout, json.dumps({"error": for_terminal(message)}, indent=2) + "\n")
         except OSError:
             pass  # the disk is full, say: stderr has said so
     return code
@@ -139,7 +139,7 @@ def _fail(console: Console, message: str, code: int = FAILED) -> int:
 def _unforeseen(error: Exception) -> str:
     """One line about a fault of the pack's own; the traceback goes to a file that a report can quote."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    found = f"unforeseen {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {error}"
+    found = f"internal error, {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {error}"
     try:
         handle, path = tempfile.mkstemp(prefix="nvfp4-video-", suffix=".log")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -88,5 +88,5 @@ def comfyui_folder(named: Path | None) -> Path:
     pack = Path(__file__).resolve().parent.parent
     path = (named or Path(os.environ.get("COMFYUI_PATH") or pack.parent.parent)).expanduser().resolve()
     if not is_checkout(path):
-        raise CommandError(f"{path} is no ComfyUI: name its folder, the one with main.py, with --comfyui")
+        raise CommandError(f"{path} is not a ComfyUI: name its folder, the one with main.py, with --comfyui")
     return path

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from ..measure.text import size_text
 MAX_WIDTH = 100
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 _BAR = 24
+_LEAST = 12  # columns of the screen for a column of text
+_COLUMN = re.compile(r" {2,}")  # what lies between the columns of a table
 _WIPE = "\r\033[K"
 _BLANKS = re.compile(r"[ \t\r\n]+")
 _REFRESH_SECONDS = 0.1
@@ -32,6 +35,19 @@ _ESTIMATE_AFTER_SECONDS = 2.0
 
 Cell = str | tuple[str, str]  # text, or (text, style)
 size = functools.partial(size_text, decimals=2)  # columns of sizes line up
+
+
+# The pack's messages speak of nodes and their widgets; what those are called on the command line.
+_FLAGS = "dialect config_from vae_prefix common_prefix keep_non_finite calibration overwrite memory_gib".split()
+_WIDGET = re.compile(rf"`({'|'.join(_FLAGS)})`")
+_COMMANDS = {"Repair": "repair", "Split Checkpoint": "split", "Quantize": "quantize", "Verify": "verify"}
+_NODE = re.compile(rf"NVFP4 ({'|'.join(_COMMANDS)})")
+
+
+def for_terminal(text: str) -> str:
+    """What a message says to users of nodes -> to those of the command line: flags and commands."""
+    text = _WIDGET.sub(lambda found: "--" + found[1].replace("_gib", "").replace("_", "-"), text)
+    return _NODE.sub(lambda found: f"`{_COMMANDS[found[1]]}`", text)
 
 
 class CommandError(PackError):
@@ -44,20 +60,22 @@ def check_ending(out: Path | None, ending: str) -> None:
         raise CommandError(f"the output {out} does not end in {ending}")
     if out and out.is_dir():
         raise CommandError(f"the output {out} is a folder; name a file in it")
+    if out:
+        check_folder(out)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse an output in a folder that is not there: a mistyped one would else be made in silence."""
+    if not out.parent.is_dir():
+        raise CommandError(f"the folder {out.parent} of the output is not there; make it, or name another")
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all, replacing an old one; its folder is made if need be. OSError."""
+    """Write a small file whole or not at all, replacing an old one. OSError; CommandError without its folder."""
     from ..checkpoint.file.place import write_small  # and with it torch, which --help does without
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(path)
     write_small(path, data, overwrite=True)
-
-
-def wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """Lines of at most ``width``, at least one; paths and flags are not taken apart at their hyphens."""
-    folded = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-    return folded or [""]
 
 
 def put(stream: TextIO, text: str) -> None:
@@ -87,10 +105,13 @@ class Console:
         self.width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
 
     def say(self, text: str = "", style: str = "", indent: int = 0) -> None:
-        """Lines, wrapped to the width; a wrapped one keeps its own indentation."""
-        for row in visible(text).split("\n"):
+        """Lines, wrapped between words; a wrapped one keeps its indentation, that of its last column in a table."""
+        for row in visible(for_terminal(text)).split("\n"):
             own = " " * (indent + len(row) - len(row.lstrip()))
-            for part in wrapped(row.lstrip(), self.width, own):
+            columns = _COLUMN.split(row.strip())
+            last = len(own) + len(row.strip()) - len(columns[-1])  # where the last column of a table begins
+            rest = " " * last if len(columns) > 1 and last < self.width - _LEAST else own
+            for part in _wrap(row.lstrip(), self.width, own, rest) or [""]:
                 self._write(self.paint(part, style))
 
     def title(self, text: str) -> None:
@@ -99,7 +120,8 @@ class Console:
         self._write(self.paint(line(text), "bold"))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Cell]], align: str, indent: int = 2) -> None:
-        """Columns as wide as their widest cell; ``align`` has `<` or `>` for each. The last column wraps if it must.
+        """Columns as wide as their widest cell; ``align`` has `<` or `>` for each. Columns of text wrap if they must;
+        where a name is too long for that, it has a line of its own, above the rest of its row.
 
         An empty ``head`` leaves the heading out.
         """
@@ -107,16 +129,27 @@ class Console:
         texts = [[line(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in lines]
         styles = [["" if isinstance(cell, str) else cell[1] for cell in row] for row in lines]
         widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-        start = indent + sum(widths[:-1]) + 2 * (len(widths) - 1)
-        widths[-1] = max(min(widths[-1], self.width - start), 10)
+        excess = indent + sum(widths) + 2 * (len(widths) - 1) - self.width
+        texts_only = [column for column, how in enumerate(align) if how == "<"]
+        for column in sorted(texts_only, key=lambda column: (column != len(widths) - 1, -widths[column])):
+            longest = max(len(word) for row in texts for word in [*row[column].split(), ""])
+            taken = max(min(excess, widths[column] - max(longest, _LEAST)), 0)
+            widths[column] -= taken
+            excess -= taken
+        if excess > 0 and len(texts_only) and len(widths) > 1:
+            apart = max(texts_only, key=widths.__getitem__)
+            for row, style in zip(texts, styles, strict=True):
+                self._write(" " * indent + self.paint(row[apart], style[apart]))
+                cells = [f"{text:{how}{width}}" for text, how, width in zip(row, align, widths, strict=True)]
+                cells = [self.paint(cell, how) for cell, how in zip(cells, style, strict=True)]
+                self._write((" " * (indent + 2) + "  ".join(cells[:apart] + cells[apart + 1 :])).rstrip())
+            return
         for row, style in zip(texts, styles, strict=True):
-            last = wrapped(row[-1], widths[-1])
-            shown = zip([*row[:-1], last[0]], align, widths, strict=True)
-            cells = [f"{text:{how}{width}}" for text, how, width in shown]
-            painted = "  ".join(self.paint(cell, how) for cell, how in zip(cells, style, strict=True))
-            self._write((" " * indent + painted).rstrip())
-            for rest in last[1:]:
-                self._write(" " * start + self.paint(rest, style[-1]))
+            wrapped = [_wrap(text, width) or [""] for text, width in zip(row, widths, strict=True)]
+            for parts in itertools.zip_longest(*wrapped, fillvalue=""):
+                cells = [f"{text:{how}{width}}" for text, how, width in zip(parts, align, widths, strict=True)]
+                painted = "  ".join(self.paint(cell, how) for cell, how in zip(cells, style, strict=True))
+                self._write((" " * indent + painted).rstrip())
 
     def paint(self, text: str, style: str) -> str:
         """Text in a style of ``_STYLES`` where the terminal shows it."""
@@ -125,7 +158,7 @@ class Console:
     def error(self, text: str) -> None:
         """One line on stderr, if it can be written to."""
         with contextlib.suppress(OSError):
-            put(sys.stderr, f"error: {line(_BLANKS.sub(' ', text).strip())}\n")
+            put(sys.stderr, f"error: {line(_BLANKS.sub(' ', for_terminal(text)).strip())}\n")
 
     def progress(self, title: str, total: int | None = None, amount: Callable[[int], str] = str) -> Progress:
         """Context manager for a long step; ``amount`` writes its units (files, frames, bytes)."""
@@ -170,33 +203,53 @@ class Progress:
         self.total = total
         self.update(done)
 
-    def line(self) -> str:
-        """Title, bar, amount, note, rate in bytes, seconds passed and left."""
+    def line(self, width: int = 1_000) -> str:
+        """Title, bar, amount, note, rate in bytes, seconds passed and left, in ``width`` columns.
+
+        Where there is too little room the bar goes, then title and note are cut: the numbers stay.
+        """
         seconds = max(time.monotonic() - self._started, 0.001)
-        parts = [line(self.title)]
+        parts = {"title": line(self.title), "bar": "", "amount": "", "note": line(self.note), "rate": ""}
         if self.total:
             filled = _BAR * min(self.done, self.total) // self.total
-            parts += [self._full * filled + self._empty * (_BAR - filled)]
-            parts += [f"{self.amount(self.done)} / {self.amount(self.total)}"]
+            parts["bar"] = self._full * filled + self._empty * (_BAR - filled)
+            parts["amount"] = f"{self.amount(self.done)} / {self.amount(self.total)}"
         elif self.done:
-            parts += [self.amount(self.done)]
-        parts += [line(self.note)] if self.note else []
-        parts += [f"{size(int(self.done / seconds))}/s"] if self.amount is size and self.done else []
-        parts += [f"{seconds:.1f} s"]
+            parts["amount"] = self.amount(self.done)
+        if self.amount is size and self.done:
+            parts["rate"] = f"{size(int(self.done / seconds))}/s"
+        parts["passed"] = f"{seconds:.1f} s"
         if self.total and 0 < self.done < self.total and seconds > _ESTIMATE_AFTER_SECONDS:
-            parts += [f"{seconds * (self.total - self.done) / self.done:.0f} s left"]
-        return "  ".join(parts)
+            parts["left"] = f"{seconds * (self.total - self.done) / self.done:.0f} s left"
+        for name in ("bar", "note", "title"):
+            excess = len("  ".join(filter(None, parts.values()))) - width
+            if excess > 0:
+                parts[name] = "" if name == "bar" else _shortened(parts[name], excess)
+        return "  ".join(filter(None, parts.values()))[:width]
 
     def _tick(self) -> None:
         while self.live and not self._stop.is_set():
             width = shutil.get_terminal_size((MAX_WIDTH, 24)).columns - 1
-            self._write(_WIPE + self.line()[:width])
+            self._write(_WIPE + self.line(width))
             self._stop.wait(_REFRESH_SECONDS)
         while not self._stop.wait(_LOG_SECONDS):
             self._write(self.line() + "\n")
 
     def _write(self, text: str) -> None:
         put(self.stream, text)
+
+
+def _wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+    """Text -> lines broken between words only: flags, paths and numbers stay whole."""
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _shortened(text: str, by: int) -> str:
+    """Text without so many characters of its end, which three dots stand for."""
+    kept = len(text) - by - 3
+    return f"{text[:kept]}..." if kept > 0 else ""
 
 
 def _takes_colour(stream: TextIO) -> bool:

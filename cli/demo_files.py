@@ -18,7 +18,7 @@ from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.split import split
 from ..measure.settings import distilled_settings
 from ..samples import synthetic
-from .console import Console, size
+from .console import Console, size, write_file
 
 SOURCE, BEST, FAST = "whole_bf16.safetensors", "whole_nvfp4.safetensors", "whole_nvfp4_fast.safetensors"
 PARTS = (VIDEO_VAE, AUDIO_VAE, DIFFUSION_MODEL)
@@ -29,22 +29,23 @@ def make_and_split(folder: Path, state: dict[str, torch.Tensor], config: dict, c
     console.title("Making the file, and taking it apart")
     source = folder / SOURCE
     synthetic.write(source, "bf16", state, config, full=True)
-    rows, errors = [("", SOURCE, size(source.stat().st_size), "", "the source")], {}
+    rows, errors = [(SOURCE, size(source.stat().st_size), "", "the source")], {}
     for name, search in ((FAST, "amax"), (BEST, "mse")):
-        with console.progress("Quantising") as progress:
+        with console.progress("Quantizing") as progress:
             progress.update(0, name)
             quantize_checkpoint(source, folder / name, QuantizeSettings(search=search))
             found = verify(folder / name, source)
         errors[search] = found.mean_error
-        text = f"{len(found.layers)} layers"
-        verdict = ("as good as its format allows", "green") if found.ok else ("WORSE THAN ITS FORMAT ALLOWS", "red")
-        rows.append((verdict, name, size((folder / name).stat().st_size), f"{found.mean_error:.4f}", text))
+        text = f"{len(found.layers)} layers, "
+        verdict = (text + "verified", "green") if found.ok else (text + "WORSE THAN NVFP4 ALLOWS", "red")
+        rows.append((name, size((folder / name).stat().st_size), f"{found.mean_error:.4f}", verdict))
         if not found.ok:
             errors["failed"] = name
     parts = split(folder / BEST, {part: f"whole_{part}.safetensors" for part in PARTS}, base=folder)
     for part in parts:
-        rows.append(("", part.path.name, size(part.path.stat().st_size), "", str(part).partition(":")[0]))
-    console.table(["verify", "file", "size", "error", ""], rows, "<<>><")
+        rows.append((part.path.name, size(part.path.stat().st_size), "", str(part).partition(":")[0]))
+    console.table(["file", "size", "error", ""], rows, "<>><")
+    console.say("verified: every tensor accounted for, no layer worse than its format allows.", "dim", indent=2)
     vae = find_vaes(read_header(folder / f"whole_{VIDEO_VAE}.safetensors"))[0]
     model = inspect_checkpoint(folder / f"whole_{DIFFUSION_MODEL}.safetensors")
     console.say(f"By their tensors: the first is the {vae.title}, the last {str(model).splitlines()[0]}.", indent=2)
@@ -55,8 +56,29 @@ def make_and_split(folder: Path, state: dict[str, torch.Tensor], config: dict, c
     console.say(str(made), indent=2)
     return {
         "errors": errors,
-        "files": [path for _, path, *_ in rows],
+        "files": [name for name, *_ in rows],
         "vae": vae.title,
         "settings": {"width": made.width, "height": made.height, "frames": made.frames, "audio": made.audio_latents},
         "ok": "failed" not in errors and errors["mse"] < errors["amax"],
     }
+
+
+def draw(folder: Path, target: Path, console: Console) -> list[str]:
+    """Pictures of what was made: the file by component and block, and its errors -> their paths."""
+    from ..draw.inspect import inspection_picture
+    from ..draw.verify import verification_picture
+    from ..measure.media import encode_png
+
+    pictures = {
+        "inspect.png": inspection_picture(inspect_checkpoint(folder / BEST)),
+        "verify.png": verification_picture(verify(folder / BEST, folder / SOURCE)),
+    }
+    try:
+        target.mkdir(exist_ok=True)
+        for name, picture in pictures.items():
+            write_file(target / name, encode_png(picture))
+    except OSError as error:  # nothing that was to be shown hangs on it
+        console.say(f"\nNo pictures were written: {error}", "yellow")
+        return []
+    console.say(f"\nPictures of {BEST} are in {target}: {', '.join(pictures)}.")
+    return [str(target / name) for name in pictures]

@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``inspect``, ``split`` and ``repair``: checkpoint/ over files on disk."""
+"""``inspect``, ``split`` and ``repair``: checkpoint/ over files on disk.
+
+What writes files is imported by the commands that write: it needs torch, which takes seconds to import, and a header
+is read without it.
+"""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.file.shards import open_checkpoint, plain_name
 from ..checkpoint.identify.components import COMPONENTS, find_components
 from ..checkpoint.identify.diagnosis import Fault
 from ..checkpoint.identify.report import inspect_checkpoint
-from ..checkpoint.write.repair import BACKUP_ENDING, Repaired, restore_header
-from ..checkpoint.write.repair import repair as repair_checkpoint
-from ..checkpoint.write.split import BF16, KEEP
-from ..checkpoint.write.split import split as split_checkpoint
 from .console import CommandError, Console, check_ending, size, write_file
 from .options import add_dialect, add_source, add_target
+
+if TYPE_CHECKING:
+    from ..checkpoint.write.repair import Repaired
 
 _OPEN = "for a file that leaves it open: "
 
@@ -29,16 +32,18 @@ def inspect(parser: argparse.ArgumentParser) -> None:
         "header alone. Exits with 1 if something is missing."
     )
     add_source(parser)
-    parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the bytes by component and block")
+    parser.add_argument("--picture", type=Path, metavar="OUT", help="write the bytes by component and block as .png")
     add_dialect(parser, _OPEN)
     parser.set_defaults(run=run_inspect)
 
 
 def split(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``split``."""
+    from ..checkpoint.write.split import BF16, KEEP
+
     parser.description = (
         "Writes components of a checkpoint to files of their own, <name>_<component>.safetensors, with the names and "
-        "the metadata that ComfyUI's loaders want. Quantised VAE weights become BF16. No unfinished file stays."
+        "the metadata that ComfyUI's loaders want. Quantized VAE weights become BF16. No unfinished file stays."
     )
     add_source(parser)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the new files go; made if need be")
@@ -55,8 +60,10 @@ def split(parser: argparse.ArgumentParser) -> None:
 
 def repair(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``repair``."""
+    from ..checkpoint.write.repair import BACKUP_ENDING
+
     parser.description = (
-        "Makes a quantised checkpoint loadable by stock ComfyUI: adds what its header lacks, mends names, and converts "
+        "Makes a quantized checkpoint loadable by stock ComfyUI: adds what its header lacks, mends names, and converts "
         "foreign dialects. Exits with 1 if a fault remains."
     )
     add_source(parser)
@@ -75,21 +82,23 @@ def repair(parser: argparse.ArgumentParser) -> None:
 
 def run_inspect(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the inspection, whether nothing is missing)."""
-    check_ending(args.png, ".png")
+    check_ending(args.picture, ".png")
     found = inspect_checkpoint(args.source, args.dialect)
-    if args.png:
+    if args.picture:
         from ..draw.inspect import inspection_picture  # Pillow, which only the picture needs
         from ..measure.media import encode_png
 
-        write_file(args.png, encode_png(inspection_picture(found)))
+        write_file(args.picture, encode_png(inspection_picture(found)))
     console.say(str(found))
-    if args.png:
-        console.say(f"\nPicture: {args.png}")
-    return found.as_dict() | {"png": str(args.png) if args.png else None}, not found.missing
+    if args.picture:
+        console.say(f"\nPicture: {args.picture}")
+    return found.as_dict() | {"picture": str(args.picture) if args.picture else None}, not found.missing
 
 
 def run_split(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> ({"files": what was written}, True)."""
+    from ..checkpoint.write.split import split as split_checkpoint
+
     header = open_checkpoint(args.source).header
     parts = args.only or list(find_components(header, args.vae_prefix))
     name = args.name or plain_name(header.path)
@@ -111,12 +120,14 @@ def run_split(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any
 
 def run_repair(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (what was done, whether no fault remains)."""
+    from ..checkpoint.write.repair import repair, restore_header
+
     if args.undo:
         restore_header(args.source)
         console.say(f"{Path(args.source).name}: the old header is back")
         return {"path": args.source, "method": "undo"}, True
     with console.progress(f"Repairing {Path(args.source).name}", amount=size) as progress:
-        done = repair_checkpoint(
+        done = repair(
             args.source, args.target, dialect=args.dialect, config_from=args.config_from, in_place=args.in_place,
             overwrite=args.overwrite, on_bytes=progress.of,
         )  # fmt: skip

@@ -32,7 +32,7 @@ def sharpness(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=_FILE)
     parser.add_argument("--reference", metavar="VALUE|PATH", help="median of a good clip, or the clip itself")
-    parser.add_argument("--png", type=Path, metavar="OUT", help="write the plot: a .png, or a folder for several paths")
+    parser.add_argument("--picture", type=Path, metavar="OUT", help="write the plot as .png; several into a folder")
     _add_limit(parser)
     parser.set_defaults(run=run_sharpness)
 
@@ -46,7 +46,7 @@ def compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("a", type=Path, metavar="A", help=f"the clip to trust: {_FILE}")
     parser.add_argument("b", type=Path, metavar="B", help="the clip under test, of the same size")
-    parser.add_argument("--png", type=Path, metavar="OUT", help="write the card: table, heat map, crops, strip, curves")
+    parser.add_argument("--picture", type=Path, metavar="OUT", help="write the card, as .png: heat map, crops, curves")
     parser.add_argument("--out", type=Path, metavar="OUT", help="write the numbers of --json into a file as well")
     parser.add_argument("--common-prefix", action="store_true", help="compare over the shorter clip, if they differ")
     _add_limit(parser)
@@ -60,7 +60,7 @@ def _add_limit(parser: argparse.ArgumentParser) -> None:
 def run_sharpness(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> ({"files": [record]}, whether none calls for a warning)."""
     reference = _reference(args, console)
-    pictures = _plot_paths(args.paths, args.png)
+    pictures = _plot_paths(args.paths, args.picture)
     records, rows, measured = [], [], []
     for path, picture in zip(args.paths, pictures, strict=True):
         found = _measure(path, args.max_frames, reference, console)
@@ -69,7 +69,7 @@ def run_sharpness(args: argparse.Namespace, console: Console) -> tuple[dict[str,
             from ..draw.compare import sharpness_plot  # Pillow, which only the pictures need
 
             write_file(picture, media.encode_png(sharpness_plot(found)))
-        records.append({"path": str(path), **found.to_dict(), "png": str(picture) if picture else None})
+        records.append({"path": str(path), **found.to_dict(), "picture": str(picture) if picture else None})
         values = [f"{value:.1f}" for value in (found.median, found.min, found.max)]
         verdict = (found.verdict, "red" if found.warns else {"sharp": "green"}.get(found.verdict, ""))
         rows.append([str(len(found.values)), f"{found.width}x{found.height}", *values, verdict, str(path)])
@@ -112,7 +112,7 @@ def _plot_paths(paths: list[Path], out: Path | None) -> list[Path | None]:
         return [None] * len(paths)
     if out.suffix.lower() == ".png":
         if len(paths) > 1:
-            raise CommandError(f"--png {out} is one file for {len(paths)} plots; name a folder")
+            raise CommandError(f"--picture {out} is one file for {len(paths)} plots; name a folder")
         check_ending(out, ".png")
         _check_output(out, paths)
         return [out]
@@ -131,7 +131,7 @@ def _check_output(out: Path, inputs: list[Path]) -> None:
 
 def run_compare(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (record, whether only a little detail tells them apart)."""
-    for out, suffix in ((args.png, ".png"), (args.out, ".json")):
+    for out, suffix in ((args.picture, ".png"), (args.out, ".json")):
         check_ending(out, suffix)
         if out:
             _check_output(out, [args.a, args.b])
@@ -142,13 +142,13 @@ def run_compare(args: argparse.Namespace, console: Console) -> tuple[dict[str, A
     with console.progress("Comparing", min(len(a), len(b)), _frames) as progress:
         found = compare_clips(a, b, *sound, names, args.common_prefix, rates, lambda done, _: progress.update(done))
     record = found.to_dict()
-    if args.png:
+    if args.picture:
         from ..draw.compare import comparison_card
 
-        write_file(args.png, media.encode_png(comparison_card(found, a, b)))
+        write_file(args.picture, media.encode_png(comparison_card(found, a, b)))
     if args.out:
         write_file(args.out, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
-    return record | {"png": str(args.png) if args.png else None}, _show_comparison(found, args, console)
+    return record | {"picture": str(args.picture) if args.picture else None}, _show_comparison(found, args, console)
 
 
 def _show_comparison(found: Comparison, args: argparse.Namespace, console: Console) -> bool:
@@ -157,7 +157,7 @@ def _show_comparison(found: Comparison, args: argparse.Namespace, console: Conso
     console.table([], [list(row) for row in found.rows()], "<<")
     for line in found.findings:
         console.say(line, "red" if line in found.faults else "green")
-    for title, out in (("Card", args.png), ("Numbers", args.out)):
+    for title, out in (("Card", args.picture), ("Numbers", args.out)):
         if out:
             console.say(f"{title}: {out}")
     return found.agree

@@ -20,6 +20,21 @@ def add_dialect(parser: argparse.ArgumentParser, when: str = "") -> None:
     parser.add_argument("--dialect", choices=choices, default=AUTO, metavar="NAME", help=when + ", ".join(choices))
 
 
+def add_lora(parser: argparse.ArgumentParser, what: str) -> None:
+    """``what`` is done with it."""
+    text = f"{what}; several may be named, each by an option of its own; without =STRENGTH at 1"
+    parser.add_argument("--lora", type=_lora, action="append", default=[], metavar="FILE=STRENGTH", help=text)
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """FILE or FILE=STRENGTH; a file's own name may have an equals sign."""
+    file, _, strength = text.rpartition("=")
+    try:
+        return (file, float(strength)) if file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def add_target(parser: argparse.ArgumentParser, replaced: str) -> None:
     """What is taken from elsewhere, and what may be replaced."""
     parser.add_argument("--config-from", metavar="FILE", help="a checkpoint of the same model, whose `config` is taken")

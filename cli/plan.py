@@ -9,12 +9,12 @@ from typing import Any
 
 from ..checkpoint.file.shards import open_checkpoint
 from ..checkpoint.identify.components import find_components
-from ..measure.gpus import DETECTED, EXAMPLES, GPUS, Gpu, pick_gpu
+from ..measure.gpus import DETECTED, EXAMPLES, GPUS, Gpu, NoGpuError, pick_gpu
 from ..measure.plan import make_plan
 from ..measure.roofline import MODES, Clip
 from ..measure.text import gib
 from .amounts import amount, positive_count
-from .console import Console, check_ending, write_file
+from .console import CommandError, Console, check_ending, write_file
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,10 @@ def run_plan(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any]
     header = open_checkpoint(args.source).header
     clip = Clip(args.width, args.height, args.frames, args.fps)
     encoder = args.text_encoder and args.text_encoder * 1e9
-    gpu = pick_gpu(args.gpu, memory=args.memory, bandwidth=args.bandwidth, tflops=args.tflops)
+    try:
+        gpu = pick_gpu(args.gpu, memory=args.memory, bandwidth=args.bandwidth, tflops=args.tflops)
+    except NoGpuError as error:
+        raise CommandError(f"{error}; with --bandwidth in GB/s and --tflops, dense BF16, times as well") from error
     parts = find_components(header)
     found = make_plan(header.path.name, header.tensors, parts, clip, gpu, args.compute, encoder)
     if args.picture:

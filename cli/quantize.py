@@ -14,22 +14,24 @@ from ..checkpoint.file.resume import PART
 from ..checkpoint.identify.components import DIFFUSION_MODEL
 from ..checkpoint.identify.dialects import AUTO
 from ..checkpoint.verify.found import Verification, summary, worst_layers
+from ..checkpoint.verify.quality import quality_card
 from ..checkpoint.verify.verify import verify as verify_files
-from ..checkpoint.write.card import calibration_text
+from ..checkpoint.write.budget import PRESETS
+from ..checkpoint.write.card import budget_text, calibration_text, curve_rows, lora_text
 from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import QUALITIES, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
 from ..checkpoint.write.recipes import FAMILIES, Options
 from .amounts import count
 from .console import CommandError, Console, check_ending, size, write_file
-from .options import add_dialect, add_source, add_target
+from .options import add_dialect, add_lora, add_source, add_target
 
 
 def quantize(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``quantize``."""
     parser.description = (
         "Writes a BF16, FP16, FP32 or FP8 checkpoint as NVFP4 in ComfyUI's own layout, with a model card beside it. "
-        "Needs memory for one tensor, not for the model. An interrupted run is gone on with by the same command."
+        "Needs memory for one tensor, not for the model. The same command continues an interrupted run."
     )
     add_source(parser)
     parser.add_argument("target", type=Path, metavar="TARGET", help="the new .safetensors file")
@@ -49,7 +51,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep", nargs="+", default=[], metavar="REGEX", help="keep the layers these match")
     parser.add_argument(
-        "--quantize", nargs="+", default=[], metavar="REGEX", help="quantise these, though the recipe keeps them"
+        "--quantize", nargs="+", default=[], metavar="REGEX", help="quantize these, though the recipe keeps them"
     )
     parser.add_argument(
         "--keep-non-finite", action="store_true", help="keep layers with NaN or infinity; reads the source twice"
@@ -61,6 +63,12 @@ def quantize(parser: argparse.ArgumentParser) -> None:
         help="a calibration file, or mean squares of each layer's inputs as safetensors; with --quality best both "
         "weight the search by the mean squares",
     )
+    parser.add_argument(
+        "--budget", default="", metavar="SIZE",
+        help=f"{', '.join(PRESETS)}, or a size such as 20GB: with --calibration the layers whose outputs gain most are "
+        "kept or written in FP8, as many as this size of the file allows; --estimate shows what sizes buy",
+    )  # fmt: skip
+    add_lora(parser, "a LoRA to fold into the weights before they are packed")
     add_target(parser, "a file that exists")
     _add_device(parser)
     parser.set_defaults(run=run_quantize)
@@ -73,10 +81,14 @@ def verify(parser: argparse.ArgumentParser) -> None:
         "a layer is worse than its format allows or is read in the wrong dialect, or if anything else is missing, new, "
         "altered or not declared. A file of the diffusion model alone may lack the VAEs, and that is said."
     )
-    parser.add_argument("file", metavar="FILE", help="the quantised checkpoint")
+    parser.add_argument("file", metavar="FILE", help="the quantized checkpoint")
     add_source(parser, "SOURCE")
-    parser.add_argument("--png", type=Path, metavar="OUT", help="write a picture of the errors by block and layer type")
+    parser.add_argument("--picture", type=Path, metavar="OUT", help="write the errors by block and layer type as .png")
+    parser.add_argument("--card", type=Path, metavar="OUT", help="write the errors by block and layer type as Markdown")
     parser.add_argument("--worst", type=count, default=10, metavar="N", help="how many layers to list (default 10)")
+    add_lora(parser, "a LoRA that was folded in")
+    text = "a calibration file of SOURCE: layers are judged by their outputs"
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help=text)
     add_dialect(parser)
     _add_device(parser)
     parser.set_defaults(run=run_verify)
@@ -92,7 +104,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise CommandError(f"{name!r} is no device ({error})") from error
+        raise CommandError(f"{name!r} is not a device ({error})") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise CommandError("torch finds no CUDA device; use --device cpu")
     return device
@@ -111,6 +123,8 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         keep_non_finite=args.keep_non_finite,
         calibration=args.calibration,
         config_from=args.config_from,
+        loras=tuple(args.lora),
+        budget=args.budget,
     )  # fmt: skip
     device = _device(args.device)
     if args.estimate:
@@ -118,7 +132,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         _say_estimate(found, console, args.target)
         return found, found["fits"]
     try:
-        with console.progress(f"Quantising to {args.target.name}", amount=size) as progress:
+        with console.progress(f"Quantizing to {args.target.name}", amount=size) as progress:
             record = quantize_checkpoint(
                 args.source, args.target, settings, overwrite=args.overwrite, device=device, on_step=progress.of
             )
@@ -130,7 +144,9 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
         ("file", f"{record['path']}, {size(record['nbytes'])}, {_less(record)} than the source"),
         ("sha256", record["sha256"]),
         ("layers", f"{record['layers']:,} in NVFP4, {sum(record['kept'].values()):,} kept (recipe {record['recipe']})"),
+        *(("LoRA", lora_text(lora)) for lora in record["loras"]),
         *_calibration(record),
+        *_budget(record),
         ("card", record["card"]),
         ("time", f"{record['seconds']:.1f} s{resumed}"),
     ]
@@ -144,18 +160,27 @@ def _say_estimate(found: dict[str, Any], console: Console, target: Path) -> None
     rows = [
         ("size", f"{size(found['nbytes'])}, {_less(found)} than the source ({size(found['source_bytes'])})"),
         ("time", f"about {found['seconds'] / 60:.1f} min (reads {size(int(rates['read']))}/s, writes "
-         f"{size(int(rates['write']))}/s, quantises {rates['quantise'] / 1e6:.0f} M weights/s)"),
+         f"{size(int(rates['write']))}/s, quantizes {rates['quantize'] / 1e6:.0f} M weights/s)"),
         ("disk", f"{size(found['free_bytes'])} free" + ("" if found["fits"] else ": NOT ENOUGH")),
         ("layers", f"{found['layers']:,} to NVFP4 (recipe {found['recipe']}: {found['why']})"),
+        *(("LoRA", lora_text(lora)) for lora in found["loras"]),
         *_calibration(found),
+        *_budget(found),
         *((f"keeps {count:,}", reason) for reason, count in found["kept"].items()),
     ]  # fmt: skip
     console.table((), rows, "<<", indent=0)
+    if curve := curve_rows(found):
+        console.say()
+        console.table(curve[0], curve[1:], ">>>>", indent=0)
     console.say(f"Nothing was written to {target}.")
 
 
 def _calibration(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [("calibration", calibration_text(record).partition(": ")[2])] if record["calibration"] else []
+
+
+def _budget(record: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("budget", text)] if (text := budget_text(record)) else []
 
 
 def _say_warnings(record: dict[str, Any], console: Console) -> None:
@@ -170,23 +195,28 @@ def _less(record: dict[str, Any]) -> str:
 
 def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the verification, whether nothing is wrong)."""
-    check_ending(args.png, ".png")
+    check_ending(args.picture, ".png")
+    check_ending(args.card, ".md")
     with console.progress(f"Verifying {Path(args.file).name}", amount=size) as progress:
         found = verify_files(
-            args.file, args.source, dialect=args.dialect, device=_device(args.device), on_step=progress.of
-        )
-    if args.png:
+            args.file, args.source, dialect=args.dialect, loras=args.lora, calibration=args.calibration,
+            device=_device(args.device), on_step=progress.of,
+        )  # fmt: skip
+    if args.picture:
         from ..draw.verify import verification_picture  # Pillow, which only the picture needs
         from ..measure.media import encode_png
 
-        write_file(args.png, encode_png(verification_picture(found)))
+        write_file(args.picture, encode_png(verification_picture(found)))
+    if args.card:
+        write_file(args.card, quality_card(found, args.picture.name if args.picture else "").encode())
     console.say(summary(found))
     _say_worst(found, console, args.worst)
-    if args.png:
-        console.say(f"Picture: {args.png}")
+    for what, path in (("Picture", args.picture), ("Quality card", args.card)):
+        if path:
+            console.say(f"{what}: {path}")
     # Strict JSON has no infinity; a layer that decodes to it has one.
     record = json.loads(json.dumps(found.as_dict()), parse_constant=lambda _: None)
-    return record | {"png": str(args.png) if args.png else None}, found.ok
+    return record | {key: str(path) if (path := getattr(args, key)) else None for key in ("picture", "card")}, found.ok
 
 
 def _say_worst(found: Verification, console: Console, count: int) -> None:

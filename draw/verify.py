@@ -1,34 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws a Verification: the error of every quantised layer, by block and by layer type, and the worst ones by name.
+
+With a calibration file a second map shows the outputs: their error over that of plain block maxima.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..checkpoint.verify.verify import LayerCheck, Verification, blocks_and_kinds
 from .canvas import FAINT, GRID, INK, INNER, MARGIN, SMOOTH, WIDTH, Canvas, Colour
 
+Scale = tuple[tuple[float, Colour], ...]
 _LEFT = 330
 _ROW, _WORST_ROWS = 26, 8
 _WRONG: Colour = (200, 40, 40)
 # Error -> colour, from better than any NVFP4 to what block maxima cost and beyond; between them it is mixed.
-_SCALE: tuple[tuple[float, Colour], ...] = (
-    (0.05, (38, 70, 130)),
-    (0.075, (64, 142, 170)),
-    (0.09, (136, 190, 120)),
-    (0.105, (240, 205, 90)),
-    (0.13, (226, 120, 50)),
-)
+_COLOURS: tuple[Colour, ...] = ((38, 70, 130), (64, 142, 170), (136, 190, 120), (240, 205, 90), (226, 120, 50))
+_SCALE: Scale = tuple(zip((0.05, 0.075, 0.09, 0.105, 0.13), _COLOURS, strict=True))
+# The same for the outputs, as shares of the error of block maxima.
+_SHARES: Scale = tuple(zip((0.4, 0.6, 0.8, 1.0, 1.25), _COLOURS, strict=True))
 
 
 def verification_picture(found: Verification) -> np.ndarray:
     """Verification -> (H, 1600, 3) uint8 RGB."""
     blocks, kinds = blocks_and_kinds(found.layers)
     worst = found.worst(_WORST_ROWS)
-    height = 190 + _ROW * len(kinds) + 110 + 60 + 32 * len(worst) + MARGIN
+    judged = any(check.output is not None for check in found.layers)
+    height = 190 + (1 + judged) * (_ROW * len(kinds) + 110) + 60 + 32 * len(worst) + MARGIN + 44 * judged
     page = Canvas(WIDTH, round(height), SMOOTH)
     page.text(MARGIN, 40, f"{found.file} against {found.source}", 30, bold=True, limit=INNER)
     wrong = sum(bool(check.verdict) for check in found.layers)
@@ -36,26 +37,36 @@ def verification_picture(found: Verification) -> np.ndarray:
     beside = f", {len(others):,} other faults" if others else ""
     state = "as good as its format allows" if found.ok else f"{wrong:,} layers worse than their format allows{beside}"
     mean = f", mean error {found.mean_error:.4f}" if found.layers else ""
-    page.text(MARGIN, 88, f"{len(found.layers):,} quantised layers{mean}: {state}", 22, FAINT if found.ok else _WRONG)
+    page.text(MARGIN, 88, f"{len(found.layers):,} quantized layers{mean}: {state}", 22, FAINT if found.ok else _WRONG)
     page.text(MARGIN, 132, "Relative error by block (across) and layer type (down)", 22, bold=True)
-    y = _map(page, 176, blocks, kinds)
-    _legend(page, y + 34)
+    y = _map(page, 176, blocks, kinds, lambda check: check.error, _SCALE)
+    _legend(page, y + 34, _SCALE, "relative error")
+    if judged:
+        page.text(MARGIN, y + 110, "Error of the outputs, over that of block maxima", 22, bold=True)
+        y = _map(page, y + 154, blocks, kinds, _share, _SHARES)
+        _legend(page, y + 34, _SHARES, "share of that error")
     _worst(page, y + 110, worst)
     return page.pixels()
 
 
-def colour_of(error: float) -> Colour:
+def _share(check: LayerCheck) -> float | None:
+    if check.output is None:
+        return None
+    return check.output / check.output_plain if check.output_plain else 0.0
+
+
+def colour_of(error: float, scale: Scale = _SCALE) -> Colour:
     """Error -> its colour on the scale, clamped to its ends."""
-    if error <= _SCALE[0][0]:
-        return _SCALE[0][1]
-    for (low, a), (high, b) in zip(_SCALE, _SCALE[1:], strict=False):
+    if error <= scale[0][0]:
+        return scale[0][1]
+    for (low, a), (high, b) in zip(scale, scale[1:], strict=False):
         if error <= high:
             part = (error - low) / (high - low)
             return tuple(round(x + part * (y - x)) for x, y in zip(a, b, strict=True))
-    return _SCALE[-1][1]
+    return scale[-1][1]
 
 
-def _map(page: Canvas, y: float, blocks: Sequence[int], kinds) -> float:
+def _map(page: Canvas, y: float, blocks: Sequence[int], kinds, value: Callable, scale: Scale) -> float:
     """One cell a layer; a failed one is red with a frame, one that is not quantised is left blank -> y below."""
     width = (INNER - _LEFT) / max(len(blocks), 12)
     for kind in sorted(kinds):
@@ -63,8 +74,9 @@ def _map(page: Canvas, y: float, blocks: Sequence[int], kinds) -> float:
         for index, block in enumerate(blocks):
             x = MARGIN + _LEFT + index * width
             check = kinds[kind].get(block)
-            colour = GRID if check is None else _WRONG if check.verdict else colour_of(check.error)
-            inset = (_ROW / 2 - 2) if check is None else 1
+            known = None if check is None else value(check)
+            colour = GRID if known is None else _WRONG if check.verdict else colour_of(known, scale)
+            inset = (_ROW / 2 - 2) if known is None else 1
             page.box(x + 1, y + inset, x + width - 1, y + _ROW - inset, colour)
         y += _ROW
     every = max(1, round(34 / width))
@@ -74,15 +86,15 @@ def _map(page: Canvas, y: float, blocks: Sequence[int], kinds) -> float:
     return y
 
 
-def _legend(page: Canvas, y: float) -> None:
-    low, high, steps = _SCALE[0][0], _SCALE[-1][0], 120
+def _legend(page: Canvas, y: float, scale: Scale, title: str) -> None:
+    low, high, steps = scale[0][0], scale[-1][0], 120
     left, width = MARGIN + _LEFT, 520
     for step in range(steps):
         x = left + width * step / steps
-        page.box(x, y, x + width / steps + 1, y + 18, colour_of(low + (high - low) * step / steps))
-    for error, _ in _SCALE:
+        page.box(x, y, x + width / steps + 1, y + 18, colour_of(low + (high - low) * step / steps, scale))
+    for error, _ in scale:
         page.text(left + width * (error - low) / (high - low), y + 24, f"{error:g}", 16, FAINT, anchor="mt")
-    page.text(MARGIN, y + 9, "relative error", 18, FAINT, anchor="lm")
+    page.text(MARGIN, y + 9, title, 18, FAINT, anchor="lm")
     page.box(left + width + 60, y, left + width + 78, y + 18, _WRONG)
     page.text(left + width + 90, y + 9, "worse than the format allows", 18, FAINT, anchor="lm")
 

@@ -19,7 +19,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ..kernels.errors import PackError
+from ..kernels.errors import SHORT, PackError
 from ..measure.escape import visible
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ _references: dict[tuple[str, str, str], str] = {}  # what failed, and how -> ref
 
 class InternalError(RuntimeError):
     """A fault of the pack, with the reference under which the log has it."""
+
+    __module__ = SHORT
 
 
 def guarded(node: type) -> type:

@@ -13,11 +13,14 @@ import folder_paths
 import torch
 
 from ..checkpoint.file.header import CheckpointError
-from ..checkpoint.file.shards import plain_name
+from ..checkpoint.file.shards import open_checkpoint, plain_name
 from ..checkpoint.identify.components import AUDIO_VAE, DIFFUSION_MODEL, REST, TEXT_PROJECTION, VIDEO_VAE
+from ..checkpoint.write.card import loras_of
 
 SUFFIXES = (".safetensors", ".sft")
 SAME_FILE = "(the file itself)"
+NO_LORA = "none"
+LORA_FOLDERS = ("loras",)
 VAE_FOLDERS = ("vae", "checkpoints", "diffusion_models")
 ALL_FOLDERS = ("checkpoints", "diffusion_models", "vae", "text_encoders", "loras")
 # Component -> folder below output/ whose files ComfyUI lists among the models.
@@ -68,6 +71,40 @@ def fingerprint(names: Iterable[str | None], folders: Iterable[str], *options: o
     return str([(path, os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in paths] + list(options))
 
 
+def lora_paths(name: str, strength: float, more: str) -> tuple[tuple[str, float], ...]:
+    """A LoRA's name, or NO_LORA, its strength, lines of ``name = strength`` -> (path, strength) of each.
+
+    CheckpointError for a line that is none, FileNotFoundError for a name that is in no folder.
+    """
+    found = [] if name in (None, NO_LORA) else [(name, strength)]
+    for line in filter(None, map(str.strip, (more or "").splitlines())):
+        name, _, text = line.rpartition("=")
+        try:
+            found.append((name.strip(), float(text)))
+        except ValueError as error:
+            raise CheckpointError(
+                "it has no strength", where=f"LoRA {line!r}", expected="one a line, as in name.safetensors = 0.8"
+            ) from error
+    return tuple((file_path(name, LORA_FOLDERS), strength) for name, strength in found)
+
+
+def lora_states(name: str, strength: float, more: str) -> str:
+    """Changes when one of the LoRAs does, or a strength."""
+    return str([(path, os.stat(path).st_mtime_ns, at) for path, at in lora_paths(name, strength, more)])
+
+
+def folded_loras(path: str) -> list[tuple[str, float]]:
+    """(path, strength) of the LoRAs that a written file says were folded in, looked for by name in models/loras.
+
+    FileNotFoundError for one that is not there.
+    """
+    found = []
+    for name, strength in loras_of(open_checkpoint(path).header):
+        listed = (full for full in file_names(LORA_FOLDERS) if PurePath(full).name == name)
+        found.append((file_path(next(listed, name), LORA_FOLDERS), strength))
+    return found
+
+
 def output_folder() -> str:
     """ComfyUI's output folder."""
     return folder_paths.get_output_directory()
@@ -80,6 +117,11 @@ def output_targets(source: str, name: str, components: Iterable[str]) -> dict[st
     """
     name = _output_name(source, name)
     return {part: os.path.join(OUTPUT_FOLDERS[part], f"{name}_{part}.safetensors") for part in components}
+
+
+def output_nvfp4(source: str, name: str, part: str) -> str:
+    """Path below the output folder of ``source`` in NVFP4, ``part`` being DIFFUSION_MODEL or REST, the whole of it."""
+    return os.path.join(OUTPUT_FOLDERS[part], f"{_output_name(source, name)}_nvfp4.safetensors")
 
 
 def output_like(source: str, name: str, ending: str) -> str:

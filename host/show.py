@@ -22,6 +22,7 @@ from ..measure.text import size_text
 
 # Key in a node's ``ui``: [query of /view], the large picture that belongs to the compact one in "images".
 PICTURE = "nvfp4_picture"
+FILES_WRITTEN = "nvfp4.files"  # event of the websocket
 _SHOWN = ("text", PICTURE)
 OURS = "NVFP4"  # what the classes of this pack's nodes begin with
 
@@ -51,6 +52,13 @@ def tell(node: type[io.ComfyNode], text: str) -> None:
     node_id = getattr(node.hidden, "unique_id", None)
     if server is not None and node_id is not None:
         server.send_progress_text(html(text), node_id)
+
+
+def tell_files() -> None:
+    """Tell open front ends that model files were written, so that they read the lists on their widgets anew."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync(FILES_WRITTEN, {})
 
 
 def telling(node: type[io.ComfyNode], on_step: Callable[[int, int], None]) -> Callable[[int, int], None]:

@@ -36,6 +36,9 @@ def prepare(
     * ``linear_fp8``      (x (..., K), packed, block_scale, global_scale, bias, activation, shared) -> (..., N); x may
       be FP8Rows; ``activation`` (one of ``reference.ACTIVATIONS``) of x is taken first, ``shared`` is None or
       (fp8.SharedRows, place)
+    * ``linear_fp8_sum``  (x, packed, block_scale, global_scale, up, down, peak (R,), bias, activation, shared): the
+      same with the weight of ``reference.to_fp8_sum``; None for FP32
+    * ``unpack_factors``  (down, down_scale, up, up_scale) -> (down, up) in ``dtype``
 
     Raises ValueError for a backend or dtype that cannot be; a function, for tensors of another shape.
     """
@@ -87,7 +90,7 @@ def _sound(fused: Callable, dtype: torch.dtype, device: torch.device) -> bool:
         error = (fused(shape, dtype, device)(x, *weight.parts, None).double() - exact).norm() / exact.norm()
         if not error < _TOLERANCE:
             logger.warning(
-                "The fused kernel for few rows is off by %.2g on %s, %s: layers are dequantised instead. Please report "
+                "The fused kernel for few rows is off by %.2g on %s, %s: layers are dequantized instead. Please report "
                 "it with the version of Triton.", error, torch.cuda.get_device_name(device), dtype,
             )  # fmt: skip
             return False
@@ -103,7 +106,33 @@ def _linear_fp8(shape, dtype, device, in_triton: bool):
     )
 
 
-_PREPARERS = {"dequantize": _dequantize, "dequantize_sum": _dequantize_sum, "gemv": _gemv, "linear_fp8": _linear_fp8}
+def _linear_fp8_sum(shape, dtype, device, in_triton: bool):
+    if dtype not in TENSOR_CORE_DTYPES:
+        return None
+    if in_triton:
+        return fp8.prepare_sum(shape, dtype, device)
+
+    def run(x, packed, block_scale, global_scale, up, down, peak, bias=None, activation="", shared=None):
+        weight = PackedWeight(packed, block_scale, global_scale, shape)
+        return reference.linear_fp8_sum(x, weight, up, down, peak, bias, activation)
+
+    return run
+
+
+def _unpack_factors(shape, dtype, device, in_triton: bool):
+    if in_triton:
+        return triton_module("unpack_factors").prepare(shape, dtype, device)
+    return lambda *factors: reference.unpack_factors(*factors, dtype)
+
+
+_PREPARERS = {
+    "dequantize": _dequantize,
+    "dequantize_sum": _dequantize_sum,
+    "gemv": _gemv,
+    "linear_fp8": _linear_fp8,
+    "linear_fp8_sum": _linear_fp8_sum,
+    "unpack_factors": _unpack_factors,
+}
 
 
 def _prepared(operation: str, weight: PackedWeight, dtype: torch.dtype, backend: str):
@@ -125,6 +154,21 @@ def dequantize_sum(weight: PackedWeight, up: torch.Tensor, down: torch.Tensor, b
     if torch.compiler.is_compiling():
         return dequantize(weight, up.dtype, backend).addmm_(up, down)
     return _prepared("dequantize_sum", weight, up.dtype, backend)(*weight.parts, up, down)
+
+
+def unpack_factors(
+    down: torch.Tensor,
+    down_scale: torch.Tensor,
+    up: torch.Tensor,
+    up_scale: torch.Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``reference.unpack_factors`` by the chosen backend; inside torch.compile in torch."""
+    if torch.compiler.is_compiling():
+        return reference.unpack_factors(down, down_scale, up, up_scale, dtype)
+    run = prepare("unpack_factors", (up.shape[0], down.shape[1]), dtype, down.device, backend)
+    return run(down, down_scale, up, up_scale)
 
 
 def linear(

@@ -7,9 +7,17 @@ a fault of the pack, and is shown as such.
 
 from __future__ import annotations
 
+SHORT = "nvfp4_video"  # the host shows an error's module and class; the folders of the pack say nothing to its users
+
 
 class PackError(ValueError):
     """What was asked for, or a file, cannot be used. One line: what was found, where, what was expected, what to do."""
+
+    __module__ = SHORT
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        cls.__module__ = SHORT
 
 
 def one_line(text: str) -> str:

@@ -23,34 +23,24 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK = 16
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
+from .geometry import BLOCK as BLOCK
+from .geometry import E2M1_MAX as E2M1_MAX
+from .geometry import E4M3_MAX as E4M3_MAX
+from .geometry import block_scale_shape as block_scale_shape
+from .geometry import packed_shape as packed_shape
+from .geometry import round_up as round_up
+
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 FP8 = torch.float8_e4m3fn
+FACTOR_BLOCK = 128  # columns of a low-rank factor in 8 bits that share a scale
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)  # what the kernels that multiply take: not FP32
-
-
-def round_up(value: int, multiple: int) -> int:
-    """Smallest multiple of ``multiple`` that is not below ``value``."""
-    return -(-value // multiple) * multiple
-
-
-def packed_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """(N, K) -> shape of ``packed``."""
-    return round_up(shape[0], 16), round_up(shape[1], BLOCK) // 2
-
-
-def block_scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """(N, K) -> shape of the swizzled, padded ``block_scale``."""
-    return round_up(shape[0], 128), round_up(round_up(shape[1], BLOCK) // BLOCK, 4)
 
 
 def check_output_dtype(dtype: torch.dtype) -> None:
     """Raise ValueError for an output dtype no kernel gives."""
     if dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"cannot dequantise NVFP4 to {dtype}; expected one of {OUTPUT_DTYPES}")
+        raise ValueError(f"cannot dequantize NVFP4 to {dtype}; expected one of {OUTPUT_DTYPES}")
 
 
 def check_parts(packed: torch.Tensor, block_scale: torch.Tensor, shape: tuple[int, int]) -> None:

@@ -101,17 +101,36 @@ class SharedRows:
 
 def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
     """(N, K), dtype and device of x -> the function ``linear_fp8`` that dispatch.prepare describes, on tensor cores."""
+    convert, product = triton_module("to_fp8").prepare(shape, device), _product(shape, dtype, device)
+
+    def run(x, packed, block_scale, global_scale, bias=None, activation="", shared=None):
+        return product(x, *convert(packed, block_scale, global_scale), bias, activation, shared)
+
+    return run
+
+
+def prepare_sum(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    """The same for ``linear_fp8_sum``, whose factors are of x's dtype."""
+    convert, product = triton_module("to_fp8_sum").prepare(shape, dtype, device), _product(shape, dtype, device)
+
+    def run(x, packed, block_scale, global_scale, up, down, peak, bias=None, activation="", shared=None):
+        weight, scale = convert(packed, block_scale, global_scale, up, down, peak)
+        return product(x, weight, scale, bias, activation, shared)
+
+    return run
+
+
+def _product(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    """(N, K), dtype and device of x -> function (x, weight, its row scales, bias, activation, shared) -> (..., N)."""
     rows, cols = shape
-    convert = triton_module("to_fp8").prepare(shape, device)
     rounders = {kind: triton_module("quantize_rows").prepare(cols, dtype, device, kind) for kind in ACTIVATIONS}
     flat = {kind: lambda x, run=run: run(x if x.ndim == 2 else x.reshape(-1, cols)) for kind, run in rounders.items()}
     added = round_up(rows, 16) - rows
 
-    def run(x, packed, block_scale, global_scale, bias=None, activation="", shared=None):
+    def product(x, weight, weight_scale, bias, activation, shared):
         if bias is not None:
             bias = bias if bias.dtype == torch.bfloat16 else bias.to(torch.bfloat16)
             bias = torch.nn.functional.pad(bias, (0, added)) if added else bias
-        weight, weight_scale = convert(packed, block_scale, global_scale)
         if type(x) is FP8Rows:
             quantized, scale = x.quantized, x.scale
         elif shared is None or activation:
@@ -123,4 +142,4 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
         out = out if dtype == torch.bfloat16 else out.to(dtype)
         return out if len(x.shape) == 2 else out.reshape(*x.shape[:-1], rows)
 
-    return run
+    return product

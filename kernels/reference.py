@@ -16,6 +16,7 @@ from .format import (
     E2M1_MAX,
     E2M1_VALUES,
     E4M3_MAX,
+    FACTOR_BLOCK,
     FP8,
     FP8Rows,
     PackedWeight,
@@ -36,6 +37,7 @@ SEARCH_GRID = 256
 COLUMN_STEPS = 143
 _EXPONENTS = range(-7, 12)
 _SMALLEST_SEARCH_SCALE = 2.0**-100
+_SMALLEST_ROW_SCALE = 2.0**-100
 
 # Midpoints between neighbouring E2M1 magnitudes. A tie goes to the even code, so a midpoint counts as "reached" only
 # where the code above it is even: 0.25 -> 0, 0.75 -> 1.0, 1.25 -> 1.0, 1.75 -> 2.0, 2.5 -> 2.0, 3.5 -> 4.0, 5.0 -> 4.0.
@@ -86,9 +88,13 @@ def default_global_scale(amax: torch.Tensor, search: str) -> torch.Tensor:
     """
     if search == "amax":
         return _divide(amax, E4M3_MAX * E2M1_MAX)
-    bits = _divide(amax, E4M3_MAX * 4.0).view(torch.int32)
-    power = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # the next power of two
+    power = _next_power_of_two(_divide(amax, E4M3_MAX * 4.0))
     return torch.where(amax == 0, 0.0, power.clamp(min=_SMALLEST_SEARCH_SCALE))
+
+
+def _next_power_of_two(values: torch.Tensor) -> torch.Tensor:
+    """fp32 from 0 -> the smallest power of two that is not below it."""
+    return ((values.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 def checked_global_scale(amax: torch.Tensor, global_scale: torch.Tensor | None, search: str) -> torch.Tensor:
@@ -110,7 +116,7 @@ def checked_global_scale(amax: torch.Tensor, global_scale: torch.Tensor | None, 
 def check_quantize(weight: torch.Tensor, search: str, column_weight: torch.Tensor | None) -> None:
     """Raise ValueError unless ``weight`` is a matrix, ``search`` is known and ``column_weight`` fits both."""
     if weight.ndim != 2:
-        raise ValueError(f"NVFP4 quantises matrices; found shape {tuple(weight.shape)}")
+        raise ValueError(f"NVFP4 quantizes matrices; found shape {tuple(weight.shape)}")
     if search not in SEARCHES:
         raise ValueError(f"unknown search {search!r}; expected {' or '.join(SEARCHES)}")
     if column_weight is None:
@@ -293,6 +299,50 @@ def dequantize_sum(weight: PackedWeight, up: torch.Tensor, down: torch.Tensor) -
     return torch.addmm(dequantize(weight, torch.float32), up.float(), down.float()).to(up.dtype)
 
 
+def unpack_factors(
+    down: torch.Tensor,
+    down_scale: torch.Tensor,
+    up: torch.Tensor,
+    up_scale: torch.Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """down (R, K) and up (N, R) int8, or float and up_scale None, + scales -> both in ``dtype``, times their scales.
+
+    A scale (R, C) and (N, C) fp32 is that of FACTOR_BLOCK columns; a ``down`` that is not int8 has one a row.
+    """
+    if up_scale is None:
+        return (down.float() * down_scale).to(dtype), up.to(dtype)
+    scales = (scale.repeat_interleave(FACTOR_BLOCK, 1) for scale in (down_scale, up_scale))
+    return tuple((part * scale[:, : part.shape[1]]).to(dtype) for part, scale in zip((down, up), scales, strict=True))
+
+
+def pack_factor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, K) fp32 -> (N, K) int8, (N, C) fp32 scales, of FACTOR_BLOCK columns each, whose largest becomes 127."""
+    rows, cols = values.shape
+    blocks = torch.nn.functional.pad(values, (0, -cols % FACTOR_BLOCK)).view(rows, -1, FACTOR_BLOCK)
+    amax = blocks.abs().amax(2, keepdim=True)
+    scale = torch.where(amax == 0, 1.0, amax / 127)
+    return (blocks / scale).round().to(torch.int8).flatten(1)[:, :cols].contiguous(), scale.squeeze(2)
+
+
+def to_fp8_sum(
+    weight: PackedWeight, up: torch.Tensor, down: torch.Tensor, peak: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """NVFP4 (N, K) + up (N, R) x down (R, K) -> (R16(N), R16(K)) e4m3, (R16(N),) fp32 row scales, powers of two.
+
+    ``peak`` (R,) fp32 bounds the magnitudes in each row of ``down``. A row's scale follows from a bound, |up| peak plus
+    that of ``to_fp8``, 360 of its scales: nothing saturates and no pass over the sum is needed. Were it 2**6 too large,
+    E4M3 would still have 9 octaves above its subnormals; rounding is relative, so the error is the same.
+    """
+    out, scale = to_fp8(weight)
+    rows, cols = weight.shape
+    bound = 360 * scale[:rows] + up.float().abs() @ peak
+    scale[:rows] = _next_power_of_two(_divide(bound, E4M3_MAX)).clamp(min=_SMALLEST_ROW_SCALE)
+    total = torch.addmm(dequantize(weight, torch.float32), up.float(), down.float())
+    out[:rows, :cols] = (total / scale[:rows].unsqueeze(1)).to(FP8)
+    return out, scale
+
+
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
     """One of ``ACTIVATIONS`` of x, in x's dtype; the empty one is x itself. Raises ValueError for another."""
     if activation not in ACTIVATIONS:
@@ -320,14 +370,24 @@ def linear_fp8(
 
     ``activation`` of x comes first, as in ``quantize_rows``; x may be quantised already.
     """
-    rounded, weight_scale = to_fp8(weight)
+    return _fp8_product(x, *to_fp8(weight), weight.shape[0], bias, activation)
+
+
+def linear_fp8_sum(
+    x: torch.Tensor, weight: PackedWeight, up, down, peak, bias: torch.Tensor | None = None, activation: str = ""
+) -> torch.Tensor:
+    """As ``linear_fp8`` with the weight of ``to_fp8_sum``."""
+    return _fp8_product(x, *to_fp8_sum(weight, up, down, peak), weight.shape[0], bias, activation)
+
+
+def _fp8_product(x, rounded, weight_scale, rows, bias, activation) -> torch.Tensor:
     if isinstance(x, FP8Rows):
         quantized, scale = x.quantized, x.scale
     else:
         quantized, scale = quantize_rows(x.reshape(-1, x.shape[-1]), activation)
-    out = (quantized.float() @ rounded.float().t() * weight_scale * scale)[:, : weight.shape[0]]
+    out = (quantized.float() @ rounded.float().t() * weight_scale * scale)[:, :rows]
     out = out if bias is None else out + bias.float()
-    return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    return out.to(x.dtype).reshape(*x.shape[:-1], rows)
 
 
 def gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

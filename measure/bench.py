@@ -205,7 +205,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
             "of first clips."
         )
     if result.get("stock_fp4") and any(row["key"] == "nvfp4" and row["summary"] for row in result["rows"]):
-        found.append("Stock ComfyUI multiplies NVFP4 in FP4 on this GPU; elsewhere it dequantises the weights to BF16.")
+        found.append("Stock ComfyUI multiplies NVFP4 in FP4 on this GPU; elsewhere it dequantizes the weights to BF16.")
     if result["reference"]:
         found.append(
             f"Errors are relative to {labels[result['reference']]}: norm of the difference over the norm. sharpness: "

@@ -216,7 +216,7 @@ def compare_clips(
     if any(left_out) and not common_prefix:
         raise MediaError(
             f"found {len(a)} frames in {names[0]} and {len(b)} in {names[1]}; expected the same length. "
-            f"Turn common_prefix on to compare the first {count}."
+            f"Set `common_prefix` to compare the first {count}."
         )
     a, b = a[:count], b[:count]
     errors, similarity, pairs, sameness, parts, gaps = [], [], [], [], [], []

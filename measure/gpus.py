@@ -125,8 +125,8 @@ def pick_gpu(
     if gpu is None and not memory:
         what = "no CUDA GPU was found" if name == DETECTED else f"{name!r} is not in the table of GPUs"
         raise NoGpuError(
-            f"{what}; choose a card by its name ({', '.join(EXAMPLES)}, {len(GPUS)} in all), or state its memory in "
-            "GiB (for times also the bandwidth in GB/s and the dense BF16 TFLOP/s): --memory --bandwidth --tflops"
+            f"{what}; choose a card by its name ({', '.join(EXAMPLES)}, {len(GPUS)} in all), or set "
+            "`memory_gib` to what its box says, which tells what fits, without times"
         )
     if gpu is None:
         gpu = Gpu("unlisted GPU" if name == DETECTED else name, 0.0, None, None, None, None, None, "")

@@ -267,7 +267,7 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
 
 
 def _unreadable(path: Path) -> MediaError:
-    return MediaError(f"found a file that is no readable image: {path}; expected {', '.join(IMAGE_SUFFIXES)}.")
+    return MediaError(f"found a file that is not a readable image: {path}; expected {', '.join(IMAGE_SUFFIXES)}.")
 
 
 def _decode_video(path: Path) -> Iterator[np.ndarray]:

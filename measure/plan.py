@@ -189,7 +189,7 @@ def _lines(plan: RenderPlan):
             rows.append((title, gib(found.sizes[name]), "assumed: not in this file" if name in found.assumed else ""))
     yield from table(rows)
     yield ""
-    rows = [("phase", "weights", "working", "always free", "in all", "fits alone", "fits beside the rest")]
+    rows = [("phase", "weights", "working", "always free", "in all", "fits alone", "with the rest")]
     for one in found.phases:
         numbers = (gib(value) for value in (one.weights, one.working, one.free, one.needs))
         rows.append((one.name, *numbers, "yes" if one.alone else "no", "yes" if one.beside_the_rest else "no"))
@@ -224,10 +224,11 @@ def _times(plan: RenderPlan, now: Step):
         f"VAE decode {vae_decode(gpu, plan.clip):.2f} s"
     )
     yield ""
-    rows = [("format", "compute", "diffusion model", "step", "at least", "memory", "bound")]
+    rows = [("format", "compute", "size", "step", "at least", "memory", "bound by")]
     for one in plan.choices:
         numbers = gib(one.size), f"{one.seconds:.2f} s", f"{one.floor:.2f} s"
-        rows.append((one.stored, one.mode, *numbers, one.verdict, one.bound))
+        bound = one.bound.replace("bound by ", "").replace("-bound", "").replace(" alike", "")
+        rows.append((one.stored, one.mode, *numbers, one.verdict, bound))
     yield from table(rows)
     yield ""
     yield "what NVFP4 changes here:"

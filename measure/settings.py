@@ -16,6 +16,16 @@ from . import ltx
 
 ONE_STAGE, TWO_STAGES = "one stage", "two stages"
 STAGES = (ONE_STAGE, TWO_STAGES)
+AS_SET = "as set"
+# Card -> stages -> width, height, frames: the largest usual size whose sampling takes less than two minutes, by the
+# planner, on the slowest card of that memory that is in wide use (RTX 3060, 5060 Ti, 3090, 5090, GB10), in `bf16`.
+CARDS = {
+    "12 GB": {ONE_STAGE: (768, 512, 121), TWO_STAGES: (960, 512, 121)},
+    "16 GB": {ONE_STAGE: (960, 544, 121), TWO_STAGES: (1280, 704, 121)},
+    "24 GB": {ONE_STAGE: (1280, 704, 121), TWO_STAGES: (1536, 896, 121)},
+    "32 GB": {ONE_STAGE: (1536, 896, 121), TWO_STAGES: (1920, 1088, 121)},
+    "Spark": {ONE_STAGE: (1280, 704, 121), TWO_STAGES: (1536, 896, 121)},
+}
 # LTXVEmptyLatentAudio's limit for its frame count.
 MAX_AUDIO_FRAMES = 1000
 _SMALLEST_SIDE = 64  # of EmptyLTXVLatentVideo
@@ -81,29 +91,37 @@ def distilled_settings(
     seconds: float = 0.0,
     stages: str = ONE_STAGE,
     version: str = "2.3",
+    card: str = AS_SET,
     count_audio: Callable[[int, float], int] = ltx.audio_latents,
 ) -> RenderSettings:
     """Wishes -> RenderSettings the model can make, each wish moved to the nearest possible value (of two, the smaller).
 
-    ``width``, ``height``: of the finished clip. ``seconds``: if above 0, decides instead of ``frames``.
+    ``width``, ``height``: of the finished clip. ``seconds``: if above 0, decides instead of ``frames``. ``card``: one
+    of CARDS decides instead of all four.
     ``count_audio``: (frames, fps) -> audio latents; a running ComfyUI's own, where there is one. PackError for a
     value that means nothing.
     """
-    _check(width, height, frames, fps, seconds, stages, version)
+    _check(width, height, frames, fps, seconds, stages, version, card)
+    notes = []
+    if card != AS_SET:
+        (width, height, frames), seconds = CARDS[card][stages], 0.0
+        notes.append(
+            f"card: the size and length for {card}; what is set for width, height, frames and seconds does not count. "
+            "In `compute`, bf16 loses nothing; fp8 is faster from compute capability 8.9 on"
+        )
     step = ltx.SPATIAL * (2 if stages == TWO_STAGES else 1)
     final_width, final_height = (_nearest(side, step, _SMALLEST_SIDE * step // ltx.SPATIAL) for side in (width, height))
     wanted = seconds * fps if seconds > 0 else frames
     count = max(ltx.TEMPORAL * math.ceil((wanted - 1) / ltx.TEMPORAL - 0.5), 0) + 1
     latents = count_audio(count, fps)
-    notes = []
     if (final_width, final_height) != (width, height):
         why = "both stages need sides that are multiples of 32, so the final ones" if step > ltx.SPATIAL else "sides"
         notes.append(f"size: {width}x{height} -> {final_width}x{final_height}; {why} are multiples of {step}")
     if seconds > 0:
         notes.append(f"frames: {seconds:g} s at {fps:g} fps are {wanted:g} frames -> {count}, the nearest 8k + 1")
     elif count != frames:
-        notes.append(f"frames: {frames} -> {count}; the VAE makes 8k + 1, and ComfyUI would cut down in silence")
-    notes += _cautions(final_width, final_height, count, fps, latents)
+        notes.append(f"frames: {frames} -> {count}; the VAE makes 8k + 1, and ComfyUI would round down without a word")
+    notes += _cautions(final_width, final_height, count, fps)
     scale = step // ltx.SPATIAL
     return RenderSettings(
         version, stages, final_width // scale, final_height // scale, final_width, final_height, count, fps, latents,
@@ -111,13 +129,16 @@ def distilled_settings(
     )  # fmt: skip
 
 
-def _check(width: int, height: int, frames: int, fps: float, seconds: float, stages: str, version: str) -> None:
+def _check(
+    width: int, height: int, frames: int, fps: float, seconds: float, stages: str, version: str, card: str
+) -> None:
     for name, value in (("width", width), ("height", height), ("frames", frames), ("fps", fps)):
         if not (math.isfinite(value) and value > 0):
             raise PackError(f"{name} is {value}; expected a number above 0")
     if not (math.isfinite(seconds) and seconds >= 0):
         raise PackError(f"seconds is {seconds}; expected 0 (frames decides) or a length above it")
-    for name, value, known in (("stages", stages, STAGES), ("version", version, ltx.VERSIONS)):
+    choices = ("stages", stages, STAGES), ("version", version, ltx.VERSIONS), ("card", card, (AS_SET, *CARDS))
+    for name, value, known in choices:
         if value not in known:
             raise PackError(f"{name} is {value!r}; expected one of {', '.join(known)}")
 
@@ -127,7 +148,7 @@ def _nearest(side: int, step: int, smallest: int) -> int:
     return max(-((step - 2 * side) // (2 * step)) * step, smallest)
 
 
-def _cautions(width: int, height: int, frames: int, fps: float, latents: int) -> list[str]:
+def _cautions(width: int, height: int, frames: int, fps: float) -> list[str]:
     notes = []
     if fps != round(fps):
         notes.append(
@@ -140,11 +161,4 @@ def _cautions(width: int, height: int, frames: int, fps: float, latents: int) ->
         notes.append(f"size: the model's positions end at {ltx.MAX_SIDE} pixels")
     if frames > MAX_AUDIO_FRAMES:
         notes.append(f"frames: LTXV Empty Latent Audio takes {MAX_AUDIO_FRAMES} at most")
-    as_mel = ltx.mel_frames(frames)
-    notes.append(
-        f'the often quoted "frames*4-3" ({as_mel} for {frames} frames) counts MEL frames, not latents: n latents '
-        f"decode to 4n - 3 MEL frames, and at 25 fps a clip has as many latents as frames. Allocated as latents it "
-        f"gives {as_mel / ltx.AUDIO_LATENTS_PER_SECOND:.1f} s of sound for {frames / fps:.1f} s of picture; here it is "
-        f"{latents}"
-    )
     return notes

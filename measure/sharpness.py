@@ -249,7 +249,7 @@ class Sharpness:
 _KINDS = {BLACK_FRAME: "black", FLAT_FRAME: "of one colour", NOISE_FRAME: "noise"}
 _MORE = "There is more fine detail than a picture has: grain, noise or single pixels cover what could be judged."
 _MEANING = {
-    "noise": "Warning: this is noise, no picture. Look at the sampling and at how the model's weights were read.",
+    "noise": "Warning: this is noise, not a picture. Look at the sampling and at how the model's weights were read.",
     "sharp": "The finest detail is there.",
     "preview-like": "Warning: this looks like a preview decode. If a TAE (taeltx2_3 or kin) made it, use the full VAE.",
     "blurred": "Warning: softer than a preview decode explains. Look for defocus, blur, or an upscale without detail.",

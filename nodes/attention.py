@@ -15,8 +15,8 @@ class NVFP4Attention(io.ComfyNode):
             node_id="NVFP4Attention",
             display_name="NVFP4 Attention",
             category="NVFP4",
-            description="Has a model's attention computed by the function that a trial on this GPU finds fastest, or "
-            "by one that you name. For models of any loader; the NVFP4 Model Loader has the same choice built in.",
+            description="Computes a model's attention with the kernel that a trial on this GPU finds fastest, or with "
+            "the one that you choose. For models of any loader; NVFP4 Model Loader has the same choice built in.",
             inputs=[
                 io.Model.Input("model", tooltip="The model whose attention is chosen; it is not changed itself."),
                 io.Combo.Input(
@@ -32,7 +32,7 @@ class NVFP4Attention(io.ComfyNode):
                 io.Model.Output(tooltip="The model with that attention."),
                 io.String.Output("report", display_name="report", tooltip="What to expect, and trials already made."),
             ],
-            search_aliases=["nvfp4", "attention", "cudnn", "sdpa", "sage", "faster"],
+            search_aliases=["attention", "cudnn", "sdpa", "sage", "faster"],
         )
 
     @classmethod

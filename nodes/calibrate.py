@@ -20,19 +20,19 @@ class NVFP4Calibrate(io.ComfyNode):
             node_id="NVFP4Calibrate",
             display_name="NVFP4 Calibrate",
             category="NVFP4",
-            description="While this model samples, gathers what the inputs of its layers are like, and writes it to a "
-            "calibration file, by which NVFP4 Quantize rounds so that outputs change least.",
+            description="Watches the inputs of a model's layers while it samples, and writes a calibration file, with "
+            "which NVFP4 Quantize rounds so that outputs change least.",
             inputs=[
                 io.Model.Input("model", tooltip="The model in BF16 or FP8; it is not changed itself."),
                 io.Combo.Input(
                     "file_name", options=file_names(LIKE_FOLDERS),
-                    tooltip="The checkpoint that the model was loaded from, and that is to be quantised.",
+                    tooltip="The checkpoint that the model was loaded from, and that is to be quantized.",
                 ),
                 io.Float.Input(
                     "memory_gb", default=2.0, min=0.1, max=512.0, step=0.1,
-                    tooltip="GPU memory for the sums: the more, the better the file that is made by them.",
+                    tooltip="GPU memory in GB for what is collected. With more of it the calibration is better.",
                 ),
-                io.String.Input("name", default="", tooltip="Of the new file; empty: that of the checkpoint."),
+                io.String.Input("name", default="", tooltip="Name of the new file. Empty: the checkpoint's."),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a calibration file that exists."),
             ],
             outputs=[
@@ -41,7 +41,7 @@ class NVFP4Calibrate(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            search_aliases=["nvfp4", "calibration", "gptq", "activation statistics"],
+            search_aliases=["calibration", "gptq", "activation statistics"],
         )  # fmt: skip
 
     @classmethod

@@ -13,9 +13,9 @@ from ..draw.compact import compact_inspection
 from ..draw.inspect import inspection_picture
 from ..host import files
 from ..host.files import ALL_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
-from ..host.show import show, to_image
+from ..host.show import show, tell_files, to_image
 
-DIALECT_TOOLTIP = "How the file lays out its NVFP4 weights, where it does not declare it."
+DIALECT_TOOLTIP = "How the file stores its NVFP4 weights, if it does not say so itself."
 SOURCE_TOOLTIP = "A safetensors file of any model folder; of a sharded checkpoint any one of its files."
 
 
@@ -35,7 +35,10 @@ class NVFP4Inspect(io.ComfyNode):
                     advanced=True,
                 ),
             ],
-            outputs=[io.String.Output("text", display_name="text"), io.Image.Output("picture", display_name="picture")],
+            outputs=[
+                io.String.Output("text", display_name="text", tooltip="What the node shows."),
+                io.Image.Output("picture", display_name="picture", tooltip="Bytes and formats by component and block."),
+            ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             search_aliases=["checkpoint info", "safetensors header", "nvfp4 dialect"],
@@ -57,7 +60,7 @@ class NVFP4Split(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         parts = [
-            io.Boolean.Input(part, default=part == VIDEO_VAE, tooltip=f"Write the {title} to a file of its own.")
+            io.Boolean.Input(part, default=part == VIDEO_VAE, tooltip=f"Write a file of its own with: {title}.")
             for part, title in COMPONENTS.items()
         ]
         return io.Schema(
@@ -65,12 +68,12 @@ class NVFP4Split(io.ComfyNode):
             display_name="NVFP4 Split Checkpoint",
             category="NVFP4",
             description="Writes components of a full checkpoint to files of their own below ComfyUI's output folder, "
-            "where loaders list them at once. Quantised VAE weights are restored to BF16.",
+            "where loaders list them at once. Quantized VAE weights are restored to BF16.",
             inputs=[
                 io.Combo.Input("file_name", options=file_names(ALL_FOLDERS), tooltip=SOURCE_TOOLTIP),
                 *parts,
                 io.String.Input(
-                    "name", default="", tooltip="What the new names begin with; empty: the name of the checkpoint."
+                    "name", default="", tooltip="How the new names begin. Empty: with the checkpoint's name."
                 ),
                 io.Combo.Input("dtype", options=[KEEP, BF16], default=KEEP, tooltip="bf16 converts FP32 and FP16."),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace files that exist."),
@@ -85,10 +88,10 @@ class NVFP4Split(io.ComfyNode):
                 ),
                 io.String.Input(
                     "vae_prefix", default="", optional=True, advanced=True,
-                    tooltip="For a checkpoint with several VAEs: what the names of the wanted one begin with.",
+                    tooltip="For a checkpoint with several VAEs: how the tensor names of the wanted one begin.",
                 ),
             ],
-            outputs=[io.String.Output("files", display_name="files")],
+            outputs=[io.String.Output("files", display_name="files", tooltip="Names of the new files, one a line.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             search_aliases=["extract vae", "split checkpoint", "audio vae", "text projection"],
@@ -109,4 +112,5 @@ class NVFP4Split(io.ComfyNode):
             vae_prefix=vae_prefix or None, config_from=config, overwrite=overwrite, device=files.restore_device(),
             on_bytes=files.progress(),
         )  # fmt: skip
+        tell_files()
         return io.NodeOutput("\n".join(targets.values()), ui=show(cls, "\n".join(map(str, written))))

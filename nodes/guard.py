@@ -25,7 +25,7 @@ class NVFP4LaunchGuard(io.ComfyNode):
             description="Checks the workflow for what crashes or spoils an LTX-2 render on this ComfyUI, before it "
             "runs. Stands between a model and its sampler; on a healthy host it passes the model on unchanged.",
             inputs=[
-                io.Model.Input("model", tooltip="From a model loader or a LoRA."),
+                io.Model.Input("model", tooltip="The model, from a loader or a LoRA."),
                 io.Combo.Input(
                     "policy",
                     options=list(guard.POLICIES),
@@ -35,7 +35,10 @@ class NVFP4LaunchGuard(io.ComfyNode):
                     "workflow while there is an error in it.",
                 ),
             ],
-            outputs=[io.Model.Output(), io.String.Output("report", display_name="report")],
+            outputs=[
+                io.Model.Output(tooltip="The same model; with cure and where it is needed, without the prefetch."),
+                io.String.Output("report", display_name="report", tooltip="What was found, with reason and remedy."),
+            ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
             search_aliases=["wait_stream", "crash", "doctor", "disable-async-offload", "dynamic vram"],
@@ -64,7 +67,7 @@ class NVFP4HostReport(io.ComfyNode):
             description="What this ComfyUI runs on and how: versions, GPU, offloading, which path NVFP4 weights take, "
             "findings on this workflow, and the launch command recommended for this machine.",
             inputs=[],
-            outputs=[io.String.Output("report", display_name="report")],
+            outputs=[io.String.Output("report", display_name="report", tooltip="What the node shows.")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
             search_aliases=["doctor", "system info", "launch flags", "fast path"],

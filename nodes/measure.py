@@ -26,7 +26,7 @@ class NVFP4Sharpness(io.ComfyNode):
             "computes it. Warns when the clip looks like a preview decode, is noise, black or frozen, and passes the "
             "images through.",
             inputs=[
-                io.Image.Input("images"),
+                io.Image.Input("images", tooltip="The clip to measure."),
                 io.Float.Input(
                     "reference",
                     default=0.0,
@@ -39,10 +39,10 @@ class NVFP4Sharpness(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("images", display_name="images"),
-                io.Float.Output("median", display_name="median"),
-                io.String.Output("text", display_name="text"),
-                io.Image.Output("plot", display_name="plot"),
+                io.Image.Output("images", display_name="images", tooltip="The clip, unchanged."),
+                io.Float.Output("median", display_name="median", tooltip="The median of the frames' sharpness."),
+                io.String.Output("text", display_name="text", tooltip="The verdict and its reason."),
+                io.Image.Output("plot", display_name="plot", tooltip="Sharpness frame by frame."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -71,8 +71,8 @@ class NVFP4Compare(io.ComfyNode):
             inputs=[
                 io.Image.Input("images_a", tooltip="The clip to trust."),
                 io.Image.Input("images_b", tooltip="The clip under test."),
-                io.Audio.Input("audio_a", optional=True),
-                io.Audio.Input("audio_b", optional=True),
+                io.Audio.Input("audio_a", optional=True, tooltip="The sound of the clip to trust."),
+                io.Audio.Input("audio_b", optional=True, tooltip="The sound of the clip under test."),
                 io.Boolean.Input(
                     "common_prefix",
                     default=False,
@@ -80,9 +80,9 @@ class NVFP4Compare(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("card", display_name="card"),
-                io.String.Output("text", display_name="text"),
-                io.String.Output("json", display_name="json"),
+                io.Image.Output("card", display_name="card", tooltip="Numbers, difference, crops and curves."),
+                io.String.Output("text", display_name="text", tooltip="The findings in words."),
+                io.String.Output("json", display_name="json", tooltip="All numbers, for scripts."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

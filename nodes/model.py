@@ -7,6 +7,7 @@ from comfy_api.v0_0_2 import io
 
 from ..host.compute.attention import BY_COMPUTE, choices
 from ..host.files import SAME_FILE, file_names, file_path, fingerprint, optional_path
+from ..host.load.making import missing, nvfp4_of
 from ..host.load.model import COMPUTE_MODES, DIALECTS, load_model
 from ..kernels.backends import BACKENDS
 
@@ -45,18 +46,11 @@ class NVFP4ModelLoader(io.ComfyNode):
                     "with an error where that leaves a choice.",
                 ),
                 io.Combo.Input(
-                    "backend",
-                    options=["auto", *BACKENDS],
-                    default="auto",
-                    optional=True,
-                    tooltip="What dequantises. auto: Triton where it runs, torch elsewhere; the report says why.",
-                    advanced=True,
+                    "backend", options=["auto", *BACKENDS], default="auto", optional=True, advanced=True,
+                    tooltip="What dequantizes. auto: Triton where it runs, torch elsewhere; the report says why.",
                 ),
                 io.Combo.Input(
-                    "config_from",
-                    options=[SAME_FILE, *file_names(FOLDERS)],
-                    default=SAME_FILE,
-                    optional=True,
+                    "config_from", options=[SAME_FILE, *file_names(FOLDERS)], default=SAME_FILE, optional=True,
                     tooltip="For a file whose header lost its `config`: another file of the same model version.",
                     advanced=True,
                 ),
@@ -80,10 +74,25 @@ class NVFP4ModelLoader(io.ComfyNode):
                     "one.",
                     advanced=True,
                 ),
+                io.Boolean.Input(
+                    "make_nvfp4", default=False, optional=True,
+                    tooltip="For a BF16, FP16, FP32 or FP8 file: its diffusion model is written as NVFP4 once, to "
+                    "output/diffusion_models, which takes minutes and shows its progress, and found there ever after. "
+                    "A file that is NVFP4 already is loaded as it is.",
+                ),
             ],
-            outputs=[io.Model.Output(), io.String.Output("report", display_name="report")],
-            search_aliases=["nvfp4", "fp4 loader", "load diffusion model nvfp4", "ltx nvfp4"],
-        )
+            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.Model.Output(tooltip="The diffusion model, for LoRA loaders, guiders and samplers."),
+                io.String.Output("report", display_name="report", tooltip="What was loaded and how it is computed."),
+            ],
+            search_aliases=["nvfp4", "fp4", "ltx", "load diffusion model", "unet loader"],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model_name=None) -> bool | str:
+        """Instead of the host's check of the name: tell what the file can be made from."""
+        return model_name is None or model_name in file_names(FOLDERS) or missing(model_name, FOLDERS)
 
     @classmethod
     def fingerprint_inputs(cls, model_name, compute, dialect, *, config_from=SAME_FILE, **options):
@@ -91,16 +100,12 @@ class NVFP4ModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model_name,
-        compute,
-        dialect,
-        backend="auto",
-        config_from=SAME_FILE,
-        layer_compute="",
-        attention=BY_COMPUTE,
-    ) -> io.NodeOutput:
+        cls, model_name, compute, dialect, backend="auto", config_from=SAME_FILE, layer_compute="",
+        attention=BY_COMPUTE, make_nvfp4=False,
+    ) -> io.NodeOutput:  # fmt: skip
         path, config_path = file_path(model_name, FOLDERS), optional_path(config_from, FOLDERS)
+        if make_nvfp4:
+            path = nvfp4_of(cls, model_name, FOLDERS)
         options = {"layer_compute": layer_compute, "attention": attention}
         patcher, report = load_model(path, compute, dialect, backend, config_path, **options)
         return io.NodeOutput(patcher, str(report))

@@ -9,7 +9,7 @@ from ..checkpoint.identify.dialects import AUTO, DIALECTS
 from ..checkpoint.write.repair import repair
 from ..host import files
 from ..host.files import LIKE_FOLDERS, SAME_FILE, file_names, file_path, fingerprint
-from ..host.show import show, telling
+from ..host.show import show, tell_files, telling
 
 ONLY_REPORT, WRITE = "only report", "write a new file"
 
@@ -21,24 +21,24 @@ class NVFP4Repair(io.ComfyNode):
             node_id="NVFP4Repair",
             display_name="NVFP4 Repair",
             category="NVFP4",
-            description="Makes a quantised file loadable by stock ComfyUI: adds what its header lacks, mends names, "
+            description="Makes a quantized file loadable by stock ComfyUI: adds what its header lacks, mends names, "
             "converts foreign dialects. Writes a new file below ComfyUI's output folder; the old one stays as it is.",
             inputs=[
                 io.Combo.Input(
                     "file_name", options=file_names(LIKE_FOLDERS),
-                    tooltip="The quantised file; of a sharded checkpoint any one of its files.",
+                    tooltip="The quantized file; of a sharded checkpoint any one of its files.",
                 ),
                 io.Combo.Input(
                     "action", options=[ONLY_REPORT, WRITE], default=ONLY_REPORT,
                     tooltip="First tell what is wrong and what can be mended; then write the mended file.",
                 ),
                 io.String.Input(
-                    "name", default="", tooltip="Of the new file, to which _repaired is added; empty: that of the old."
+                    "name", default="", tooltip="Name of the new file; _repaired is added. Empty: the old one's."
                 ),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file that exists."),
                 io.Combo.Input(
                     "dialect", options=[AUTO, *DIALECTS], default=AUTO, optional=True, advanced=True,
-                    tooltip="How the file lays out its NVFP4 weights, where it does not declare it.",
+                    tooltip="How the file stores its NVFP4 weights, if it does not say so itself.",
                 ),
                 io.Combo.Input(
                     "config_from", options=[SAME_FILE, *file_names(LIKE_FOLDERS)], default=SAME_FILE, optional=True,
@@ -54,7 +54,7 @@ class NVFP4Repair(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            search_aliases=["fix nvfp4", "convert dialect", "modelopt", "compressed-tensors", "comfy_quant"],
+            search_aliases=["fix file", "convert dialect", "modelopt", "compressed-tensors", "comfy_quant"],
         )  # fmt: skip
 
     @classmethod
@@ -72,5 +72,7 @@ class NVFP4Repair(io.ComfyNode):
             dry_run=action == ONLY_REPORT, on_bytes=telling(cls, files.progress()),
         )  # fmt: skip
         written = done.method == "copy"
+        if written:
+            tell_files()
         text = str(done) if written else f"{done}\nNothing was written."
         return io.NodeOutput(target if written else "", text, ui=show(cls, text))

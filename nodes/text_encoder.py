@@ -38,8 +38,8 @@ class NVFP4TextEncoderLoader(io.ComfyNode):
                     options=[SAME_FILE, *file_names(PROJECTION_FOLDERS)],
                     default=SAME_FILE,
                     tooltip="Where the text projection is: the full LTX-2.x checkpoint, a file of its own (NVFP4 Split "
-                    "writes one), or the text encoder itself (LTX-2.5). With another type, a second text encoder, as "
-                    "ComfyUI's DualCLIPLoader takes it; the file itself means that there is none.",
+                    "Checkpoint writes one), or the text encoder itself (LTX-2.5). With another type, a second text "
+                    "encoder, as ComfyUI's DualCLIPLoader takes it; the file itself means that there is none.",
                 ),
                 io.Combo.Input(
                     "dialect",
@@ -82,8 +82,11 @@ class NVFP4TextEncoderLoader(io.ComfyNode):
                     "for LTX-Video. The report says which families have not been tried.",
                 ),
             ],
-            outputs=[io.Clip.Output(), io.String.Output("report", display_name="report")],
-            search_aliases=["gemma nvfp4", "qwen nvfp4", "ltx text encoder", "load clip nvfp4", "prompt enhancer"],
+            outputs=[
+                io.Clip.Output(tooltip="The text encoder, for CLIP Text Encode and the like."),
+                io.String.Output("report", display_name="report", tooltip="What was loaded and how it is computed."),
+            ],
+            search_aliases=["nvfp4", "fp4", "ltx", "load clip", "gemma", "qwen", "t5", "prompt enhancer"],
         )
 
     @classmethod

@@ -18,7 +18,7 @@ class NVFP4VAELoader(io.ComfyNode):
             display_name="NVFP4 VAE Loader",
             category="NVFP4",
             description="Loads the full LTX video or audio VAE from its own file or from inside a checkpoint, told by "
-            "its tensors and not by its name. Refuses preview decoders and VAEs of other models, restores quantised "
+            "its tensors and not by its name. Refuses preview decoders and VAEs of other models, restores quantized "
             "weights, and keeps all weights on the GPU while it decodes.",
             inputs=[
                 io.Combo.Input(
@@ -60,7 +60,7 @@ class NVFP4VAELoader(io.ComfyNode):
                     "vae_prefix",
                     default="",
                     optional=True,
-                    tooltip="For a checkpoint with several VAEs: what the names of the wanted one begin with.",
+                    tooltip="For a checkpoint with several VAEs: how the tensor names of the wanted one begin.",
                     advanced=True,
                 ),
                 io.Combo.Input(
@@ -72,8 +72,11 @@ class NVFP4VAELoader(io.ComfyNode):
                     "traffic, which rounds otherwise. LTX's video VAE on an NVIDIA GPU; the report says why not.",
                 ),
             ],
-            outputs=[io.Vae.Output(), io.String.Output("report", display_name="report")],
-            search_aliases=["ltx vae", "load vae", "audio vae", "full vae", "vae from checkpoint"],
+            outputs=[
+                io.Vae.Output(tooltip="The VAE, for VAE Decode and Encode, or LTXV Audio VAE Decode and Encode."),
+                io.String.Output("report", display_name="report", tooltip="Which VAE it is, its device and dtype."),
+            ],
+            search_aliases=["nvfp4", "fp4", "ltx", "vae", "load vae", "audio vae", "vae from checkpoint"],
         )
 
     @classmethod

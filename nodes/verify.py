@@ -15,6 +15,7 @@ from ..host.files import file_names, file_path, fingerprint
 from ..host.show import show, telling, to_image
 
 FOLDERS = ("diffusion_models", "checkpoints")
+NO_CALIBRATION = "none"
 REPORT, STOP = "report", "stop the job"
 
 
@@ -26,7 +27,7 @@ class NVFP4Verify(io.ComfyNode):
             display_name="NVFP4 Verify",
             category="NVFP4",
             description="Compares an NVFP4 file with the checkpoint it was made from, tensor by tensor: what is "
-            "quantised is measured, everything else must be there and equal. Reads both files once.",
+            "quantized is measured, everything else must be there and equal. Reads both files once.",
             inputs=[
                 io.Combo.Input(
                     "file_name", options=file_names(FOLDERS), tooltip="The NVFP4 file to examine, of any dialect."
@@ -42,6 +43,11 @@ class NVFP4Verify(io.ComfyNode):
                 io.Combo.Input(
                     "dialect", options=[AUTO, *DIALECTS], default=AUTO, optional=True, advanced=True,
                     tooltip="How the NVFP4 file lays out its weights; auto goes by its marks, or by what fits.",
+                ),
+                io.Combo.Input(
+                    "calibration", options=[NO_CALIBRATION, *file_names(FOLDERS)], default=NO_CALIBRATION,
+                    tooltip="A calibration file of the source: layers are judged by their outputs.", optional=True,
+                    advanced=True,
                 ),
             ],
             outputs=[
@@ -59,13 +65,16 @@ class NVFP4Verify(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, file_name, source, on_finding, dialect=AUTO) -> str:
-        return fingerprint((file_name, source), FOLDERS, on_finding, dialect)
+    def fingerprint_inputs(cls, file_name, source, on_finding, dialect=AUTO, calibration=NO_CALIBRATION) -> str:
+        names = file_name, source, None if calibration == NO_CALIBRATION else calibration
+        return fingerprint(names, FOLDERS, on_finding, dialect)
 
     @classmethod
-    def execute(cls, file_name, source, on_finding, dialect=AUTO) -> io.NodeOutput:
+    def execute(cls, file_name, source, on_finding, dialect=AUTO, calibration=NO_CALIBRATION) -> io.NodeOutput:
+        path = file_path(file_name, FOLDERS)
         found = verify(
-            file_path(file_name, FOLDERS), file_path(source, FOLDERS), dialect=dialect, plain_source=True,
+            path, file_path(source, FOLDERS), dialect=dialect, plain_source=True, loras=files.folded_loras(path),
+            calibration=None if calibration == NO_CALIBRATION else file_path(calibration, FOLDERS),
             device=files.restore_device(), on_step=telling(cls, files.progress()),
         )  # fmt: skip
         if on_finding == STOP and not found.ok:

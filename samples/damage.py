@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -122,6 +123,11 @@ def damaged(draft: Draft, changes: list[tuple[str, int]]) -> Draft:
     return found
 
 
+def _wild(rng: Random) -> Any:
+    """One of WILD, as a value of its own: a later damage may change it."""
+    return deepcopy(rng.choice(WILD))
+
+
 def damage_json(value: Any, rng: Random) -> Any:
     """A value of JSON with one part of it gone, doubled, wrapped, or something else."""
     if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
@@ -135,7 +141,7 @@ def damage_json(value: Any, rng: Random) -> Any:
         else:
             found[key] = damage_json(found[key], rng)
         return found
-    return rng.choice(([value], {"x": value}, str(value), *WILD))
+    return deepcopy(rng.choice(([value], {"x": value}, str(value), *WILD)))
 
 
 def _any(draft: Draft, rng: Random, like: str = "") -> str | None:
@@ -258,7 +264,7 @@ def _beside(draft: Draft, rng: Random) -> None:
 
 
 def _entry(draft: Draft, rng: Random) -> None:
-    name, wild = _any(draft, rng), rng.choice(WILD)
+    name, wild = _any(draft, rng), _wild(rng)
     key = rng.choice(("dtype", "shape", "data_offsets", ""))
     how, by = rng.randrange(4), rng.choice((1, -1, 8, 2**40, -(2**40)))
 
@@ -267,13 +273,13 @@ def _entry(draft: Draft, rng: Random) -> None:
             return
         entry = entries.get(name)
         if not isinstance(entry, dict) or not key or key not in entry:
-            entries[name or "x"] = list(entry.items()) if isinstance(entry, dict) and how == 0 else wild
+            entries[name or "x"] = list(entry.items()) if isinstance(entry, dict) and how == 0 else deepcopy(wild)
         elif how == 1:
             del entry[key]
         elif how == 2 and isinstance(entry[key], list) and entry[key] and type(entry[key][-1]) is int:
             entry[key][-1] += by
         else:
-            entry[key] = wild
+            entry[key] = deepcopy(wild)
 
     draft.in_object.append(change)
 
@@ -283,7 +289,7 @@ def _object(draft: Draft, rng: Random) -> None:
 
 
 def _metadata_entry(draft: Draft, rng: Random) -> None:
-    wild = rng.choice((*WILD, {"a": 1}, {"a": {}}))
+    wild = deepcopy(rng.choice((*WILD, {"a": 1}, {"a": {}})))
     draft.in_object.append(lambda entries: entries | {METADATA_KEY: wild} if isinstance(entries, dict) else entries)
 
 

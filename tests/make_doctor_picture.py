@@ -19,7 +19,7 @@ from PIL import Image
 
 TESTS = Path(__file__).resolve().parent
 TARGET = TESTS.parent / "web" / "docs" / "images" / "doctor.png"
-VIEW = {"width": 1400, "height": 1385}
+VIEW = {"width": 1400, "height": 860}
 VUE = {"Comfy.VueNodes.Enabled": True, "Comfy.Minimap.Visible": False}
 MISTAKE = "10"  # the node with a wrong number of frames
 

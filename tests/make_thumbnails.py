@@ -28,18 +28,19 @@ PAGE = """
 <img src="{image}" style="max-width:606px;max-height:{inside}px;filter:brightness(1.6)"></div>
 """
 LINES = {
-    "ltx23_nvfp4_t2v_audio": "LTX-2.3 distilled, one stage, 8 steps",
-    "ltx23_nvfp4_t2v_audio_two_stage": "LTX-2.3 distilled, latent upscaler, 8 + 3 steps",
-    "ltx23_nvfp4_i2v_audio": "LTX-2.3 distilled, one stage, 8 steps",
-    "ltx23_nvfp4_t2v_video_only": "LTX-2.3 distilled, one stage, 8 steps",
-    "ltx25_nvfp4_t2v_audio": "LTX-2.5 distilled, split files, 8 steps",
-    "make_nvfp4": "inspect, plan, quantise, split",
-    "ab_fp8_vs_nvfp4": "same seeds, both formats, comparison cards",
+    "1 LTX-2.5 text to video": "Lightricks' NVFP4 file, latent upscaler, 8 + 3 steps",
+    "2 LTX-2.3 text to video": "Lightricks' NVFP4 file and distilled LoRA, 8 + 3 steps",
+    "3 LTX-2.3 image to video": "Lightricks' NVFP4 file and distilled LoRA, 8 steps",
+    "4 LTX-2.3 small and quick": "Lightricks' NVFP4 file and distilled LoRA, 8 steps",
+    "5 LTX-2.3 without sound": "Lightricks' NVFP4 file and distilled LoRA, 8 steps",
+    "6 LTX-2.3 distilled, made from FP8": "quantised from the FP8 checkpoint on the first run",
+    "7 Make an NVFP4 file": "inspect, plan, quantise, split",
+    "8 FP8 against NVFP4": "same seeds, both formats, cards and films side by side",
 }
 # The graph without its note, on a canvas of its size, as a data URL.
 DRAW = """async () => {
   const { canvas } = app;
-  const boxes = app.graph.groups.map((group) => group.boundingRect ?? group._bounding);
+  const boxes = app.graph.nodes.filter((node) => node.type !== 'MarkdownNote').map((node) => node.boundingRect);
   const left = Math.min(...boxes.map((box) => box[0])), top = Math.min(...boxes.map((box) => box[1]));
   const right = Math.max(...boxes.map((box) => box[0] + box[2]));
   const bottom = Math.max(...boxes.map((box) => box[1] + box[3]));
@@ -94,7 +95,8 @@ def main(url: str) -> None:
 def stand_ins(models: Path) -> None:
     """Empty files under all names that the graphs choose."""
     for path in FOLDER.glob("*.json"):
-        for node in json.loads(path.read_text("utf-8"))["nodes"]:
+        graph = json.loads(path.read_text("utf-8"))
+        for node in [node for level in (graph, *graph["definitions"]["subgraphs"]) for node in level["nodes"]]:
             folders = {model["name"]: model["directory"] for model in node["properties"].get("models", [])}
             for value in node.get("widgets_values", []):
                 if str(value).endswith(".safetensors"):
@@ -111,4 +113,5 @@ if __name__ == "__main__":
         importlib.import_module("conftest")
         with importlib.import_module("nvfp4_video.tests.real.harness").ComfyUI() as host:
             stand_ins(host.base / "models")
+            (host.base / "input" / "example.png").touch()
             main(host.url)

@@ -68,11 +68,11 @@ def main(arguments: list[str]) -> None:
         form.RECORDED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (FOLDER / "api").mkdir(parents=True, exist_ok=True)
     info = form.node_info(own)
-    for describe in graphs.WORKFLOWS:
-        graph = describe(info).save()
-        (FOLDER / f"{describe.__name__}.json").write_text(text_of(graph), encoding="utf-8")
+    for name, describe in graphs.WORKFLOWS.items():
+        graph = describe(name, info).save()
+        (FOLDER / f"{name}.json").write_text(text_of(graph), encoding="utf-8")
         twin = form.api_prompt(graph, info, titles=True)
-        (FOLDER / "api" / f"{describe.__name__}.json").write_text(text_of(twin), encoding="utf-8")
+        (FOLDER / "api" / f"{name}.json").write_text(text_of(twin), encoding="utf-8")
 
 
 if __name__ == "__main__":

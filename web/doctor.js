@@ -101,8 +101,12 @@ const prose = (sentence) =>
 const tone = (word) => h("span", { class: "nd-tone" }, word);
 const icon = (name) => h("i", { class: ICONS[name] ?? ICONS.unknown, "aria-hidden": "true" });
 
+/** What a finding's `fixes` do, in short: "length = 121, frames_number = 121". */
+export const fixText = (fixes) => [...new Set(fixes.map(({ input, value }) => `${input} = ${value}`))].join(", ");
+
 /**
- * The panel. `actions`: refresh(), jump(nodeId), nodeTitle(nodeId) -> string, or null if the graph lacks the node.
+ * The panel. `actions`: refresh(), jump(nodeId), nodeTitle(nodeId) -> string, or null if the graph lacks the node,
+ * apply(fixes) of a finding.
  *
  * Returns `.element`; `.show({report, findings, reading, problem}, text)`, the first three as the routes answer them or
  * null, `problem` a sentence that replaces the findings, `text` of texts.js; and `.tell(sentence, busy)`, the status line.
@@ -181,12 +185,17 @@ function findingCard(finding, text, actions) {
       `${title ?? ""} #${id}`.trim(),
     );
   });
+  const fixes = finding.fixes ?? [];
+  const apply = () => actions.apply(fixes);
+  const label = text("apply", { what: fixText(fixes) });
+  const fix = h("button", { type: "button", click: apply }, h("i", { class: "pi pi-wrench", "aria-hidden": "true" }), label);
   return h(
     "li",
     { class: `nd-card nd-${finding.severity}` },
     h("div", { class: "nd-title" }, icon(finding.severity), h("span", {}, prose(finding.title))),
     h("p", {}, tone(text(`severity.${finding.severity}`)), ". ", h("span", { class: "nd-muted" }, prose(finding.why))),
     finding.remedy && h("p", {}, h("strong", {}, text("remedy")), " ", prose(finding.remedy)),
+    fixes.length > 0 ? h("div", { class: "nd-row" }, fix) : null,
     nodes.length > 0 ? h("div", { class: "nd-row" }, nodes) : null,
   );
 }

@@ -6,24 +6,22 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { createPanel } from "./doctor.js";
+import { createPanel, fixText } from "./doctor.js";
+import { applyFixes, jump, nodeTitle } from "./graph.js";
 import { request, setting, texts } from "./host.js";
-import { visible } from "./visible.js";
+import { dismissToast, showToast } from "./toast.js";
 
 const PANEL = "nvfp4-doctor";
 const EVENT = "nvfp4.findings";
 const ENABLED = "NVFP4.guard.enabled";
-const TOAST_CLASS = "nvfp4-doctor-toast";
 const TOAST_LIFE_MS = 20000;
-const LONGEST_TOAST = 500;
 const SEVERITIES = ["info", "warning", "error"];
 
 const state = { report: null, findings: null, reading: null, problem: null };
-const panel = createPanel({ refresh, jump, nodeTitle });
+const panel = createPanel({ refresh, jump, nodeTitle, apply });
 let latestRefresh = 0;
 let refreshing = false;
 let stale = false;
-let toastShown = null;
 
 /** Take over what changed in the state, and show it. */
 async function show(change) {
@@ -74,52 +72,33 @@ async function onFindings(event) {
   const findings = distinct(event.detail?.findings ?? []);
   const text = await show({ findings, reading: null, problem: null });
   if (findings.length && setting(ENABLED) !== false) notify(findings, text);
+  else dismissToast(PANEL);
 }
 
 function notify(findings, text) {
-  const { toast } = app.extensionManager;
-  const [{ severity, title }] = findings;
+  const [{ severity, title, remedy, fixes = [] }] = findings;
+  const kind = SEVERITIES.includes(severity) ? severity : "warning";
   const more = findings.length > 1 ? ` ${text("more", { count: findings.length - 1 })}` : "";
-  const description = visible(title, LONGEST_TOAST) + more;
-  const details = () => {
-    dismissToast();
-    openPanel();
-  };
-  const life = severity === "error" ? undefined : TOAST_LIFE_MS;
-  dismissToast();
-  if (typeof toast.warning === "function") {
-    const options = { description, duration: life, action: { label: text("details"), onClick: details } };
-    const kind = SEVERITIES.includes(severity) ? severity : "warning";
-    const id = toast[kind](text("title"), options);
-    toastShown = () => toast.dismiss(id);
-    return;
-  }
-  const kind = { error: "error", info: "info" }[severity] ?? "warn";
-  const message = { severity: kind, summary: text("title"), detail: description, life, styleClass: TOAST_CLASS };
-  toast.add(message);
-  toastShown = () => toast.remove(message);
-  addToastAction(text("details"), details);
+  const plain = (sentence) => String(sentence ?? "").replaceAll("`", "");
+  const actions = [[text("details"), openPanel]];
+  if (fixes.length) actions.unshift([text("apply", { what: fixText(fixes) }), () => apply(fixes)]);
+  showToast({
+    id: PANEL,
+    kind,
+    title: text("title"),
+    paragraphs: [plain(title) + more, remedy && `${text("remedy")} ${plain(remedy)}`],
+    actions,
+    close: text("close"),
+    life: kind === "error" ? undefined : TOAST_LIFE_MS,
+  });
 }
 
-function dismissToast() {
-  toastShown?.();
-  toastShown = null;
-}
-
-/** Toasts of front ends without `toast.warning` take no action: give ours a button once it is drawn. */
-function addToastAction(label, action, framesLeft = 60) {
-  const target = document.querySelector(`.${TOAST_CLASS}:not(:has(button[data-nvfp4])) .p-toast-message-text`);
-  if (!target) {
-    if (framesLeft > 0) requestAnimationFrame(() => addToastAction(label, action, framesLeft - 1));
-    return;
-  }
-  const button = Object.assign(document.createElement("button"), { type: "button", textContent: label });
-  button.dataset.nvfp4 = "details";
-  button.style.cssText =
-    "align-self: flex-start; margin-top: 0.5rem; padding: 0.25rem 0.75rem; font: inherit; color: inherit; " +
-    "background: transparent; border: 1px solid currentColor; border-radius: 0.375rem; cursor: pointer";
-  button.addEventListener("click", action);
-  target.append(button);
+/** Set what a finding says, and look at the workflow again. */
+async function apply(fixes) {
+  const text = await texts();
+  if (!applyFixes(fixes)) return panel.tell(text("notApplied"));
+  await refresh();
+  panel.tell(text("applied"));
 }
 
 function openPanel() {
@@ -132,32 +111,6 @@ function showBadge() {
   const tab = app.extensionManager?.getSidebarTabs?.().find(({ id }) => id === PANEL);
   const count = (state.findings ?? []).filter(({ severity }) => severity !== "info").length;
   if (tab) tab.iconBadge = count && setting(ENABLED) !== false ? String(count) : "";
-}
-
-/** The node of an API id in the root graph; of "12:34", a node in a subgraph, the outermost one. */
-function outermostNode(id) {
-  const graph = app.rootGraph ?? app.graph;
-  const outermost = String(id).split(":")[0];
-  return graph.getNodeById(outermost) ?? graph.getNodeById(Number(outermost)) ?? null;
-}
-
-function nodeTitle(id) {
-  const node = outermostNode(id);
-  return node && String(node.title || node.type);
-}
-
-/** Leave an open subgraph if need be, then select and centre the node; both node renderers follow the canvas. */
-async function jump(id) {
-  const node = outermostNode(id);
-  if (!node) return;
-  const { canvas } = app;
-  if (canvas.graph !== node.graph) {
-    canvas.setGraph(node.graph);
-    // The front end restores the graph's last view within the next two frames.
-    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
-  }
-  canvas.selectNode(node);
-  canvas.centerOnNode(node);
 }
 
 async function onGraphChanged() {

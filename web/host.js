@@ -5,6 +5,9 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { translator } from "./texts.js";
 
+/** This pack's nodes as /object_info names their origin: the folder under which this very file is served. */
+export const ORIGIN = `custom_nodes.${decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2))}`;
+
 let messages = null;
 
 /** A route of the host -> its JSON, or null if it does not answer, refuses, or lacks the route. */

@@ -9,16 +9,15 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { request, texts } from "./host.js";
+import { ORIGIN, request, texts } from "./host.js";
 import { createReport } from "./report.js";
 
 const WIDGET = "nvfp4_report";
 // The front end's own widget for progress texts, which older versions leave on the node when a job ends.
 const PROGRESS_WIDGET = "$$node-text-preview";
-// This pack's nodes as /object_info names their origin: the folder under which this very file is served.
-const ORIGIN = `custom_nodes.${decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2))}`;
 
-const reporting = new Set();
+const ours = new Set(); // classes of this pack
+const reporting = new Set(); // those of them that are outputs
 const reports = new WeakMap();
 let latestRestore = 0;
 
@@ -35,6 +34,19 @@ function* reportingNodes(graph = rootGraph(), path = "") {
     if (node.subgraph) yield* reportingNodes(node.subgraph, `${path}${node.id}:`);
     else if (reportsOn(node)) yield { node, id: path + node.id, locator: (path && `${graph.id}:`) + node.id };
   }
+}
+
+/** All nodes of the open workflow, those in subgraphs too. */
+function* allNodes(graph = rootGraph()) {
+  for (const node of graph?.nodes ?? []) {
+    yield node;
+    if (node.subgraph) yield* allNodes(node.subgraph);
+  }
+}
+
+/** A job that was cancelled or failed leaves its last progress text, "45 s left", on nodes of some front ends. */
+function dropProgress() {
+  for (const node of allNodes()) if (ours.has(typeOf(node))) removeWidget(node, PROGRESS_WIDGET);
 }
 
 /** Draw the report in a node's output; what has none leaves the node as it is. */
@@ -95,7 +107,9 @@ async function restore() {
 app.registerExtension({
   name: "nvfp4-video.reports",
   beforeRegisterNodeDef(_type, { name, python_module, output_node }) {
-    if (output_node && python_module === ORIGIN) reporting.add(name);
+    if (python_module !== ORIGIN) return;
+    ours.add(name);
+    if (output_node) reporting.add(name);
   },
   nodeCreated(node) {
     if (!reportsOn(node)) return;
@@ -115,6 +129,7 @@ app.registerExtension({
         if (id === String(detail.nodeId) && reports.delete(node)) removeWidget(node, WIDGET);
       }
     });
+    for (const end of ["execution_interrupted", "execution_error"]) api.addEventListener(end, dropProgress);
     // The end of a job: its outputs are in the history by now, also those of a tab that was not shown meanwhile.
     api.addEventListener("executing", ({ detail }) => detail ?? restore());
   },

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .dtypes import BITS, DTYPE_NAMES, DTYPES, ITEM_BYTES
+from .dtypes import BITS, ITEM_BYTES
 from .header import (
     MAX_HEADER_BYTES,
     METADATA_KEY,
@@ -35,6 +35,7 @@ from .header import (
     quote,
 )
 from .place import give_name, hidden_name, keep_rights, name_unfinished, open_unnamed, put_in_place
+from .torch_dtypes import DTYPE_NAMES, DTYPES
 
 logger = logging.getLogger(__name__)
 

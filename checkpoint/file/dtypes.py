@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dtypes of safetensors: how many bits each takes, and which of them torch can hold.
+"""The dtypes of safetensors: how many bits each takes, and what torch calls those that it may hold.
 
-A header may use all of BITS. A tensor whose dtype is not in DTYPES can be described and copied, not read.
+A header may use all of BITS. A tensor whose dtype is not in torch_dtypes.py's DTYPES can be described and copied, not
+read.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-import torch
-
-_TORCH_NAMES = {
+TORCH_NAMES = {
     "BOOL": ("bool", 8),
     "U8": ("uint8", 8),
     "I8": ("int8", 8),
@@ -34,13 +33,8 @@ _TORCH_NAMES = {
 }
 # The shape counts numbers, not bytes, and the bytes hold them without padding, so torch has no such tensors.
 PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-BITS = {name: bits for name, (_, bits) in _TORCH_NAMES.items()} | PACKED
-ITEM_BYTES = {name: bits // 8 for name, (_, bits) in _TORCH_NAMES.items()}
-# Older torch lacks some of them.
-DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, of) for name, (of, _) in _TORCH_NAMES.items() if hasattr(torch, of)
-}
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+BITS = {name: bits for name, (_, bits) in TORCH_NAMES.items()} | PACKED
+ITEM_BYTES = {name: bits // 8 for name, (_, bits) in TORCH_NAMES.items()}
 
 
 def bytes_of(dtype: str, shape: Iterable[int]) -> int | None:

@@ -26,14 +26,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 
 from ...kernels.errors import PackError, one_line
-from .dtypes import BITS, DTYPES, ITEM_BYTES, bytes_of
+from .dtypes import BITS, ITEM_BYTES, bytes_of
 from .mistaken import AGAIN, what_it_is
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER_BYTES = 100_000_000
 BACKUP_ENDING = ".header-backup"  # of the header that a repair in place replaced
@@ -89,10 +91,9 @@ class TensorInfo(NamedTuple):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The torch dtype of the stored elements. CheckpointError where torch has none."""
-        if self.dtype not in DTYPES:
-            found, remedy = f"a tensor has the dtype {self.dtype}", "take a BF16, FP8 or NVFP4 version of the model"
-            raise CheckpointError(found, expected=f"one of {', '.join(DTYPES)}", remedy=remedy)
-        return DTYPES[self.dtype]
+        from .torch_dtypes import torch_dtype  # and with it torch, which a header does not need
+
+        return torch_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def stat_of(path: Path) -> os.stat_result:
     try:
         return os.stat(path)
     except ValueError as error:  # NUL, or half of a surrogate pair
-        found = f"this is no name of a file ({error})"
+        found = f"this is not a file name ({error})"
         raise CheckpointError(found, where=quote(str(path)), remedy="check the name") from error
 
 
@@ -184,7 +185,7 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
         found = "its first 8 bytes, the length of the header, are zero"
         remedy = "the download never finished: download it again"
         if path.with_name(path.name + BACKUP_ENDING).is_file():
-            remedy = "a repair in place was interrupted: `repair --undo` puts the old header back"
+            remedy = "a repair in place was interrupted: `repair --undo` on the command line puts the old header back"
         raise CheckpointError(found, where=where, remedy=remedy)
     if length > size - 8:
         found = f"its header should be {length:,} bytes long, but {length - (size - 8):,} of them are missing"

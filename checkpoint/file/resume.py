@@ -141,7 +141,7 @@ class PartFile:
                     if self._journal_path.stat().st_size or _exists(self.path):
                         why = "of another source, other settings or another version"
                         why = why if lines else "without a journal that can be read"
-                        logger.warning("%s was %s and is begun anew.", self.path.name, why)
+                        logger.warning("%s was %s and starts again from the beginning.", self.path.name, why)
                     self._journal.truncate(0)
                     self._journal.seek(0)
                     self._note({"identity": self._identity, "version": _VERSION, "nbytes": self.nbytes})
@@ -232,7 +232,7 @@ def left_behind(target: Path, request: str) -> dict[str, Any] | None:
             digest.update(chunk)
     if result.get("sha256") == digest.hexdigest():
         return result
-    logger.warning("%s is not the file that %s speaks of: its result counts for nothing.", target.name, journal.name)
+    logger.warning("%s is not the file that %s speaks of: its result is not used.", target.name, journal.name)
     return None
 
 
@@ -251,13 +251,13 @@ def _check_ours(target: Path) -> None:
     first, marked = _first_line(journal), False
     if _exists(part):
         if not _part_is_ours(part, first):
-            raise _not_ours(part, "it is no unfinished file of ours")
+            raise _not_ours(part, "it is not an unfinished file of this pack")
         marked = True
     if _exists(journal):
         if not _is_plain(journal):
             raise _not_ours(journal, "it is a link, or no file")
         if journal.stat().st_size and "identity" not in first and not marked:
-            raise _not_ours(journal, "it is no journal of ours")
+            raise _not_ours(journal, "it is not a journal of this pack")
 
 
 def _part_is_ours(part: Path, first: Mapping[str, Any]) -> bool:

@@ -16,9 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, BinaryIO
 
 from .header import (
     HEADER_ENTRY,
@@ -31,6 +29,9 @@ from .header import (
     read_header,
     stat_of,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
@@ -121,6 +122,8 @@ class Source:
     def _read(self, name: str) -> torch.Tensor:
         """(nbytes,) uint8"""
         home, info = self.checkpoint.homes[name], self.checkpoint.header.tensors[name]
+        import torch  # only whoever reads tensors needs it
+
         flat = torch.empty(info.nbytes, dtype=torch.uint8)
         file, rest, position = self._file(home), memoryview(flat.numpy()), info.start
         try:

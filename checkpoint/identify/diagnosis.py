@@ -31,7 +31,7 @@ _STOCK_ON_FOREIGN = {
     "lightx2v": "does not recognise the layers",
 }
 # Faults of the file around the tensors -> what ``repair`` does about them.
-CONTAINER = {"shards": "which `repair` joins", "trailing": "which `repair` cuts off"}
+CONTAINER = {"shards": "which NVFP4 Repair joins", "trailing": "which NVFP4 Repair cuts off"}
 
 
 @dataclass(frozen=True)
@@ -197,14 +197,14 @@ def _layer_faults(
         text = f"{len(plan.nvfp4):,} layers are in the dialect {plan.dialect} ({title})"
         faults.append(Fault("foreign", text, _STOCK_ON_FOREIGN[plan.dialect]))
     elif unmarked and not _old_fp8_only(header, unmarked):
-        text = f"{len(unmarked):,} quantised layers are declared neither by markers nor by the header"
+        text = f"{len(unmarked):,} quantized layers are declared neither by markers nor by the header"
         stock = "fails with a size mismatch, or (DynamicVRAM) loads silently and stops at the first Linear"
         if not any(content["format"] == "nvfp4" for content in unmarked.values()):
             stock = "loads their codes without the scales: noise, without an error"
         faults.append(Fault("unmarked", text, stock))
     if misnamed:
         text = f"the header names {len(misnamed):,} layers with another prefix than their tensors have"
-        stock = "loads it with UNETLoader at best; checkpoint loaders do not find the quantised layers"
+        stock = "loads it with Load Diffusion Model at best; checkpoint loaders do not find the quantized layers"
         faults.append(Fault("misnamed", text, stock))
     foreign = {name: layer.foreign for name, layer in plan.layers.items() if layer.foreign}
     if foreign:

@@ -3,8 +3,8 @@
 
 ``DIALECTS`` says how a file's bytes are to be read; ``detect`` finds out from the header alone which entry a file
 follows, by what its writer declared, and refuses to guess where that leaves a choice: shapes tell tiled from
-row-major block scales only where padding shows, and never the nibble order. ``host_layer`` reads one layer into the
-layout of kernels/format.py; tensors of the native dialect pass through untouched, so they stay memory-mapped.
+row-major block scales only where padding shows, and never the nibble order. host_layer.py reads layers by it. Nothing
+here needs torch before scales are measured.
 
 Sources: ComfyUI ``comfy/ops.py`` (comfy), NVIDIA ModelOpt ``unified_export_hf`` and ``_postprocess_safetensors``
 (modelopt), vLLM compressed-tensors ``nvfp4-pack-quantized`` (compressed_tensors), ModelTC/LightX2V ``mm_weight.py`` and
@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from ...kernels.format import BLOCK, PackedWeight, round_up, swap_nibbles, swizzle
+from ...kernels.geometry import BLOCK
 from ..file.header import HEADER_ENTRY, MARKER, CheckpointError, Header, quote
 from .declarations import (
     IN_HEADER,
@@ -34,12 +36,11 @@ from .layers import Layer, account, group_tensors, read_layer, refuse
 from .scale_order import ROW_MAJOR, TILED, Order, Read, measure, proven_layouts, scale_shapes
 from .signatures import transformer_config
 from .together import check_together
-from .values import check_input_scale, check_packed
 
 AUTO = "auto"
 STATED = "stated by the user"
 
-Get = Callable[[str], torch.Tensor]  # key suffix of one layer -> tensor
+Get = Callable[[str], "torch.Tensor"]  # key suffix of one layer -> tensor
 
 
 def _scale_2(get: Get) -> torch.Tensor:
@@ -97,7 +98,7 @@ DIALECTS = {
 }
 # Of the same layout; NVFP4_AWQ has `pre_quant_scale`, NVFP4_SVD a low-rank part too. MIXED_PRECISION lists its layers.
 _MODELOPT_ALGORITHMS = (None, "NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "W4A16_NVFP4", "MIXED_PRECISION")
-_INPUT_SCALES = (
+INPUT_SCALES = (
     ("input_scale", lambda value: value),
     ("input_global_scale", lambda value: 1.0 / value),
     ("input_absmax", lambda value: value / 2688.0),  # 448 * 6
@@ -355,46 +356,3 @@ def _measured(
             remedy="choose another dialect, or auto",
         )
     return f"{STATED}; {order}", order
-
-
-def host_layer(plan: DialectPlan, layer: str, get: Get, checked: bool = True) -> PackedWeight:
-    """One NVFP4 layer of ``plan`` in the host's layout, on the device where ``get`` puts its tensors.
-
-    ``get(suffix)`` returns the layer's tensor of that key suffix. The shape of the record is the stored one. Native
-    bytes are returned as they are. Raises CheckpointError for scales that are not finite or negative; ``checked``
-    False: only for such a global scale, for a caller that measures what the block scales make of the layer.
-    """
-    kind, factor = DIALECTS[plan.dialect], global_scale(plan, layer, get)
-    rows, cols = plan.nvfp4[layer]
-    packed, scale = get(kind.weight), get("weight_scale").view(torch.float8_e4m3fn)
-    if kind.low_nibble_first:
-        packed = swap_nibbles(packed)
-    if rows % 16:
-        packed = torch.nn.functional.pad(packed, (0, 0, 0, round_up(rows, 16) - rows))
-    record = PackedWeight(packed, scale if kind.tiled_scales else swizzle(scale), factor, (rows, cols))
-    if checked:
-        check_packed(plan.header.path.name, layer, record.block_scale, factor, lambda: record.packed)
-    return record
-
-
-def global_scale(plan: DialectPlan, layer: str, get: Get) -> torch.Tensor:
-    """The multiplying scale of an NVFP4 layer, () fp32. Raises CheckpointError if it is not finite, or below zero."""
-    found = DIALECTS[plan.dialect].global_scale(plan.groups[layer])(get).reshape(())
-    if not torch.isfinite(found) or found < 0:
-        raise CheckpointError(
-            f"its global scale is {found.item()}",
-            where=f"{plan.header.path.name}, layer {layer}",
-            expected="a finite number, not negative",
-            remedy="the file is damaged: download or quantise it again",
-        )
-    return found
-
-
-def input_scale(plan: DialectPlan, layer: str, get: Get) -> torch.Tensor | None:
-    """Static activation scale of a layer, () fp32, multiplying, whatever key and convention it has; None if dynamic."""
-    for suffix, convert in _INPUT_SCALES:
-        if suffix in plan.layers[layer].read:
-            value = get(suffix).float().reshape(())
-            check_input_scale(plan.header.path.name, layer, suffix, value)
-            return convert(value)
-    return None

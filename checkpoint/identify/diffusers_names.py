@@ -53,7 +53,7 @@ class DiffusersNames:
     def stock(self) -> str:
         """What ComfyUI's own loaders do with it."""
         if self.loads:
-            return "loads it with UNETLoader, which renames the tensors"
+            return "loads it with Load Diffusion Model, which renames the tensors"
         if self.converts:
             return "renames the weights and leaves their scales behind: a size mismatch, or noise without an error"
         return "does not load it"
@@ -62,7 +62,7 @@ class DiffusersNames:
         """The refusal."""
         remedy = "take the version of the model made for ComfyUI"
         if self.loads:
-            remedy += ", or load this one with UNETLoader, which renames them"
+            remedy += ", or load this one with Load Diffusion Model, which renames them"
         return CheckpointError(self.found, where=header.path.name, expected="ComfyUI's own names", remedy=remedy)
 
 

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...kernels.format import block_scale_shape, round_up
+from ...kernels.geometry import block_scale_shape, round_up
 from ..file.header import MARKER, CheckpointError, Header, TensorInfo, quote
 from .declarations import Declared
 from .formats import (
@@ -59,7 +59,7 @@ _ORPHANS = {
     *("input_scale", "input_global_scale", "weight_zero_point", SMOOTHING, MARKER, *LOW_RANK, "qzeros", "g_idx"),
 }
 _BESIDE = ("_scales", "_blocks", ".absmax", "_absmax", "_quantizer._amax", "weight_scale", "qzeros", "_scale_inv")
-_STRAY = "it looks like a part of a quantised layer: take another version of the file"
+_STRAY = "it looks like a part of a quantized layer: take another version of the file"
 _AGAIN = "the file is damaged or its writer is not known: download or convert it again"
 _BANK = ("weight_scale", "weight_scale_2", "input_scale")
 _BY_HOST = {form.host: kind for kind, form in FORMATS.items() if form.host} | dict.fromkeys(FP8_FORMATS.values(), "fp8")
@@ -320,9 +320,9 @@ def refuse(where: str, layers: Mapping[str, Layer], repair: bool = False, strays
             remedy = "convert the original again with a tool that writes `comfy_quant` markers"
         elif repair and layer.low_rank:
             found += " with a low-rank part, which ComfyUI's own loaders would leave out"
-            remedy = "load it with NVFP4ModelLoader as it is"
+            remedy = "load it with NVFP4 Model Loader as it is"
         elif repair and not form.repairs and form.loads:
-            remedy = "load it with NVFP4ModelLoader as it is, or quantise it"
+            remedy = "load it with NVFP4 Model Loader as it is, or quantize it"
         elif form.loads:
             continue
         raise CheckpointError(found, where=f"{where}, layer {name}", expected="a format of ComfyUI's", remedy=remedy)

@@ -31,7 +31,7 @@ OUTSIDE = "outside the blocks"
 _STOCK_ON_VAE = {
     "config": "stops with a RuntimeError while it builds the VAE",
     "statistics": "warns, then decodes garbage",
-    "quantised": "does not dequantise it: decoding fails or gives noise",
+    "quantized": "does not dequantize it: decoding fails or gives noise",
     "prefix": "says 'No VAE weights detected'",
     "vocoder": "says 'No VAE weights detected'",
     "layout": "does not know this layout",
@@ -192,7 +192,7 @@ def _missing(found: Diagnosis, identity: Identity):
     if found.plan is None:
         yield f"a declared dialect: {found.open_dialect}"
     elif found.plan.native and found.unmarked and found.has("unmarked"):
-        yield f"markers or a header entry for {len(found.unmarked):,} quantised layers (`repair` adds them)"
+        yield f"markers or a header entry for {len(found.unmarked):,} quantized layers (NVFP4 Repair adds them)"
 
 
 def _unloadable(found: Diagnosis) -> dict[str, int]:
@@ -213,21 +213,22 @@ def _strays(found: Diagnosis) -> list[str]:
 
 def _loaders(found: Diagnosis, identity: Identity):
     if DIFFUSION_MODEL in found.components and not _unloadable(found) and not _strays(found):
-        widget = "" if found.plan else " with its `dialect` widget set"
-        yield DIFFUSION_MODEL, f"NVFP4ModelLoader{widget}" if _quantised(found) else "UNETLoader or NVFP4ModelLoader"
+        widget = "" if found.plan else " with its dialect widget set"
+        ours = f"NVFP4 Model Loader{widget}"
+        yield DIFFUSION_MODEL, ours if _quantised(found) else f"Load Diffusion Model or {ours}"
     diffusers = diffusers_names(found.checkpoint.header)
     if diffusers is not None and diffusers.loads:
-        yield DIFFUSION_MODEL, "UNETLoader"
+        yield DIFFUSION_MODEL, "Load Diffusion Model"
     for vae in identity.vaes:
         key = AUDIO_VAE if vae.kind == AUDIO else VIDEO_VAE
         if vae.kind == AUDIO or vae.final_decoder:
-            yield key, "NVFP4VAELoader"
+            yield key, "NVFP4 VAE Loader"
         elif vae.preview and vae.family == "LTX-2":
-            yield key, "NVFP4VAELoader with allow_preview, for previews only"
+            yield key, "NVFP4 VAE Loader with allow_preview, for previews only"
         else:
             yield key, "VAELoader, for models of its own family"
     if TEXT_PROJECTION in found.components:
-        yield TEXT_PROJECTION, "LTXAVTextEncoderLoader (as ckpt_name, beside the text encoder)"
+        yield TEXT_PROJECTION, "NVFP4 Text Encoder Loader (second file, beside the text encoder)"
 
 
 def _quantised(found: Diagnosis) -> bool:
@@ -238,7 +239,7 @@ def _stock(found: Diagnosis, identity: Identity):
     if DIFFUSION_MODEL in found.components:
         verdicts = [fault.stock for fault in found.faults]
         if verdicts:
-            cure = "; `repair` makes it loadable" if all(fault.curable for fault in found.faults) else ""
+            cure = "; NVFP4 Repair makes it loadable" if all(fault.curable for fault in found.faults) else ""
             yield DIFFUSION_MODEL, "; ".join(verdicts) + cure
         else:
             yield DIFFUSION_MODEL, "loads it"

@@ -13,15 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from ...kernels.format import BLOCK, block_scale_shape, unswizzle
+from ...kernels.geometry import BLOCK, block_scale_shape
 from ..file.header import Header
 from .formats import Group, weight_suffix
 
 TILED, ROW_MAJOR = "tiled", "row-major"
-Read = Callable[[str], torch.Tensor]  # name in the file -> tensor
+Read = Callable[[str], "torch.Tensor"]  # name in the file -> tensor
 
 _LAYERS = 12
 _SIGMAS = 12.0  # of the difference that chance gives; see tests/checkpoint/identify/test_scale_order.py
@@ -79,6 +81,10 @@ def proven_layouts(packed: Mapping[str, Group]) -> dict[str, str]:
 
 def measure(header: Header, packed: Mapping[str, Group], read: Read) -> Order:
     """Header, NVFP4 layers whose scales have the same shape in either order, reader -> Order, from a few of them."""
+    import torch  # to read tensors; what the header decides needs none
+
+    from ...kernels.format import unswizzle
+
     names = [layer for layer, members in packed.items() if _large(members)]
     chosen = names[:: max(len(names) // _LAYERS, 1)][:_LAYERS]
     shares, deviations = [], []
@@ -107,6 +113,8 @@ def _large(members: Group) -> bool:
 
 def _explained(scale: torch.Tensor) -> float:
     """Share of the variance of log2(scale) that the means of rows and columns explain; (N, C) bytes of E4M3."""
+    import torch
+
     values = scale.view(torch.float8_e4m3fn).float().clamp_min(2.0**-10).log2()
     values = values - values.mean()
     total = values.square().mean().item()

@@ -119,8 +119,8 @@ def find_projection(header: Header, encoder: TextEncoder) -> Projection:
             f"it has no text projection (no `{PROJECTION}*` tensors)",
             where=where,
             expected="the LTX-2.x checkpoint that the text encoder is for, or the file with its text projection",
-            remedy="choose the full checkpoint; a file of the diffusion model alone has lost it (`split` writes it "
-            "into a file of its own)",
+            remedy="choose the full checkpoint; a file of the diffusion model alone has lost it (NVFP4 Split "
+            "Checkpoint writes it into a file of its own)",
         )
     infos = [found[part] for part in parts]
     if any(len(info.shape) != 2 for info in infos):

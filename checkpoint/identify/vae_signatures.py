@@ -203,7 +203,7 @@ def pick_vae(header: Header, audio: bool = False, prefix: str | None = None, con
 
 def refusal(vae: Vae, audio: bool = False, allow_preview: bool = False) -> str | None:
     """Why this VAE must not decode LTX latents, and the remedy; None if it may. Quantised weights are no reason."""
-    full = "take the full VAE of the LTX checkpoint (`split` extracts it)"
+    full = "take the full VAE of the LTX checkpoint (NVFP4 Split Checkpoint extracts it)"
     if audio != (vae.kind == AUDIO):
         return f"this is an {vae.title}; choose {'the audio' if audio else 'a video'} VAE"
     if vae.preview and not (allow_preview and vae.family == "LTX-2"):
@@ -295,7 +295,7 @@ def _problems(
         yield Problem("layout", "its names are those of diffusers, which ComfyUI does not read")
     if quantised:
         formats = ", ".join(f"{count} as {name}" for name, count in quantised.items())
-        yield Problem("quantised", f"weights stored quantised: {formats}; ComfyUI does not dequantise a VAE")
+        yield Problem("quantized", f"weights stored quantized: {formats}; ComfyUI does not dequantize a VAE")
     if prefix and row.kind != AUDIO:
         yield Problem("prefix", f"its names begin with `{prefix}`; a VAE file of its own has none")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...kernels.format import E2M1_MAX, E4M3_MAX
+from ...kernels.geometry import E2M1_MAX, E4M3_MAX
 from ..file.header import CheckpointError
 from .formats import SMOOTHING
 from .layers import Layer

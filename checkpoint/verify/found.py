@@ -16,7 +16,8 @@ class LayerCheck:
     """``error``: relative; ``allowed``: what its format costs; shares of blocks; ``verdict``: "" if nothing is wrong.
 
     ``block``: number of its block, None outside; ``kind``: its name in the block. ``saturated``: blocks whose largest
-    value the scale 448 cannot reach; ``lost``: blocks decoded as zero that are not.
+    value the scale 448 cannot reach; ``lost``: blocks decoded as zero that are not. ``output``, ``output_plain``:
+    relative error of the outputs on calibrated inputs, that of plain block maxima. ``lora``: share of the LoRAs in it.
     """
 
     layer: str
@@ -30,6 +31,9 @@ class LayerCheck:
     lost: float
     non_finite: int
     verdict: str
+    output: float | None = None
+    output_plain: float | None = None
+    lora: float | None = None
 
     @property
     def sqnr(self) -> float:
@@ -43,7 +47,8 @@ class Verification:
 
     ``missing``: tensors of the source that the file lacks; ``extra``: the reverse; ``faults``: what else is wrong, name
     first. ``left_out``: components of the source that a file of the diffusion model alone rightly lacks. ``sampled``:
-    layers whose numbers were read a second time, without the pack's own readers.
+    layers whose numbers were read a second time, without the pack's own readers. ``loras``: what the source was taken
+    together with. ``calibration``: the file by which layers were judged by their outputs, or "".
     """
 
     file: str
@@ -59,6 +64,8 @@ class Verification:
     faults: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     sampled: int = 0
+    loras: tuple[str, ...] = ()
+    calibration: str = ""
 
     @property
     def ok(self) -> bool:
@@ -100,10 +107,16 @@ def summary(found: Verification) -> str:
     lines = [
         f"{found.file} against {found.source}: {'as good as its format allows' if found.ok else 'NOT in order'}",
         f"dialect: {found.dialect} ({found.evidence})",
-        f"{len(found.layers):,} quantised layers, mean error {mean}, {len(wrong):,} worse than allowed; "
+        f"{len(found.layers):,} quantized layers, mean error {mean}, {len(wrong):,} worse than allowed; "
         f"{found.identical:,} other tensors identical, {len(found.changed):,} changed, {len(found.missing):,} missing, "
         f"{len(found.extra):,} extra; {found.sampled:,} layers read a second time, without the pack's readers",
     ]
+    if found.loras:
+        shares = [check.lora for check in found.layers if check.lora is not None]
+        seen = f", {min(shares):.2f} to {max(shares):.2f} of it in {len(shares):,} quantised layers" if shares else ""
+        lines.append(f"compared with the source and {', '.join(found.loras)}{seen}")
+    if found.calibration:
+        lines.append(f"outputs, by {found.calibration}: {outputs_text(found)}")
     if found.left_out:
         lines.append(f"a file of the diffusion model alone: without the source's {', '.join(found.left_out)}")
     lines += _some([f"{check.layer}: {check.verdict}" for check in wrong])
@@ -113,6 +126,17 @@ def summary(found: Verification) -> str:
     lines += _some([f"{name}: the file has it, the source does not" for name in found.extra])
     lines += _some(found.faults)
     return text_report(lines)
+
+
+def outputs_text(found: Verification) -> str:
+    """Verification with a calibration file -> how the outputs are, in words."""
+    judged = [check for check in found.layers if check.output is not None]
+    if not judged:
+        return "it has none of the quantised layers"
+    ours, plain = (sum(getattr(c, n) ** 2 for c in judged) / len(judged) for n in ("output", "output_plain"))
+    better = sum(check.output < check.output_plain for check in judged)
+    of = f"{len(judged):,} layers, {better:,} better than block maxima"
+    return f"mean squared error {ours:.5f} where those would have {plain:.5f}, of {of}"
 
 
 def worst_layers(found: Verification, count: int) -> list[tuple[str, ...]]:

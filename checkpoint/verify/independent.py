@@ -23,7 +23,7 @@ from ..identify.layers import Layer
 from .weight_error import decode
 
 if TYPE_CHECKING:
-    from .verify import Layers
+    from .compare import Layers
 
 _ROWS = 128
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)

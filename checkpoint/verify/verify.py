@@ -13,36 +13,23 @@ file that leaves its dialect open is read in the one that fits.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ...kernels.format import BLOCK, round_up
 from ..file.guard import SourceGuard
-from ..file.header import CheckpointError
+from ..file.header import CheckpointError, quote
 from ..file.shards import Source, open_checkpoint
 from ..identify import dialects
-from ..identify.formats import LOW_RANK, SMOOTHING
-from ..identify.layers import Layer, refuse
-from ..write.card import PROVENANCE
-from ..write.plan import GPTQ
+from ..write.calibration import Calibration, check_belongs, read_calibration
+from ..write.card import loras_of
+from ..write.lora import Deltas, Given, Lora, read_loras
 from ..write.split import same_file
-from ..write.weights import FloatRows, FloatWeight
 from .account import Side, account_for, input_scale_faults
+from .compare import Layers
 from .found import LayerCheck, Verification, blocks_and_kinds, summary
 from .independent import sample, structure_faults
-from .weight_error import CALIBRATED_MARGIN, MARGIN, decode, energy, layer_error, ratio
-
-FP8_ALLOWED = 0.04  # E4M3 with one scale has 0.027 on Gaussian weights, E5M2 twice that
-SAME = 1e-6  # of two dialects, one of which divides by its global scale
-FLOAT_ALLOWED = 0.004  # what rounding to BF16 costs at most, 2^-8
-_SUSPICIOUS = 0.2
-_BLOCK_NUMBER = re.compile(r"(?:^|\.)(\w*(?:blocks|layers)\w*)\.(\d+)\.")
 
 
 def verify(
@@ -51,21 +38,33 @@ def verify(
     *,
     dialect: str = dialects.AUTO,
     plain_source: bool = False,
+    loras: Given = (),
+    calibration: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Quantised file, its source (each a file, index, shard or wildcard) -> Verification; reads both once.
 
     ``plain_source``: refuse a source that is NVFP4 itself; a file that `repair` wrote can be compared with one, but how
-    far off its numbers are is then not measured. ``on_step(done, total)`` counts bytes of the quantised file and may
-    raise. Raises CheckpointError.
+    far off its numbers are is then not measured. ``loras``: (file, strength) of what was folded in. ``calibration``:
+    the file by which layers are judged by their outputs; it belongs to the source. ``on_step(done, total)`` counts
+    bytes of the quantised file and may raise. Raises CheckpointError.
     """
     device, step = torch.device(device), on_step or (lambda done, total: None)
     ours, theirs = Side(open_checkpoint(path)), Side(open_checkpoint(source))
     _check_pair(ours, theirs, plain_source)
+    added = read_loras(loras, theirs.header, theirs.own)
+    if (folded := loras_of(ours.header)) and not loras:
+        found = f"LoRAs were folded in: {', '.join(f'{quote(name)} at {strength:g}' for name, strength in folded)}"
+        remedy = "name them (--lora FILE=STRENGTH; the node looks for them in models/loras)"
+        raise CheckpointError(found, where=ours.header.path.name, remedy=remedy)
+    known = None
+    if calibration is not None:
+        known = read_calibration(calibration)
+        check_belongs(known, theirs.checkpoint)
     guards = SourceGuard(ours.checkpoint), SourceGuard(theirs.checkpoint)
     try:
-        found = _verify(ours, theirs, dialect, device, step)
+        found = _verify(ours, theirs, dialect, added, known, device, step)
     except Exception:
         for guard in guards:
             guard.check()  # what changed meanwhile is the reason, whatever it led to
@@ -76,11 +75,17 @@ def verify(
 
 
 def _verify(
-    ours: Side, theirs: Side, dialect: str, device: torch.device, step: Callable[[int, int], None]
+    ours: Side,
+    theirs: Side,
+    dialect: str,
+    loras: Sequence[Lora],
+    calibration: Calibration | None,
+    device: torch.device,
+    step: Callable[[int, int], None],
 ) -> Verification:
-    with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original:
+    with Source(ours.checkpoint) as reader, Source(theirs.checkpoint) as original, Deltas(loras) as deltas:
         theirs.take(dialects.detect(theirs.header.of(theirs.own), prefix=theirs.prefix))
-        layers = Layers(ours, theirs, reader, original, device)
+        layers = Layers(ours, theirs, reader, original, device, deltas, calibration)
         plan = layers.plan(dialect)
         account = account_for(ours, theirs, plan)
         checks, identical, changed, faults = [], 0, [], [*account.faults, *structure_faults(ours.checkpoint)]
@@ -93,7 +98,7 @@ def _verify(
                 checks += [found] if isinstance(found, LayerCheck) else []
                 faults += [found] if isinstance(found, str) else []
             elif name in account.copies:
-                same = _equal(reader.view(name), original.view(account.copies[name]))
+                same = layers.same(name, account.copies[name])
                 identical += same
                 changed += [] if same else [ours.names[name]]
         faults += input_scale_faults(ours, reader)
@@ -102,7 +107,8 @@ def _verify(
     return Verification(
         ours.header.path.name, theirs.header.path.name, plan.dialect, layers.evidence or plan.evidence,
         tuple(checks), identical, tuple(changed), account.alone, account.missing, account.extra,
-        (*faults, *wrong), account.left_out, sampled,
+        (*faults, *wrong), account.left_out, sampled, tuple(f"{lora.file} at {lora.strength:g}" for lora in loras),
+        calibration.header.path.name if calibration else "",
     )  # fmt: skip
 
 
@@ -113,187 +119,8 @@ def _check_pair(ours: Side, theirs: Side, plain_source: bool) -> None:
         raise CheckpointError("it is both the file and its source", where=where, expected="two files", remedy=remedy)
     packed = dialects.packed_layers(theirs.header.of(theirs.own)) if plain_source else []
     if packed:
-        found = f"the source is quantised itself ({len(packed):,} NVFP4 layers), so nothing can be measured against it"
+        found = f"the source is quantized itself ({len(packed):,} NVFP4 layers), so nothing can be measured against it"
         raise CheckpointError(found, where=where, expected="a source in BF16, FP16, FP32 or FP8", remedy=remedy)
-
-
-class Layers:
-    """Reads layers of both files and compares them."""
-
-    def __init__(self, ours: Side, theirs: Side, reader: Source, original: Source, device: torch.device) -> None:
-        self.ours, self.theirs, self.reader, self.original, self.device = ours, theirs, reader, original, device
-        self.evidence, self._stated = "", ""
-        self.margin = CALIBRATED_MARGIN if _calibrated(ours) else MARGIN
-        self._plans: dict[str, dialects.DialectPlan | None] = {}
-
-    def plan(self, dialect: str) -> dialects.DialectPlan:
-        """The dialect that is declared or stated, or, where it is open, the one that fits the source."""
-        self._stated = dialect
-        try:
-            self._plan = self._detect(dialect)
-            return self._plan
-        except CheckpointError:
-            if dialect != dialects.AUTO:
-                raise
-            errors = {name: error for name in dialects.DIALECTS if (error := self._trial(name)) is not None}
-            best = min(errors, key=errors.get, default=None)
-            if best is None or errors[best] > _SUSPICIOUS:
-                raise
-        self.evidence = f"undeclared; it fits the source (error {errors[best]:.3f})"
-        self._plan = self._other(best)
-        return self._plan
-
-    @property
-    def dialect(self) -> str:
-        """The dialect in which the file is read."""
-        return self._plan.dialect
-
-    def record(self, layer: str) -> tuple:
-        """A layer of the file in the host's layout, what its input is multiplied by, its low-rank part, if any."""
-        return self._record(self._plan, layer)
-
-    def original_rows(self, weight: FloatWeight, count: int) -> torch.Tensor:
-        """The first rows of a weight of the source, FP32 on the CPU."""
-        return FloatRows(self.original, weight, self.device).rows(0, count).cpu()
-
-    def compare(self, mine: Layer, other: Layer) -> LayerCheck | str:
-        """A layer that the two files store in different ways -> LayerCheck, or why it cannot be compared."""
-        own = self.ours.layer(mine.name)
-        if mine.kind == other.kind == "nvfp4" and len(mine.shape) == 2:
-            return self._rewritten(mine, other)
-        weight, decoded = self.theirs.weight(own), self.ours.weight(own)
-        if weight is None:
-            return f"{own}: the source has it as {other.title}, which is not read here; name the original as source"
-        if len(mine.shape) < 2 or mine.kind == "nvfp4" and len(mine.shape) != 2:
-            return f"{own}: {mine.title} of shape {mine.shape} is not read here, and was not compared"
-        if mine.kind == "nvfp4":
-            return self._nvfp4(mine.name, weight)
-        if decoded is None:
-            return f"{own}: it is stored as {mine.title}, which is not read here, and was not compared"
-        if decoded.info.shape != weight.info.shape:
-            return f"{own}: it is of shape {decoded.info.shape}, in the source {weight.info.shape}"
-        return self._decoded(mine, decoded, weight)
-
-    def _nvfp4(self, layer: str, weight: FloatWeight) -> LayerCheck:
-        """One NVFP4 layer against its original."""
-        rows = FloatRows(self.original, weight, self.device)
-        record, *beside = self.record(layer)
-        (n, k), (stored_n, stored_k) = rows.shape, record.shape
-        if (round_up(n, 16), round_up(k, BLOCK)) != (round_up(stored_n, 16), round_up(stored_k, BLOCK)):
-            verdict = f"it is {stored_n} x {stored_k}, its original {n} x {k}"
-            return self._made(layer, "NVFP4", (n, k), (math.inf, 0.1, 0.0, 0.0, 0), verdict)
-        numbers = layer_error(rows, record, *beside, self.margin)
-        return self._made(layer, "NVFP4", (n, k), numbers, self._verdict(layer, weight, numbers))
-
-    def _rewritten(self, mine: Layer, other: Layer) -> LayerCheck:
-        """A layer that is NVFP4 in both, in two dialects: the numbers are the same, but for the last bit of a scale."""
-        ours, *beside = self.record(mine.name)
-        theirs, *others = self._record(self.theirs.plan, other.name, self.original)
-        n, k = (min(sides) for sides in zip(ours.shape, theirs.shape, strict=True))  # one may be padded
-        found, wanted = decode(replace(ours, shape=(n, k))), decode(replace(theirs, shape=(n, k)))
-        error, shape = ratio(energy(found - wanted), energy(wanted)), (n, k)
-        same = [round_up(a, 16) == round_up(b, 16) for a, b in zip(ours.shape, theirs.shape, strict=True)]
-        if not all(same) or [b is None for b in beside] != [b is None for b in others]:
-            error = math.inf
-        verdict = "" if error <= SAME else f"its error is {error:.3g}, though the source has it in NVFP4 too"
-        return self._made(mine.name, "NVFP4", shape, (error, SAME, 0.0, 0.0, int(not math.isfinite(error))), verdict)
-
-    def _decoded(self, layer: Layer, mine: FloatWeight, weight: FloatWeight) -> LayerCheck:
-        """One FP8 or floating-point layer that the source has in another format."""
-        wanted, found = FloatRows(self.original, weight, self.device), FloatRows(self.reader, mine, self.device)
-        off = size = torch.zeros((), dtype=torch.float64, device=self.device)
-        for start, rows in wanted:
-            decoded = found.rows(start, start + rows.shape[0])
-            off, size = off + energy(decoded - rows), size + energy(rows)
-        error, title = ratio(off, size), "FP8" if mine.fp8 else mine.info.dtype
-        allowed = {"F8_E4M3": FP8_ALLOWED, "F8_E5M2": 2 * FP8_ALLOWED}.get(mine.info.dtype, FLOAT_ALLOWED)
-        verdict = "" if error <= allowed else f"its error is {error:.3f}, {title} should have {allowed:g} at most"
-        bad = int(not math.isfinite(error))
-        return self._made(layer.name, title, weight.info.shape, (error, allowed, 0.0, 0.0, bad), verdict)
-
-    def _made(self, layer: str, kind_of: str, shape, numbers, verdict: str) -> LayerCheck:
-        own = self.ours.layer(layer)
-        found = _BLOCK_NUMBER.search(own)
-        kind = own[found.end() :] if found else own
-        if found and found[1] not in ("transformer_blocks", "blocks", "layers"):
-            kind = f"{found[1]}: {kind}"
-        return LayerCheck(own, int(found[2]) if found else None, kind, kind_of, tuple(shape), *numbers, verdict)
-
-    def _verdict(self, layer: str, weight, numbers) -> str:
-        error, allowed, _, lost, bad = numbers
-        if bad:
-            return f"{bad:,} of its decoded values are NaN or infinite"
-        if error <= allowed:
-            return ""
-        text = f"its error is {error:.3f}, the format allows {allowed:.3f}"
-        if error < _SUSPICIOUS:
-            return text
-        for name in dialects.DIALECTS:
-            other = self._other(name)
-            if name != self._plan.dialect and other is not None and layer in other.nvfp4:
-                found = self._record(other, layer)
-                if layer_error(FloatRows(self.original, weight, self.device), *found, self.margin)[0] <= allowed:
-                    return f"{text}; it is in the dialect {name}, not {self._plan.dialect}: state that and repair it"
-        if lost > 0.5:
-            return f"{text}; {100 * lost:.0f} % of its blocks decode to zero, in the source they are not"
-        if 0.25 < error < 0.6:
-            return f"{text}; 0.36 is the mark of block scales in the wrong order"
-        return f"{text}; 1.41 is the mark of exchanged nibbles, or of a source that is another model"
-
-    def _trial(self, name: str) -> float | None:
-        """Error of the first layer that both files have, read in a dialect; None if it cannot be."""
-        plan = self._other(name)
-        for layer in plan.nvfp4 if plan else ():
-            weight = self.theirs.weight(self.ours.layer(layer))
-            if weight is not None:
-                found = self._record(plan, layer)
-                return layer_error(FloatRows(self.original, weight, self.device), *found, self.margin)[0]
-        return None
-
-    def _other(self, name: str) -> dialects.DialectPlan | None:
-        if name not in self._plans:
-            try:
-                self._plans[name] = self._detect(name)
-            except CheckpointError:
-                self._plans[name] = None
-        return self._plans[name]
-
-    def _detect(self, dialect: str) -> dialects.DialectPlan:
-        header = self.ours.header
-        read = self.reader.tensor if dialect in (dialects.AUTO, self._stated) else None  # a trial may be any dialect
-        plan = dialects.detect(header.of(self.ours.own), dialect, self.ours.prefix, read)
-        refuse(header.path.name, plan.layers)
-        self.ours.take(plan)
-        if plan.dialect is None:
-            where, remedy = header.path.name, "choose the quantised file, and as source the one it was made from"
-            raise CheckpointError("it has no NVFP4 layer", where=where, remedy=remedy)
-        return plan
-
-    def _record(self, plan: dialects.DialectPlan, layer: str, reader: Source | None = None) -> tuple:
-        """A layer in the host's layout, what its input is multiplied by, and its low-rank part, if any."""
-        reader = reader or self.reader
-        get = lambda suffix: reader.tensor(f"{layer}.{suffix}")  # noqa: E731
-        record, read = dialects.host_layer(plan, layer, get, checked=False), plan.layers[layer].read
-        smooth = get(SMOOTHING).float().reshape(-1).to(self.device) if SMOOTHING in read else None
-        low_rank = None
-        if plan.layers[layer].low_rank:
-            low_rank = tuple(get(suffix).float().to(self.device) for suffix in LOW_RANK)
-        return record, smooth, low_rank
-
-
-def _calibrated(side: Side) -> bool:
-    """Whether a file says of itself that GPTQ made it, which spends weight error to save output error."""
-    try:
-        said = json.loads(side.header.metadata.get(PROVENANCE, "{}"))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(said, dict) and said.get("search") == GPTQ
-
-
-def _equal(a: memoryview, b: memoryview) -> bool:
-    """Whether two buffers hold the same bytes, compared in pieces."""
-    step = 2**24
-    return len(a) == len(b) and all(bytes(a[i : i + step]) == bytes(b[i : i + step]) for i in range(0, len(a), step))
 
 
 __all__ = ["LayerCheck", "Verification", "blocks_and_kinds", "summary", "verify"]

@@ -35,7 +35,7 @@ from .weights import FloatWeight
 ENTRY = "nvfp4_calibration"
 FORMAT = 1
 MIN_TOKENS = 128  # of an input, held-out ones among them: with fewer neither the sums nor the judgement mean much
-_AGAIN = "collect it again with the model that is to be quantised"
+_AGAIN = "collect it again with the model that is to be quantized"
 _PROBE = 64
 
 

@@ -43,12 +43,12 @@ With cfg 3, 20 steps or `LTXVScheduler(8)` it
   looks burnt or blurred. (An undistilled one takes the settings of its original.)
 - **Frames: 8k + 1** (97, 121, ...). **Width and height: multiples of 32.** ComfyUI rounds others down in silence.
 - **One frame rate**, the same in LTXVConditioning, LTXVEmptyLatentAudio and CreateVideo.
-- **Memory, not speed.** Without FP4 tensor cores these weights are dequantised layer by layer: the file is smaller in
+- **Memory, not speed.** Without FP4 tensor cores these weights are dequantized layer by layer: the file is smaller in
   memory, a step is not faster than in BF16."""
 _OTHER_TRAPS = """\
 - **Decode with the model's own full VAE**, not with a preview decoder (TAESD, taew and kin). {vae}
-- **Use the steps, cfg and sampler of the original model**: quantising changes none of them.
-- **Memory, not speed.** Without FP4 tensor cores these weights are dequantised layer by layer: the file is smaller in
+- **Use the steps, cfg and sampler of the original model**: quantizing changes none of them.
+- **Memory, not speed.** Without FP4 tensor cores these weights are dequantized layer by layer: the file is smaller in
   memory, a step is not faster than in BF16."""
 
 
@@ -76,7 +76,27 @@ def provenance(record: Mapping[str, Any], sources: Mapping[str, str] | None = No
     hashes = sources or {}
     files = [{"file": name, "sha256": hashes.get(name, _UNKNOWN_SHA)} for name in record["source_files"]]
     kept = ("tool", "recipe", "options", "search", "layers", "calibration", "licence")
-    return json.dumps({"source": files} | {key: record[key] for key in kept}, separators=(",", ":"))
+    said = {"source": files} | {key: record[key] for key in kept}
+    if record["loras"]:
+        said["loras"] = [lora | {"sha256": lora["sha256"] or _UNKNOWN_SHA} for lora in record["loras"]]
+    return json.dumps(said, separators=(",", ":"))
+
+
+def provenance_of(header: Header) -> Mapping[str, Any]:
+    """What the header's entry says, whoever wrote it; empty where there is none, or where it is no such thing."""
+    try:
+        said = json.loads(header.metadata.get(PROVENANCE, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def loras_of(header: Header) -> list[tuple[str, float]]:
+    """(file name, strength) of the LoRAs that the header says were folded in."""
+    said = provenance_of(header).get("loras")
+    found = [lora for lora in said if isinstance(lora, dict)] if isinstance(said, list) else []
+    names = ((lora.get("file"), lora.get("strength")) for lora in found)
+    return [(name, float(at)) for name, at in names if isinstance(name, str) and isinstance(at, (int, float))]
 
 
 def model_card(record: Mapping[str, Any]) -> str:
@@ -98,7 +118,7 @@ def _card_text(record: Mapping[str, Any]) -> str:
     shrunk = 1 - record["nbytes"] / record["source_bytes"]
     search = {
         "mse": "block scales chosen for the least squared error among candidates, same format as plain NVFP4",
-        "amax": "plain block maxima, as comfy-kitchen's quantiser",
+        "amax": "plain block maxima, as comfy-kitchen's quantizer",
         "gptq": "GPTQ: rounding errors are made up for by later columns, as calibration inputs are correlated; "
         "block scales chosen on the way, same format as plain NVFP4",
     }[record["search"]]
@@ -110,7 +130,8 @@ def _card_text(record: Mapping[str, Any]) -> str:
         [
             f"# {markdown(record['file'])}",
             "",
-            f"{family} with {record['layers']:,} layers in NVFP4, for ComfyUI.",
+            f"{family} with {record['layers']:,} layers in NVFP4"
+            f"{', ' + format(record['fp8'], ',') + ' in FP8' if record['fp8'] else ''}, for ComfyUI.",
             "",
             "## Before you judge it",
             "",
@@ -124,8 +145,10 @@ def _card_text(record: Mapping[str, Any]) -> str:
             f"({size_text(record['source_bytes'])}) |",
             f"| sha256 | `{record['sha256']}` |",
             *(f"| made from | {markdown(name)}, sha256 `{sha}` |" for name, sha in sources.items()),
+            *(f"| LoRA folded in | {lora_text(lora)}, sha256 `{lora['sha256']}` |" for lora in record["loras"]),
             f"| made by | {record['tool']}, recipe {markdown(record['recipe'])} ({markdown(record['why'])}) |",
             *([f"| options | {options} |"] if options else []),
+            *([f"| budget | {markdown(budget_text(record))} |"] if record.get("budget") else []),
             f"| scales | {search}{weighted} |",
             *([f"| calibration | {markdown(record['calibration'])}: {calibrated} |"] if calibrated else []),
             f"| licence | {licence} |",
@@ -158,10 +181,37 @@ def text_of(record: Mapping[str, Any]) -> str:
         free = size_text(record["free_bytes"]) + ("" if record["fits"] else ", NOT ENOUGH")
         lines += [f"time: about {record['seconds'] / 60:.1f} min", f"free on disk: {free}"]
     lines += [f"layers: {record['layers']:,} in NVFP4, recipe {record['recipe']}: {record['why']}"]
+    lines += [f"LoRA folded in: {lora_text(lora)}" for lora in record["loras"]]
+    if record.get("budget"):
+        lines += [f"budget {budget_text(record)}", *("  ".join(row) for row in curve_rows(record))]
     lines += [calibration_text(record)] if record["calibration"] else []
     lines += [f"kept: {count:,} {reason}" for reason, count in record["kept"].items()]
     lines += [f"warning: {text}" for text in record["warnings"]]
     return report(lines)
+
+
+def budget_text(record: Mapping[str, Any]) -> str:
+    """Record of a file, or of an estimate, with a byte budget -> what was bought with it; "" without."""
+    if not (found := record.get("budget")):
+        return ""
+    first = found["curve"][0]["error"]
+    formats = f"{found['fp8']:,} in FP8 and {found['whole']:,} as in the source"
+    errors = f"mean squared error of outputs {found['error']:.5f} where all in NVFP4 would have {first:.5f}"
+    return f"{found['asked']}: of {found['layers']:,} calibrated layers {formats}, {errors}, by the plain search"
+
+
+def curve_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Such a record -> rows of a table, its heading first: what files of other sizes would be; empty without."""
+    rows = [
+        (size_text(round(point["nbytes"])), f"{point['error']:.5f}", f"{point['fp8']:,}", f"{point['whole']:,}")
+        for point in (record.get("budget") or {"curve": ()})["curve"]
+    ]
+    return [("size", "error of outputs", "in FP8", "as in the source"), *rows] if rows else []
+
+
+def lora_text(lora: Mapping[str, Any]) -> str:
+    """A LoRA of a record -> its name, strength and how many tensors it changed, for Markdown."""
+    return f"{markdown(lora['file'])} at strength {lora['strength']:g}, which changes {lora['tensors']:,} tensors"
 
 
 def calibration_text(record: Mapping[str, Any]) -> str:

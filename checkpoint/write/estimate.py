@@ -15,6 +15,7 @@ import torch
 from ...kernels import dispatch, gptq
 from ..file.container import build_header
 from ..file.header import CheckpointError, Header, open_regular
+from .budget import spend
 from .card import PROVENANCE, provenance
 from .plan import GPTQ, MSE, QuantizePlan, QuantizeSettings, plan_quantization
 
@@ -32,18 +33,21 @@ def estimate(
     """What ``quantize_checkpoint`` would write and how long it would take, by a short trial of each of its steps.
 
     The times come from the first 64 MiB of the source, a small matrix, and 64 MiB written to a nameless file in the
-    target's folder; caches make them optimistic. Nothing stays on disk.
+    target's folder; caches make them optimistic. With a budget every calibrated layer is read, to tell what it buys.
+    Nothing stays on disk.
     """
     plan = plan_quantization(source, settings or QuantizeSettings())
+    if plan.settings.budget:
+        plan = spend(plan, source, frozenset(), torch.device(device), lambda: None)
     folder = Path(os.path.realpath(target)).parent
     folder = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     elements = sum(job.info.numel for job in plan.jobs.values())
     rates = {
         "read": _read_rate(plan.checkpoint.files[0]),
-        "quantise": _quantise_rate(plan, torch.device(device)),
+        "quantize": _quantise_rate(plan, torch.device(device)),
         "write": _write_rate(folder),
     }
-    amounts = {"read": plan.record["source_bytes"], "quantise": elements, "write": 2 * plan.nbytes}
+    amounts = {"read": plan.record["source_bytes"], "quantize": elements, "write": 2 * plan.nbytes}
     metadata = dict(plan.metadata) | {PROVENANCE: provenance(plan.record)}
     nbytes = len(build_header(Path(target), plan.tensors, metadata)[0]) + plan.nbytes
     free = shutil.disk_usage(folder).free

@@ -128,7 +128,7 @@ def _best_damping(rows: FloatRows, global_scale: torch.Tensor, moments: Moments)
         if best is not None and told.damping <= best.damping:
             continue  # it was not positive definite with less, and so this one was tried
         error = sum(
-            _error(gptq.quantize(values, told, global_scale), values, moments).item() for values in _trial(rows)
+            _error(gptq.quantize(values, told, global_scale), values, moments).item() for values in trial_rows(rows)
         )
         if error < least:
             best, least = told, error
@@ -137,7 +137,7 @@ def _best_damping(rows: FloatRows, global_scale: torch.Tensor, moments: Moments)
     return best
 
 
-def _trial(rows: FloatRows) -> Iterator[torch.Tensor]:
+def trial_rows(rows: FloatRows) -> Iterator[torch.Tensor]:
     """Some rows of a weight, in pieces."""
     tiles = -(-rows.shape[0] // TILE)
     for number in range(min(tiles, _TRIAL_PIECES)):

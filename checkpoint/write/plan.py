@@ -15,9 +15,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ...kernels.format import block_scale_shape, packed_shape
 from ..file.container import PlannedTensor
 from ..file.dtypes import BITS
 from ..file.header import HEADER_ENTRY, CheckpointError, Header, layers_entry
@@ -29,14 +28,16 @@ from ..identify.layers import Layer, refuse
 from ..identify.signatures import find_model
 from .calibration import Statistics, find_statistics
 from .card import licence_of, tool_version
+from .lora import Lora, read_loras
 from .recipes import AUTO, Options, Recipe, Selection, find_recipe, select
 from .split import with_config
+from .units import Spent, fp8_tensors, nvfp4_tensors, planned_tensor
 from .weights import FloatWeight, float_weight
 
 MSE, AMAX, GPTQ = "mse", "amax", "gptq"
 QUALITIES = {"best": MSE, "fast": AMAX, "calibrated": GPTQ}
 NON_FINITE = "NaN or infinity in it, kept on request"
-_MARKER = b'{"format": "nvfp4"}'
+SENSITIVE = "its outputs are sensitive, kept within the byte budget"
 _REPLACED = ("weight", *FP8_SCALES, "input_scale", "scale_input", dialects.MARKER)
 _RENAMED = {"scale_weight": "weight_scale", "weight_scale_inv": "weight_scale", "scale_input": "input_scale"}
 
@@ -48,7 +49,8 @@ class QuantizeSettings:
     ``search``: "mse", "amax", or "gptq" with a calibration file. ``keep_non_finite``: keep layers with NaN or infinity
     instead of refusing the file. ``calibration``: a calibration file (calibration.py), or a safetensors file with the
     mean squares of each layer's inputs, (K,) under the layer's name, which weight the search "mse".
-    ``config_from``: as in ``split``.
+    ``config_from``: as in ``split``. ``budget``: what to spend on wider layers (budget.py), a preset or a size; "" is
+    as little as the recipe allows. ``loras``: (file, strength) of LoRAs that are added to the weights first.
     """
 
     recipe: str = AUTO
@@ -58,15 +60,18 @@ class QuantizeSettings:
     keep_non_finite: bool = False
     calibration: str | os.PathLike[str] | None = None
     config_from: str | os.PathLike[str] | None = None
+    loras: tuple[tuple[str | os.PathLike[str], float], ...] = ()
+    budget: str = ""
 
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """``jobs``: source tensor -> the weight it is, to be quantised. ``restored``: the same, to become BF16.
+    """``jobs``: source tensor -> the weight it is, to become NVFP4. ``fp8``, ``restored``: the same, to FP8, to BF16.
 
     ``kept``: coded layers that stay in their format. ``copies``: source tensor -> tensor of the target. ``made``:
-    tensor of the target -> its bytes. ``units``: what is finished together, by source tensor, or by target tensor for
-    ``made``. ``tensors``: the file, wide elements first, so that all are aligned.
+    tensor of the target -> its bytes. ``loras``: what changes tensors of these and of ``copies``. ``units``:
+    what is finished together, by source tensor, or by target tensor for ``made``. ``tensors``: the file, wide elements
+    first, so that all are aligned. ``model_bytes``: of the diffusion model's tensors among them.
     """
 
     checkpoint: Checkpoint
@@ -75,12 +80,15 @@ class QuantizePlan:
     family: str | None
     selection: Selection
     jobs: Mapping[str, FloatWeight]
+    fp8: Mapping[str, FloatWeight]
     restored: Mapping[str, FloatWeight]
     kept: Mapping[str, Layer]
     copies: Mapping[str, str]
     made: Mapping[str, bytes]
     units: Mapping[str, tuple[PlannedTensor, ...]]
     tensors: tuple[PlannedTensor, ...]
+    model_bytes: int
+    loras: tuple[Lora, ...]
     statistics: Statistics | None
     metadata: Mapping[str, str]
     record: Mapping[str, Any]
@@ -92,10 +100,14 @@ class QuantizePlan:
 
 
 def plan_quantization(
-    source: str | os.PathLike[str], settings: QuantizeSettings, non_finite: frozenset[str] = frozenset()
+    source: str | os.PathLike[str],
+    settings: QuantizeSettings,
+    non_finite: frozenset[str] = frozenset(),
+    spent: Spent | None = None,
 ) -> QuantizePlan:
     """Source (file, index, shard, wildcard) -> QuantizePlan. ``non_finite``: layers that are kept for what is in them.
 
+    ``spent``: what becomes of layers by a byte budget; without it they are planned as if there were none.
     Raises CheckpointError for a file that holds no diffusion model, is quantised to NVFP4 already, or lacks `config`.
     """
     found = open_checkpoint(source)
@@ -104,7 +116,7 @@ def plan_quantization(
     if settings.search not in (MSE, AMAX, GPTQ):
         raise CheckpointError(f"unknown search {settings.search!r}", expected=f"{MSE}, {AMAX} or {GPTQ}")
     if settings.calibration is None and settings.search == GPTQ:
-        remedy = "name one (--calibration, calibration), or choose another quality"
+        remedy = "name one in `calibration`, or choose another quality"
         raise CheckpointError("calibrated quality needs a calibration file", remedy=remedy)
     if settings.calibration is not None and settings.search == AMAX:
         raise CheckpointError("block maxima take no calibration statistics", remedy="leave out one of the two")
@@ -124,45 +136,49 @@ def plan_quantization(
     selection = select(recipe, shapes, settings.options)
     kept = dict(selection.kept) | {layer: NON_FINITE for layer in selection.quantized if layer in non_finite}
     kept |= {layer: found for layer in selection.quantized if isinstance(found := weights[layer], str)}
-    jobs = {weights[layer].name: weights[layer] for layer in selection.quantized if layer not in kept}
-    if not jobs:
+    calibrated = {layer: weights[layer] for layer in selection.quantized if layer not in kept}
+    spent = spent or Spent()
+    kept |= {layer: SENSITIVE for layer in selection.quantized if layer in spent.whole}
+    fp8 = {weights[layer].name: weights[layer] for layer in selection.quantized if layer in spent.fp8 - kept.keys()}
+    packed = [layer for layer in selection.quantized if layer not in kept and layer not in spent.fp8]
+    jobs = {weights[layer].name: weights[layer] for layer in packed}
+    if not jobs and not fp8:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(kept.values()).most_common(3))
         raise CheckpointError(
-            f"nothing in it would be quantised ({reasons or 'no matrices'})", where=header.path.name,
+            f"nothing in it would be quantized ({reasons or 'no matrices'})", where=header.path.name,
             expected=f"layers for the recipe {recipe.name}", remedy="choose another recipe or `quantize` patterns",
         )  # fmt: skip
-    selection = Selection(tuple(layer for layer in selection.quantized if layer not in kept), kept, selection.warnings)
-    quantized = {job.layer for job in jobs.values()}
-    copies, made = _others(checkpoint, stored, component.names, quantized)
-    restored = _restored(header, stored, quantized)
-    gone = quantized | {weight.layer for weight in restored.values()}
-    still = {name: layer for name, layer in stored.layers.items() if layer.coded and name not in gone}
+    selection = Selection(tuple(packed), kept, selection.warnings)
+    quantized = {job.layer for job in (*jobs.values(), *fp8.values())}
+    loras = read_loras(settings.loras, header, component.names)
+    changed = {name for lora in loras for name in lora.changes}
+    restored = _restored(header, stored, quantized, changed)
+    anew = quantized | {weight.layer for weight in restored.values()}
+    copies, made = _others(checkpoint, stored, component.names, anew)
+    still = {name: layer for name, layer in stored.layers.items() if layer.coded and name not in anew}
     names = dict(component.names) if settings.only_model else {name: name for name in header.tensors}
     copies = {name: _rename(names[name], new) for name, new in copies.items() if name in names}
     made = {_rename(names[f"{layer}.weight"], dialects.MARKER): content for layer, content in made.items()}
-    units = {name: (_planned(new, *_like(header, stored, name)),) for name, new in copies.items()}
-    units |= {name: (_planned(names[name], "BF16", weight.info.shape),) for name, weight in restored.items()}
-    units |= {name: _layer_tensors(names[name].rpartition(".")[0], job.info.shape) for name, job in jobs.items()}
-    units |= {name: (_planned(name, "U8", (len(content),)),) for name, content in made.items()}
+    units = {name: (planned_tensor(new, *_like(header, stored, name)),) for name, new in copies.items()}
+    units |= {name: (planned_tensor(names[name], "BF16", weight.info.shape),) for name, weight in restored.items()}
+    units |= {name: nvfp4_tensors(names[name].rpartition(".")[0], job.info.shape) for name, job in jobs.items()}
+    units |= {name: fp8_tensors(names[name].rpartition(".")[0], job.info.shape) for name, job in fp8.items()}
+    units |= {name: (planned_tensor(name, "U8", (len(content),)),) for name, content in made.items()}
     tensors = sorted((tensor for unit in units.values() for tensor in unit), key=lambda t: -BITS[t.dtype])
     statistics = None
     if settings.calibration is not None:
-        own_jobs = {own_layers[job.layer]: job for job in jobs.values()}
-        statistics = find_statistics(
-            settings.calibration, own_jobs, component.prefix, checkpoint, settings.search == GPTQ
-        )
+        grams = settings.search == GPTQ or bool(settings.budget)
+        statistics = find_statistics(settings.calibration, calibrated, component.prefix, checkpoint, grams)
     record = _record(checkpoint, settings, recipe, model.family, selection, len(jobs))
-    record["calibrated"] = len(statistics.tensors) if statistics else 0
+    record["fp8"] = len(fp8)
+    record["loras"] = [lora.as_dict() for lora in loras]
+    record["calibrated"] = len(statistics.tensors.keys() & jobs.keys()) if statistics else 0
     metadata = _metadata(header, own_layers, settings.only_model)
     return QuantizePlan(
-        checkpoint, settings, recipe, model.family, selection, jobs, restored, still, copies, made, units,
-        tuple(tensors), statistics, metadata, record,
+        checkpoint, settings, recipe, model.family, selection, jobs, fp8, restored, still, copies, made, units,
+        tuple(tensors), sum(t.nbytes for name in (*component.names, *made) for t in units.get(name, ())), loras,
+        statistics, metadata, record,
     )  # fmt: skip
-
-
-def nvfp4_marker() -> bytes:
-    """Content of a layer's `comfy_quant` tensor."""
-    return _MARKER
 
 
 def _refuse_packed(header: Header, names: Mapping[str, str]) -> None:
@@ -171,8 +187,8 @@ def _refuse_packed(header: Header, names: Mapping[str, str]) -> None:
         layer, _, suffix = name.rpartition(".")
         bytes_of = suffix == "weight_packed" or suffix == "weight" and header.tensors[name].dtype == "U8"
         if bytes_of and f"{layer}.weight_scale" in header.tensors:
-            found = f"it is quantised to four bits already, layer {layer} for one"
-            remedy = "take the BF16 or FP8 version; `repair` brings other NVFP4 dialects to ComfyUI's"
+            found = f"it is quantized to four bits already, layer {layer} for one"
+            remedy = "take the BF16 or FP8 version; NVFP4 Repair brings other NVFP4 dialects to ComfyUI's"
             raise CheckpointError(found, where=header.path.name, expected="BF16, FP16, FP32 or FP8", remedy=remedy)
 
 
@@ -186,16 +202,29 @@ def _weights(
     return weights, {own_layers[name]: layer.shape for name, layer in matrices.items()}, own_layers
 
 
-def _restored(header: Header, stored: dialects.DialectPlan, quantized: set[str]) -> dict[str, FloatWeight]:
-    """Weights that are not quantised and whose format ComfyUI does not have: FP8 scaled in blocks."""
-    blocks = [layer for name, layer in stored.layers.items() if layer.kind == "fp8_blocks" and name not in quantized]
-    return {weight.name: weight for layer in blocks if isinstance(weight := float_weight(header, layer), FloatWeight)}
+def _restored(
+    header: Header, stored: dialects.DialectPlan, quantized: set[str], changed: set[str]
+) -> dict[str, FloatWeight]:
+    """Weights that are not quantised and become BF16: FP8 scaled in blocks, which ComfyUI does not have, and coded ones
+    that a LoRA changes. CheckpointError for one of these that is not read here."""
+    found = {}
+    for name, layer in stored.layers.items():
+        adapted = layer.coded and f"{name}.{layer.weight}" in changed
+        if name in quantized or not (adapted or layer.kind == "fp8_blocks"):
+            continue
+        weight = float_weight(header, layer)
+        if isinstance(weight, FloatWeight):
+            found[weight.name] = weight
+        elif adapted:
+            text, remedy = f"a LoRA changes it, and it is {weight}", "take the BF16 or FP8 version of the model"
+            raise CheckpointError(text, where=f"{header.path.name}, {name}", remedy=remedy)
+    return found
 
 
 def _others(
-    checkpoint: Checkpoint, stored: dialects.DialectPlan, names: Mapping[str, str], quantized: set[str]
+    checkpoint: Checkpoint, stored: dialects.DialectPlan, names: Mapping[str, str], anew: set[str]
 ) -> tuple[dict[str, str], dict[str, bytes]]:
-    """-> tensors to copy: new key suffix, "" for the old one; layers that need a marker: its content.
+    """Layers written anew -> tensors to copy: new key suffix, "" for the old one; layers that need a marker: it.
 
     A kept layer's marker is written anew where it is damaged, missing, or more is known of the layer than it says.
     """
@@ -204,7 +233,7 @@ def _others(
     made = {}
     ones = _ones(checkpoint, [f"{layer}.scale_input" for layer in stored.layers])
     for name, layer in stored.layers.items():
-        done = name in quantized or layer.kind == "fp8_blocks"
+        done = name in anew or layer.kind == "fp8_blocks"
         for suffix in (*layer.read, *layer.ignored):
             key = f"{name}.{suffix}"
             # ComfyUI, too, takes an input scale of one in the old files for none.
@@ -238,24 +267,6 @@ def _like(header: Header, stored: dialects.DialectPlan, name: str) -> tuple[str,
     if layer is not None and name == f"{layer.name}.{layer.scale}" and layer.scaled_by_rows(header):
         return info.dtype, (layer.shape[0], *[1] * (len(layer.shape) - 1))
     return info.dtype, info.shape
-
-
-def _layer_tensors(layer: str, shape: tuple[int, ...]) -> tuple[PlannedTensor, ...]:
-    """The four tensors of an NVFP4 layer, in the order in which they are made."""
-    return (
-        _planned(f"{layer}.weight", "U8", packed_shape(shape)),
-        _planned(f"{layer}.weight_scale", "F8_E4M3", block_scale_shape(shape)),
-        _planned(f"{layer}.weight_scale_2", "F32", ()),
-        _planned(f"{layer}.{dialects.MARKER}", "U8", (len(_MARKER),)),
-    )
-
-
-def _planned(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
-    return PlannedTensor(name, dtype, shape, _unplanned)
-
-
-def _unplanned() -> NoReturn:
-    raise AssertionError("the quantiser makes tensors by unit, not one by one")
 
 
 def _metadata(header: Header, own_layers: Mapping[str, str], only_model: bool) -> dict[str, str]:

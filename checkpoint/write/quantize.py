@@ -20,18 +20,21 @@ from typing import Any
 
 import torch
 
-from ..file.container import produce_bytes
+from ..file.container import PlannedTensor, produce_bytes
 from ..file.guard import SourceGuard
-from ..file.header import CheckpointError, Header, open_regular
+from ..file.header import CheckpointError, Header, open_regular, read_header
 from ..file.resume import PartFile, discard, left_behind
 from ..file.shards import Source
 from ..identify import dialects
 from ..identify.values import check_layer
+from .budget import spend
 from .card import PROVENANCE, provenance, write_card
+from .lora import Deltas, hash_of, merged
 from .pack import Packer
-from .plan import QuantizePlan, QuantizeSettings, nvfp4_marker, plan_quantization
+from .plan import QuantizePlan, QuantizeSettings, plan_quantization
 from .split import check_targets
-from .weights import FloatRows, FloatWeight, non_finite
+from .units import fp8_marker, nvfp4_marker, quantize_fp8
+from .weights import FloatRows, non_finite
 
 OnStep = Callable[[int, int], None]
 
@@ -56,15 +59,18 @@ def quantize_checkpoint(
     step = on_step or (lambda done, total: None)
     plan = plan_quantization(source, settings)
     guard = SourceGuard(plan.checkpoint)
-    if settings.keep_non_finite:
-        plan = _without_non_finite(plan, source, device, step)
+    bad = _not_finite(plan, device, step) if settings.keep_non_finite else frozenset()
+    plan = plan_quantization(source, settings, bad) if bad else plan
     request = _request(plan, guard)
     sources = [file.path for file in plan.checkpoint.files]
+    sources += [file.path for lora in plan.loras for file in lora.checkpoint.files]
     path = check_targets(plan.checkpoint.header, {"": target}, sources, base, True)[""]
     if (left := left_behind(path, request)) is not None:
         return _finish(path, left)
     check_targets(plan.checkpoint.header, {"": target}, sources, base, overwrite)
     _check_sidecar(path)
+    if settings.budget:
+        plan = spend(plan, source, bad, device, lambda: step(0, 1))
     if base is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -73,6 +79,16 @@ def quantize_checkpoint(
         discard(path)  # of no use to a run that keeps these layers
         raise
     return _finish(path, record)
+
+
+def is_made_of(path: str | os.PathLike[str], source: str | os.PathLike[str], settings: QuantizeSettings) -> bool:
+    """Whether the file at ``path`` says that it was made of a source of this name with these settings."""
+    said = json.loads(read_header(path).metadata.get(PROVENANCE, "{}"))
+    due = json.loads(provenance(plan_quantization(source, settings).record))
+    for side in (said, due):
+        side["source"] = [file["file"] for file in side.get("source", [])]
+        side.pop("tool", None)  # another version of the pack made it
+    return said == due
 
 
 def _write(
@@ -87,6 +103,8 @@ def _write(
     """Everything up to the finished file under its name -> the record."""
     started = time.monotonic()
     total = sum(file.file_size for file in plan.checkpoint.files) + plan.nbytes
+    loras = [lora.as_dict(hash_of(lora, lambda _: step(0, total))) for lora in plan.loras]
+    plan = replace(plan, record=dict(plan.record) | {"loras": loras})
     metadata = dict(plan.metadata) | {PROVENANCE: provenance(plan.record)}
     packer = Packer(plan.statistics, plan.settings.search, device)
     with Source(plan.checkpoint) as reader:
@@ -96,10 +114,11 @@ def _write(
             )
     with (
         Source(plan.checkpoint) as reader,
+        Deltas(plan.loras) as deltas,
         PartFile(path, plan.tensors, plan.units, metadata, request, lambda _: step(0, total), overwrite) as part,
     ):
         resumed = len(part.finished)
-        hashes, done = _stream(plan, reader, part, guard, packer, lambda done: step(done, total))
+        hashes, done = _stream(plan, reader, deltas, part, guard, packer, lambda done: step(done, total))
         for name, content in plan.made.items():
             if name not in part.finished:
                 part.write(name, [memoryview(content)])
@@ -122,6 +141,7 @@ def _write(
 def _stream(
     plan: QuantizePlan,
     reader: Source,
+    deltas: Deltas,
     part: PartFile,
     guard: SourceGuard,
     packer: Packer,
@@ -138,22 +158,28 @@ def _stream(
             view = reader.view(name)
             hashed = pool.submit(hashers[plan.checkpoint.homes[name].path].update, view)
             if name in plan.units and name not in plan.made and name not in part.finished:
-                data = [view]
+                data, delta = [view], deltas.of(name, packer.device)
                 if (job := plan.jobs.get(name)) is not None:
-                    data = _quantised(plan, reader, job, view, packer, on_bytes, done)
+                    rows = FloatRows(reader, job, packer.device, view, delta)
+                    data = _quantised(plan, reader, rows, packer, on_bytes, done)
+                elif (job := plan.fp8.get(name)) is not None:
+                    data = _in_fp8(plan, FloatRows(reader, job, packer.device, view, delta))
                 elif (job := plan.restored.get(name)) is not None:
-                    data = [_restored(plan, FloatRows(reader, job, packer.device, view))]
+                    data = [_restored(plan, FloatRows(reader, job, packer.device, view, delta))]
+                elif delta is not None:
+                    made = merged(reader.tensor(name), delta, packer.device, f"{header.path.name}, {name}")
+                    data = [_bytes(plan.units[name][0], made)]
                 guard.check()
                 part.write(name, data)
             hashed.result()
-            view = data = None  # before the next one is read
+            view = data = rows = made = delta = None  # before the next one is read
             done += header.tensors[name].nbytes
     return {path.name: hasher.hexdigest() for path, hasher in hashers.items()}, done
 
 
-def _quantised(plan, reader, job: FloatWeight, view, packer: Packer, on_bytes, done):
+def _quantised(plan, reader, rows: FloatRows, packer: Packer, on_bytes, done):
     """The bytes of a layer's four tensors. CheckpointError naming this layer and all others that are not finite."""
-    made = packer.pack(FloatRows(reader, job, packer.device, view))
+    made, job = packer.pack(rows), rows.weight
     if made is None:
         names = list(plan.jobs)
         rest = {key: plan.jobs[key] for key in names if key != job.name}
@@ -162,36 +188,49 @@ def _quantised(plan, reader, job: FloatWeight, view, packer: Packer, on_bytes, d
         raise _NonFinite(
             f"NaN or infinity in {len(bad)} layers: {listed}", where=plan.checkpoint.header.path.name,
             expected="finite weights", remedy="take a sound file, or have these layers kept as they are "
-            "(--keep-non-finite, keep_non_finite)",
+            "(`keep_non_finite`)",
         )  # fmt: skip
     marker = torch.tensor(list(nvfp4_marker()), dtype=torch.uint8)
     tensors = zip(plan.units[job.name], (*made, marker), strict=True)
-    return [produce_bytes(replace(planned, produce=lambda t=made: t), Path(planned.name)) for planned, made in tensors]
+    return [_bytes(planned, made) for planned, made in tensors]
+
+
+def _bytes(planned: PlannedTensor, made: torch.Tensor) -> memoryview:
+    return produce_bytes(replace(planned, produce=lambda: made), Path(planned.name))
+
+
+def _in_fp8(plan: QuantizePlan, rows: FloatRows) -> list[memoryview]:
+    """The bytes of an FP8 layer's three tensors."""
+    amax = rows.amax()
+    coded = torch.cat([quantize_fp8(values, amax)[0].cpu() for _, values in rows])
+    marker = torch.tensor(list(fp8_marker()), dtype=torch.uint8)
+    tensors = zip(plan.units[rows.weight.name], (coded, quantize_fp8(amax, amax)[1].cpu(), marker), strict=True)
+    return [_bytes(planned, made) for planned, made in tensors]
 
 
 def _restored(plan: QuantizePlan, rows: FloatRows) -> memoryview:
     """The bytes of a weight in BF16, for a layer that is kept but has a format ComfyUI does not know."""
     made = torch.cat([values.to(torch.bfloat16).cpu() for _, values in rows])
-    (planned,) = plan.units[rows.weight.name]
-    return produce_bytes(replace(planned, produce=lambda: made), Path(planned.name))
+    return _bytes(plan.units[rows.weight.name][0], made)
 
 
 class _NonFinite(CheckpointError):
     """Weights that no format can hold."""
 
 
-def _without_non_finite(plan: QuantizePlan, source, device: torch.device, step: OnStep) -> QuantizePlan:
-    """The plan with every layer kept that holds NaN or infinity; reads all layers once."""
+def _not_finite(plan: QuantizePlan, device: torch.device, step: OnStep) -> frozenset[str]:
+    """The layers to be quantised that hold NaN or infinity, without prefix; reads all of them once."""
     with Source(plan.checkpoint) as reader:
         bad = non_finite(reader, plan.jobs, device, lambda: step(0, 1))
     own = dict(zip(plan.jobs, plan.selection.quantized, strict=True))
-    return plan_quantization(source, plan.settings, frozenset(own[name] for name in bad)) if bad else plan
+    return frozenset(own[name] for name in bad)
 
 
 def _request(plan: QuantizePlan, guard: SourceGuard) -> str:
     """Digest of what decides the target's bytes beside its header: the source's state, the settings, the statistics."""
     statistics = os.stat(plan.settings.calibration) if plan.settings.calibration else None
-    given = asdict(replace(plan.settings, calibration=None, config_from=None))
+    given = asdict(replace(plan.settings, calibration=None, config_from=None, loras=()))
+    given["loras"] = [(SourceGuard(lora.checkpoint).describe(), lora.strength) for lora in plan.loras]
     state = [guard.describe(), given, statistics and (statistics.st_size, statistics.st_mtime_ns)]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 

@@ -114,7 +114,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "Qwen-Image", ("transformer_blocks",), (), (2, 2),
             "NVIDIA's published file: two blocks at either end and all outer layers stay; modulations of the inner "
-            "blocks, a third of the model, are quantised",
+            "blocks, a third of the model, are quantized",
             ("NVIDIA/TensorRT-LLM pull 15470", "sgl-project/sglang pull 28557"),
         ),
         Recipe(
@@ -155,7 +155,7 @@ def select(recipe: Recipe, layers: Mapping[str, tuple[int, ...]], options: Optio
         if wanted and not pattern
     ]
     if recipe.safe_default:
-        warnings.append(f"{recipe.why}: check the result with `verify` and with your own eyes")
+        warnings.append(f"{recipe.why}: check the result with NVFP4 Verify and with your own eyes")
     quantized, kept = [], {}
     for layer, shape in layers.items():
         reason = _obstacle(shape)

@@ -33,7 +33,7 @@ from ..file.header import (
 )
 from ..file.place import write_small
 from ..file.shards import Checkpoint, Source, open_checkpoint
-from ..identify import dialects
+from ..identify import dialects, host_layer
 from ..identify.components import DIFFUSION_MODEL
 from ..identify.declarations import layer_entries
 from ..identify.diagnosis import Diagnosis, Fault, diagnose
@@ -198,7 +198,7 @@ def _check_values(plan: dialects.DialectPlan, reader: Source, on_bytes: Callable
             check_layer(file, layer, lambda suffix, name=name: reader.tensor(f"{name}.{suffix}"))
         if name in plan.nvfp4:
             scale = reader.tensor(f"{name}.weight_scale")
-            factor = dialects.global_scale(plan, name, lambda suffix, name=name: reader.tensor(f"{name}.{suffix}"))
+            factor = host_layer.global_scale(plan, name, lambda suffix, name=name: reader.tensor(f"{name}.{suffix}"))
             weight = f"{name}.{layer.weight}"
             check_packed(file, name, scale, factor, lambda weight=weight: reader.tensor(weight))
 
@@ -299,7 +299,7 @@ def _converted(found: Diagnosis, layer: str, new: str, reader: Source) -> Iterat
     made: list = []
 
     def record(part: str) -> torch.Tensor:
-        made[:] = made or [dialects.host_layer(plan, layer, get)]
+        made[:] = made or [host_layer.host_layer(plan, layer, get)]
         tensor = getattr(made[0], part)
         if part == "block_scale":
             made.clear()
@@ -308,9 +308,9 @@ def _converted(found: Diagnosis, layer: str, new: str, reader: Source) -> Iterat
     shape = plan.nvfp4[layer]
     yield PlannedTensor(f"{new}.weight", "U8", packed_shape(shape), lambda: record("packed"))
     yield PlannedTensor(f"{new}.weight_scale", "F8_E4M3", block_scale_shape(shape), lambda: record("block_scale"))
-    yield PlannedTensor(f"{new}.weight_scale_2", "F32", (), lambda: dialects.global_scale(plan, layer, get))
+    yield PlannedTensor(f"{new}.weight_scale_2", "F32", (), lambda: host_layer.global_scale(plan, layer, get))
     if any(key in plan.groups[layer] for key in ("input_scale", "input_global_scale", "input_absmax")):
-        yield PlannedTensor(f"{new}.input_scale", "F32", (), lambda: dialects.input_scale(plan, layer, get))
+        yield PlannedTensor(f"{new}.input_scale", "F32", (), lambda: host_layer.input_scale(plan, layer, get))
 
 
 def _header_bytes(found: Diagnosis, names: _Names, metadata: Mapping[str, str]) -> bytes | None:
@@ -366,5 +366,5 @@ def _overwrite(path: Path, present: bytes, start: bytes) -> None:
                     rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
     except OSError as error:
-        remedy = "put the saved header back (`repair --undo`), or check rights and disk and try again"
+        remedy = "put the saved header back (`repair --undo` on the command line), or check rights and disk"
         raise CheckpointError(f"its header cannot be written ({error})", where=path.name, remedy=remedy) from error

@@ -17,7 +17,7 @@ import torch
 from ...kernels.dispatch import dequantize
 from ...kernels.format import BLOCK, PackedWeight, round_up, swizzle, unswizzle
 from ..file.header import CheckpointError, Header
-from ..identify import dialects
+from ..identify import dialects, host_layer
 from ..identify.formats import OLD_FP8
 from ..identify.layers import Layer
 from ..identify.values import check_cast, expand, read_scale
@@ -136,7 +136,7 @@ def _packed(plan: dialects.DialectPlan, layer: str, own_name: str) -> Restored:
         raise CheckpointError(found, where=where, expected="one number per column of a matrix", remedy=remedy)
 
     def produce(get: Get) -> torch.Tensor:
-        record = dialects.host_layer(plan, layer, lambda suffix: get(f"{layer}.{suffix}"))
+        record = host_layer.host_layer(plan, layer, lambda suffix: get(f"{layer}.{suffix}"))
         weight = _dequantize(record)[:rows, : inner * math.prod(taps)]
         if smooth in plan.header.tensors:
             weight = (weight.float() * get(smooth).to(weight.device, torch.float32).reshape(-1)).to(torch.bfloat16)

@@ -19,6 +19,7 @@ from ..file.shards import Source
 from ..identify.formats import FORMATS, FP8_FORMATS
 from ..identify.layers import Layer
 from ..identify.values import check_cast, expand, read_scale
+from .lora import Delta
 
 TILE = 128  # rows whose block scales are contiguous in the host's layout
 # Elements handled at once, and what is kept between two passes: bytes as stored on a GPU, where with all temporaries
@@ -61,13 +62,18 @@ def float_weight(header: Header, layer: Layer) -> FloatWeight | str:
 class FloatRows:
     """A matrix in pieces: ``for start, rows in FloatRows(...)``, FP32 on ``device``, 128k rows but in the last.
 
-    May be gone through several times; a weight of moderate size is brought to a GPU once.
+    May be gone through several times; a weight of moderate size is brought to a GPU once. ``delta``: what LoRAs add.
     """
 
     def __init__(
-        self, reader: Source, weight: FloatWeight, device: torch.device, view: memoryview | None = None
+        self,
+        reader: Source,
+        weight: FloatWeight,
+        device: torch.device,
+        view: memoryview | None = None,
+        delta: Delta | None = None,
     ) -> None:
-        self.weight, self.device = weight, device
+        self.weight, self.device, self.delta = weight, device, delta
         self.shape = weight.info.shape
         self._scale = self._read_scale(reader)
         self._view = reader.view(weight.name) if view is None else view
@@ -94,7 +100,7 @@ class FloatRows:
             yield start, self.rows(start, min(start + self.step, self.shape[0]))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` as they count: FP32, multiplied by the scale; not to be written to."""
+        """Rows ``start`` to ``stop`` as they count: FP32, scaled, with what LoRAs add; not to be written to."""
         return self._converted(start, stop) if self._values is None else self._values[start:stop]
 
     def amax(self) -> torch.Tensor:
@@ -106,6 +112,10 @@ class FloatRows:
         return found
 
     def _converted(self, start: int, stop: int) -> torch.Tensor:
+        values = self._read(start, stop)
+        return values if self.delta is None else values + self.delta.rows(start, stop).view(values.shape)
+
+    def _read(self, start: int, stop: int) -> torch.Tensor:
         stored = self._stored(start, stop).to(self.device) if self._resident is None else self._resident[start:stop]
         one = self._scale is None or not self._scale.shape
         if self.weight.fp8 and one and self.device.type == "cpu":

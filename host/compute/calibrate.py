@@ -35,9 +35,7 @@ class Session:
     def __init__(self, source: str, target: Path, layers: Mapping[str, torch.nn.Module], budget: int, recipe: str):
         self.target, self.layers, self.recipe = target, layers, recipe
         self.model = model_identity(open_checkpoint(source))
-        # Queries, keys and values of one attention mostly share an input, and so one sum.
-        distinct = {(name.rpartition(".")[0], layer.in_features): layer.in_features for name, layer in layers.items()}
-        self.width = block_width(list(distinct.values()), budget)
+        self.width = block_width(columns_of(layers), budget)
         self.collector = Collector(layers, self.width)
         self.prompts = 0
         self._ran = False
@@ -66,6 +64,12 @@ class Session:
         )  # fmt: skip
 
 
+def columns_of(layers: Mapping[str, torch.nn.Module]) -> list[int]:
+    """Columns of each input that is expected: queries, keys and values of one attention mostly share one."""
+    found = {(name.rpartition(".")[0], layer.in_features): layer.in_features for name, layer in layers.items()}
+    return list(found.values())
+
+
 def collect(patcher: Any, source: str, target: str, budget: int, overwrite: bool, recipe: str = AUTO) -> str:
     """Have a patcher's model counted whenever it samples -> what to expect, in words.
 
@@ -78,9 +82,9 @@ def collect(patcher: Any, source: str, target: str, budget: int, overwrite: bool
         remedy = "choose another name" if overwrite else "choose another name, or allow overwriting"
         raise CheckpointError("the target exists", where=path.name, remedy=remedy)
     checkpoint = open_checkpoint(source)
-    name, layers, total = _layers(patcher.model.diffusion_model, checkpoint.header, recipe)
+    name, layers, total = watched_layers(patcher.model.diffusion_model, checkpoint.header, recipe)
     if not layers:
-        found = f"none of its {total:,} layers that would be quantised is a Linear of this model"
+        found = f"none of its {total:,} layers that would be quantized is a Linear of this model"
         remedy = "choose the checkpoint that the model was loaded from, and connect the node before torch.compile"
         raise CheckpointError(found, where=checkpoint.header.path.name, remedy=remedy)
     try:
@@ -96,7 +100,7 @@ def collect(patcher: Any, source: str, target: str, budget: int, overwrite: bool
     )
 
 
-def _layers(model: torch.nn.Module, header: Any, requested: str) -> tuple[str, dict[str, torch.nn.Module], int]:
+def watched_layers(model: torch.nn.Module, header: Any, requested: str) -> tuple[str, dict[str, torch.nn.Module], int]:
     """-> name of the recipe; its layers, by name without prefix, that are Linears of the model; how many it has."""
     recipe, component = find_recipe(header, requested), find_components(header).get(DIFFUSION_MODEL)
     shapes = {

@@ -126,7 +126,7 @@ class _Stream:
 
     def __init__(self, x: torch.Tensor):
         self.x, self.waiting = x, None
-        self.many = x.numel() // x.shape[-1] >= matmul.FP8_MIN_TOKENS
+        self.many = x.numel() // x.shape[-1] >= matmul.least_rows((x.shape[-1],) * 2, x.device)
 
     def add(self, y: torch.Tensor, gate: Ada | None, at: int = 0) -> None:
         """``y``, gated, with the next pass."""
@@ -200,7 +200,7 @@ def _attend(
         (normed,) = stream.make(Want(quantize=takes_x))
     else:
         (normed,), gate = stream.make(Want(side.own, 7, 6, takes_x)), side.own
-        many = context.shape[0] * context.shape[1] >= matmul.FP8_MIN_TOKENS
+        many = context.shape[0] * context.shape[1] >= matmul.least_rows((context.shape[2],) * 2, context.device)
         (context,) = fused.norm_rows(context, None, [Want(side.prompt, 1, 0, takes_text and many)], norm=False)
     out = text_attn(normed, context=context, mask=text_mask, transformer_options=options)
     stream.add(out, gate, 8)

@@ -130,7 +130,9 @@ def of_block(block: torch.nn.Module, device: torch.device) -> tuple[tuple, tuple
         if branch is not None:
             if branch.down.device != device:
                 return None
-            down, up = branch.down, branch.up
-            branches += (len(found), down.data_ptr(), up.data_ptr(), tuple(down.shape), tuple(up.shape), down.dtype)
+            # Not its strengths, which are in one of the tensors: a graph reads what they are when it is replayed.
+            branches.append(len(found))
+            for part in branch.tensors:
+                branches += (part.data_ptr(), tuple(part.shape), part.dtype)
         waiting += [child for child in own["_modules"].values() if child is not None]
     return tuple(branches), tuple(found)

@@ -94,7 +94,7 @@ def weight_only_operations(
                 smoothed = "pre_quant_scale" in parameters  # ModelOpt's AWQ
                 if rows and (smoothed or activation or matmul is not multiply):
                     input = input.plain()
-                if activation and (smoothed or matmul is not multiply or own["nvfp4_mode"] != "fp8"):
+                if activation and (smoothed or own["nvfp4_mode"] != "fp8"):
                     input, activation = reference.activate(input, activation), ""
                 if smoothed:
                     smoothing = parameters["pre_quant_scale"]
@@ -167,7 +167,7 @@ def _streamed(
         input = input.plain() if type(input) is FP8Rows else input
         input, branch = reference.activate(input, activation), module.__dict__.get("nvfp4_lora")
         out = torch.nn.functional.linear(input, weight.to(input.dtype), bias)
-        return out if branch is None else lora.add(out, input, branch)
+        return out if branch is None else lora.add(out, input, *lora.factors(branch, input, backend))
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 

@@ -10,7 +10,8 @@ host's own way cannot patch a Linear of its mixed-precision operations with a ho
 
 Memory: the host learns of the adapters' bytes through ``memory_required``, as memory to keep free while it samples, not
 through ``loaded_size``, since it could not move or drop them one by one. They go with the patches, or with the model.
-As long as the model stays loaded with the same patches, a branch keeps its tensors and their addresses.
+As long as the model stays loaded with the same LoRAs, a branch keeps its tensors and their addresses, also when their
+strengths change: the host unpatches and loads the model again for that, but the adapters stay on the GPU meanwhile.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ import torch
 
 from .. import residency
 from .device_modes import settle
-from .lora import OTHER_FORMAT, Branch, Term, make_branch, obstacle, terms_of
+from .lora import ADAPTER_BYTES, OTHER_FORMAT, Branch, Term, adapter_bytes, make_branch, obstacle, terms_of, to_pack
 
 logger = logging.getLogger(__name__)
 
-_MOST_HOOKED = 4  # combinations of hooks and strengths whose branches stay on the GPU
+_MOST_HOOKED = 4  # combinations of hooks whose branches stay on the GPU
 
 
 @dataclass(eq=False)
@@ -43,6 +44,8 @@ class _Layers:
     patched: dict[str, Branch] = field(default_factory=dict)
     hooked: dict[tuple, dict[str, Branch]] = field(default_factory=dict)
     active: Iterable[str] = ()
+    reloads: bool = False  # the host loads the model, and may unpatch it for that
+    unpatched: bool = False  # it did
     told: tuple = ()
 
     def show(self, key: str, branch: Branch | None) -> None:
@@ -52,18 +55,34 @@ class _Layers:
         else:
             own.pop("nvfp4_lora", None)
 
+    def sizes(self, terms: Mapping[str, Sequence[Term]]) -> dict[str, tuple[tuple[int, int], list[int]]]:
+        """Of the layers that have any: (N, K) and the ranks of their LoRAs."""
+        modules = self.linears
+        return {
+            key: ((modules[key].out_features, modules[key].in_features), [down.shape[0] for _, _, down in found])
+            for key, found in terms.items()
+            if found
+        }
+
     def settle(self, wanted: Mapping[str, Sequence[Term]], device: torch.device) -> None:
-        """Make the branches of these LoRAs; one made of the same tensors stays."""
+        """Make the branches of these LoRAs; one made of the same tensors stays, and takes the new strengths."""
         before, self.patched = self.patched, {}
-        self.active = ()
-        for key, module in self.linears.items():
-            terms, branch = wanted.get(key), before.get(key)
-            if terms:
-                kept = branch is not None and branch.is_of(terms, device)
-                self.patched[key] = branch if kept else make_branch(module, terms, device)
+        self.active, self.unpatched = (), False
+        packed = to_pack(self.sizes(wanted))
+        for key in self.linears:
+            if terms := wanted.get(key):
+                self.patched[key] = self._made(before.get(key), key, terms, device, key in packed)
             self.show(key, self.patched.get(key))
         if before.keys() != self.patched.keys() or any(before[key] is not self.patched[key] for key in before):
             self.hooked.clear()
+
+    def _made(
+        self, branch: Branch | None, key: str, terms: Sequence[Term], device: torch.device, packed: bool
+    ) -> Branch:
+        if branch is None or not branch.is_of(terms, device, packed):
+            return make_branch(self.linears[key], terms, device, packed)
+        branch.set_strengths(terms)
+        return branch
 
     def unhook(self) -> None:
         for key in self.active:
@@ -71,17 +90,18 @@ class _Layers:
         self.active = ()
 
     def hook(self, state: tuple, patches: Mapping[str, Sequence], device: torch.device) -> None:
-        """Add the hooks' LoRAs to those of the model; ``state`` identifies the hooks and their strengths."""
-        if state not in self.hooked:
-            while len(self.hooked) >= _MOST_HOOKED:
-                del self.hooked[next(iter(self.hooked))]
-            self.hooked[state] = {}
-            for key, added in patches.items():
-                base = self.patched.get(key)
-                terms = [*(base.terms if base else ()), *terms_of(added)]
-                if terms:
-                    self.hooked[state][key] = make_branch(self.linears[key], terms, device)
-        self.active = self.hooked[state]
+        """Add the hooks' LoRAs to those of the model; ``state`` identifies the hooks, whatever their strengths."""
+        known = self.hooked.pop(state, {})
+        while len(self.hooked) >= _MOST_HOOKED:
+            del self.hooked[next(iter(self.hooked))]
+        terms = {}
+        for key, added in patches.items():
+            base = self.patched.get(key)
+            terms[key] = [*(base.terms if base else ()), *terms_of(added)]
+        packed = to_pack(self.sizes(terms))
+        self.active = self.hooked[state] = {
+            key: self._made(known.get(key), key, found, device, key in packed) for key, found in terms.items() if found
+        }
         for key, branch in self.active.items():
             self.show(key, branch)
 
@@ -126,11 +146,21 @@ def _patcher_class(base: type) -> type:
             return key in self.patches and key in _layers(self.model).linears and not self._refusal(key)
 
         def memory_required(self, *args, **kwargs):
-            layers = _layers(self.model).linears
-            terms = {key: terms_of(self.patches[key]) for key in self.patches if self._takes(key)}
-            shapes = ((layers[key], down.shape[0]) for key, found in terms.items() for _, _, down in found)
-            adapters = sum(2 * rank * (module.out_features + module.in_features) for module, rank in shapes)
+            layers = _layers(self.model)
+            sizes = layers.sizes({key: terms_of(self.patches[key]) for key in self.patches if self._takes(key)})
+            packed = to_pack(sizes)
+            adapters = sum(adapter_bytes(*size, packed=key in packed) for key, size in sizes.items())
             return super().memory_required(*args, **kwargs) + adapters
+
+        def partially_load(self, *args, **kwargs):
+            layers = _layers(self.model)
+            layers.reloads = True
+            try:
+                return super().partially_load(*args, **kwargs)
+            finally:
+                layers.reloads = False
+                if layers.unpatched:  # and it was not loaded after that
+                    layers.settle({}, self.load_device)
 
         def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, **kwargs):
             if not return_weight and not kwargs.get("force_cast") and self._takes(key):
@@ -150,8 +180,11 @@ def _patcher_class(base: type) -> type:
 
         def unpatch_model(self, device_to=None, unpatch_weights=True):
             super().unpatch_model(device_to, unpatch_weights)
-            if unpatch_weights:
-                _layers(self.model).settle({}, self.load_device)
+            layers = _layers(self.model)
+            if unpatch_weights and layers.reloads:
+                layers.unpatched = True
+            elif unpatch_weights:
+                layers.settle({}, self.load_device)
 
         def model_state_dict_for_saving(self, model=None, prefix=""):
             linears = _layers(self.model).linears
@@ -223,7 +256,7 @@ def _patcher_class(base: type) -> type:
             layers = _layers(self.model)
             layers.unhook()
             if hooks is not None:
-                state = tuple((hook.hook_ref, hook.strength) for hook in hooks.hooks)
+                state = tuple((hook.hook_ref, bool(hook.strength)) for hook in hooks.hooks)
                 patches = {key: found for key, found in self._combined(hooks).items() if self._hookable(key, found)}
                 layers.hook(state, patches, self.load_device)
 
@@ -273,9 +306,21 @@ def _tell(layers: _Layers, refused: Mapping[str, str]) -> None:
         return
     layers.told = told
     if layers.patched:
-        logger.info("LoRA beside the packed weights of %d layers, %.2f GB", len(layers.patched), nbytes / 1e9)
+        text = "LoRA beside the packed weights of %d layers, %.2f GB%s"
+        logger.info(text, len(layers.patched), nbytes / 1e9, _in_8_bits(layers))
     for reason, count in reasons.items():
         logger.info("a patch of %d NVFP4 layers is computed into the weight by ComfyUI: %s", count, reason)
+
+
+def _in_8_bits(layers: _Layers) -> str:
+    """Which adapters are kept in 8 bits and why, as the end of a sentence."""
+    packed = sum(branch.packed for branch in layers.patched.values())
+    if not packed:
+        return ""
+    sizes = layers.sizes({key: branch.terms for key, branch in layers.patched.items()})
+    whole = sum(adapter_bytes(*size) for size in sizes.values()) / 1e9
+    count = "all" if packed == len(layers.patched) else f"the largest {packed:,}"
+    return f", {count} in 8 bits: in 16 they would hold {whole:.2f} GB, the budget is {ADAPTER_BYTES / 1e9:g} GB"
 
 
 __all__ = ["use_branches"]

@@ -7,6 +7,8 @@ weight dequantised on the device. Called a thousand times a step: what depends o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from comfy.quant_ops import QuantizedTensor, get_layout_class
 
@@ -14,11 +16,13 @@ from ...kernels import dispatch, reference
 from ...kernels.format import FP8Rows, PackedWeight
 from .. import residency
 from . import lora
+from .card import fp8_min_tokens, gpu_of
 from .rows import shared_rows
 
 LAYOUT = "TensorCoreNVFP4Layout"
-# Below it FP8 saves no GPU time worth its additional kernel launches: see benchmarks/fp8.py.
-FP8_MIN_TOKENS = 256
+# A LoRA beside the product costs as much as one in the weight where T (N + K) is this many times N K: 1.5 to 2 on an
+# H200 (benchmarks/results/low_rank.json).
+_BESIDE = 1.5
 
 
 def wrap(record: PackedWeight) -> QuantizedTensor:
@@ -51,11 +55,17 @@ def multiply(
         bias = bias.to(dtype)
     if torch.compiler.is_compiling():
         return _compiled_matmul(own, reference.activate(input, activation), packed, params, bias, backend)
-    functions = own.get("_nvfp4_functions")
-    if functions is None or functions[0] is not dtype or functions[1] != device or functions[2] != backend:
+    functions, mode = own.get("_nvfp4_functions"), own.get("nvfp4_mode")
+    if (
+        functions is None
+        or functions[0] is not dtype
+        or functions[1] != device
+        or functions[2] != backend
+        or functions[3] != mode  # a schedule changes it from step to step
+    ):
         with residency.outside_host_graph():  # some keep tensors of their own
             functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
-    _, _, _, few, many, dequantize = functions
+    few, many, least, dequantize = functions[4:]
     if type(input) is FP8Rows:
         if many is not None:
             return many(input, packed, params.block_scale, params.scale, bias)
@@ -64,7 +74,7 @@ def multiply(
         shape = input.shape
         cols = shape[-1] if shape else 0
         rows = input.numel() // cols if cols else 0
-        if many is not None and rows >= FP8_MIN_TOKENS:
+        if many is not None and rows >= least:
             return many(input, packed, params.block_scale, params.scale, bias, activation, shared_rows(own))
         if activation:
             input = reference.activate(input, activation)
@@ -85,26 +95,47 @@ def multiply_with_lora(
     backend: str,
     activation: str = "",
 ) -> torch.Tensor:
-    """As ``multiply`` with the layer's branch; where the weight is decoded, it is decoded with the LoRA added.
+    """As ``multiply`` with the layer's branch: few rows get it beside their product, many are multiplied by the sum.
 
-    The branch takes the input too, so an activation has been computed before.
+    The sum is made while the weight is decoded, or converted to E4M3, whose rounding the change then shares: 2 N K R
+    FLOPs whatever the rows, where a branch costs 2 T (N + K) R in BF16 and a pass over the output.
     """
     branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") != "bf16" or rows <= reference.MAX_TOKENS:
-        return lora.add(multiply(own, input, weight, bias, device, backend, activation), input, branch)
-    params = weight._params
-    down, up = lora.tensors(branch, input)
-    record = PackedWeight(weight._qdata, params.block_scale, params.scale, params.orig_shape)
+    down, up = lora.factors(branch, input, backend)
+    params, shape = weight._params, tuple(weight._params.orig_shape)
+    if rows <= reference.MAX_TOKENS or rows * sum(shape) < _BESIDE * shape[0] * shape[1]:
+        input = reference.activate(input, activation)
+        return lora.add(multiply(own, input, weight, bias, device, backend, ""), input, down, up)
+    many = None
+    if own.get("nvfp4_mode") == "fp8" and not torch.compiler.is_compiling() and rows >= least_rows(shape, device):
+        many = dispatch.prepare("linear_fp8_sum", shape, input.dtype, device, backend)
+    if many is not None:
+        parts = weight._qdata, params.block_scale, params.scale, up, down, branch.peak
+        return many(input, *parts, bias, activation, shared_rows(own))
+    input = reference.activate(input, activation)
+    record = PackedWeight(weight._qdata, params.block_scale, params.scale, shape)
     merged = dispatch.dequantize_sum(record, up, down, backend)
     return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:
-    """What this layer calls for inputs of ``dtype`` on ``device``, which led the tuple: few rows, many, any number."""
+    """What this layer calls for inputs of ``dtype`` on ``device``, in its mode; these and the backend lead the tuple.
+
+    For few rows, for many and from how many on, and for any number.
+    """
+    mode = own.get("nvfp4_mode")
     few = dispatch.prepare("gemv", shape, dtype, device, backend)
-    many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if own.get("nvfp4_mode") == "fp8" else None
-    return dtype, device, backend, few, many, dispatch.prepare("dequantize", shape, dtype, device, backend)
+    many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if mode == "fp8" else None
+    least, any_number = least_rows(tuple(shape), device), dispatch.prepare("dequantize", shape, dtype, device, backend)
+    return dtype, device, backend, mode, few, many, least, any_number
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def least_rows(shape: tuple[int, int], device: torch.device) -> int:
+    """From how many rows on a layer in FP8 mode computes in FP8; a compiled graph has the number."""
+    return fp8_min_tokens(shape, gpu_of(device))
 
 
 def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> torch.Tensor:
@@ -112,7 +143,7 @@ def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> to
     weight = packed, params.block_scale, params.scale, *params.orig_shape
     cols = input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") == "fp8" and rows >= FP8_MIN_TOKENS:
+    if own.get("nvfp4_mode") == "fp8" and rows >= least_rows(tuple(params.orig_shape), input.device):
         return torch.ops.nvfp4_video.linear_fp8(input, *weight, bias, backend)
     if 0 < rows <= reference.MAX_TOKENS:
         return torch.ops.nvfp4_video.gemv(input, *weight, bias, backend)

@@ -133,9 +133,9 @@ def _name(patcher) -> str:
 
 def _other_formats(layers: list) -> str:
     """What the layers of a model without NVFP4 are stored in."""
-    counts = Counter(layer.__dict__.get("quant_format") or "not quantised" for layer in layers)
+    counts = Counter(layer.__dict__.get("quant_format") or "not quantized" for layer in layers)
     listed = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
-    return f"there is no NVFP4 weight to dequantise: {listed}" if listed else "it has no layers that could be NVFP4"
+    return f"there is no NVFP4 weight to dequantize: {listed}" if listed else "it has no layers that could be NVFP4"
 
 
 def _model(name: str, verdict: str, text: str, reason: str) -> dict[str, str]:
@@ -154,16 +154,16 @@ def _compute_verdict(layers: list, facts: Mapping[str, Fact]) -> tuple[str, str]
             return "slow", unknown
         backend = facts["own_backend"]
         verdict = {"triton": "fast", "torch": "slow"}.get(backend.value, "unknown")
-        return verdict, f"weights are dequantised by this pack's kernels: {backend.text}{_lora_of_own(layers)}"
+        return verdict, f"weights are dequantized by this pack's kernels: {backend.text}{_lora_of_own(layers)}"
     compute = facts["nvfp4_compute"]
     whole = sum(bool(layer.__dict__.get("_full_precision_mm")) for layer in layers)
     if compute.value == "fp4" and not whole:
-        return "fast", f"ComfyUI computes {compute.text}, activations quantised as well"
+        return "fast", f"ComfyUI computes {compute.text}, activations quantized as well"
     if compute.value == "fp4":
-        return "slow", f"ComfyUI dequantises the weights of {whole:,} layers; load the file with NVFP4ModelLoader"
+        return "slow", f"ComfyUI dequantizes the weights of {whole:,} layers; load the file with NVFP4 Model Loader"
     if not compute.known:
         return "unknown", compute.text
-    return "slow", f"ComfyUI's own way: {compute.text}; load the file with NVFP4ModelLoader"
+    return "slow", f"ComfyUI's own way: {compute.text}; load the file with NVFP4 Model Loader"
 
 
 def _slow_lora(layers: list) -> str:
@@ -185,9 +185,13 @@ def _slow_lora(layers: list) -> str:
 
 def _lora_of_own(layers: list) -> str:
     """How LoRAs are computed that cost no step more than their own matmuls, as the end of a sentence."""
-    beside = sum(layer.__dict__.get("nvfp4_lora") is not None for layer in layers)
+    branches = [branch for layer in layers if (branch := layer.__dict__.get("nvfp4_lora")) is not None]
     packed = sum(bool(layer.__dict__.get("nvfp4_lora_refused")) for layer in layers)
-    text = f"; a LoRA is computed beside the packed weight in {beside:,} layers" if beside else ""
+    text = ""
+    if branches:
+        size, eighth = sum(branch.nbytes for branch in branches) / 1e9, sum(branch.packed for branch in branches)
+        text = f"; a LoRA is computed beside the packed weight in {len(branches):,} layers, {size:.2f} GB"
+        text += f", {eighth:,} in 8 bits" if eighth else ""
     return text + (f"; ComfyUI packed a LoRA into {packed:,} layers{_reasons(layers)}" if packed else "")
 
 

@@ -138,7 +138,7 @@ def nvfp4_compute() -> tuple[str, str]:
         text = "on FP4 tensor cores (W4A4)"
         return ("fp4", text) if backend == "cuda" else (f"fp4 {backend}", f"{text} by the {backend} backend")
     backend = registry.get_capable_backend("dequantize_nvfp4")
-    return f"emulated {backend}", f"no FP4 tensor cores: every weight is dequantised, by the {backend} backend"
+    return f"emulated {backend}", f"no FP4 tensor cores: every weight is dequantized, by the {backend} backend"
 
 
 def own_backend() -> tuple[str, str]:

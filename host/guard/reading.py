@@ -103,7 +103,7 @@ def understand(data: Any) -> Reading:
     unread = [f"{graph.nodes[name].kind} #{name}" for name in made.unread if name in graph.nodes]
     doubtful = made.unread.keys() & graph.nodes.keys() | {node.id for node in missing}
     unknown = [
-        _phrase("entry that is no node", "entries that are no nodes", strange),
+        _phrase("entry that is not a node", "entries that are not nodes", strange),
         _phrase(
             "node of a class that this ComfyUI does not have", "nodes of classes that this ComfyUI does not have",
             [node.kind for node in missing],
@@ -126,11 +126,11 @@ def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body)  # of bytes: UTF-8, 16 or 32, with a byte order mark or without
     except UnicodeDecodeError:
-        raise NotRead(f"this is no text; expected {EXPECTED}") from None
+        raise NotRead(f"this is not text; expected {EXPECTED}") from None
     except RecursionError:
         raise NotRead(f"this is nested too deeply for a prompt; expected {EXPECTED}") from None
     except ValueError as error:
-        raise NotRead(f"this is no JSON ({error}); expected {EXPECTED}") from None
+        raise NotRead(f"this is not JSON ({error}); expected {EXPECTED}") from None
 
 
 _Found = list[tuple[str, Mapping[str, Any]]]

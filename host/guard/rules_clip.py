@@ -7,10 +7,12 @@ LTX latents: one holds 32 x 32 pixels and eight frames, the first one a single f
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterator
 
 from ...measure.ltx import AUDIO_LATENTS_PER_SECOND
 from . import view as seen
+from .fixes import fixes_of
 from .links import Node
 from .names import shown
 from .vaes import UPSCALERS, upscaler_of
@@ -28,6 +30,10 @@ def frames(view: View) -> Iterator[Finding]:
         if length is None or length < 1 or (length - 1) % 8 == 0:
             continue
         lower = snapped(length)
+        same = [sound.id for sound in view.graph.of_kind(seen.EMPTY_AUDIO)]
+        same = [sound for sound in same if view.graph.number(sound, "frames_number") == length]
+        wanted = [(node.id, seen.SIZED[node.kind], _nearest(length))]
+        wanted += [(sound, "frames_number", _nearest(length)) for sound in same]
         yield Finding(
             "frames",
             WARNING,
@@ -35,6 +41,7 @@ def frames(view: View) -> Iterator[Finding]:
             "One latent frame holds eight frames of the clip, and the first one holds one.",
             f"Set `{seen.SIZED[node.kind]}` to {lower} or {lower + 8}, and the same in {shown(seen.EMPTY_AUDIO)}.",
             (node.id,),
+            fixes_of(view.graph, wanted),
         )
 
 
@@ -61,7 +68,9 @@ def size(view: View) -> Iterator[Finding]:
             ends = (f"{_lower(value) * factor:g} or {(_lower(value) + 32) * factor:g}" for value in wrong)
             near += f", for {', '.join(ends)} in the end"
         title = f"{given} is not a multiple of 32; ComfyUI makes {made} of it."
-        yield Finding("size", WARNING, title, why, f"Set {near}.", (node.id,))
+        sides = [("width", width), ("height", height)]
+        wanted = [(node.id, name, max(32, (int(side) + 16) // 32 * 32)) for name, side in sides if side in wrong]
+        yield Finding("size", WARNING, title, why, f"Set {near}.", (node.id,), fixes_of(view.graph, wanted))
 
 
 def _lower(value: float) -> int:
@@ -81,6 +90,11 @@ def _factor(name: str | None) -> float:
 def snapped(length: float) -> int:
     """The number of frames the host makes of ``length``."""
     return (int(length) - 1) // 8 * 8 + 1
+
+
+def _nearest(length: float) -> int:
+    """The 8k + 1 that is nearest, the lower one of two."""
+    return snapped(length + 3)
 
 
 def frame_rates(view: View) -> Iterator[Finding]:
@@ -122,6 +136,8 @@ def frame_rates(view: View) -> Iterator[Finding]:
         if fps is not None:
             group[end] = fps
         nodes = sorted(group, key=order.__getitem__)
+        rate = statistics.mode(group[node] for node in nodes)  # of as many the first
+        inputs = {node: seen.FILMS[videos[node].kind] if node in videos else "frame_rate" for node in nodes}
         named = [f"{group[node]:g} in {graph.nodes[node].kind}" for node in nodes[:_MOST_NAMED]]
         yield Finding(
             "fps",
@@ -132,6 +148,7 @@ def frame_rates(view: View) -> Iterator[Finding]:
             "apart.",
             "Set the same frame rate everywhere.",
             tuple(nodes[:_MOST_NODES]),
+            fixes_of(graph, [(node, inputs[node], rate) for node in nodes[:_MOST_NODES]]),
         )
         if len(unnamed) == _MOST_GROUPS:
             return
@@ -170,4 +187,6 @@ def audio_length(view: View) -> Iterator[Finding]:
             why,
             f"Set `frames_number` in {shown(seen.EMPTY_AUDIO)} to {snapped(length)}.",
             (audio.id, video.id),
+            # Where both have the same wrong number, the rule on frames mends both.
+            fixes_of(graph, [(audio.id, "frames_number", _nearest(length))]) if count != length else (),
         )

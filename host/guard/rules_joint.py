@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ...measure.ltx import TEMPORAL
 from . import view as seen
+from .fixes import fixes_of
 from .links import Node
 from .vaes import DECODE
 from .values.latents import GUIDING, Conditioning, Sound, Video, frames_of
@@ -93,7 +94,14 @@ def batches(view: View) -> Iterator[Finding]:
             "Both streams are one batch for the model, which ComfyUI packs into one tensor.",
             "Set the same `batch_size` in both empty latents.",
             ids_of(concat, sampler.node),
+            fixes_of(view.graph, [(empty.id, "batch_size", int(counts[0])) for empty in _empty_sound(view, concat)]),
         )
+
+
+def _empty_sound(view: View, concat: Node) -> list[Node]:
+    """The empty latent of the sound that a concat node joins, if it is one."""
+    root = view.latent(concat, "audio_latent").root
+    return [root] if root is not None and root.kind == seen.EMPTY_AUDIO else []
 
 
 def uncropped_guides(view: View) -> Iterator[Finding]:

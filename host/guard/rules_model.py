@@ -9,6 +9,7 @@ from ...measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
 from ..doctor.cards import is_nvidia
 from . import view as seen
 from .files import FileFacts
+from .fixes import fixes_of
 from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, TEXT_LOADERS, distilling_loras, names_of
 from .names import shown
 from .prompt_graph import Node
@@ -92,7 +93,7 @@ def slow_nvfp4(view: View) -> Iterator[Finding]:
         for file in view.files(loader, _LOADERS) if loader.kind in kinds else ():
             if not file.nvfp4:
                 continue
-            ours = "Load it with NVFP4 Model Loader, which dequantises with Triton, or install"
+            ours = "Load it with NVFP4 Model Loader, which dequantizes with Triton, or install"
             yield Finding(
                 "slow_nvfp4",
                 WARNING,
@@ -121,6 +122,7 @@ def distilled(view: View) -> Iterator[Finding]:
                 "picture.",
                 "Set cfg to 1.",
                 ids_of(node, sampler.guided_by, view.model(sampler.guided_by).loader),
+                fixes_of(view.graph, [(node.id, name, 1.0) for name in seen.CFG_INPUTS if name in node.inputs]),
             )
         # With a LoRA the schedule is a matter of taste and strength.
         maker = _maker_of_sigmas(view, sampler) if file.distilled else None

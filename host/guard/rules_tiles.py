@@ -15,12 +15,14 @@ from ...measure.fit import decode_bytes
 from ...measure.ltx import SPATIAL, TEMPORAL
 from ...measure.roofline import Clip
 from ...measure.text import gib
+from .fixes import Fix, fixes_of
 from .vaes import DECODE, OWN_TILES, PICTURES, TILED, Use
 from .values.latents import Video
 from .view import INFO, WARNING, Finding, View, ids_of
 
 _DEFAULTS = {"tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
 _WHOLE = "2.5"  # the version whose decoder has no chunks, so that tiles are what a small card needs
+_SMALLER = (512, 384, 256, 192, 128)  # tile sizes to offer, in pixels
 _LEAST_FRAMES = 2  # latent frames of a tile, as the host has it
 _PLAIN = (
     "Use VAE Decode: it decodes LTX in chunks of time, exactly, and goes on in tiles by itself if memory runs out "
@@ -51,7 +53,7 @@ def tiles(view: View) -> Iterator[Finding]:
         tile = _tile(view, use, video)
         chunked = not vae.version.startswith(_WHOLE)
         if chunked and tile.frames is not None:
-            yield _temporal(use, tile, video)
+            yield _temporal(view, use, tile, video)
         elif chunked and (tile.width or tile.height):
             yield Finding(
                 "tiled_decode",
@@ -66,7 +68,7 @@ def tiles(view: View) -> Iterator[Finding]:
             yield found
 
 
-def _temporal(use: Use, tile: Tile, video: Video) -> Finding:
+def _temporal(view: View, use: Use, tile: Tile, video: Video) -> Finding:
     return Finding(
         "temporal_tiles",
         WARNING,
@@ -76,6 +78,7 @@ def _temporal(use: Use, tile: Tile, video: Video) -> Finding:
         "ghosts and jumps at the seams.",
         f"{_PLAIN} In tiles, set {_widget(use)} beyond the length of the clip.",
         ids_of(use.node),
+        _fix(view, use, "temporal_size", video.frames * TEMPORAL),
     )
 
 
@@ -94,6 +97,9 @@ def _too_large(view: View, use: Use, tile: Tile, video: Video, version: str) -> 
     needs = decode_bytes(clip, memory, version)
     if needs <= memory:
         return None
+    sizes = (size for size in _SMALLER if size < max(clip.width, clip.height))
+    smaller = (Clip(min(size, clip.width), min(size, clip.height), clip.frames) for size in sizes)
+    fits = next((tile for tile in smaller if decode_bytes(tile, memory, version) <= memory), None)
     return Finding(
         "large_tiles",
         WARNING,
@@ -102,7 +108,13 @@ def _too_large(view: View, use: Use, tile: Tile, video: Video, version: str) -> 
         f"{use.node.kind} stops when memory runs out.",
         "Use VAE Decode, which goes on in tiles that fit by itself, or smaller tiles.",
         ids_of(use.node),
+        _fix(view, use, "tile_size", max(fits.width, fits.height)) if fits is not None else (),
     )
+
+
+def _fix(view: View, use: Use, name: str, value: int) -> tuple[Fix, ...]:
+    """A value for ComfyUI's own node; the tiles of the others are counted, not measured."""
+    return fixes_of(view.graph, [(use.node.id, name, value)]) if use.node.kind == TILED else ()
 
 
 def _latents(side: int | None) -> int | None:

@@ -11,7 +11,9 @@ from .loaders import AUDIO_VAE_LOADERS, OUR_VAE_LOADER
 from .vaes import DECODE, OWN_TILES, PICTURES, SOUND, UPSCALE, UPSCALERS, Use, find_sounds, upscaler_of
 from .view import ERROR, WARNING, Finding, View, ids_of
 
-_FULL_VAE = "Take the full VAE of the LTX checkpoint: NVFP4 VAE Loader finds it inside, NVFP4 Split extracts it."
+_FULL_VAE = (
+    "Take the full VAE of the LTX checkpoint: NVFP4 VAE Loader finds it inside, NVFP4 Split Checkpoint extracts it."
+)
 # By a model's family, the first words of the versions of LTX VAEs whose latents are not its own.
 _FOREIGN_VERSIONS = {
     "LTX-Video": ("2.0", "2.3", "2.5"),
@@ -115,7 +117,7 @@ def confused_vaes(view: View) -> Iterator[Finding]:
                 ERROR,
                 f"{file.name} has no audio VAE in it, and LTXV Audio VAE Loader stops.",
                 "It has no tensors that begin with `audio_vae.`; ComfyUI says: VAE is invalid.",
-                "Choose the full LTX-2 checkpoint, or a file with its audio VAE (NVFP4 Split makes one).",
+                "Choose the full LTX-2 checkpoint, or a file with its audio VAE (NVFP4 Split Checkpoint makes one).",
                 (loader.id,),
             )
 

@@ -126,7 +126,7 @@ class _Conversion:
 
     def _notes(self) -> Iterator[str]:
         if self.strange:
-            yield f"{self.strange} of its entries are no nodes, or have the id of another one"
+            yield f"{self.strange} of its entries are not nodes, or have the id of another one"
         if self.left_out:
             yield f"{self.left_out} subgraphs beyond a depth of {_DEEPEST} or {_LARGEST:,} nodes and links"
         if self.broadcasts:

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from .files import FileFacts, file_facts
+from .fixes import Fix
 from .loaders import MODEL_LOADERS, Names, distilling_loras, names_of
 from .prompt_graph import Link, Node, PromptGraph
 from .vaes import Use, find_uses
@@ -72,7 +73,7 @@ _VIDEO_ROOTS = (*SIZED, *_ENCODERS)
 
 # On the way from a decode to the video, these change how many frames there are.
 _RETIMES = re.compile(r"interpol|rife|film|fps|frame", re.IGNORECASE)
-_CFG_INPUTS = ("cfg", "video_cfg", "audio_cfg", "cfg_conds")
+CFG_INPUTS = ("cfg", "video_cfg", "audio_cfg", "cfg_conds")
 _LONGEST_LIST, _MOST_PARAMETERS = 400, 8
 _MOST_FILES = 100  # a prompt names a few; each one costs looks into several folders
 
@@ -85,8 +86,8 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a prompt or the host. ``title`` is one sentence; ``nodes``: ids in the API prompt.
-
+    """One thing that is wrong with a prompt or the host. ``title`` is one sentence; ``nodes``: ids in the API prompt;
+    ``fixes``: the cure, where it is values of widgets.
     ``severity``: ERROR, the run fails or its result is unusable; WARNING, it is slower or worse than meant; INFO.
     """
 
@@ -96,10 +97,11 @@ class Finding:
     why: str
     remedy: str
     nodes: tuple[str, ...] = ()
+    fixes: tuple[Fix, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"nodes": list(self.nodes)}
+        return asdict(self) | {"nodes": list(self.nodes), "fixes": [fix._asdict() for fix in self.fixes]}
 
 
 def ids_of(*nodes: Node | None) -> tuple[str, ...]:
@@ -308,7 +310,7 @@ class View:
 
     def cfgs(self, guided_by: Node) -> list[tuple[Node, float]]:
         """Every cfg that a sampler or guider works with, and the node that has it."""
-        found = [(guided_by, self.graph.number(guided_by.id, name)) for name in _CFG_INPUTS]
+        found = [(guided_by, self.graph.number(guided_by.id, name)) for name in CFG_INPUTS]
         listed = self.graph.value(guided_by.id, "cfg_values")
         if isinstance(listed, str) and len(listed) <= _LONGEST_LIST:
             found += [(guided_by, as_number(text)) for text in listed.split(",")]

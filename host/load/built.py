@@ -117,7 +117,7 @@ def _own_values(parameters: Mapping[str, torch.Tensor], build: Callable[[], torc
 
 def _stop(module: torch.nn.Module, inputs: tuple, *, name: str, layer: str) -> None:
     remedy = "the file is incomplete: download it again, or use one with all parts of the model"
-    found = "the model computes with it, and the file has nothing of it"
+    found = "the model needs it, and the file does not have it"
     raise CheckpointError(found, where=f"{name}, layer {layer}", remedy=remedy)
 
 

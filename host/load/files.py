@@ -9,9 +9,9 @@ import comfy.utils
 import torch
 
 from ...checkpoint.file.container import TensorReader
-from ...checkpoint.file.dtypes import DTYPES
 from ...checkpoint.file.header import CheckpointError, Header, quote
 from ...checkpoint.file.shards import Checkpoint
+from ...checkpoint.file.torch_dtypes import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def _of_file(header: Header) -> dict[str, torch.Tensor]:
     if not header.trailing:
         return comfy.utils.load_torch_file(str(header.path), return_metadata=True)[0]
     # safetensors, through which the host reads without DynamicVRAM, refuses such a file whole.
-    text = "%s: %d bytes follow its last tensor and are left out; `repair` writes a file without them"
+    text = "%s: %d bytes follow its last tensor and are left out; NVFP4 Repair writes a file without them"
     logger.warning(text, header.path.name, header.trailing)
     with TensorReader(header) as reader:
         return {name: reader.get(name) for name in header.tensors}

@@ -45,7 +45,7 @@ class LoadReport:
             how += f": {describe(self.modes)}"
         how += f", weights decoded by the {self.backend} backend ({self.reason})"
         if self.dialect == "none":
-            how = "as ComfyUI's own loader, there is nothing to dequantise"
+            how = "as ComfyUI's own loader, there is nothing to dequantize"
         lines = [
             f"{self.file}: {self.family}, {self.gigabytes:.2f} GB",
             f"dialect: {self.dialect} ({self.evidence})",

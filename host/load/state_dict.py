@@ -16,8 +16,9 @@ from comfy.quant_ops import QUANT_ALGOS
 
 from ...checkpoint.file.header import MARKER, CheckpointError
 from ...checkpoint.file.shards import Checkpoint, Source
-from ...checkpoint.identify.dialects import AUTO, DialectPlan, detect, host_layer, input_scale
+from ...checkpoint.identify.dialects import AUTO, DialectPlan, detect
 from ...checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
+from ...checkpoint.identify.host_layer import host_layer, input_scale
 from ...checkpoint.identify.layers import Layer, refuse
 from ...checkpoint.identify.values import Get, check_layer, expand, read_scale
 from ...measure.escape import line

@@ -80,13 +80,13 @@ class TextEncoderReport:
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count:,} {name}" for name, count in self.layers.items())
-        how = f"weight-only, dequantised by the {self.backend} backend ({self.reason})"
+        how = f"weight-only, dequantized by the {self.backend} backend ({self.reason})"
         lines = [
             f"{self.file}: {self.family}, {self.gigabytes:.2f} GB",
             f"dialect: {self.dialect} ({self.evidence})",
             f"layers: {layers}",
             *([self.beside] if self.beside else []),
-            f"compute: {how if self.dialect != 'none' else 'as ComfyUI, there is nothing to dequantise'}",
+            f"compute: {how if self.dialect != 'none' else 'as ComfyUI, there is nothing to dequantize'}",
             f"device: {self.device}, DynamicVRAM {'on' if self.dynamic_vram else 'off'}",
             f"token loop: {self.decode}",
         ]

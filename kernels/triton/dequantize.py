@@ -96,7 +96,7 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     tile_rows, words, full = _tile(rows, words_per_row)
     grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(words_per_row, words * _STEPS),)
     sizes = (rows, cols, words_per_row, block_scale_shape(shape)[1])
-    tile = (tile_rows, words, _STEPS, full and cols % 16 == 0, store_modifier(shape, dtype))
+    tile = (tile_rows, words, _STEPS, full and cols % 16 == 0, store_modifier(shape, dtype, device))
     launch = Launcher(_dequantize_kernel, grid, sizes + tile, device, (1,), num_warps=_WARPS)
     read, as_bits = part_reader(shape, device), bf16_as_bits(dtype, device)
 

@@ -18,8 +18,66 @@ from ..format import PackedWeight, block_scale_shape, packed_shape
 from .launch import Launcher, bf16_as_bits, part_reader, store_modifier
 from .tiles import decode_words, round_to_bf16_bits, tiled_offset
 
-# Fastest of seven tiles on an H200; its fp32 sums fill 64 registers of each thread.
-_ROWS, _WORDS, _WARPS, _MOST_RANK = 64, 16, 4, 64
+# Tiles: rows, words of 8 columns, warps; the fastest of seven on an H200 at rank 64, and at rank 384 that for BF16 and
+# that for FP8: larger ones read the factors less often.
+TILES = {"small": (64, 16, 4), "bf16": (128, 16, 4), "fp8": (128, 32, 8)}
+_MOST_RANK = 64  # of a step
+
+
+def tile_of(rank: int, output: str) -> tuple[int, int, int, int]:
+    """R, "bf16" or "fp8" -> rows, words and warps of a program's tile, and how much of the rank a step takes."""
+    tile = TILES["small" if rank <= 2 * _MOST_RANK else output]
+    return *tile, min(max(triton.next_power_of_2(rank), 16), _MOST_RANK)
+
+
+@triton.jit
+def sum_tile(
+    packed_ptr,
+    scale_ptr,
+    global_ptr,
+    up_ptr,
+    down_ptr,
+    row,
+    first_word,
+    rows,
+    cols,
+    packed_rows,
+    words_per_row,
+    scale_cols,
+    rank,
+    WORDS: tl.constexpr,
+    RANK: tl.constexpr,
+    FULL: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """fp32 of the rows ``row`` [ROWS] and WORDS * 8 columns of W + up (rows, rank) x down (rank, cols).
+
+    FULL: no tile crosses an edge, and RANK divides ``rank``. PRODUCTS: whether the factors' own dtype can be
+    multiplied, as in Triton's interpreter bf16 cannot.
+    """
+    column, part = first_word * 8 + tl.arange(0, WORDS * 8), tl.arange(0, RANK)
+    # Asked for first, to come while the factors are multiplied.
+    word_col = first_word + tl.arange(0, WORDS)
+    words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + row.to(tl.int64)[:, None] * words_per_row
+    word_inside = None if FULL else (row < packed_rows)[:, None] & (word_col < words_per_row)[None, :]
+    word = tl.load(words + word_col[None, :], mask=word_inside)
+    scale = tl.load(scale_ptr + tiled_offset(row[:, None], word_col[None, :] // 2, scale_cols), mask=word_inside)
+    row_inside, column_inside = (row < rows)[:, None], (column < cols)[None, :]
+    up = up_ptr + row.to(tl.int64)[:, None] * rank + part[None, :]
+    down = down_ptr + part.to(tl.int64)[:, None] * cols + column[None, :]
+    acc = tl.zeros((row.shape[0], WORDS * 8), tl.float32)
+    for first in range(0, rank, RANK):
+        if FULL:
+            left, right = tl.load(up + first), tl.load(down + first * cols)
+        else:
+            part_inside = first + part < rank
+            left = tl.load(up + first, mask=row_inside & part_inside[None, :], other=0.0)
+            right = tl.load(down + first * cols, mask=part_inside[:, None] & column_inside, other=0.0)
+        if PRODUCTS:
+            acc = tl.dot(left, right, acc)
+        else:
+            acc = tl.dot(left.to(tl.float32), right.to(tl.float32), acc)
+    return tl.reshape(decode_words(word, scale, tl.load(global_ptr)), (row.shape[0], WORDS * 8)) + acc
 
 
 @triton.jit
@@ -43,42 +101,28 @@ def _dequantize_sum_kernel(
     PRODUCTS: tl.constexpr,
     STORE: tl.constexpr,
 ):
-    """Each program decodes ROWS rows x WORDS * 8 columns and adds their part of up (rows, rank) x down (rank, cols).
-
-    An int16 output receives bf16 bits. FULL: no tile crosses an edge, and RANK divides ``rank``. PRODUCTS: whether the
-    factors' own dtype can be multiplied, as in Triton's interpreter bf16 cannot.
-    """
+    """Each program writes ROWS rows x WORDS * 8 columns; an int16 output receives bf16 bits. See ``sum_tile``."""
     column_programs = tl.cdiv(words_per_row, WORDS)
     row = tl.program_id(0) // column_programs * ROWS + tl.arange(0, ROWS)
     first_word = tl.program_id(0) % column_programs * WORDS
-    column, part = first_word * 8 + tl.arange(0, WORDS * 8), tl.arange(0, RANK)
-    # Asked for first, to come while the factors are multiplied.
-    word_col = first_word + tl.arange(0, WORDS)
-    words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + row.to(tl.int64)[:, None] * words_per_row
-    word_inside = None if FULL else (row < packed_rows)[:, None] & (word_col < words_per_row)[None, :]
-    word = tl.load(words + word_col[None, :], mask=word_inside)
-    scale = tl.load(scale_ptr + tiled_offset(row[:, None], word_col[None, :] // 2, scale_cols), mask=word_inside)
-    row_inside, column_inside = (row < rows)[:, None], (column < cols)[None, :]
-    up = up_ptr + row.to(tl.int64)[:, None] * rank + part[None, :]
-    down = down_ptr + part.to(tl.int64)[:, None] * cols + column[None, :]
-    acc = tl.zeros((ROWS, WORDS * 8), tl.float32)
-    for first in range(0, rank, RANK):
-        if FULL:
-            left, right = tl.load(up + first), tl.load(down + first * cols)
-        else:
-            part_inside = first + part < rank
-            left = tl.load(up + first, mask=row_inside & part_inside[None, :], other=0.0)
-            right = tl.load(down + first * cols, mask=part_inside[:, None] & column_inside, other=0.0)
-        if PRODUCTS:
-            acc = tl.dot(left, right, acc)
-        else:
-            acc = tl.dot(left.to(tl.float32), right.to(tl.float32), acc)
-    values = tl.reshape(decode_words(word, scale, tl.load(global_ptr)), (ROWS, WORDS * 8)) + acc
+    values = sum_tile(
+        packed_ptr, scale_ptr, global_ptr, up_ptr, down_ptr, row, first_word, rows, cols, packed_rows, words_per_row,
+        scale_cols, rank, WORDS, RANK, FULL, PRODUCTS,
+    )  # fmt: skip
     if out_ptr.dtype.element_ty == tl.int16:
         values = round_to_bf16_bits(values)
+    column = first_word * 8 + tl.arange(0, WORDS * 8)
     target = out_ptr + row.to(tl.int64)[:, None] * cols + column[None, :]
-    inside = None if FULL else row_inside & column_inside
+    inside = None if FULL else (row < rows)[:, None] & (column < cols)[None, :]
     tl.store(target, values.to(out_ptr.dtype.element_ty), mask=inside, cache_modifier=STORE)
+
+
+def check_factors(up: torch.Tensor, down: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Raise ValueError unless these are factors of a change of ``shape`` in ``dtype``."""
+    rows, cols, rank = *shape, up.shape[1]
+    if up.shape != (rows, rank) or down.shape != (rank, cols) or up.dtype != dtype or down.dtype != dtype:
+        found = f"up {tuple(up.shape)} {up.dtype}, down {tuple(down.shape)} {down.dtype}"
+        raise ValueError(f"found {found}; expected ({rows}, {rank}) and ({rank}, {cols}) of {dtype}")
 
 
 @functools.cache
@@ -90,18 +134,18 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     rows, cols = shape
     bytes_shape = packed_shape(shape)
     words = bytes_shape[1] // 4
-    whole = rows % _ROWS == 0 and cols % (_WORDS * 8) == 0
     products = device.type == "cuda" or dtype != torch.bfloat16
-    store = store_modifier(shape, dtype)
-    grid = (triton.cdiv(rows, _ROWS) * triton.cdiv(words, _WORDS),)
+    store = store_modifier(shape, dtype, device)
     read, as_bits = part_reader(shape, device), bf16_as_bits(dtype, device)
     launchers: dict[int, Launcher] = {}
 
     def launcher(rank: int) -> Launcher:
-        step = min(max(triton.next_power_of_2(rank), 16), _MOST_RANK)
+        tile_rows, tile_words, warps, step = tile_of(rank, "bf16")
+        whole = rows % tile_rows == 0 and cols % (tile_words * 8) == 0 and rank % step == 0
+        grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(words, tile_words),)
         sizes = (rows, cols, bytes_shape[0], words, block_scale_shape(shape)[1], rank)
-        tile = (_ROWS, _WORDS, step, whole and rank % step == 0, products, store)
-        return Launcher(_dequantize_sum_kernel, grid, sizes + tile, device, (1,), num_warps=_WARPS)
+        tile = (tile_rows, tile_words, step, whole, products, store)
+        return Launcher(_dequantize_sum_kernel, grid, sizes + tile, device, (1,), num_warps=warps)
 
     def run(
         packed: torch.Tensor,
@@ -111,10 +155,8 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
         down: torch.Tensor,
     ) -> torch.Tensor:
         packed, block_scale, global_scale = read(packed, block_scale, global_scale)
+        check_factors(up, down, shape, dtype)
         rank = up.shape[1]
-        if up.shape != (rows, rank) or down.shape != (rank, cols) or up.dtype != dtype or down.dtype != dtype:
-            found = f"up {tuple(up.shape)} {up.dtype}, down {tuple(down.shape)} {down.dtype}"
-            raise ValueError(f"found {found}; expected ({rows}, {rank}) and ({rank}, {cols}) of {dtype}")
         out = torch.empty(shape, dtype=dtype, device=device)
         if out.numel():
             launch = launchers.get(rank)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..format import block_scale_shape, check_parts, packed_shape
 
 # Compiled kernels take all arguments, constants included, since Triton 3.4; its interpreter compiles nothing.
 _DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) and not triton.knobs.runtime.interpret
-_L2_BYTES = 48 << 20
+_L2_SHARE, _L2_UNKNOWN = 0.8, 48 << 20  # the rest of the cache is for what the matmul reads beside the weight
 
 
 def warps(columns: int, a_warp: int) -> int:
@@ -55,9 +56,17 @@ def bf16_as_bits(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) < BF16_CAPABILITY
 
 
-def store_modifier(shape: tuple[int, int], dtype: torch.dtype) -> str:
+def store_modifier(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str:
     """Cache modifier for a decoded weight: past the L2 cache if it outgrows that, else left for the matmul after it."""
-    return ".cs" if shape[0] * shape[1] * dtype.itemsize > _L2_BYTES else ""
+    return ".cs" if shape[0] * shape[1] * dtype.itemsize > cached_bytes(device) else ""
+
+
+@functools.cache
+def cached_bytes(device: torch.device) -> int:
+    """Bytes of a decoded weight that the device's L2 cache keeps until they are multiplied."""
+    if device.type != "cuda":
+        return _L2_UNKNOWN
+    return int(_L2_SHARE * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or _L2_UNKNOWN
 
 
 class Launcher:

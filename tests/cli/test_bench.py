@@ -105,7 +105,7 @@ def test_files_that_cannot_be_used_end_with_2(files, comfyui, tmp_path, calls, c
         assert main(["bench", *here, *map(str, words)]) == 2, words
         assert reason in capsys.readouterr().err
     assert main(["bench", "--bf16", str(files["bf16"]), "--comfyui", str(tmp_path), "--out", here[3]]) == 2
-    assert "is no ComfyUI" in capsys.readouterr().err
+    assert "is not a ComfyUI" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert main(["bench", *here[:2], "--bf16", str(files["bf16"]), "--out", str(tmp_path / "full")]) == 2

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from nvfp4_video.checkpoint.file.header import read_header
 from nvfp4_video.cli import COMMANDS, main
-from nvfp4_video.cli.console import MAX_WIDTH, Console, Progress, size
+from nvfp4_video.cli.console import Console, Progress, size
 from nvfp4_video.samples import synthetic
+from nvfp4_video.tests.support import full_size
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the pack consists of without its tests, as ComfyUI's registry hands it out.
@@ -27,6 +28,7 @@ PUBLISHED = ("__init__.py", "__main__.py", *FOLDERS)
 def run(*words: object, pack: Path = ROOT, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """``python <pack> <words>`` without a ComfyUI."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("COMFYUI_", "PYTHON"))}
+    env["COLUMNS"] = "80"
     command = [sys.executable, str(pack), *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8", timeout=240)
 
@@ -121,11 +123,12 @@ def test_the_demo_does_not_write_into_a_folder_that_is_in_use(demo, capsys):
     assert said.out == ""
 
 
-def test_the_demo_s_text_fits_a_terminal_and_asks_for_comfyui_path():
-    done = run("demo")
+def test_the_demo_s_text_fits_80_columns_and_it_leaves_pictures(tmp_path: Path):
+    done = run("demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("identical") >= len(synthetic.KINDS) - 2
-    assert max(map(len, done.stdout.splitlines())) <= MAX_WIDTH
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert {path.name for path in (tmp_path / "nvfp4-demo").iterdir()} == {"inspect.png", "verify.png"}
     assert "Set COMFYUI_PATH" in done.stdout
     assert "\033" not in done.stdout and "\r" not in done.stderr, "no terminal, no control codes"
 
@@ -140,18 +143,21 @@ def test_help_names_every_command_and_each_has_help_of_its_own(capsys):
         assert name in text.split() and "--json" in text
 
 
-def test_help_comes_without_loading_torch():
+@pytest.mark.parametrize("words", [["--help"], ["inspect", "FILE"], ["plan", "FILE", "--gpu", "RTX 5090"]])
+def test_help_and_what_reads_headers_come_without_loading_torch(words: list[str], tmp_path: Path):
+    file = full_size.write(tmp_path / "ltx-2.3.safetensors", full_size.checkpoint("FP8"))
+    words = [str(file) if word == "FILE" else word for word in words]
     code = f"""
 import runpy, sys
-sys.argv = ["pack", "--help"]
+sys.argv = ["pack", *{words!r}]
 try:
     runpy.run_path({str(ROOT)!r}, run_name="__main__")
 except SystemExit:
-    sys.exit("torch" in sys.modules)
+    sys.exit(7 if "torch" in sys.modules else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "sharpness" in done.stdout
+    assert ("sharpness" if words == ["--help"] else "ltx-2.3") in done.stdout.lower()
 
 
 def test_the_folder_is_taken_off_the_module_path(renamed_pack: Path):
@@ -213,15 +219,16 @@ def test_an_error_of_a_process_has_no_traceback(tmp_path: Path):
 
 def test_sharpness_tells_sharp_from_soft_and_plots_both(pictures, tmp_path: Path, capsys):
     out = tmp_path / "plots"
+    out.mkdir()
     assert main(["sharpness", str(pictures["sharp"]), "--json"]) == 0
     (alone,) = json.loads(capsys.readouterr().out)["files"]
-    assert main(["sharpness", *map(str, pictures.values()), "--json", "--png", str(out)]) == 1
+    assert main(["sharpness", *map(str, pictures.values()), "--json", "--picture", str(out)]) == 1
     sharp, soft = json.loads(capsys.readouterr().out)["files"]
     assert (sharp["verdict"], soft["verdict"]) == ("sharp", "preview-like")
     assert sharp["median"] == alone["median"] > 4 * soft["median"]
     for record in (sharp, soft):
-        assert Path(record["png"]).parent == out
-        assert Path(record["png"]).read_bytes().startswith(b"\x89PNG")
+        assert Path(record["picture"]).parent == out
+        assert Path(record["picture"]).read_bytes().startswith(b"\x89PNG")
 
 
 def test_sharpness_takes_a_number_or_a_clip_as_reference(pictures, capsys):
@@ -237,14 +244,14 @@ def test_sharpness_takes_a_number_or_a_clip_as_reference(pictures, capsys):
 def test_an_input_is_never_overwritten_by_a_picture(pictures, capsys):
     before = pictures["sharp"].read_bytes()
     path = str(pictures["sharp"])
-    assert main(["sharpness", path, "--png", path]) == 2
-    assert main(["compare", path, str(pictures["soft"]), "--png", path]) == 2
+    assert main(["sharpness", path, "--picture", path]) == 2
+    assert main(["compare", path, str(pictures["soft"]), "--picture", path]) == 2
     assert pictures["sharp"].read_bytes() == before
     assert capsys.readouterr().err.count("is an input") == 2
 
 
 def test_one_plot_file_for_two_pictures_is_refused(pictures, tmp_path: Path, capsys):
-    assert main(["sharpness", *map(str, pictures.values()), "--png", str(tmp_path / "one.png")]) == 2
+    assert main(["sharpness", *map(str, pictures.values()), "--picture", str(tmp_path / "one.png")]) == 2
     assert "name a folder" in capsys.readouterr().err
 
 
@@ -256,7 +263,7 @@ def test_compare_of_a_clip_with_itself_finds_no_difference(pictures, capsys):
 
 def test_compare_of_a_sharp_with_a_soft_picture_exits_with_1_and_writes_card_and_numbers(pictures, tmp_path, capsys):
     card, numbers = tmp_path / "card.png", tmp_path / "numbers.json"
-    words = ["compare", str(pictures["sharp"]), str(pictures["soft"]), "--png", str(card), "--out", str(numbers)]
+    words = ["compare", str(pictures["sharp"]), str(pictures["soft"]), "--picture", str(card), "--out", str(numbers)]
     assert main(words) == 1
     said = capsys.readouterr().out
     assert "Sharpness ratio B / A" in said and str(card) in said
@@ -293,12 +300,11 @@ def test_a_table_wraps_its_last_column_and_stays_within_the_width(capsys, monkey
     assert lines[2].startswith(" " * 15 + "word"), "a wrapped cell stays in its column"
 
 
-def test_a_path_is_not_taken_apart_at_its_hyphens(capsys, monkeypatch):
+def test_a_name_that_is_too_long_for_its_column_stands_above_its_row(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    Console().say("Picture: /folder-of-mine/another-one/card.png")
-    Console().table(["flag", "text"], [("a", "as with the flag --disable-async-offload")], "<<")
-    lines = capsys.readouterr().out.split()
-    assert "/folder-of-mine/another-one/card.png" in lines and "--disable-async-offload" in lines
+    name = "transformer_blocks.2.video_to_audio_attn"
+    Console().table(["layer", "error", "allowed"], [(name, "0.08", "0.11")], "<>>", indent=0)
+    assert capsys.readouterr().out.splitlines() == ["layer", "  error  allowed", name, "   0.08     0.11"]
 
 
 def test_a_quiet_console_writes_nothing_but_errors(capsys):
@@ -327,6 +333,35 @@ def test_progress_on_a_terminal_shows_bar_amount_and_note_and_wipes_itself():
     assert terminal.getvalue().endswith("\r\033[K")
 
 
+def test_progress_keeps_its_numbers_where_there_is_too_little_room(monkeypatch):
+    title = "Quantizing to a-model-with-a-rather-long-name-for-a-terminal_nvfp4.safetensors"
+    progress = Progress(io.StringIO(), title, 29_140_000_000, size)
+    progress.update(12_340_000_000, "transformer_blocks.17.audio_to_video_attn.to_out.0.weight")
+    progress._started -= 60
+    line = progress.line(80)
+    assert len(line) <= 80
+    assert line.startswith("Quantizing to a-") and "12.34 GB / 29.14 GB" in line
+    assert line.endswith(" s left") and " MB/s  60.0 s  " in line
+    assert "==========-----" in progress.line(), "with room enough there is a bar"
+
+
+def test_a_line_with_columns_wraps_below_its_last_column_and_keeps_words_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    Console().say("format   bound\nNVFP4    math-bound in Linears and attention-bound")
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "NVFP4    math-bound in Linears and",
+        "         attention-bound",
+    ]
+    Console().say("words and https://example.org/a-very-long-address-of-a-file.safetensors")
+    assert "https://example.org/a-very-long-address-of-a-file.safetensors" in capsys.readouterr().out
+
+
+def test_an_output_in_a_folder_that_is_not_there_is_refused(demo, tmp_path: Path, capsys):
+    words = ["inspect", str(demo[1] / "modelopt.safetensors"), "--picture", str(tmp_path / "typo" / "x.png")]
+    assert main(words) == 2
+    assert "is not there" in capsys.readouterr().err and not (tmp_path / "typo").exists()
+
+
 def test_progress_of_a_short_step_writes_nothing_into_a_log():
     log = io.StringIO()
     with Progress(log, "Copying", 2, str) as progress:
@@ -335,9 +370,9 @@ def test_progress_of_a_short_step_writes_nothing_into_a_log():
 
 
 @pytest.mark.host
-def test_the_demo_samples_every_dialect_alike_in_a_real_comfyui():
+def test_the_demo_samples_every_dialect_alike_in_a_real_comfyui(tmp_path: Path):
     command = [sys.executable, str(ROOT), "demo", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=400)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=400)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)["comfyui"]
     if "skipped" in record:

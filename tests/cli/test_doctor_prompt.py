@@ -38,7 +38,7 @@ def test_a_prompt_is_judged_whatever_it_is_wrapped_in(judge, wrap, capsys):
 def test_nothing_is_called_sound_that_was_understood_in_part(judge, capsys):
     judge(clip() | {"note": "mine"})
     shown = " ".join(capsys.readouterr().out.split())
-    assert "13 of 14 nodes understood. Unknown: 1 entry that is no node (note)." in shown
+    assert "13 of 14 nodes understood. Unknown: 1 entry that is not a node (note)." in shown
     assert "none in what was understood" in shown
 
 

@@ -93,5 +93,5 @@ def test_a_file_name_that_is_no_text_is_quantised_and_its_card_shows_it(tmp_path
 def test_a_picture_does_not_replace_a_folder(tmp_path: Path, capsys):
     source = checkpoint(tmp_path / "x.safetensors", "a")
     (tmp_path / "out.png").mkdir()
-    assert main(["inspect", str(source), "--png", str(tmp_path / "out.png")]) == 2
+    assert main(["inspect", str(source), "--picture", str(tmp_path / "out.png")]) == 2
     assert "is a folder; name a file in it" in capsys.readouterr().err

@@ -100,3 +100,14 @@ def test_a_missing_and_a_damaged_file_are_errors_too(tmp_path, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
     assert main(["plan", str(tmp_path / "bad.safetensors"), "--gpu", "GB10"]) == 2
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_a_message_of_the_pack_names_flags_and_commands_here(files, capsys):
+    assert main(["plan", str(files["NVFP4"]), "--gpu", "RTX 7080"]) == 2
+    said = capsys.readouterr().err
+    assert "set --memory to what its box says" in said and "memory_gib" not in said
+    assert main(["inspect", str(files["NVFP4"])]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "set --dialect (comfy" in said
+    assert main(["inspect", str(files["FP8"])]) == 1
+    assert "(`repair` adds them)" in " ".join(capsys.readouterr().out.split())

@@ -29,7 +29,9 @@ from nvfp4_video.kernels.triton import (  # noqa: E402
     quantize,
     quantize_rows,
     to_fp8,
+    to_fp8_sum,
     to_pixels,
+    unpack_factors,
 )
 from triton import compile as triton_compile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -89,6 +91,30 @@ def to_fp8_variants(capability: int) -> Iterator[Variant]:
     for full in (False, True) if capability >= 89 else ():
         constants = {"ROWS": 2, "BLOCKS": 128, "SCALES": 256, "FULL": full}
         yield str(full), to_fp8._to_fp8_kernel, pointers, constants
+
+
+def fp8_sum_variants(capability: int) -> Iterator[Variant]:
+    """A weight with a low-rank change in FP8, and its row scales."""
+    factors = dict.fromkeys(("up_ptr", "down_ptr"), "*bf16")
+    pointers = POINTERS | factors | {"out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "peak_ptr": "*fp32"}
+    for full, rows in ((True, 128), (False, 64)) if capability >= 89 else ():
+        constants = {"ROWS": rows, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True}
+        yield str(full), to_fp8_sum._to_fp8_sum_kernel, pointers, constants
+    if capability >= 89:
+        constants = {"ROWS": 4, "SCALES": 256, "RANK": 512}
+        yield "scales", to_fp8_sum._row_scale_kernel, pointers, constants
+
+
+def factor_variants(capability: int) -> Iterator[Variant]:
+    """Low-rank factors from 8 bits or with their strengths."""
+    dtype = "*bf16" if capability >= 80 else "*fp16"
+    for source, blocks in (("*i8", 1), (dtype, 0)):
+        pointers = {}
+        for name in ("down", "up"):
+            pointers |= {f"{name}_ptr": source, f"{name}_scale_ptr": "*fp32", f"{name}_out_ptr": dtype}
+        constants = {"DOWN_COLS": 128 if blocks else 1024, "UP_COLS": 128, "ELEMENTS": 2048}
+        constants |= {"BLOCKS": blocks, "ALIGNED": bool(blocks)}
+        yield source, unpack_factors._unpack_factors_kernel, pointers, constants
 
 
 def rows_variants(capability: int) -> Iterator[Variant]:
@@ -161,6 +187,8 @@ KERNELS = {
     "gemv": gemv_variants,
     "to_fp8": to_fp8_variants,
     "quantize_rows": rows_variants,
+    "to_fp8_sum": fp8_sum_variants,
+    "unpack_factors": factor_variants,
     "norm_rows": norm_rows_variants,
     "gate_heads": gate_heads_variants,
     "norm_rope": norm_rope_variants,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import types
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_linear_is_a_matmul_with_the_decoded_weight(device, dtype, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn], ids=str)
 def test_an_output_dtype_it_cannot_give_is_refused(kernels: Kernels, dtype, generator):
-    with pytest.raises(ValueError, match=f"cannot dequantise NVFP4 to {dtype}; expected one of .*bfloat16"):
+    with pytest.raises(ValueError, match=f"cannot dequantize NVFP4 to {dtype}; expected one of .*bfloat16"):
         kernels.dequantize(random_record((16, 32), generator), dtype)
 
 
@@ -223,3 +224,22 @@ def test_a_weight_on_the_second_gpu_is_decoded_whichever_is_the_current_one(gene
         for current in (0, 1, 0):
             with torch.cuda.device(current):
                 assert_same_bits(run(*parts).cpu(), right)
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "past"), [(60, False), (96, False), (24, True), (72, False), (3, True), (0, False)]
+)
+def test_a_weight_goes_past_the_cache_of_a_card_that_does_not_hold_it(megabytes, past, monkeypatch):
+    """4096 x 4096 in BF16, 33.6 MB: the L2 of an H200 (as it says), RTX 5090, GB10, RTX 4090, RTX 3060; one unknown."""
+    pytest.importorskip("triton")
+    from nvfp4_video.kernels.triton import launch
+
+    found = types.SimpleNamespace(L2_cache_size=megabytes << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    launch.cached_bytes.cache_clear()
+    try:
+        device = torch.device("cuda", 0)
+        assert launch.store_modifier((4096, 4096), torch.bfloat16, device) == (".cs" if past else "")
+        assert launch.store_modifier((16384, 8192), torch.bfloat16, device) == ".cs"
+    finally:
+        launch.cached_bytes.cache_clear()

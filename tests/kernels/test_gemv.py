@@ -147,5 +147,5 @@ def test_a_fused_kernel_that_is_wrong_on_this_gpu_is_not_used(monkeypatch, caplo
     right = lambda shape, dtype, device: lambda x, *p: dispatch.linear(x, PackedWeight(*p[:3], shape), p[3], "torch")  # noqa: E731
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     assert not dispatch._sound(wrong, torch.bfloat16, torch.device("cpu"))
-    assert "dequantised instead" in caplog.text
+    assert "dequantized instead" in caplog.text
     assert dispatch._sound(right, torch.bfloat16, torch.device("cpu"))

@@ -143,7 +143,7 @@ def test_what_the_owners_of_each_generation_ask_about_is_there():
 
 
 def test_an_unlisted_gpu_is_refused_with_the_way_out_and_taken_with_its_numbers():
-    with pytest.raises(NoGpuError, match="'RTX 9999' is not in the table of GPUs; choose a card.*--bandwidth --tflops"):
+    with pytest.raises(NoGpuError, match="'RTX 9999' is not in the table of GPUs; choose a card.*set `memory_gib`"):
         pick_gpu("RTX 9999")
     memory_only = pick_gpu("RTX 9999", memory=16)
     assert not memory_only.known and memory_only.memory == pytest.approx(16 * GIB, rel=0.02)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nvfp4_video.measure.ltx import VERSIONS, audio_latents, latent_size, mel_frames
-from nvfp4_video.measure.settings import ONE_STAGE, STAGES, TWO_STAGES, distilled_settings
+from nvfp4_video.measure.ltx import VERSIONS, audio_latents, latent_size
+from nvfp4_video.measure.settings import CARDS, ONE_STAGE, STAGES, TWO_STAGES, distilled_settings
 
 
 @pytest.mark.parametrize(("fps", "latents"), [(24, 126), (25, 121), (30, 101), (50, 60), (23.976, 126)])
@@ -73,11 +73,9 @@ def test_sigmas_are_the_published_ones_of_each_version():
         assert (len(found.sigmas) - 1, len(found.sigmas_stage_2) - 1) == (8, 3)
 
 
-def test_frames_times_4_minus_3_is_explained_as_mel_frames_with_its_consequence():
-    assert mel_frames(121) == 481
-    text = str(distilled_settings(768, 512, 121, 25))
-    assert '"frames*4-3" (481 for 121 frames) counts MEL frames' in text
-    assert "19.2 s of sound for 4.8 s of picture; here it is 121" in text
+def test_a_clip_that_needed_no_change_has_nothing_but_its_numbers_in_the_text():
+    text = str(distilled_settings(768, 512, 121, 24))
+    assert len(text.splitlines()) == 3, text
 
 
 def test_a_broken_frame_rate_is_warned_of_and_has_a_whole_neighbour():
@@ -132,3 +130,12 @@ def test_the_latent_of_a_clip_has_one_frame_for_the_first_and_one_for_each_eight
     assert latent_size(768, 512, 121) == (16, 16, 24)
     assert latent_size(1280, 704, 121) == (16, 22, 40)
     assert latent_size(767, 511, 120) == (15, 15, 23)
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_decides_size_and_length_whatever_else_is_set_and_nothing_has_to_be_moved(card: str, stages: str):
+    found = distilled_settings(100, 100, 9, 24.0, seconds=3.0, stages=stages, card=card)
+    assert (found.final_width, found.final_height, found.frames) == CARDS[card][stages]
+    assert found.notes[0].startswith(f"card: the size and length for {card};")
+    assert not any(note.startswith(("size", "frames:")) for note in found.notes)

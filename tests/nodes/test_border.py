@@ -15,6 +15,7 @@ from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.host import border
 from nvfp4_video.host.guard import routes
 from nvfp4_video.host.show import show, tell
+from nvfp4_video.kernels.errors import PackError
 from nvfp4_video.nodes import NODES
 from nvfp4_video.nodes.checkpoint import NVFP4Inspect
 from nvfp4_video.nodes.model import NVFP4ModelLoader
@@ -95,6 +96,16 @@ def test_what_the_host_acts_on_passes_untouched(error, caplog):
     with pytest.raises(type(error)) as raised:
         node(raising).execute()
     assert raised.value is error and caplog.records == []
+
+
+def test_the_host_shows_a_short_name_of_an_error_s_class():
+    # It writes module and class, the module being the path of the pack's folder otherwise.
+    kinds, waiting = {border.InternalError}, [PackError]
+    while waiting:
+        kinds.add(kind := waiting.pop())
+        waiting += kind.__subclasses__()
+    assert {kind.__module__ for kind in kinds} == {"nvfp4_video"}
+    assert CheckpointError in kinds
 
 
 def test_a_result_is_handed_on():

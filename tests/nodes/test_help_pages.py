@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from nvfp4_video.nodes import NODES
@@ -15,6 +16,7 @@ from nvfp4_video.nodes import NODES
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "web" / "docs"
 IDS = [node.GET_SCHEMA().node_id for node in NODES]
+TEXTS = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted(ROOT.glob("docs/*.md"))]
 # [text](target) and ![text](target); a target may be followed by a title.
 LINK = re.compile(r"\]\(([^)\s]+)[^)]*\)")
 
@@ -30,6 +32,12 @@ def page(node_id: str) -> str:
 
 def mentions(text: str, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
+
+
+@pytest.mark.parametrize("node_id", IDS)
+def test_every_input_and_output_says_what_it_is_for(node_id: str, schemas):
+    schema = schemas[node_id]
+    assert [port.id for port in (*schema.inputs, *schema.outputs) if not port.tooltip] == []
 
 
 def test_every_page_belongs_to_a_node():
@@ -68,10 +76,41 @@ def test_pictures_lie_beside_the_pages_and_other_links_leave_the_server(node_id:
 
 
 def test_no_picture_is_left_over():
-    # The README shows some of them as well.
-    pages = [page(node_id) for node_id in IDS] + [(ROOT / "README.md").read_text(encoding="utf-8")]
-    shown = {Path(target).name for text in pages for target in LINK.findall(text)}
+    # The README and docs/ show some of them as well.
+    texts = [page(node_id) for node_id in IDS] + [path.read_text(encoding="utf-8") for path in TEXTS]
+    shown = {Path(target).name for text in texts for target in LINK.findall(text)}
     assert sorted({path.name for path in (DOCS / "images").iterdir()} - shown) == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_links_of_the_readme_and_of_docs_lead_somewhere(path: Path):
+    for target in LINK.findall(path.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        if "://" in name:
+            continue
+        goal = path.parent / unquote(name) if name else path
+        assert goal.exists(), target
+        assert not anchor or anchor in anchors(goal), target
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    heads = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads}
+
+
+def test_the_readme_is_read_in_a_few_minutes():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    words = re.findall(r"[A-Za-z0-9][\w.,'-]*", re.sub(r"\]\([^)]*\)", "]", text))
+    assert len(words) < 720, "what is more than an overview belongs into docs/"
+
+
+@pytest.mark.parametrize("path", [*TEXTS, *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
+def test_texts_call_a_node_by_the_name_it_shows(path: Path, schemas):
+    text = " ".join(path.read_text(encoding="utf-8").split())
+    for name in (schema.display_name for schema in schemas.values()):
+        start, rest = " ".join(name.split()[:2]), "".join(f" {word}" for word in name.split()[2:])
+        assert re.findall(rf"{start}\b(?!{rest}\b).{{20}}", text) == [], name
 
 
 def test_files_and_names_in_contributing_md_exist():

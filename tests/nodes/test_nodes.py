@@ -78,12 +78,13 @@ def test_with_no_model_at_all_the_node_still_shows(stub_comfy):
 def test_every_choice_starts_on_what_needs_no_knowledge(stub_comfy):
     required, optional = inputs(), inputs(required=False)
     assert required.keys() == {"model_name", "compute", "dialect"}
-    assert optional.keys() == {"backend", "config_from", "layer_compute", "attention"}
+    assert optional.keys() == {"backend", "config_from", "layer_compute", "attention", "make_nvfp4"}
     assert required["dialect"]["options"] == ["auto", *DIALECTS]
     assert (required["compute"]["default"], required["dialect"]["default"]) == ("bf16", "auto")
     assert (optional["backend"]["default"], optional["config_from"]["default"]) == ("auto", SAME_FILE)
     assert optional["backend"]["options"] == ["auto", "triton", "torch"]
-    assert all(option["advanced"] for option in optional.values())
+    assert optional["make_nvfp4"]["default"] is False
+    assert all(option["advanced"] for name, option in optional.items() if name != "make_nvfp4")
     assert all(option["tooltip"] for option in (required | optional).values())
 
 

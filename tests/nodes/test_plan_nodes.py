@@ -80,7 +80,7 @@ def test_the_host_s_own_count_of_audio_latents_is_used_where_it_has_one(stub_com
     monkeypatch.setitem(__import__("sys").modules, "comfy.ldm.lightricks.vae.audio_vae", module)
     assert settings()["audio_latents"] == 127
     assert asked == [(121, 24.0, 25.0)]
-    assert "here it is 127" in settings()["text"]
+    assert "audio: 127 latents" in settings()["text"]
 
 
 def test_the_planner_shows_its_text_and_picture(model):

@@ -15,7 +15,7 @@ from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
 from nvfp4_video.checkpoint.verify.verify import verify
 from nvfp4_video.checkpoint.write.calibration import model_identity, write_calibration
 from nvfp4_video.checkpoint.write.recipes import FAMILIES
-from nvfp4_video.host import show
+from nvfp4_video.host import files, show
 from nvfp4_video.measure.moments import Moments
 from nvfp4_video.nodes.quantize import MODEL_ONLY, WHOLE, NVFP4Quantize
 from nvfp4_video.tests.support.files import metadata
@@ -136,3 +136,38 @@ def test_calibrated_quality_takes_a_calibration_file_of_the_model_folders(full, 
     result = run(quality="calibrated", calibration="inputs.safetensors")
     assert "1 layers took GPTQ, 19 kept the plain search for lack of tokens" in result.args[1]
     assert verify(output / result.args[0], full).ok
+
+
+def lora_file(stub_comfy, tmp_path: Path, name: str) -> Path:
+    layer = "diffusion_model.transformer_blocks.1.attn1.to_q"
+    keys = {f"{layer}.lora_A.weight": torch.randn(2, 64), f"{layer}.lora_B.weight": torch.randn(64, 2)}
+    return save(tmp_path / "models" / "loras" / name, keys, {})
+
+
+def test_loras_are_folded_in_each_at_its_strength_and_verify_finds_them_by_name(stub_comfy, full, output, tmp_path):
+    for name in ("style.safetensors", "sub/other.safetensors"):
+        (tmp_path / "models" / "loras" / name).parent.mkdir(parents=True, exist_ok=True)
+        lora_file(stub_comfy, tmp_path, name)
+    given = {"lora": "style.safetensors", "lora_strength": 0.8, "more_loras": "\nsub/other.safetensors = -0.5\n"}
+    text = run(**given).args[1]
+    assert "LoRA folded in: style.safetensors at strength 0.8, which changes 1 tensors" in text
+    assert "LoRA folded in: other.safetensors at strength -0.5" in text
+    made = output / "checkpoints" / "full_nvfp4.safetensors"
+    found = files.folded_loras(str(made))
+    assert [(Path(path).name, at) for path, at in found] == [("style.safetensors", 0.8), ("other.safetensors", -0.5)]
+    assert verify(made, full, loras=found).ok
+    prints = {
+        NVFP4Quantize.fingerprint_inputs(**(WIDGETS | given | {"lora_strength": strength})) for strength in (0.8, 1)
+    }
+    assert len(prints) == 2
+
+
+@pytest.mark.parametrize("line", ("style.safetensors", "style.safetensors = strong"))
+def test_a_line_without_a_strength_is_refused(line, full):
+    with pytest.raises(CheckpointError, match="it has no strength; expected one a line"):
+        run(more_loras=line)
+
+
+def test_a_lora_that_is_in_no_folder_is_named(full):
+    with pytest.raises(FileNotFoundError, match="gone.safetensors is in none of models/loras"):
+        run(more_loras="gone.safetensors = 1")

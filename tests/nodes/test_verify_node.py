@@ -51,7 +51,7 @@ def test_a_good_file_is_said_to_be_good_with_its_worst_layers_as_a_table(folder)
     first, *lines = text.splitlines()
     assert ok is True
     assert first == "full_nvfp4.safetensors against full.safetensors: as good as its format allows"
-    assert "20 quantised layers" in text and "0 worse than allowed" in text
+    assert "20 quantized layers" in text and "0 worse than allowed" in text
     table = lines[lines.index("") + 1 :]
     assert table[0].split() == ["error", "allowed", "worst", "layers"] and len(table) == 1 + 10
     assert all(0.08 < float(line.split()[0]) < float(line.split()[1]) < 0.14 for line in table[1:])
@@ -88,10 +88,10 @@ def test_a_report_of_a_thousand_faults_is_short(folder):
 def test_wrong_pairs_are_refused_by_what_is_wrong_with_them(folder, tmp_path):
     with pytest.raises(CheckpointError, match="full_nvfp4.*: it is both the file and its source"):
         run(source="full_nvfp4.safetensors")
-    with pytest.raises(CheckpointError, match="quantised itself .20 NVFP4 layers.*BF16, FP16, FP32 or FP8"):
+    with pytest.raises(CheckpointError, match="quantized itself .20 NVFP4 layers.*BF16, FP16, FP32 or FP8"):
         run(file_name="full.safetensors", source="full_nvfp4.safetensors")
     save(folder / "other.safetensors", tiny())
-    with pytest.raises(CheckpointError, match="it has no NVFP4 layer; choose the quantised file, and as source"):
+    with pytest.raises(CheckpointError, match="it has no NVFP4 layer; choose the quantized file, and as source"):
         run(file_name="other.safetensors")
     for widget in ("file_name", "source"):
         with pytest.raises(FileNotFoundError, match="gone.safetensors is in none of models/diffusion_models,"):

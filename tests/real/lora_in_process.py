@@ -117,6 +117,12 @@ def strengths(scene, loras: Loras) -> dict:
         management.load_models_gpu([patched])
         name = " and ".join(map(str, pair))
         found["errors"][name] = max(layer_errors(patched, loras, scene.decoded, *pair))
+    kept = [linear.__dict__["nvfp4_lora"] for _, linear in linears(patched, scene)[1:]]
+    other = loras.on(patcher, 0.9, 0.4)
+    management.load_models_gpu([other])
+    now = [linear.__dict__["nvfp4_lora"] for _, linear in linears(other, scene)[1:]]
+    found["another strength moves nothing"] = all(map(lambda one, two: one is two, kept, now))
+    found["errors"]["0.9 and 0.4"] = max(layer_errors(other, loras, scene.decoded, 0.9, 0.4))
     one = loras.on(patcher, 1.0)
     latents = scene.sample(one)
     places = [module.__dict__["nvfp4_lora"].down.data_ptr() for _, module in linears(one, scene)[1:]]
@@ -300,7 +306,7 @@ def fp8(scene, loras: Loras) -> dict:
     compute, kernels = load("nvfp4_video.host.compute.modes"), load("nvfp4_video.kernels.fp8")
     kernels.obstacle = lambda device: ""
     compute.obstacle = lambda mode, device: ""
-    load("nvfp4_video.host.compute.matmul").FP8_MIN_TOKENS = 1
+    load("nvfp4_video.host.compute.matmul").least_rows = lambda shape, device: 1
     patcher = scene.ours("comfy_markers", compute="fp8")
     plain, patched = scene.sample(patcher), scene.sample(loras.on(patcher, 1.0))
     decoded = scene.stock("bf16_decoded")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every file that the LTX-2.3 workflows name, scaled down, written with a real ComfyUI's own classes.
+"""Every file that the LTX workflows name but the text encoders, scaled down, written with a real ComfyUI's own classes.
 
 usage: <the host's python> small_files.py <models folder>, in the folder of a ComfyUI checkout
 
-The VAEs and the latent upscaler are the host's classes with LTX-2.3's config and fewer channels, filled with seeded
-random numbers; the diffusion model is that of samples/synthetic.py. One file has it in NVFP4, one in FP8, both are
-full checkpoints with both VAEs.
+The VAEs and the latent upscaler are the host's classes with their config and fewer channels, filled with seeded
+random numbers; the diffusion model is that of samples/synthetic.py, also for LTX-2.5. For LTX-2.3 one full checkpoint
+with both VAEs has it in NVFP4, one in FP8, and there is a LoRA for it; for LTX-2.5 each part is a file of its own.
 """
 
 from __future__ import annotations
@@ -18,9 +18,18 @@ import sys
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[2] / "samples" / "data"
-NVFP4, FP8 = "ltx-2.3-22b-distilled_nvfp4.safetensors", "ltx-2.3-22b-distilled-fp8.safetensors"
-UPSCALER = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors"
+NVFP4, FP8 = "ltx-2.3-22b-dev-nvfp4.safetensors", "ltx-2.3-22b-distilled-fp8.safetensors"
+LORA, RANK = "loras/ltx-2.3-22b-distilled-lora-384-1.1.safetensors", 4
+UPSCALER = "latent_upscale_models/ltx-2.3-spatial-upscaler-x2-1.1.safetensors"
+MODEL_25 = "diffusion_models/ltx-2.5-22b-distilled-transformer-nvfp4.safetensors"
+VIDEO_VAE_25, AUDIO_VAE_25 = "vae/ltx-2.5-video-vae-bf16.safetensors", "vae/ltx-2.5-audio-vae-bf16.safetensors"
+UPSCALER_25 = "latent_upscale_models/ltx-2.5-latent-spatial-upscaler-x2-bf16-1.0.safetensors"
 MODEL_PREFIX = "model.diffusion_model."
+# LTX-2.5's diffusion decoder with fewer channels and blocks, and smaller neighbourhoods.
+DECODER = {
+    "head_dim": 16, "stage_channels": [128, 64, 32, 32, 16], "stage_depths": [1] * 5, "t_emb_dim": 32,
+    "stage_kernels": [[3, 3, 3]] * 5, "stage5_kernel": [3, 3, 3],
+}  # fmt: skip
 
 
 def small_config() -> dict:
@@ -61,6 +70,25 @@ def vaes(config: dict, filler: Filler) -> dict:
     return filler.state(video, "vae.") | renamed
 
 
+def diffusion_vae(filler: Filler) -> tuple[dict, dict]:
+    """Weights and config of LTX-2.5's video VAE."""
+    module = comfy("ldm.lightricks.vae.na_diffusion_decoder")
+    config = module.LTX_24_VAE_CONFIG | {"decoder": module.LTX_24_VAE_CONFIG["decoder"] | DECODER}
+    config["encoder"] = config["encoder"] | {"base_channels": 8}
+    return filler.state(module.CausalDiffusionVAE(config)), {"vae": config}
+
+
+def lora(state: dict, layers: list[str], filler: Filler) -> dict:
+    """A LoRA for these layers of the diffusion model."""
+    tensors = {}
+    for layer in layers:
+        rows, columns = state[f"{layer}.weight"].shape
+        for name, shape in (("lora_A", (RANK, columns)), ("lora_B", (rows, RANK))):
+            key = f"diffusion_model.{layer}.{name}.weight"
+            tensors[key] = filler.fill(key, filler.torch.empty(shape))
+    return tensors
+
+
 def upscaler(filler: Filler) -> tuple[dict, dict]:
     """Weights and config of a small latent upscaler."""
     config = {"_class_name": "LatentUpsampler", "in_channels": 128, "mid_channels": 32, "num_blocks_per_stage": 1}
@@ -79,8 +107,8 @@ def fp8_layer(layer: str, weight, torch) -> dict:
     return {f"{layer}.{name}": tensor for name, tensor in stored.items()}
 
 
-def models(folder: Path) -> tuple[dict, dict, dict]:
-    """-> the diffusion model's tensors in NVFP4 and in FP8, and its config."""
+def models(folder: Path, filler: Filler) -> tuple[dict, dict, dict, dict]:
+    """-> the diffusion model's tensors in NVFP4 and in FP8, its config, a LoRA; writes LTX-2.5's, without a mark."""
     synthetic = importlib.import_module("nvfp4_video.samples.synthetic")
     torch = importlib.import_module("torch")
     state, config = synthetic.small_ltx23()
@@ -88,10 +116,11 @@ def models(folder: Path) -> tuple[dict, dict, dict]:
     synthetic.write(path, "comfy_markers", state, config)
     packed = dict(importlib.import_module("safetensors.torch").load_file(path))
     path.unlink()
-    fp8 = dict(state)
-    for layer in synthetic.quantised_layers(state, config):
+    synthetic.write(folder / MODEL_25, "metadata_less", state, config)
+    fp8, layers = dict(state), synthetic.quantised_layers(state, config)
+    for layer in layers:
         fp8 |= fp8_layer(layer, fp8.pop(f"{layer}.weight"), torch)
-    return packed, fp8, config
+    return packed, fp8, config, lora(state, layers, filler)
 
 
 def comfy(name: str):
@@ -103,17 +132,23 @@ def main(folder: Path) -> None:
     sys.path.insert(1, str(Path(__file__).resolve().parent))
     importlib.import_module("in_process").bring_up_host()
     save = importlib.import_module("safetensors.torch").save_file
-    for name in ("checkpoints", "latent_upscale_models"):
+    for name in ("checkpoints", "latent_upscale_models", "diffusion_models", "loras", "vae"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     filler = Filler()
-    packed, fp8, transformer = models(folder)
+    packed, fp8, transformer, adapter = models(folder, filler)
     config = small_config() | {"transformer": transformer}
     parts = vaes(config, filler)
     for name, model in ((NVFP4, packed), (FP8, fp8)):
         tensors = {f"{MODEL_PREFIX}{key}": tensor.contiguous() for key, tensor in model.items()} | parts
         save(tensors, folder / "checkpoints" / name, {"config": json.dumps(config)})
     tensors, own = upscaler(filler)
-    save(tensors, folder / "latent_upscale_models" / UPSCALER, {"config": json.dumps(own)})
+    for name in (UPSCALER, UPSCALER_25):
+        save(tensors, folder / name, {"config": json.dumps(own)})
+    save(adapter, folder / LORA)
+    sound = {name: tensor for name, tensor in parts.items() if not name.startswith("vae.")}
+    save(sound, folder / AUDIO_VAE_25, {"config": json.dumps(config)})
+    tensors, own = diffusion_vae(filler)
+    save(tensors, folder / VIDEO_VAE_25, {"config": json.dumps(own)})
 
 
 if __name__ == "__main__":

@@ -56,8 +56,12 @@ def test_unloading_the_model_drops_the_branches(all_facts: dict):
 
 def test_loras_of_any_strength_add_up(all_facts: dict):
     errors = of(all_facts, "strengths")["errors"]
-    assert len(errors) == 5
+    assert len(errors) == 6
     assert all(error < BF16 for error in errors.values()), errors
+
+
+def test_another_strength_leaves_the_adapters_where_they_are(all_facts: dict):
+    assert of(all_facts, "strengths")["another strength moves nothing"]
 
 
 def test_strength_0_and_taking_a_lora_off_give_the_bits_of_no_lora(all_facts: dict):

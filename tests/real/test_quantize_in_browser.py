@@ -54,7 +54,7 @@ def front_end(host: ComfyUI, source: Path, request, tmp_path: Path) -> Iterator[
         widgets |= {"protect_audio": False, "protect_cross_attention": False}
         widgets |= {"estimate_only": False, "overwrite": False}
         graph = {"1": {"class_type": "NVFP4Quantize", "inputs": widgets}}
-        opened.page.evaluate("(graph) => app.loadApiJson(graph, 'quantise')", graph)
+        opened.page.evaluate("(graph) => app.loadApiJson(graph, 'quantize')", graph)
         opened.page.wait_for_function("() => app.rootGraph.nodes.length === 1")
         opened.target = host.base / "output" / "checkpoints" / f"{name}_nvfp4.safetensors"
         yield opened

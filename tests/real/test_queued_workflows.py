@@ -7,6 +7,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import pytest
 from nvfp4_video.samples import synthetic
@@ -17,7 +18,7 @@ from PIL import Image
 
 FILES = sorted((PACK / "workflows").glob("*.json"))
 RECORDED_FROM = "0.33.0"
-FILE_INPUTS = {"text_encoder", "ckpt_name", "clip_name", "image", "model_name"}
+FILE_INPUTS = {"text_encoder", "ckpt_name", "clip_name", "image", "model_name", "lora_name"}
 
 
 @pytest.fixture(params=FILES, ids=lambda file: file.stem)
@@ -28,7 +29,8 @@ def graph(request: pytest.FixtureRequest) -> dict:
 @pytest.fixture
 def files(host: ComfyUI, graph: dict) -> Iterator[None]:
     """Small full checkpoints under the names in the graph; afterwards they are gone, and so is what was queued."""
-    nodes = [node for node in graph["nodes"] if node["type"] not in form.NOTES]
+    levels = (graph, *graph["definitions"]["subgraphs"])
+    nodes = [node for level in levels for node in level["nodes"] if node["type"] not in form.NOTES]
     folders = {model["name"]: model["directory"] for node in nodes for model in node["properties"].get("models", [])}
     names = {str(value) for node in nodes for value in node.get("widgets_values", [])}
     names = {name for name in names if name.endswith(".safetensors")}
@@ -53,7 +55,8 @@ def files(host: ComfyUI, graph: dict) -> Iterator[None]:
 def test_the_template_gallery_lists_every_workflow_of_the_pack_and_shows_its_thumbnail(host: ComfyUI):
     assert sorted(host.get("/workflow_templates")[PACK_FOLDER]) == [file.stem for file in FILES]
     for file in FILES:
-        with urllib.request.urlopen(f"{host.url}/api/workflow_templates/{PACK_FOLDER}/{file.stem}.jpg") as answer:
+        address = f"{host.url}/api/workflow_templates/{PACK_FOLDER}/{quote(file.stem)}.jpg"
+        with urllib.request.urlopen(address) as answer:
             assert answer.read() == file.with_suffix(".jpg").read_bytes()
 
 

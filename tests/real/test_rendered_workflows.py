@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real ComfyUI renders the shipped LTX-2.3 workflows to video files, on scaled-down models with random weights.
+"""A real ComfyUI renders the shipped LTX workflows to video files, on scaled-down models with random weights.
 
 The graphs are those of the templates, with a small size and length in the settings node and seeded conditioning in the
 place of the text encoder (``small_clip``). Everything else is the real thing: both loaders, guard, settings, sampler,
@@ -24,12 +24,10 @@ from nvfp4_video.tests.workflows.workflow_format import api_prompt
 from PIL import Image
 
 WIDTH, HEIGHT, FRAMES, FPS = 192, 128, 17, 24
-CLIPS = {
-    "ltx23_nvfp4_t2v_audio": True,
-    "ltx23_nvfp4_t2v_audio_two_stage": True,
-    "ltx23_nvfp4_i2v_audio": True,
-    "ltx23_nvfp4_t2v_video_only": False,
-}
+CLIPS = sorted(path.stem for path in (PACK / "workflows").glob("*LTX*.json"))
+IMAGE_TO_VIDEO, SILENT, MAKE = "3 LTX-2.3 image to video", "5 LTX-2.3 without sound", "7 Make an NVFP4 file"
+TEXT_ENCODERS = ("NVFP4TextEncoderLoader", "CLIPLoader")
+MADE = "ltx-2.3-22b-distilled-fp8_nvfp4.safetensors"
 RATE = 48_000
 # A sound of n latents decodes to 4n - 3 MEL frames of 10 ms, so it ends up to a latent and a half before the picture.
 MEL_FRAME = RATE // 100
@@ -77,7 +75,7 @@ def start_of(stream) -> float:
 
 @pytest.fixture(scope="module")
 def files(host: ComfyUI) -> dict:
-    """All files that the LTX-2.3 templates name, below the host's folders; the transformer's config."""
+    """All files that the templates name but the text encoders, below the host's folders; the transformer's config."""
     if small_model(host.path) != "ltx23":
         pytest.skip(f"ComfyUI {host.version} does not know LTX-2.3")
     _, config = synthetic.small_ltx23()
@@ -94,13 +92,13 @@ def small_clip(name: str, config: dict, info: dict, frames: int = FRAMES) -> dic
     prompt = api_prompt(json.loads((PACK / "workflows" / f"{name}.json").read_text("utf-8")), info)
     for node, entry in list(prompt.items()):
         if entry["class_type"] == "NVFP4DistilledSettings":
-            entry["inputs"] |= {"width": WIDTH, "height": HEIGHT, "frames": frames, "fps": FPS}
+            entry["inputs"] |= {"width": WIDTH, "height": HEIGHT, "frames": frames, "seconds": 0.0, "fps": FPS}
         elif entry["class_type"] == "CLIPTextEncode":
             prompt[node] = {
                 "class_type": "StandInConditioning",
-                "inputs": {"seed": int(node), "tokens": 32, "dim": graphs.context_width(config)},
+                "inputs": {"seed": int(node.rpartition(":")[2]), "tokens": 32, "dim": graphs.context_width(config)},
             }
-        elif entry["class_type"] == "LTXAVTextEncoderLoader":
+        elif entry["class_type"] in TEXT_ENCODERS:
             del prompt[node]
     return prompt
 
@@ -128,7 +126,7 @@ def test_the_template_renders_a_video_file_with_synced_sound(host: ComfyUI, file
     assert found.seconds == pytest.approx(FRAMES / FPS, abs=1e-3)
     assert {frame.shape for frame in found.frames} == {(HEIGHT, WIDTH, 3)}
     assert len({frame.tobytes() for frame in found.frames}) > FRAMES // 2, "the picture stands still"
-    if CLIPS[name]:
+    if name != SILENT:
         assert (found.sample_rate, found.channels) == (RATE, 2)
         assert found.audio_start == found.video_start == 0
         decoded = mel_frames(audio_latents(FRAMES, FPS)) * MEL_FRAME
@@ -141,14 +139,16 @@ def test_the_template_renders_a_video_file_with_synced_sound(host: ComfyUI, file
     assert f"{WIDTH}x{HEIGHT}, {FRAMES} frames at {FPS} fps" in text
     guard = "".join(outputs[node_of(prompt, "NVFP4LaunchGuard")]["text"])
     assert "error" not in guard.lower(), guard
-    report = "".join(outputs[node_of(prompt, "PreviewAny")]["text"])
-    assert "comfy" in report and small_files.NVFP4 in report
+    reports = {"".join(outputs[node]["text"]) for node, entry in prompt.items() if entry["class_type"] == "PreviewAny"}
+    (report,) = reports  # on the canvas and in the subgraph
+    loaded = prompt[node_of(prompt, "NVFP4ModelLoader")]["inputs"]
+    assert "comfy" in report and (MADE if loaded["make_nvfp4"] else loaded["model_name"]) in report
     sharpness = "".join(outputs[node_of(prompt, "NVFP4Sharpness")]["text"])
     assert f"{FRAMES}" in sharpness
 
 
 def test_the_picture_of_image_to_video_is_the_first_frame_and_changes_the_clip(host: ComfyUI, files: dict):
-    prompt = small_clip("ltx23_nvfp4_i2v_audio", files, host.get("/object_info"))
+    prompt = small_clip(IMAGE_TO_VIDEO, files, host.get("/object_info"))
     start = node_of(prompt, "LTXVImgToVideoInplace")
     with_picture = read(render(host, prompt)[1])
     prompt[start]["inputs"]["bypass"] = True
@@ -157,39 +157,66 @@ def test_the_picture_of_image_to_video_is_the_first_frame_and_changes_the_clip(h
     assert changes[0] > 1
 
 
-def test_the_comparison_writes_three_cards_of_three_seeds(host: ComfyUI, files: dict):
-    prompt = small_clip("ab_fp8_vs_nvfp4", files, host.get("/object_info"), frames=9)
+def test_the_comparison_writes_three_cards_and_three_films_of_both_clips_side_by_side(host: ComfyUI, files: dict):
+    prompt = small_clip("8 FP8 against NVFP4", files, host.get("/object_info"), frames=9)
     outputs = host.queue(prompt)["outputs"]
-    cards, texts = [], []
+    cards, films, texts = [], [], []
     for node, entry in prompt.items():
-        if entry["class_type"] == "SaveImage":
+        if entry["class_type"] in ("SaveImage", "SaveVideo"):
             (saved,) = outputs[node]["images"]
-            cards.append((host.base / "output" / saved["subfolder"] / saved["filename"]).read_bytes())
+            path = host.base / "output" / saved["subfolder"] / saved["filename"]
+            (cards if entry["class_type"] == "SaveImage" else films).append(path)
         elif entry["class_type"] == "NVFP4Compare":
             texts.append("".join(outputs[node]["text"]))
-    assert len(set(cards)) == len(set(texts)) == 3
+    assert len({card.read_bytes() for card in cards}) == len(set(texts)) == 3
     for text in texts:
         assert "PSNR" in text and "identical" not in text.lower()
+    for film in map(read, films):
+        assert {frame.shape for frame in film.frames} == {(HEIGHT, 2 * WIDTH + 4, 3)} and len(film.frames) == 9
+        assert film.sample_rate == RATE
 
 
-def test_make_nvfp4_turns_the_fp8_file_into_the_one_that_the_other_templates_load(host: ComfyUI, files: dict):
+def test_the_loader_makes_the_nvfp4_file_once_and_finds_it_again(host: ComfyUI, files: dict):
+    info, made = host.get("/object_info"), host.base / "output" / "diffusion_models" / MADE
+    prompt = small_clip("6 LTX-2.3 distilled, made from FP8", files, info)
+    render(host, prompt)
+    written = made.stat().st_mtime_ns
+    assert MADE in host.get("/object_info/NVFP4ModelLoader")["NVFP4ModelLoader"]["input"]["required"]["model_name"][1][
+        "options"
+    ]  # fmt: skip
+    prompt[node_of(prompt, "RandomNoise")]["inputs"]["noise_seed"] = 7
+    prompt[node_of(prompt, "NVFP4ModelLoader")]["inputs"]["layer_compute"] = "blocks.0=bf16"
+    render(host, prompt)
+    assert made.stat().st_mtime_ns == written
+
+
+def test_a_missing_nvfp4_file_is_refused_with_what_it_can_be_made_from(host: ComfyUI, files: dict):
+    prompt = small_clip("6 LTX-2.3 distilled, made from FP8", files, host.get("/object_info"))
+    loader = node_of(prompt, "NVFP4ModelLoader")
+    prompt[loader]["inputs"]["model_name"] = "ltx-2.3-22b-distilled-nvfp4.safetensors"
+    # What does not need the loader is run all the same.
+    (error,) = host.post("/prompt", {"prompt": prompt, "client_id": "tests"})["node_errors"][loader]["errors"]
+    assert error["type"] == "custom_validation_failed"
+    assert f"{small_files.FP8} is, the same model by its name" in error["details"] and "make_nvfp4" in error["details"]
+
+
+def test_make_nvfp4_asks_for_the_file_once_and_writes_what_all_loaders_list(host: ComfyUI, files: dict):
     info = host.get("/object_info")
-    graph = json.loads((PACK / "workflows" / "make_nvfp4.json").read_text("utf-8"))
+    graph = json.loads((PACK / "workflows" / f"{MAKE}.json").read_text("utf-8"))
     prompt = api_prompt(graph, info)
     prompt[node_of(prompt, "NVFP4Planner")]["inputs"]["gpu"] = "RTX 5090"  # there may be none to detect
     outputs = host.queue(prompt)["outputs"]
-    written = host.base / "output" / "checkpoints" / small_files.NVFP4
-    downloaded = host.base / "models" / "checkpoints" / small_files.NVFP4
-    try:
-        assert written.is_file()
-        assert (host.base / "output" / "vae" / "ltx-2.3-22b-distilled_video_vae.safetensors").is_file()
-        assert (host.base / "output" / "checkpoints" / "ltx-2.3-22b-distilled_audio_vae.safetensors").is_file()
-        assert all(outputs[node_of(prompt, kind)]["text"] for kind in ("NVFP4Inspect", "NVFP4Planner", "NVFP4Quantize"))
-        downloaded.rename(downloaded.with_suffix(".away"))
-        clip = small_clip("ltx23_nvfp4_t2v_audio", files, info)
-        assert len(read(render(host, clip)[1]).frames) == FRAMES
-    finally:
-        away = downloaded.with_suffix(".away")
-        if away.exists():
-            away.rename(downloaded)
-        written.unlink(missing_ok=True)
+    output, stem = host.base / "output", small_files.FP8.removesuffix(".safetensors")
+    assert (output / "vae" / f"{stem}_video_vae.safetensors").is_file()
+    assert (output / "checkpoints" / f"{stem}_audio_vae.safetensors").is_file()
+    assert all(outputs[node_of(prompt, kind)]["text"] for kind in ("NVFP4Inspect", "NVFP4Planner", "NVFP4Quantize"))
+    assert sum(entry["class_type"] == "PreviewImage" for entry in prompt.values()) == 2
+    clip = small_clip("6 LTX-2.3 distilled, made from FP8", files, info)
+    for entry in clip.values():
+        for key, value in entry["inputs"].items():
+            if value == small_files.FP8:
+                entry["inputs"][key] = MADE
+    outputs, path = render(host, clip)
+    assert len(read(path).frames) == FRAMES
+    assert (output / "checkpoints" / MADE).is_file()
+    assert not (output / "diffusion_models" / MADE.replace("_nvfp4", "_nvfp4_nvfp4")).exists(), "it is NVFP4 already"

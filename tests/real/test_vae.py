@@ -62,7 +62,7 @@ def test_split_and_embedded_the_decode_equals_the_host_s_bit_for_bit(all_facts: 
 @pytest.mark.parametrize(("name", "count", "stored_as"), [("fp8", 40, "scaled FP8"), ("nvfp4", 4, "NVFP4, comfy")])
 def test_a_quantised_vae_decodes_like_its_dequantised_weights(all_facts: dict, name: str, count: int, stored_as: str):
     found = facts_of(all_facts, "restored")[name]
-    assert found["changed"], "quantising must have cost something"
+    assert found["changed"], "quantizing must have cost something"
     assert found["equal"] and found["finite"]
     assert found["restored"] == {stored_as: count}
     assert f"restored to BF16: {count} from {stored_as}" in found["report"]

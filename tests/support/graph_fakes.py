@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrapperExecutor
 from nvfp4_video.host.compute import block_graphs, graph_key, graph_plan
-from nvfp4_video.host.compute.lora import Branch
+from nvfp4_video.host.compute.lora import Branch, branch_of
 
 STEPS = torch.linspace(1, 0, 9)
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ class Layer(torch.nn.Linear):
     def forward(self, x, options):
         out = torch.nn.functional.linear(x, self.weight, self.bias)
         if (branch := self.__dict__.get("nvfp4_lora")) is not None:
-            out = out + x @ branch.down.t() @ branch.up.t()
+            out = out + (x @ branch.down.t() * branch.down_scale[:, 0]) @ branch.up.t()
         override = options.get("optimized_attention_override")
         return out if override is None else override(out)
 
@@ -83,7 +83,10 @@ class Model(torch.nn.Module):
 
 
 def branch(rank: int = 2) -> Branch:
-    return Branch(torch.randn(rank, 4), torch.randn(4, rank), ())
+    terms = [(1.0, torch.randn(4, rank), torch.randn(rank, 4))]
+    found = branch_of(terms, torch.float32)
+    found.terms = tuple(terms)
+    return found
 
 
 def show(model: Model, branches: list | None) -> None:

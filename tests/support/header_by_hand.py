@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 
 import pytest
-from nvfp4_video.checkpoint.file.dtypes import DTYPES
 from nvfp4_video.checkpoint.file.header import CheckpointError, Header, TensorInfo
+from nvfp4_video.checkpoint.file.torch_dtypes import DTYPES
 from nvfp4_video.checkpoint.identify.dialects import detect
 
 ENTRY = "_quantization_metadata"

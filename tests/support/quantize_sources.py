@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from nvfp4_video.checkpoint.file.container import PlannedTensor, build_header
-from nvfp4_video.checkpoint.file.dtypes import DTYPES
+from nvfp4_video.checkpoint.file.torch_dtypes import DTYPES
 from nvfp4_video.samples.recorded import recorded
 
 from . import files

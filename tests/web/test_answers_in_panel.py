@@ -58,7 +58,7 @@ def test_of_what_was_understood_in_part_nothing_is_called_sound(visit):
     page = visit(REPORT, {"findings": [], "reading": found.as_dict()})
     text = page.panel.inner_text()
     assert "Nothing found in the 1 of 2 nodes that were understood." in text and "Nothing found.\n" not in text
-    assert "found at input.workflow; 1 of 2 nodes understood. Unknown: 1 entry that is no node (note)." in text
+    assert "found at input.workflow; 1 of 2 nodes understood. Unknown: 1 entry that is not a node (note)." in text
     page.button("Copy report").click()
     page.panel.get_by_text("Copied.").wait_for()
     assert str(found) in page.page.evaluate("() => navigator.clipboard.readText()")

@@ -276,8 +276,9 @@ def test_the_keyboard_reaches_every_control_and_shows_where_it_is(visit):
         reached.append(name)
         page.page.keyboard.press("Tab")
     groups = list(dict.fromkeys(fact["group"] for fact in REPORT["facts"]))
-    nodes = [f"({node})" for finding in FINDINGS for node in finding["nodes"]]
-    expected = ["Check again", "Copy report", *nodes, "Launch command", "Copy command", *groups]
+    nodes = [[f"({node})" for node in finding["nodes"]] for finding in FINDINGS]
+    found = [*nodes[0], "Apply: length = 121", *nodes[1]]
+    expected = ["Check again", "Copy report", *found, "Launch command", "Copy command", *groups]
     assert len(reached) == len(expected)
     assert all(name.endswith(end) for name, end in zip(reached, expected, strict=True))
 

@@ -182,6 +182,19 @@ def test_a_node_has_its_progress_text_or_its_report_and_never_both(visit, settin
 
 
 @renderers
+@pytest.mark.parametrize("end", ["execution_interrupted", "execution_error"])
+def test_a_node_whose_first_job_did_not_end_keeps_no_time_left(visit, settings, end):
+    node = REPORTING[:1]
+    page = visit(settings, node)
+    page.send("execution_start", {"prompt_id": "job"})
+    page.send("executing", {"node": "1", "display_node": "1", "prompt_id": "job"})
+    page.send_progress("1", "45 s left")
+    page.page.get_by_text("45 s left").wait_for()
+    run(page, {}, end=end)
+    page.page.get_by_text("45 s left").wait_for(state="detached")
+
+
+@renderers
 def test_a_workflow_opened_anew_gets_its_reports_from_the_history(visit, settings):
     page = visit(settings, reports=outputs())
     expect(page, verdicts())

@@ -14,15 +14,15 @@ from nvfp4_video.measure.settings import distilled_settings
 from nvfp4_video.nodes import NODES
 from nvfp4_video.tests.workflows import workflow_format as form
 from nvfp4_video.tests.workflows import workflow_graphs
+from nvfp4_video.tests.workflows.workflow_files import GIGABYTES
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 GRAPHS = {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(FOLDER.glob("*.json"))}
 INFO = form.node_info(NODES)
-MODEL_FOLDERS = {"checkpoints", "diffusion_models", "text_encoders", "vae", "latent_upscale_models"}
-# Files that no address was found for: other templates make them, or ComfyUI brings them along.
-MADE = {"ltx-2.3-22b-distilled_nvfp4.safetensors"}
+MODEL_FOLDERS = {"checkpoints", "diffusion_models", "text_encoders", "vae", "latent_upscale_models", "loras"}
 FILE_INPUTS = {
-    "model_name", "vae_name", "file_name", "config_from", "text_encoder", "ckpt_name", "clip_name", "image",
+    "model_name", "vae_name", "file_name", "config_from", "text_encoder", "clip_name", "image", "projection",
+    "lora_name",
 }  # fmt: skip
 # What the settings node decides: (node, input) -> its output.
 SETTINGS = {
@@ -34,10 +34,16 @@ SETTINGS = {
     ("LTXVConditioning", "frame_rate"): "fps",
     ("CreateVideo", "fps"): "fps",
     ("CFGGuider", "cfg"): "cfg",
+    ("LTXVDualCFGGuider", "video_cfg"): "cfg",
+    ("LTXVDualCFGGuider", "audio_cfg"): "cfg",
 }
+OUTPUTS = INFO["NVFP4DistilledSettings"]["output_name"]
+GUIDERS = ("CFGGuider", "LTXVDualCFGGuider")
+# What the front end fits into 1920x1080 at 90 % and more, and into 1280x800 at 62 %; below 57 % it draws no text.
+CANVAS = (1520, 880)
 
 every_workflow = pytest.mark.parametrize("name", GRAPHS)
-CLIPS = [name for name, graph in GRAPHS.items() if "CreateVideo" in {node["type"] for node in graph["nodes"]}]
+CLIPS = [name for name in GRAPHS if "LTX" in name]
 every_clip = pytest.mark.parametrize("name", CLIPS)
 
 
@@ -66,6 +72,16 @@ def all_nodes(graph: dict) -> list[dict]:
 def of_type(graph: dict, node_type: str) -> list[dict]:
     """The stored values of all nodes of a type."""
     return [form.stored_values(node, INFO[node_type]) for node in all_nodes(graph) if node["type"] == node_type]
+
+
+def prompt_of(name: str) -> dict[str, dict]:
+    """What the front end sends for a workflow, its subgraphs unfolded."""
+    return form.api_prompt(GRAPHS[name], INFO)
+
+
+def of_class(prompt: dict, *kinds: str) -> dict[str, dict]:
+    """The inputs of a prompt's nodes of these classes, by id."""
+    return {node: entry["inputs"] for node, entry in prompt.items() if entry["class_type"] in kinds}
 
 
 def check_names(graph: dict) -> None:
@@ -108,10 +124,10 @@ def check_value(node_type: str, widget: form.Widget, value: object) -> None:
         assert isinstance(value, str if widget.kind == "STRING" else bool), where
 
 
-@pytest.mark.parametrize("describe", workflow_graphs.WORKFLOWS, ids=lambda describe: describe.__name__)
-def test_the_files_are_what_make_workflows_writes(describe):
-    graph = describe(INFO).save()
-    assert graph == GRAPHS[describe.__name__], "run: python tests/make_workflows.py"
+@every_workflow
+def test_the_files_are_what_make_workflows_writes(name: str):
+    graph = workflow_graphs.WORKFLOWS[name](name, INFO).save()
+    assert graph == GRAPHS[name], "run: python tests/make_workflows.py"
 
 
 @every_workflow
@@ -124,7 +140,7 @@ def test_the_api_format_twin_is_the_same_graph(name: str):
 
 
 def test_every_workflow_has_a_description_a_twin_and_a_thumbnail_and_nothing_else_is_there():
-    names = {describe.__name__ for describe in workflow_graphs.WORKFLOWS}
+    names = workflow_graphs.WORKFLOWS.keys()
     assert names == GRAPHS.keys()
     expected = {f"{name}.{end}" for name in names for end in ("json", "jpg")} | {"api"}
     assert {path.name for path in FOLDER.iterdir()} == expected
@@ -159,8 +175,8 @@ def test_nodes_inputs_outputs_and_choices_exist(name: str):
     ],
 )
 def test_the_check_of_names_notices(what: str, node_type: str, change):
-    graph = copy.deepcopy(GRAPHS["ltx23_nvfp4_t2v_audio"])
-    change(next(node for node in graph["nodes"] if node["type"] == node_type))
+    graph = copy.deepcopy(GRAPHS["4 LTX-2.3 small and quick"])
+    change(next(node for node in all_nodes(graph) if node["type"] == node_type))
     with pytest.raises(AssertionError):
         check_names(graph)
 
@@ -206,82 +222,105 @@ def test_reroutes_belong_to_links_and_lead_to_their_start(name: str):
     assert through == {number: set(entry["linkIds"]) for number, entry in reroutes.items()}
 
 
+@every_workflow
+def test_the_canvas_has_a_note_a_subgraph_with_all_choices_and_what_comes_out(name: str):
+    graph = GRAPHS[name]
+    inner = {definition["id"] for definition in graph["definitions"]["subgraphs"]}
+    kinds = [node["type"] for node in graph["nodes"]]
+    assert kinds.count("MarkdownNote") == 1 and len([kind for kind in kinds if kind in inner]) == 1
+    assert set(kinds) - inner <= {"MarkdownNote", "LoadImage", "SaveVideo", "SaveImage", "PreviewImage", "PreviewAny"}
+    right, bottom = (max(node["pos"][axis] + node["size"][axis] for node in graph["nodes"]) for axis in (0, 1))
+    assert right <= CANVAS[0] and bottom <= CANVAS[1]
+
+
 @every_clip
 def test_one_node_decides_size_length_frame_rate_and_cfg(name: str):
-    graph = GRAPHS[name]
-    by_id = {node["id"]: node for node in graph["nodes"]}
-    links = {link[0]: link for link in graph["links"]}
-    (settings,) = [node for node in graph["nodes"] if node["type"] == "NVFP4DistilledSettings"]
+    prompt = prompt_of(name)
+    (settings,) = of_class(prompt, "NVFP4DistilledSettings")
+    present = {entry["class_type"] for entry in prompt.values()}
     found = set()
-    for node in graph["nodes"]:
-        for entry in node["inputs"]:
-            if (node["type"], entry["name"]) not in SETTINGS:
-                continue
-            _, source, slot, *_ = links[entry["link"]]
-            assert by_id[source] is settings, f"{node['type']}.{entry['name']}"
-            assert settings["outputs"][slot]["name"] == SETTINGS[node["type"], entry["name"]]
-            found.add((node["type"], entry["name"]))
-    silent = {key for key in SETTINGS if key[0] == "LTXVEmptyLatentAudio"} if "video_only" in name else set()
-    assert found == SETTINGS.keys() - silent
+    for entry in prompt.values():
+        for key, value in entry["inputs"].items():
+            wanted = SETTINGS.get((entry["class_type"], key))
+            if wanted:
+                assert value == [settings, OUTPUTS.index(wanted)], f"{entry['class_type']}.{key}"
+                found.add((entry["class_type"], key))
+    assert found == {key for key in SETTINGS if key[0] in present} and present & set(GUIDERS)
 
 
 @every_clip
 def test_each_sampler_gets_the_sigmas_of_its_stage(name: str):
-    graph = GRAPHS[name]
-    links = {link[0]: link for link in graph["links"]}
-    (settings,) = [node for node in graph["nodes"] if node["type"] == "NVFP4DistilledSettings"]
-    stages = []
-    for node in graph["nodes"]:
-        if node["type"] == "SamplerCustomAdvanced":
-            (link,) = [links[entry["link"]] for entry in node["inputs"] if entry["name"] == "sigmas"]
-            assert link[1] == settings["id"]
-            stages.append(settings["outputs"][link[2]]["name"])
-    assert stages == ["sigmas", "sigmas stage 2"] if "two_stage" in name else stages == ["sigmas"]
+    prompt = prompt_of(name)
+    (settings,) = of_class(prompt, "NVFP4DistilledSettings").values()
+    given = [inputs["sigmas"][1] for inputs in of_class(prompt, "SamplerCustomAdvanced").values()]
+    stages = ["sigmas", "sigmas stage 2"][: 1 + (settings["stages"] == "two stages")]
+    assert [OUTPUTS[slot] for slot in given] == stages
 
 
 @every_clip
 def test_the_settings_need_no_correction(name: str):
-    (stored,) = of_type(GRAPHS[name], "NVFP4DistilledSettings")
+    (stored,) = of_class(prompt_of(name), "NVFP4DistilledSettings").values()
     found = distilled_settings(**stored)
     assert (found.final_width, found.final_height) == (stored["width"], stored["height"])
-    assert found.frames == stored["frames"] == 121
-    assert [note.partition(":")[0] for note in found.notes if note.startswith(("size", "frames", "fps"))] == []
-    assert found.version == ("2.5" if "ltx25" in name else "2.3")
+    assert found.frames == stored["frames"] == 121  # what 5 s at 24 fps come to
+    assert [note.partition(":")[0] for note in found.notes if note.startswith(("size", "fps"))] == []
+    assert found.version == ("2.5" if "LTX-2.5" in name else "2.3")
 
 
 @every_clip
-def test_the_guard_stands_between_the_loader_and_the_sampler(name: str):
-    graph = GRAPHS[name]
-    by_id = {node["id"]: node for node in graph["nodes"]}
-    sources = {(link[3], by_id[link[3]]["inputs"][link[4]]["name"]): by_id[link[1]]["type"] for link in graph["links"]}
-    for node in graph["nodes"]:
-        if node["type"] == "CFGGuider":
-            assert sources[node["id"], "model"] == "NVFP4LaunchGuard"
-        if node["type"] == "NVFP4LaunchGuard":
-            assert sources[node["id"], "model"] == "NVFP4ModelLoader"
+def test_the_guard_stands_between_the_loader_with_its_lora_and_the_sampler(name: str):
+    prompt = prompt_of(name)
+    (guider,) = of_class(prompt, *GUIDERS).values()
+    way, inputs = [], guider
+    while "model" in inputs:
+        node = prompt[inputs["model"][0]]
+        way.append(node["class_type"])
+        inputs = node["inputs"]
+    assert way[0] == "NVFP4LaunchGuard" and way[-1] == "NVFP4ModelLoader"
+    assert way[1:-1] == (["LoraLoaderModelOnly"] if "-dev-" in inputs["model_name"] else [])
 
 
-def test_a_and_b_differ_in_the_model_and_in_nothing_else():
-    graph = GRAPHS["ab_fp8_vs_nvfp4"]
-    prompt = form.api_prompt(graph, INFO)
-    guiders = sorted(node for node, entry in prompt.items() if entry["class_type"] == "CFGGuider")
+@every_clip
+def test_an_undistilled_model_has_the_distilled_lora_at_a_half(name: str):
+    prompt = prompt_of(name)
+    (model,) = of_class(prompt, "NVFP4ModelLoader").values()
+    loras = of_class(prompt, "LoraLoaderModelOnly").values()
+    assert [lora["strength_model"] for lora in loras] == ([0.5] if "-dev-" in model["model_name"] else [])
+
+
+@pytest.mark.parametrize("name", [name for name in GRAPHS if "FP8" in name])
+def test_a_file_that_is_made_into_nvfp4_gives_every_part(name: str):
+    prompt = prompt_of(name)
+    names = [
+        inputs[key]
+        for inputs in of_class(prompt, "NVFP4ModelLoader", "NVFP4TextEncoderLoader", "NVFP4VAELoader").values()
+        for key in ("model_name", "projection", "vae_name")
+        if key in inputs
+    ]
+    assert len(names) >= 4 and len(set(names)) == 1
+    assert any(inputs["make_nvfp4"] for inputs in of_class(prompt, "NVFP4ModelLoader").values())
+    (note,) = [node["widgets_values"][0] for node in GRAPHS[name]["nodes"] if node["type"] == "MarkdownNote"]
+    assert "**Every part but the text encoder comes from one" in note.partition("\n")[0]
+
+
+def test_a_and_b_differ_in_the_format_of_the_model_and_in_nothing_else():
+    prompt = prompt_of("8 FP8 against NVFP4")
+    guiders = sorted(of_class(prompt, "CFGGuider"))
     first, second = (dict(prompt[node]["inputs"]) for node in guiders)
     models = [prompt[prompt[entry.pop("model")[0]]["inputs"]["model"][0]]["inputs"] for entry in (first, second)]
     assert first == second
-    assert [model.pop("model_name") for model in models] == [
-        "ltx-2.3-22b-distilled-fp8.safetensors", "ltx-2.3-22b-distilled_nvfp4.safetensors",
-    ]  # fmt: skip
+    assert [model.pop("make_nvfp4") for model in models] == [False, True]
     assert models[0] == models[1]
     seeds = []
-    for node, entry in prompt.items():
-        if entry["class_type"] != "NVFP4Compare":
-            continue
-        inside = [inner for key, inner in prompt.items() if key.partition(":")[0] == node.partition(":")[0]]
-        samplers = [inner["inputs"] for inner in inside if inner["class_type"] == "SamplerCustomAdvanced"]
+    for node in of_class(prompt, "NVFP4Compare"):
+        place = node.rpartition(":")[0]
+        inside = {key: inner for key, inner in prompt.items() if key.rpartition(":")[0] == place}
+        samplers = list(of_class(inside, "SamplerCustomAdvanced").values())
         assert sorted(sampler.pop("guider")[0] for sampler in samplers) == guiders
         assert samplers[0] == samplers[1]
         seeds.append(prompt[samplers[0]["noise"][0]]["inputs"]["noise_seed"])
     assert len(set(seeds)) == 3
+    assert len(of_class(prompt, "SaveVideo")) == len(of_class(prompt, "SaveImage")) == 3
 
 
 @every_workflow
@@ -296,15 +335,16 @@ def test_files_to_download_are_chosen_on_their_node_and_linked_in_the_note(name:
     graph = GRAPHS[name]
     (note,) = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote"]
     chosen = set()
-    for node in graph["nodes"]:
+    for node in all_nodes(graph):
         if node["type"] in form.NOTES or node["type"] not in INFO:
             continue
         values = form.stored_values(node, INFO[node["type"]])
         names = {value for value in values.values() if str(value).endswith(".safetensors")}
         models = node["properties"].get("models", [])
-        assert {model["name"] for model in models} == names - MADE, f"{node['type']} offers no download for {names}"
+        assert {model["name"] for model in models} == names, f"{node['type']} offers no download for {names}"
         for model in models:
             assert model["directory"] in MODEL_FOLDERS
+            assert (model["name"], model["url"], model["directory"]) in GIGABYTES
             assert model["url"].startswith("https://") and model["url"].endswith("/" + model["name"])
             assert f"[{model['name']}]({model['url']})" in note
         chosen |= names
@@ -320,5 +360,23 @@ def test_the_note_has_a_title_numbered_steps_and_says_what_the_thumbnail_is(name
     assert note["title"].startswith("NVFP4 Video: ")
     assert "\n1. " in text and "\n2. " in text and "### Steps" in text
     assert "thumbnail is a picture of this graph" in text
-    groups = {group["title"].partition(".")[0] for group in GRAPHS[name]["groups"]}
-    assert groups == {str(number) for number in range(1, len(groups) + 1)}
+    for level in GRAPHS[name]["definitions"]["subgraphs"]:
+        groups = {group["title"].partition(".")[0] for group in level["groups"]}
+        assert groups == {str(number) for number in range(1, len(groups) + 1)}
+
+
+@every_workflow
+def test_every_file_of_the_graph_is_chosen_on_the_canvas(name: str):
+    assert {value for value in prompt_names(name) if value.endswith(".safetensors")} == chosen_outside(name)
+
+
+def prompt_names(name: str) -> set[str]:
+    """Every text that a node of the prompt gets."""
+    return {value for entry in prompt_of(name).values() for value in entry["inputs"].values() if isinstance(value, str)}
+
+
+def chosen_outside(name: str) -> set[str]:
+    """The files on the widgets of the subgraph on the canvas."""
+    inner = {definition["id"] for definition in GRAPHS[name]["definitions"]["subgraphs"]}
+    (shown,) = [node for node in GRAPHS[name]["nodes"] if node["type"] in inner]
+    return {value for value in shown["widgets_values"] if str(value).endswith(".safetensors")}

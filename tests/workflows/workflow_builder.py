@@ -23,15 +23,19 @@ GROUP_COLOR, GROUP_TITLE = "#3f789e", 50
 
 @dataclass(frozen=True)
 class Out:
-    """An output of a node. ``points``: where its link is led through."""
+    """An output of a node. ``points``: where its link is led through.
+
+    ``value``: of an input of a subgraph, what the widgets show that it is linked to.
+    """
 
     node: Node
     slot: int
     points: tuple[tuple[int, int], ...] = ()
+    value: object = None
 
     def via(self, *points: tuple[int, int]) -> Out:
         """The same output, its link led through further points."""
-        return Out(self.node, self.slot, self.points + points)
+        return Out(self.node, self.slot, self.points + points, self.value)
 
 
 @dataclass(eq=False)
@@ -128,13 +132,14 @@ class Sheet:
         """The graph as the front end saves it."""
         links, reroutes, extensions = self._links()
         order = self._order(links)
-        extra: dict[str, object] = {"ds": {"scale": 0.5, "offset": [600, 160]}, "frontendVersion": FRONTEND}
+        extra: dict[str, object] = {"ds": {"scale": 0.8, "offset": [80, 120]}, "frontendVersion": FRONTEND}
+        subgraphs = self._all_subgraphs()
         if reroutes:
             extra |= {"linkExtensions": extensions, "reroutes": reroutes}
         saved = {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"nvfp4-video/{self.name}")),
             "revision": 0,
-            "last_node_id": max(node.id for sheet in (self, *self.subgraphs) for node in sheet.nodes),
+            "last_node_id": max(node.id for sheet in (self, *subgraphs) for node in sheet.nodes),
             "last_link_id": len(links),
             "nodes": [self._node(node, links, order[node.id]) for node in self.nodes],
             "links": links,
@@ -143,9 +148,13 @@ class Sheet:
             "extra": extra,
             "version": 0.4,
         }
-        if self.subgraphs:
-            saved["definitions"] = {"subgraphs": [subgraph.definition() for subgraph in self.subgraphs]}
+        if subgraphs:
+            saved["definitions"] = {"subgraphs": [subgraph.definition() for subgraph in subgraphs]}
         return saved
+
+    def _all_subgraphs(self) -> list[Subgraph]:
+        """Those on this sheet, and those in them."""
+        return [found for subgraph in self.subgraphs for found in (subgraph, *subgraph._all_subgraphs())]
 
     def _links(self) -> tuple[list[list], list[dict], list[dict]]:
         """-> links, reroutes and which reroute each link ends at. Links of one output share the points they share."""
@@ -225,7 +234,9 @@ class Sheet:
         values: list[object] = []
         for widget in node.widgets:
             value = node.inputs.get(widget.name)
-            if value is None or isinstance(value, Out):
+            if isinstance(value, Out):
+                value = value.value
+            if value is None:
                 options = widget.settings.get("options") or [""]
                 first = options[0]["key"] if isinstance(options[0], dict) else options[0]
                 value = widget.settings.get("default", first)
@@ -240,21 +251,24 @@ class Sheet:
 class Subgraph(Sheet):
     """A graph that stands as one node in another: ``define`` makes its kind known to that sheet.
 
-    Its nodes count from 101: the front end wants each number only once in a workflow.
+    Its nodes count from ``first``: the front end wants each number only once in a workflow.
     """
 
-    def __init__(self, name: str, info: Mapping[str, Mapping]):
-        super().__init__(name, info, first=101)
-        self.entries: list[tuple[str, str]] = []
+    def __init__(self, name: str, info: Mapping[str, Mapping], first: int = 101):
+        super().__init__(name, info, first)
+        self.entries: list[tuple[str, str, Mapping]] = []
+        self.values: dict[str, object] = {}
         self.exits: list[tuple[str, Out]] = []
         self.kind = str(uuid.uuid5(uuid.NAMESPACE_URL, f"nvfp4-video/subgraph/{name}"))
 
-    def enter(self, name: str, kind: str) -> Out:
-        """An input of the whole, of this type, as it is seen from inside."""
-        self.entries.append((name, kind))
-        names, kinds = zip(*self.entries, strict=True)
+    def enter(self, name: str, kind: str, value: object = None, **settings: object) -> Out:
+        """An input of the whole, of this type, as it is seen from inside; with a ``value`` it is a widget outside."""
+        self.entries.append((name, kind, settings))
+        if value is not None:
+            self.values[name] = value
+        names, kinds, _ = zip(*self.entries, strict=True)
         info = {"input": {}, "output": list(kinds), "output_name": list(names)}
-        return Out(Node(ENTRY, "", info, (0, 0), 0, 0, None, {}, {}), len(self.entries) - 1)
+        return Out(Node(ENTRY, "", info, (0, 0), 0, 0, None, {}, {}), len(self.entries) - 1, value=value)
 
     def leave(self, name: str, out: Out) -> None:
         """An output of the whole."""
@@ -266,13 +280,17 @@ class Subgraph(Sheet):
         sheet.info = {
             **sheet.info,
             self.kind: {
-                "input": {"required": {name: [kind, {}] for name, kind in self.entries}},
+                "input": {"required": {name: [kind, settings] for name, kind, settings in self.entries}},
                 "output": [out.node.info["output"][out.slot] for _, out in self.exits],
                 "output_name": [name for name, _ in self.exits],
                 "display_name": self.name,
             },
         }
         return self.kind
+
+    def stand(self, sheet: Sheet, at: tuple[int, int], wide: int, **given: object) -> Node:
+        """Put it on a sheet, its widgets with their values unless ``given`` has others; the rest as ``add``."""
+        return sheet.add(self.define(sheet), at, wide, **(self.values | given))
 
     def definition(self) -> dict:
         """The subgraph as the front end saves it."""
@@ -286,7 +304,7 @@ class Subgraph(Sheet):
             leaving.append([number, out.node.id, out.slot, EXIT, slot, out.node.info["output"][out.slot]])
             nodes[out.node.id - self.first]["outputs"][out.slot]["links"].append(number)
         keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-        left = min(node.at[0] for node in self.nodes) - 220
+        left = min(node.at[0] for node in self.nodes) - 620  # room for links to swing in, however high or low they end
         right = max(node.right for node in self.nodes) + 100
         middle = sum(node.at[1] for node in self.nodes) // len(self.nodes)
         sides = (("inputNode", ENTRY, left, self.entries), ("outputNode", EXIT, right, self.exits))
@@ -304,7 +322,7 @@ class Subgraph(Sheet):
                 {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.kind}/in/{name}")), "name": name, "type": kind,
                  "linkIds": [link[0] for link in links if link[1] == ENTRY and link[2] == slot],
                  "pos": [left + 110, middle + 24 + 20 * slot]}
-                for slot, (name, kind) in enumerate(self.entries)
+                for slot, (name, kind, _) in enumerate(self.entries)
             ],
             "outputs": [
                 {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.kind}/out/{name}")), "name": name, "type": link[5],

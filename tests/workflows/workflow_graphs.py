@@ -1,130 +1,191 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped workflows as descriptions; make_workflows.py writes the files."""
+"""The shipped workflows as descriptions, by the names that the gallery shows; make_workflows.py writes the files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 from . import workflow_notes as notes
-from .workflow_builder import Sheet, Subgraph
+from .workflow_builder import TITLE, Node, Sheet, Subgraph
+from .workflow_files import DISTILLED_FP8, LTX_23, LTX_23_FP8, LTX_25
 from .workflow_notes import flow
 from .workflow_parts import (
     AUDIO_ROW,
-    FP8_23,
+    BUS,
+    CHOICES_WIDE,
+    GAP,
     LANE,
     LATENTS,
-    MODEL_ROW,
+    NOTE_WIDE,
     POSITIVE,
     POSITIVE_I2V,
     POSITIVE_SILENT,
     SAMPLING,
     SIZE_ROW,
+    TALL,
     VIDEO_ROW,
     clip,
     files,
+    guided,
     latents,
+    noise,
     prompts,
     up,
 )
 
-
-def ltx23_nvfp4_t2v_audio(info: Mapping[str, Mapping]) -> Sheet:
-    """One stage, picture and sound."""
-    return clip("ltx23_nvfp4_t2v_audio", info, notes.T2V)
+LARGE = (1280, 704)
 
 
-def ltx23_nvfp4_t2v_audio_two_stage(info: Mapping[str, Mapping]) -> Sheet:
-    """Half size, latent upscaler, three more steps."""
-    return clip("ltx23_nvfp4_t2v_audio_two_stage", info, notes.TWO_STAGE, size=(1280, 704), stages="two stages")
+def ltx25(name: str, info: Mapping[str, Mapping]) -> Sheet:
+    """LTX-2.5, whose parts are files of their own, in two stages."""
+    return clip(name, info, notes.LTX25, LTX_25, size=LARGE, stages="two stages", sampler="euler_ancestral")
 
 
-def ltx23_nvfp4_i2v_audio(info: Mapping[str, Mapping]) -> Sheet:
+def two_stages(name: str, info: Mapping[str, Mapping]) -> Sheet:
+    """LTX-2.3 at half the size, latent upscaler, three more steps."""
+    return clip(name, info, notes.TWO_STAGE, LTX_23, size=LARGE, stages="two stages")
+
+
+def image_to_video(name: str, info: Mapping[str, Mapping]) -> Sheet:
     """The first frame is a picture."""
-    return clip("ltx23_nvfp4_i2v_audio", info, notes.I2V, image=True, positive=POSITIVE_I2V)
+    return clip(name, info, notes.I2V, LTX_23, image=True, positive=POSITIVE_I2V)
 
 
-def ltx23_nvfp4_t2v_video_only(info: Mapping[str, Mapping]) -> Sheet:
+def one_stage(name: str, info: Mapping[str, Mapping]) -> Sheet:
+    """Smaller, and with nothing to upscale."""
+    return clip(name, info, notes.ONE_STAGE, LTX_23)
+
+
+def silent(name: str, info: Mapping[str, Mapping]) -> Sheet:
     """Without an audio latent."""
-    return clip("ltx23_nvfp4_t2v_video_only", info, notes.VIDEO_ONLY, audio=False, positive=POSITIVE_SILENT)
+    return clip(name, info, notes.SILENT, LTX_23, audio=False, positive=POSITIVE_SILENT)
 
 
-def ltx25_nvfp4_t2v_audio(info: Mapping[str, Mapping]) -> Sheet:
-    """LTX-2.5, whose parts are files of their own."""
-    return clip("ltx25_nvfp4_t2v_audio", info, notes.LTX25, version="2.5", sampler="euler_ancestral")
+def distilled(name: str, info: Mapping[str, Mapping]) -> Sheet:
+    """The distilled model, made from its FP8 checkpoint by the loader."""
+    return clip(name, info, notes.DISTILLED, LTX_23_FP8)
 
 
-def make_nvfp4(info: Mapping[str, Mapping]) -> Sheet:
-    """From the downloaded checkpoint to an NVFP4 file and VAEs of their own."""
-    sheet = Sheet("make_nvfp4", info)
-    sheet.note((-640, 0), (560, 760), notes.MAKE[0], flow(notes.MAKE[1]))
-    source = {"models": [FP8_23], "file_name": FP8_23[0]}
-    look = sheet.add("NVFP4Inspect", (0, 0), 440, room=460, **source)
-    sheet.group("1. Look: what is in the file", look)
-    plan = sheet.add("NVFP4Planner", (0, 690), 440, room=320, **source)
-    sheet.group("2. Plan: does it fit, what will NVFP4 change", plan)
-    made = sheet.add("NVFP4Quantize", (540, 0), 440, room=120, name="ltx-2.3-22b-distilled", **source)
-    report = sheet.add("PreviewAny", (1040, 0), 440, "Report", room=460, source=made["report"])
-    sheet.group("3. Quantise", made, report)
-    parts = sheet.add(
-        "NVFP4Split", (540, 690), 440, room=60, audio_vae=True, name="ltx-2.3-22b-distilled", **source
-    )
-    files = sheet.add("PreviewAny", (1040, 690), 440, "Files", room=130, source=parts["files"])
-    sheet.group("4. Split: the full VAEs as files of their own", parts, files)
+def make_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
+    """From one checkpoint to an NVFP4 file and VAEs of their own, with pictures of what is in it and where it fits."""
+    sheet, inner = Sheet(name, info), Subgraph("Make an NVFP4 file", info)
+    source = {"models": [DISTILLED_FP8], "file_name": inner.enter("checkpoint", "COMBO", DISTILLED_FP8[0])}
+    given = {"name": inner.enter("name", "STRING", "")}
+    chosen = {name: inner.enter(name, "COMBO", value) for name, value in notes.MAKE_CHOICES.items()}
+    gpu = {"gpu": inner.enter("gpu", "COMBO", "detected")}
+    chosen |= {name: inner.enter(name, "BOOLEAN", False) for name in ("protect_audio", "estimate_only")}
+    look = inner.add("NVFP4Inspect", (0, 0), 440, room=460, **source)
+    inner.group("1. Look: what is in the file", look)
+    plan = inner.add("NVFP4Planner", (0, 680), 440, room=320, **source, **gpu)
+    inner.group("2. Plan: does it fit, what will NVFP4 change", plan)
+    made = inner.add("NVFP4Quantize", (0, 1380), 440, room=120, **source, **given, **chosen)
+    inner.group("3. Quantise", made)
+    parts = inner.add("NVFP4Split", (0, 2070), 440, room=60, audio_vae=True, **source, **given)
+    inner.group("4. Split: the full VAEs as files of their own", parts)
+    for name, out in (
+        ("in the file", look["picture"]), ("plan", plan["picture"]), ("report", made["report"]),
+        ("files", parts["files"]),
+    ):  # fmt: skip
+        inner.leave(name, out)
+    _note(sheet, notes.MAKE)
+    x = NOTE_WIDE + GAP
+    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE)
+    x += CHOICES_WIDE + GAP
+    wide, picture = 258, 400
+    right, above, between, y = x + wide + GAP, -45, picture + 70, picture + 20 + 2 * TITLE + GAP
+    report = shown["report"].via(*up(x - GAP // 2, 80, y))
+    sheet.add("PreviewImage", (x, 0), wide, "What is in the file", room=picture, images=shown["in the file"])
+    plan = shown["plan"].via((x - 20, above), (right - 20, above))
+    sheet.add("PreviewImage", (right, 0), wide, "Does it fit", room=picture, images=plan)
+    sheet.add("PreviewAny", (x, y), wide, "What was made", room=TALL - y - 20, source=report)
+    files = shown["files"].via(*up(x - 14, 110, between), (right - 20, between))
+    sheet.add("PreviewAny", (right, y), wide, "VAE files", room=TALL - y - 20, source=files)
     return sheet
 
 
-def ab_fp8_vs_nvfp4(info: Mapping[str, Mapping]) -> Sheet:
-    """The same prompt, sigmas and seed through both formats, three seeds, a card each."""
-    sheet = Sheet("ab_fp8_vs_nvfp4", info)
-    sheet.note((-640, MODEL_ROW - 240), (560, 760), notes.COMPARE[0], flow(notes.COMPARE[1]))
-    build = files(sheet, "2.3", True, (768, 512), "one stage", False, rival=FP8_23)
-    positive, negative = prompts(build, POSITIVE)
+def ab_fp8_vs_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
+    """The same prompt, sigmas and seed through both formats, three seeds: a card and a film of both each."""
+    sheet, inner = Sheet(name, info), Subgraph("FP8 against NVFP4", info)
+    build = files(inner, LTX_23_FP8, True, (768, 512), "one stage", False, POSITIVE, rival=True)
+    positive, negative = prompts(build)
     video, sound = latents(build)
     x, wide = SAMPLING
     guiders = [
-        sheet.add(
-            "CFGGuider", (x, y), wide, title, model=model, positive=positive, negative=negative,
-            cfg=build.settings["cfg"].via((LATENTS[0] - 30, LANE), (x - 50, LANE)),
-        )  # fmt: skip
-        for y, title, model in ((-330, "A: FP8", build.rival), (-120, "B: NVFP4", build.model))
+        guided(build, (x, y), "2.3", model, positive, negative)
+        for y, model in ((-330, build.rival), (-120, build.model))
     ]
-    choice = sheet.add("KSamplerSelect", (x, 80), wide, sampler_name="euler")
-    joined = sheet.add("LTXVConcatAVLatent", (x, SIZE_ROW + 220), wide, video_latent=video, audio_latent=sound)
-    build.frame("The same for both, but the model", *guiders, choice, joined)
-    kind = _one_seed(info).define(sheet)
+    for guider, title in zip(guiders, ("A: FP8", "B: NVFP4"), strict=True):
+        guider.title = title
+    choice = inner.add("KSamplerSelect", (x, 80), wide, sampler_name="euler")
+    joined = inner.add("LTXVConcatAVLatent", (x, SIZE_ROW + 220), wide, video_latent=video, audio_latent=sound)
+    build.frame("The same for both", *guiders, choice, joined)
+    noises = [
+        inner.add("RandomNoise", (x, SIZE_ROW + down), wide, f"Seed {number}", noise_seed=41 + number)
+        for number, down in ((2, 400), (3, 640))
+    ]
+    build.frame("Further seeds", *noises)
+    kind = _one_seed(info).define(inner)
     x += 600
-    seeds, cards = [], []
+    seeds = []
     for number, y in enumerate((-500, 60, 620)):
         sources = {
             "guider A": guiders[0]["GUIDER"], "guider B": guiders[1]["GUIDER"], "sampler": choice["SAMPLER"],
             "sigmas": build.settings["sigmas"].via((LATENTS[0] - 30, LANE + 25), (x - 120, LANE + 25)),
             "latent": joined["latent"], "vae": build.video_vae.via(*up(x - 100, VIDEO_ROW + 14, y + 210)),
             "audio_vae": build.audio_vae.via(*up(x - 80, AUDIO_ROW + 14, y + 230)),
+            "fps": build.settings["fps"].via((430, BUS), *up(x - 60, BUS, y + 250)),
         }  # fmt: skip
-        seeds.append(sheet.add(kind, (x, y), 300, f"Seed {number + 1}", noise_seed=42 + number, **sources))
-        cards.append(
-            sheet.add(
-                "SaveImage", (x + 400, y), 620, f"Card {number + 1}", room=400, images=seeds[-1]["card"],
-                filename_prefix=f"nvfp4/fp8_vs_nvfp4_{number + 1}",
-            )  # fmt: skip
-        )
+        sources["noise"] = noises[number - 1]["NOISE"] if number else noise(build, x)
+        seeds.append(inner.add(kind, (x, y), 300, f"Seed {number + 1}", **sources))
     build.frame("Three seeds", *seeds)
-    build.frame("Comparison cards", *cards)
+    for number, seed in enumerate(seeds, 1):
+        inner.leave(f"card {number}", seed["card"])
+        inner.leave(f"video {number}", seed["video"])
+    _note(sheet, notes.COMPARE)
+    x = NOTE_WIDE + GAP
+    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE - GAP, text_height=220)
+    x += CHOICES_WIDE
+    for number in (1, 2, 3):
+        _pair(sheet, shown, number, x)
     return sheet
 
 
+def _pair(sheet: Sheet, shown: Node, number: int, x: int) -> None:
+    """The card and the film of one seed in a column; links run above the cards and between the rows."""
+    wide, card = 200, 300
+    at, between = x + (number - 1) * (wide + 20), card + 44 + GAP // 2
+    ways: tuple = ((), ())
+    if number > 1:
+        ways = ((x - 25, -45), (at - 10, -45)), (*up(x - 15, 160, between), (at - 10, between))
+    prefix = f"nvfp4/fp8_vs_nvfp4_{number}"
+    sheet.add(
+        "SaveImage", (at, 0), wide, f"Card {number}", room=card - 6, filename_prefix=prefix,
+        images=shown[f"card {number}"].via(*ways[0]),
+    )  # fmt: skip
+    y = card + 44 + GAP + TITLE
+    sheet.add(
+        "SaveVideo", (at, y), wide, f"A | B {number}", room=TALL - y - 98, filename_prefix=prefix,
+        video=shown[f"video {number}"].via(*ways[1]),
+    )  # fmt: skip
+
+
+def _note(sheet: Sheet, note: tuple[str, str]) -> None:
+    sheet.note((0, 0), (NOTE_WIDE, TALL), note[0], flow(note[1]))
+
+
 def _one_seed(info: Mapping[str, Mapping]) -> Subgraph:
-    """Both formats sampled with one seed, decoded, compared."""
-    seed = Subgraph("One seed, both formats", info)
-    noise = seed.add("RandomNoise", (0, -400), 280, noise_seed=seed.enter("noise_seed", "INT"))
+    """Both formats sampled with one seed, decoded, compared, and set side by side."""
+    seed = Subgraph("One seed, both formats", info, first=201)
+    start = seed.enter("noise", "NOISE")
     guiders = [seed.enter("guider A", "GUIDER"), seed.enter("guider B", "GUIDER")]
     sampler, sigmas = seed.enter("sampler", "SAMPLER"), seed.enter("sigmas", "SIGMAS")
     latent, vae = seed.enter("latent", "LATENT"), seed.enter("vae", "VAE").via((960, 90))
     audio_vae = seed.enter("audio_vae", "VAE").via((980, 115))
+    fps = seed.enter("fps", "FLOAT").via((-100, 620), (1740, 620))
     clips = []
     for y, guider, title in ((-220, guiders[0], "A: FP8"), (300, guiders[1], "B: NVFP4")):
         steps = seed.add(
-            "SamplerCustomAdvanced", (360, y), 260, title, noise=noise["NOISE"], guider=guider, sampler=sampler,
+            "SamplerCustomAdvanced", (360, y), 260, title, noise=start, guider=guider, sampler=sampler,
             sigmas=sigmas, latent_image=latent,
         )  # fmt: skip
         parts = seed.add("LTXVSeparateAVLatent", (680, y), 240, av_latent=steps["output"])
@@ -138,16 +199,26 @@ def _one_seed(info: Mapping[str, Mapping]) -> Subgraph:
         "NVFP4Compare", (1380, -60), 340, room=260, images_a=images_a, images_b=images_b, audio_a=audio_a,
         audio_b=audio_b,
     )  # fmt: skip
+    both = seed.add(
+        "ImageStitch", (1380, 440), 340, "A left, B right", image1=images_a, image2=images_b, direction="right",
+        spacing_width=4,
+    )  # fmt: skip
+    film = seed.add(
+        "CreateVideo", (1800, 440), 260, "Side by side, B's sound", images=both["IMAGE"],
+        audio=audio_b.via((1340, 600), (1770, 600)), fps=fps,
+    )  # fmt: skip
     seed.leave("card", card["card"])
+    seed.leave("video", film["VIDEO"])
     return seed
 
 
-WORKFLOWS: tuple[Callable[[Mapping[str, Mapping]], Sheet], ...] = (
-    ltx23_nvfp4_t2v_audio,
-    ltx23_nvfp4_t2v_audio_two_stage,
-    ltx23_nvfp4_i2v_audio,
-    ltx23_nvfp4_t2v_video_only,
-    ltx25_nvfp4_t2v_audio,
-    make_nvfp4,
-    ab_fp8_vs_nvfp4,
-)
+WORKFLOWS: dict[str, Callable[[str, Mapping[str, Mapping]], Sheet]] = {
+    "1 LTX-2.5 text to video": ltx25,
+    "2 LTX-2.3 text to video": two_stages,
+    "3 LTX-2.3 image to video": image_to_video,
+    "4 LTX-2.3 small and quick": one_stage,
+    "5 LTX-2.3 without sound": silent,
+    "6 LTX-2.3 distilled, made from FP8": distilled,
+    "7 Make an NVFP4 file": make_nvfp4,
+    "8 FP8 against NVFP4": ab_fp8_vs_nvfp4,
+}

@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of the notes in the shipped workflows: (title, Markdown), wrapped here, made one line by ``flow``."""
+"""The texts of the notes in the shipped workflows: (title, Markdown), wrapped here, made one line by ``flow``.
+
+What has to be read before the first run stands first and fits the note; the rest is below, for whoever scrolls.
+"""
 
 from __future__ import annotations
 
 import re
 
-HUB = "https://huggingface.co"
-MAKE_IT = "made once with the template `make_nvfp4`"
-NVFP4_ROW = f"| NVFP4 Model Loader | `ltx-2.3-22b-distilled_nvfp4.safetensors`, {MAKE_IT} | `output/checkpoints` |"
-GEMMA_ROW = (
-    "| Text encoder, first line | [gemma_3_12B_it_fp4_mixed.safetensors]"
-    f"({HUB}/Comfy-Org/ltx-2/resolve/main/split_files/text_encoders/gemma_3_12B_it_fp4_mixed.safetensors) | "
-    "`models/text_encoders` |"
-)
-FP8_ROW = (
-    "| {where} | [ltx-2.3-22b-distilled-fp8.safetensors]"
-    f"({HUB}/Lightricks/LTX-2.3-fp8/resolve/main/ltx-2.3-22b-distilled-fp8.safetensors) | `models/checkpoints` |"
-)
+from .workflow_files import DISTILLED_FP8, GIGABYTES, HUB, LTX_23, LTX_23_FP8, LTX_25, Choice, File
+
 # A line that begins a paragraph, a list item, a heading or a row of a table.
 _BEGINS = re.compile(r"(-|\d+\.|#+|\|) ?")
-HEAD = "| Where | File | Folder |\n|---|---|---|"
 
 
 def flow(text: str) -> str:
@@ -33,153 +25,166 @@ def flow(text: str) -> str:
     return "\n".join(lines)
 
 
-def _files_23(*further: str, vaes: str = "both VAEs") -> str:
-    rows = [HEAD, NVFP4_ROW, GEMMA_ROW, FP8_ROW.format(where=f"Text encoder, second line; {vaes}"), *further]
-    return "### Files\n\n" + "\n".join(rows)
+def _table(*files: File) -> str:
+    """Every file once, with its size and folder, and what all need together."""
+    listed = dict.fromkeys(files)
+    rows = [
+        f"| [{name}]({address}) | {GIGABYTES[name, address, folder]:g} | {folder} |" for name, address, folder in listed
+    ]
+    total = sum(GIGABYTES[file] for file in listed)
+    return "\n".join([f"| File, {total:.0f} GB in all | GB | models/ |", "|---|---|---|", *rows])
 
 
-FILE_HINTS = """
-- There is no address for the NVFP4 file: several people publish one, in different dialects. Make it from the FP8 file
-  with `make_nvfp4`, or choose one that you have; the loader reads them all, and its report says what it found. A *dev*
-  model is not made for these 8 steps.
-- The NVFP4 file that `make_nvfp4` writes is a whole checkpoint: choose it in all loaders, and the FP8 file is not
-  needed any more. Until then only its text projection and VAEs are read.
-- Use the full VAE. A preview decoder (`taeltx`) is several times softer; the VAE loader refuses it.
+def _files(choice: Choice, upscaler: bool = False, audio: bool = True) -> str:
+    files = [choice.model, *choice.vaes[: 2 if audio else 1], choice.encoder]
+    return _table(*files, *([choice.lora] if choice.lora else []), *([choice.upscaler] if upscaler else []))
+
+
+DOWNLOAD = "If files are missing: *View details* at the upper right, then *Download all*."
+WRITE = "Write the **prompt**: what happens in order, what is seen, what is heard, speech in quotes."
+RUN = "Press **Run**. The clip is saved under `output/video`."
+CLOUDY = """
+### Why this file looks better here
+
+Lightricks' *dev* file with the distilled LoRA is often called "cloudy". Stock ComfyUI adds a LoRA to the decoded
+weights and rounds the sum to four bits again: 17 % of error in each Linear, measured with a LoRA of rank 64 and
+random weights. Here the LoRA is added while weights are decoded: 0.3 %. That is the likeliest cause; **with the real
+files neither was run**. If your download of the NVFP4 file has no VAEs in it, the loaders say so: choose
+`ltx-2.3-22b-dev-fp8.safetensors` in *VAEs, projection*.
 """
-AGREE = """
-### What must agree
+NUMBERS = """
+### What the numbers do
 
-NVFP4 Distilled Settings sends the same numbers to all nodes, and its text says what it changed.
-
-- **Distilled: 8 steps, cfg 1.** The sigmas are those the model was trained for; a scheduler with 8 steps gives others.
-  At cfg 1 the negative prompt is not used.
-- **Frames: 8k + 1** (97, 121, 161, ...). **Width and height: multiples of {step}.**
-- **One frame rate** for conditioning{audio} and video.
+- **card**: your GPU's memory sets size and length to what it samples within two minutes, by the planner.
+- **width, height**: multiples of {step}; **seconds**: the frames become 8k + 1. Other values are moved to the nearest,
+  and the settings node in the subgraph says so.
+- **compute**: `bf16` is exact and runs everywhere. `fp8` is faster on RTX 40, 50 and later, 0.2 % off in the latents.
+- 8 steps at cfg 1 with the sigmas the model was distilled for; they are set inside. The negative prompt is not used.
 """
 TROUBLE = """
 ### If something looks wrong
 
-- Crashed or stopped: read the text of NVFP4 Launch Guard. Set it to `cure` if it names the prefetch crash.
-- Blurred: read the text of NVFP4 Sharpness, then look at the VAE in group 3.
-- Model refused: the message says what was found and which field decides.
+- Open the subgraph with the button at its upper right: *Launch Guard*, *Sharpness* and the settings say what they
+  found. NVFP4 Doctor in the sidebar says it, too.
+- Blurred: a preview decoder (`taeltx`) instead of the full VAE; the VAE loader refuses it.
+- Leave VAE Decode as it is: it decodes in chunks of time, exactly, and goes on in tiles by itself if memory runs out.
 
 The template's thumbnail is a picture of this graph, not of a clip.
 """
-SOUND = ", audio latent"
-RUN = (
-    "1. Choose the files in groups 1 and 3.\n2. Set size, length and frame rate in group 2.\n"
-    "3. Write the prompt: what happens in order, what is seen, what is heard, speech in quotes.\n"
-    "4. Run. The clip is saved under `output/video`."
-)
 
 
-def _note(intro: str, files: str, steps: str, agree: str, hints: str = FILE_HINTS) -> str:
-    parts = (intro, files + "\n" + hints.rstrip(), f"### Steps\n\n{steps}", agree.strip(), TROUBLE.strip())
+def _note(intro: str, files: str, steps: list[str], *more: str, step: int = 32) -> str:
+    numbered = "\n".join(f"{number}. {text}" for number, text in enumerate([DOWNLOAD, *steps], 1))
+    parts = (intro, f"### Steps\n\n{numbered}", files, *more, NUMBERS.format(step=step), TROUBLE)
     return "\n\n".join(part.strip() for part in parts)
 
 
-T2V = (
-    "NVFP4 Video: text to video with sound",
-    _note(
-        "One stage, distilled LTX-2.3: picture and sound in 8 steps. 768 x 512, 121 frames at 24 fps, 5 seconds.",
-        _files_23(), RUN, AGREE.format(step=32, audio=SOUND),
-    ),
-)  # fmt: skip
-TWO_STAGE = (
-    "NVFP4 Video: text to video in two stages",
-    _note(
-        "Distilled LTX-2.3 in two stages: 8 steps at half the size, the latent enlarged twice, 3 more steps. "
-        "1280 x 704, 121 frames at 24 fps. The sound is sampled in both stages.",
-        _files_23(
-            "| Latent upscaler | [ltx-2.3-spatial-upscaler-x2-1.1.safetensors]"
-            f"({HUB}/Lightricks/LTX-2.3/resolve/main/ltx-2.3-spatial-upscaler-x2-1.1.safetensors) | "
-            "`models/latent_upscale_models` |"
-        ),
-        RUN, AGREE.format(step=64, audio=SOUND) + "- **Width and height are those of the finished clip**; the settings "
-        "node halves them for the first stage.\n- Leave VAE Decode as it is: it decodes in chunks of time, exactly, "
-        "and goes on in tiles by itself if memory runs out.\n",
-    ),
-)  # fmt: skip
-I2V = (
-    "NVFP4 Video: image to video with sound",
-    _note(
-        "One stage, distilled LTX-2.3: the clip starts with your picture. 768 x 512, 121 frames at 24 fps, 5 seconds.",
-        _files_23(),
-        "1. Choose the files in groups 1 and 4.\n2. Load the picture in group 3. It is scaled and cut to the size of "
-        "the clip, so set one of the same shape in group 2.\n3. Write what happens from there on, and what is heard.\n"
-        "4. Run. The clip is saved under `output/video`.",
-        AGREE.format(step=32, audio=SOUND) + "- `img_compression` makes the picture look like a frame of a video; "
-        "without it clips tend to stand still. `strength` below 1 lets the first frame change.\n",
-    ).replace("VAE in group 3", "VAE in group 4"),
-)  # fmt: skip
-VIDEO_ONLY = (
-    "NVFP4 Video: text to video without sound",
-    _note(
-        "One stage, distilled LTX-2.3 without an audio latent: the silent clip takes less memory and less time a step. "
-        "768 x 512, 121 frames at 24 fps, 5 seconds.",
-        _files_23(vaes="VAE"),
-        RUN.replace(", what is heard, speech in quotes", ""), AGREE.format(step=32, audio=""),
-    ) + "\n\nComfyUI before 0.30 cannot sample LTX-2 without an audio latent; the guard says so. There, take the "
-    "template with sound.",
-)  # fmt: skip
 LTX25 = (
     "NVFP4 Video: LTX-2.5, text to video with sound",
     _note(
-        "One stage, distilled LTX-2.5, whose parts are files of their own. 768 x 512, 121 frames at 24 fps, 5 seconds.",
-        "### Files\n\n" + "\n".join(
-            [HEAD] + [
-                f"| {where} | [{name}]({HUB}/Lightricks/LTX-2.5/resolve/main/{folder}/{name}) | `models/{folder}` |"
-                for where, folder, name in (
-                    ("NVFP4 Model Loader", "diffusion_models", "ltx-2.5-22b-distilled-transformer-nvfp4.safetensors"),
-                    ("Load CLIP", "text_encoders", "gemma4-12b-with-proj-ltx-2.5-comfy-int8-convrot.safetensors"),
-                    ("Video VAE", "vae", "ltx-2.5-video-vae-bf16.safetensors"),
-                    ("Audio VAE", "vae", "ltx-2.5-audio-vae-bf16.safetensors"),
-                )
-            ]
-        ),
-        RUN, AGREE.format(step=32, audio=SOUND),
-        hints=f"""
-- The files are behind a licence: accept it at [Lightricks/LTX-2.5]({HUB}/Lightricks/LTX-2.5) first.
+        "Lightricks' own NVFP4 file of LTX-2.5. 8 steps at half the size, the latent enlarged twice, 3 more steps: "
+        f"1280 x 704, 5 seconds, with sound. Accept the licence at [Lightricks/LTX-2.5]({HUB}/Lightricks/LTX-2.5) "
+        "before you download.",
+        _files(LTX_25, upscaler=True), [WRITE, RUN],
+        """
+### About these files
+
 - The transformer says nowhere in its header that it is NVFP4, and stock ComfyUI stops at its first layer. NVFP4 Model
   Loader knows Lightricks' header. For a copy without it set `dialect` to `comfy`.
 - The video VAE is the full one, a diffusion decoder.
-- Not run with the released files: none can be had where this pack was built.
+- **Not run with the released files**: none can be had where this pack was built.
 """,
+        step=64,
     ),
 )  # fmt: skip
+TWO_STAGE = (
+    "NVFP4 Video: LTX-2.3, text to video with sound",
+    _note(
+        "Lightricks' own NVFP4 file of LTX-2.3 *dev* and the LoRA that makes it a distilled model, at 0.5. 8 steps at "
+        "half the size, the latent enlarged twice, 3 more steps: 1280 x 704, 5 seconds, with sound.",
+        _files(LTX_23, upscaler=True), [WRITE, RUN], CLOUDY, step=64,
+    ),
+)  # fmt: skip
+I2V = (
+    "NVFP4 Video: LTX-2.3, image to video with sound",
+    _note(
+        "The clip starts with your picture. Lightricks' own NVFP4 file of LTX-2.3 *dev* and the LoRA that makes it a "
+        "distilled model, at 0.5. 8 steps: 768 x 512, 5 seconds, with sound.",
+        _files(LTX_23),
+        [
+            "Load the **picture**. It is scaled and cut to *width* x *height*: set those to its shape.",
+            "Write the **prompt**: what happens from there on, and what is heard.", RUN,
+        ],
+        CLOUDY,
+    ),
+)  # fmt: skip
+ONE_STAGE = (
+    "NVFP4 Video: LTX-2.3, small and quick",
+    _note(
+        "One stage, nothing to upscale: 8 steps, 768 x 512, 5 seconds, with sound. Lightricks' own NVFP4 file of "
+        "LTX-2.3 *dev* and the LoRA that makes it a distilled model, at 0.5.",
+        _files(LTX_23), [WRITE, RUN], CLOUDY,
+    ),
+)  # fmt: skip
+SILENT = (
+    "NVFP4 Video: LTX-2.3 without sound",
+    _note(
+        "Without an audio latent a step takes less memory and time: 8 steps, 768 x 512, 5 seconds, silent. Lightricks' "
+        "own NVFP4 file of LTX-2.3 *dev* and the LoRA that makes it a distilled model, at 0.5.",
+        _files(LTX_23, audio=False), ["Write the **prompt**: what happens in order, and what is seen.", RUN], CLOUDY,
+        "ComfyUI before 0.30 cannot sample LTX-2 without an audio latent; the guard says so. There, take a template "
+        "with sound.",
+    ),
+)  # fmt: skip
+OTHERS = f"""
+### Other files
+
+- One that you made (template 7), or *distilled 1.1* in BF16
+  ([ltx-2.3-22b-distilled-1.1]({HUB}/Lightricks/LTX-2.3/resolve/main/ltx-2.3-22b-distilled-1.1.safetensors), 46 GB, the
+  better source): choose it in *checkpoint*, everything comes from it.
+- Of other people, not checked here: [Sulphur 2]({HUB}/coolthor/Sulphur-2-distilled-NVFP4), a fine-tune,
+  [distilled, transformer only]({HUB}/Winnougan/LTX-2.3-INT8), [many formats]({HUB}/Hippotes/LTX-2.3-various-formats).
+  They have no VAEs: open the subgraph and choose the file in the model loader alone.
+- Of a file that is NVFP4 already nothing is made.
+"""
+DISTILLED = (
+    "NVFP4 Video: LTX-2.3 distilled, with sound",
+    _note(
+        "**Every part but the text encoder comes from one file, Lightricks' FP8 checkpoint; its NVFP4 file is made "
+        "from it on the first run**, once, in minutes, under `output/diffusion_models` (17.6 GB more). 8 steps, "
+        "768 x 512, 5 seconds, with sound.",
+        _files(LTX_23_FP8), [WRITE, RUN + " The first run quantises, and shows how far it is."], OTHERS,
+    ),
+)  # fmt: skip
+MAKE_CHOICES = {"contents": "whole checkpoint", "quality": "best"}
 MAKE = (
     "NVFP4 Video: make an NVFP4 file",
     f"""
-From the FP8 checkpoint (29 GB) to a whole NVFP4 checkpoint of about 19.5 GB, and VAEs in files of their own. Memory
-for one tensor is enough.
-
-### File
-
-{HEAD}
-{FP8_ROW.format(where="All four nodes")}
-
-BF16 makes the better source, since nothing is rounded twice:
-[ltx-2.3-22b-distilled-1.1.safetensors]({HUB}/Lightricks/LTX-2.3/resolve/main/ltx-2.3-22b-distilled-1.1.safetensors),
-46 GB. Any fine-tune in BF16, FP16, FP32 or FP8 will do as well.
+From one checkpoint in BF16, FP16, FP32 or FP8 to its NVFP4 file, and VAEs in files of their own. Memory for one tensor
+is enough. As it stands: Lightricks' distilled LTX-2.3 in FP8 becomes a whole checkpoint of about 22 GB.
 
 ### Steps
 
-1. Choose the same file in all four nodes.
-2. To know first what comes out, set `estimate_only` on NVFP4 Quantize and bypass NVFP4 Split (Ctrl + B).
-3. Run. Quantising takes minutes; a run that you cancel goes on where it stopped.
-4. The other templates find `ltx-2.3-22b-distilled_nvfp4.safetensors` at once: NVFP4 Quantize writes into
-   `output/checkpoints`, where loaders look too.
+1. {DOWNLOAD}
+2. Choose the **checkpoint**; an empty *name* means its own. *estimate_only* tells size and time, and writes no NVFP4
+   file.
+3. Press **Run**. It takes minutes; a run that you cancel continues where it stopped.
+4. The new files are in the lists of all loaders at once: NVFP4 in `output/checkpoints`, the video VAE in `output/vae`.
 
-### What the nodes say
+{_table(DISTILLED_FP8)}
 
-- **Inspect**: components, formats by block, what stock ComfyUI does with the file.
-- **Planner**: what is in GPU memory when, whether it fits, and whether NVFP4 will change size, speed or both. `gpu`
-  also takes one that you only think of buying.
-- **Quantize**: layers quantised and kept, and why; a model card beside the file has all of it.
-- **Split**: the full video VAE (`output/vae`) and the audio VAE (`output/checkpoints`) for workflows that want them
-  alone.
+BF16 makes the better source, since nothing is rounded twice:
+[ltx-2.3-22b-distilled-1.1]({HUB}/Lightricks/LTX-2.3/resolve/main/ltx-2.3-22b-distilled-1.1.safetensors), 46 GB.
 
-`protect_audio` keeps the audio branch as it is, for a voice that sounds robotic; the file grows.
+### What you see
+
+- **What is in the file**: components, formats by block, what stock ComfyUI does with it.
+- **Does it fit**: what is in GPU memory when, and whether NVFP4 will change size, speed or both. *gpu* also takes a
+  card that you only think of buying.
+- **What was made**: layers quantised and kept, and why; a model card beside the file has all of it.
+
+*protect_audio* keeps the audio branch as it is, for a voice that sounds robotic; the file grows. To split without
+quantising, open the subgraph and bypass NVFP4 Quantize (Ctrl + B).
 
 The template's thumbnail is a picture of this graph.
 """,
@@ -187,34 +192,27 @@ The template's thumbnail is a picture of this graph.
 COMPARE = (
     "NVFP4 Video: FP8 against NVFP4",
     f"""
-What does NVFP4 cost? The same prompt, size, sigmas and seed are sampled with both files, three seeds, and each pair
-gets a comparison card. Only the model file differs.
-
-### Files
-
-{HEAD}
-{FP8_ROW.format(where="A, the upper model loader; text encoder, second line; both VAEs")}
-| B, the lower one | `ltx-2.3-22b-distilled_nvfp4.safetensors`, {MAKE_IT} | `output/checkpoints` |
-{GEMMA_ROW}
+What does NVFP4 cost? **Every part but the text encoder comes from one FP8 checkpoint; B is made from it on the first
+run**, once, in minutes. The same prompt, size, sigmas and seed are sampled with both, three seeds, and each pair gets a
+comparison card and a film of both side by side.
 
 ### Steps
 
-1. Choose the files in groups 1 and 3.
-2. Run. Six clips are sampled, so this takes six times as long as one. The cards are saved under `output/nvfp4`.
+1. {DOWNLOAD}
+2. Press **Run**. Six clips are sampled, so this takes six times as long as one. All is saved under `output/nvfp4`.
 3. Read the three cards together: what all of them show comes from the format, what one shows comes from its seed.
+
+{_files(LTX_23_FP8)}
 
 ### What is in a card
 
-- A is the clip to trust, B the one under test. PSNR, SSIM and the difference map say how far they are apart; that is
-  not the same as worse: a distilled model answers small changes of its weights with another composition.
+- A (left) is the clip to trust, B (right) the one under test. PSNR, SSIM and the difference map say how far they are
+  apart; that is not the same as worse: a distilled model answers small changes of its weights with another composition.
 - Sharpness: B against A, frame by frame. Softer in all three seeds is a loss.
-- Sound: level, spectral distance, sync.
+- Sound: level, spectral distance, sync. The films have the sound of B.
 
-B computes in `bf16`; the FP8 layers of A take ComfyUI's own path. To compare ways of computing instead, choose the
-NVFP4 file twice and another `compute` in B. Each *Seed* node is a subgraph: open it with the button at its upper
-right.
-
-On a card that cannot hold both models ComfyUI swaps them, which takes time but changes nothing in the clips.
+*compute* is how B computes; the FP8 layers of A take ComfyUI's own path. *seed* is that of the first pair. On a card
+that cannot hold both models ComfyUI swaps them, which takes time but changes nothing in the clips.
 
 The template's thumbnail is a picture of this graph.
 """,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of which the shipped workflows are made, each a few nodes at their places.
 
-All clips have one layout: files, prompt and size on the left, then conditioning and latents, sampling, decoding, the
-video. Long links run in lanes and in a bus below the latents, so that none passes behind a node.
+What a user sees is a note, one subgraph whose widgets are all that has to be chosen, and the video. Inside, all clips
+have one layout: files, seed and size on the left, then conditioning and latents, sampling, decoding. Long links run in
+lanes and in a bus below the latents, so that none passes behind a node.
 """
 
 from __future__ import annotations
@@ -10,36 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .workflow_builder import Node, Out, Sheet
+from .workflow_builder import TITLE, Node, Out, Sheet, Subgraph
+from .workflow_files import Choice
 from .workflow_notes import flow
-
-HUB = "https://huggingface.co"
-NVFP4_23 = "ltx-2.3-22b-distilled_nvfp4.safetensors"
-FP8_23 = (
-    "ltx-2.3-22b-distilled-fp8.safetensors",
-    f"{HUB}/Lightricks/LTX-2.3-fp8/resolve/main/ltx-2.3-22b-distilled-fp8.safetensors",
-    "checkpoints",
-)
-GEMMA_3 = (
-    "gemma_3_12B_it_fp4_mixed.safetensors",
-    f"{HUB}/Comfy-Org/ltx-2/resolve/main/split_files/text_encoders/gemma_3_12B_it_fp4_mixed.safetensors",
-    "text_encoders",
-)
-UPSCALER_23 = (
-    "ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
-    f"{HUB}/Lightricks/LTX-2.3/resolve/main/ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
-    "latent_upscale_models",
-)
-
-
-def _ltx25(folder: str, name: str) -> tuple[str, str, str]:
-    return name, f"{HUB}/Lightricks/LTX-2.5/resolve/main/{folder}/{name}", folder
-
-
-NVFP4_25 = _ltx25("diffusion_models", "ltx-2.5-22b-distilled-transformer-nvfp4.safetensors")
-GEMMA_4 = _ltx25("text_encoders", "gemma4-12b-with-proj-ltx-2.5-comfy-int8-convrot.safetensors")
-VIDEO_VAE_25 = _ltx25("vae", "ltx-2.5-video-vae-bf16.safetensors")
-AUDIO_VAE_25 = _ltx25("vae", "ltx-2.5-audio-vae-bf16.safetensors")
 
 POSITIVE = (
     "A lighthouse keeper in a yellow raincoat stands on a rocky shore at dusk and lights an old brass lantern. Waves "
@@ -55,12 +29,16 @@ POSITIVE_I2V = (
 NEGATIVE = "blurry, low quality, still frame, watermark, subtitles, distorted sound"
 GREEN, RED = ("#232", "#353"), ("#322", "#533")
 
-# Columns: x and width of their nodes. What stands right of the latents moves on where a picture comes in between.
+# What stands on the canvas: width of note, subgraph and video, side by side, GAP apart; a picture is below the note.
+NOTE_WIDE, CHOICES_WIDE, VIDEO_WIDE, GAP = 430, 400, 500, 40
+TALL = 680
+# In the subgraph, columns: x and width of their nodes. What stands right of the latents moves on where a picture comes
+# in between.
 FILES, CHOICES, LATENTS = (0, 380), (470, 420), (990, 320)
 SAMPLING, SAMPLER, DECODE = (1410, 320), (1830, 260), (2550, 260)
 COLUMN = 420
 # Rows: y of their first nodes. VAEs and decoders share rows, so that the links between them run straight.
-MODEL_ROW, TEXT_ROW, SIZE_ROW, PICTURE_ROW, VIDEO_ROW, AUDIO_ROW = -730, -180, 240, 980, 1000, 1260
+MODEL_ROW, SEED_ROW, TEXT_ROW, SIZE_ROW, PICTURE_ROW, VIDEO_ROW, AUDIO_ROW = -990, -220, -180, 240, 980, 1000, 1290
 PICTURE = 500  # height of the row that a picture takes
 LANE = 225  # between the conditioning and the latents
 BUS = 828  # below the latents
@@ -73,12 +51,16 @@ class Build:
     ``audio_vae`` is None where the clip does without; ``right`` and ``down`` move what follows a picture.
     """
 
-    sheet: Sheet
+    sheet: Subgraph
     model: Out
     text: Out
     video_vae: Out
     audio_vae: Out | None
+    upscaler: Out | None
     settings: Node
+    noise: Out
+    prompt: Out
+    report: Out
     picture: Out | None = None
     rival: Out | None = None
     right: int = 0
@@ -100,8 +82,8 @@ def clip(
     name: str,
     info: Mapping[str, Mapping],
     note: tuple[str, str],
+    choice: Choice,
     *,
-    version: str = "2.3",
     size: tuple[int, int] = (768, 512),
     stages: str = "one stage",
     audio: bool = True,
@@ -109,78 +91,155 @@ def clip(
     sampler: str = "euler",
     positive: str = POSITIVE,
 ) -> Sheet:
-    """A whole workflow from files to the saved video."""
+    """A whole workflow: the note, a subgraph from files to the video, the video that is saved."""
     sheet = Sheet(name, info)
-    sheet.note((-640, MODEL_ROW), (560, 760), note[0], flow(note[1]))
-    build = files(sheet, version, audio, size, stages, image)
-    positive_out, negative_out = prompts(build, positive)
+    inner = Subgraph(note[0].removeprefix("NVFP4 Video: "), info)
+    build = files(inner, choice, audio, size, stages, image, positive)
+    positive_out, negative_out = prompts(build)
     video, sound = latents(build)
     if build.picture:
         video = first_frame(build, video)
-    guider, steps = sampling(build, positive_out, negative_out, video, sound, sampler)
+    guider, steps = sampling(build, positive_out, negative_out, video, sound, sampler, choice.version)
     x = DECODE[0] + build.right
     if stages == "two stages":
         steps = second_stage(build, guider, steps, sampler)
         x += 1500
-    save(build, steps, x, f"video/{name.split('_t2v')[0].split('_i2v')[0]}")
+    inner.leave("video", decoded(build, steps, x)["VIDEO"])
+    inner.leave("report", build.report)
+    tall, x, linked = 400 if image else TALL, NOTE_WIDE + GAP, {}
+    sheet.note((0, 0), (NOTE_WIDE, tall), note[0], flow(note[1]))
+    if image:
+        at = 0, tall + GAP + TITLE
+        loaded = sheet.add("LoadImage", at, NOTE_WIDE, "First frame", room=300, image="example.png")
+        linked = {"image": loaded["IMAGE"].via((x - GAP // 2, tall + GAP), (x - GAP // 2, 30))}
+    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE, text_height=220, **linked)
+    x += CHOICES_WIDE + GAP
+    prefix = f"video/ltx{choice.version.replace('.', '')}_nvfp4"
+    saved = sheet.add("SaveVideo", (x, 0), VIDEO_WIDE, room=350, video=shown["video"], filename_prefix=prefix)
+    y = saved.bottom + GAP
+    report = shown["report"].via(*up(x - GAP // 2, 60, y))
+    sheet.add("PreviewAny", (x, y), VIDEO_WIDE, "What was loaded", room=TALL - y - 46, source=report)
     return sheet
 
 
 def files(
-    sheet: Sheet, version: str, audio: bool, size: tuple[int, int], stages: str, image: bool,
-    rival: tuple[str, str, str] | None = None,
+    sheet: Subgraph, choice: Choice, audio: bool, size: tuple[int, int], stages: str, image: bool, positive: str,
+    rival: bool = False,
 ) -> Build:  # fmt: skip
-    """Loaders, guard, settings, and the picture to start from."""
-    x, wide = FILES
-    y, down = MODEL_ROW + 270, PICTURE if image else 0
-    vae_files = [(FP8_23, FP8_23), (VIDEO_VAE_25, AUDIO_VAE_25)][version == "2.5"]
-    if version == "2.5":
-        model = sheet.add("NVFP4ModelLoader", (x, MODEL_ROW), wide, models=[NVFP4_25], model_name=NVFP4_25[0])
-        text = sheet.add("CLIPLoader", (x, y), wide, models=[GEMMA_4], clip_name=GEMMA_4[0], type="ltxv")
-    else:
-        model = sheet.add("NVFP4ModelLoader", (x, MODEL_ROW), wide, model_name=NVFP4_23)
-        text = sheet.add(
-            "LTXAVTextEncoderLoader", (x, y), wide, models=[GEMMA_3, FP8_23], text_encoder=GEMMA_3[0],
-            ckpt_name=FP8_23[0],
+    """Loaders, guard, seed, settings, and the picture to start from; what a user chooses comes in from outside.
+
+    ``rival``: the same checkpoint is loaded once more, as it is.
+    """
+    prompt = sheet.enter("prompt", "STRING", positive, multiline=True)
+    picture = sheet.enter("image", "IMAGE") if image else None
+    card = sheet.enter("card", "COMBO", "as set")
+    wishes = {name: sheet.enter(name, "INT", value) for name, value in zip(("width", "height"), size, strict=True)}
+    wishes |= {name: sheet.enter(name, "FLOAT", value) for name, value in (("seconds", 5.0), ("fps", 24.0))}
+    seed, compute = sheet.enter("seed", "INT", 42), sheet.enter("compute", "COMBO", "bf16")
+    name = sheet.enter("checkpoint" if choice.make else "model", "COMBO", choice.model[0])
+    lora_name = sheet.enter("LoRA", "COMBO", choice.lora[0]) if choice.lora else None
+    loaders = [_model(sheet, choice, MODEL_ROW, name, compute, choice.make)]
+    text, vae_names = _text_encoder(sheet, choice, name)
+    loaders.append(text)
+    upscaler = None
+    if stages == "two stages":
+        chosen = sheet.enter("upscaler", "COMBO", choice.upscaler[0])
+        loaders.append(
+            sheet.add(
+                "LatentUpscaleModelLoader", (FILES[0], text.bottom + 50), FILES[1], models=[choice.upscaler],
+                model_name=chosen,
+            )
         )  # fmt: skip
-    rows = [(VIDEO_ROW, "Video VAE (full)", "video", vae_files[0]), (AUDIO_ROW, "Audio VAE", "audio", vae_files[1])]
+        upscaler = loaders[-1]["LATENT_UPSCALE_MODEL"]
+    down = PICTURE if image else 0
+    rows = [(VIDEO_ROW, "Video VAE (full)", "video"), (AUDIO_ROW, "Audio VAE", "audio")][: 2 if audio else 1]
     vaes = [
-        sheet.add("NVFP4VAELoader", (x, y + down), wide, title, models=[file], vae_name=file[0], kind=kind)
-        for y, title, kind, file in rows[: 2 if audio else 1]
+        sheet.add("NVFP4VAELoader", (FILES[0], y + down), FILES[1], title, models=[file], vae_name=chosen, kind=kind)
+        for (y, title, kind), file, chosen in zip(rows, choice.vaes, vae_names, strict=False)
     ]
+    noise = sheet.add("RandomNoise", (FILES[0], SEED_ROW), FILES[1], noise_seed=seed)
     settings = sheet.add(
-        "NVFP4DistilledSettings", (x, SIZE_ROW), wide, room=120, width=size[0], height=size[1], stages=stages,
-        version=version,
+        "NVFP4DistilledSettings", (FILES[0], SIZE_ROW), FILES[1], room=100, stages=stages, version=choice.version,
+        card=card, **wishes,
     )  # fmt: skip
     x, wide = CHOICES
-    report = sheet.add("PreviewAny", (x, MODEL_ROW), wide, "Model report", room=110, source=model["report"])
-    guard = sheet.add("NVFP4LaunchGuard", (x, MODEL_ROW + 220), wide, room=100, model=model["MODEL"])
-    audio_vae = vaes[1]["VAE"] if audio else None
-    build = Build(sheet, guard["MODEL"], text["CLIP"], vaes[0]["VAE"], audio_vae, settings, down=down)
-    loaders, checks = [model, text], [report, guard]
+    report = sheet.add(
+        "PreviewAny", (x, MODEL_ROW), wide, "Model report", room=110, source=loaders[0]["report"]
+    )  # fmt: skip
+    used, checks, lora = loaders[0]["MODEL"], [report], None
+    if choice.lora:
+        lora = sheet.add(
+            "LoraLoaderModelOnly", (x, MODEL_ROW + 310), wide, "Distilled LoRA", models=[choice.lora], model=used,
+            lora_name=lora_name.via(*((to, MODEL_ROW + 270) for to in (-60, x - 40))), strength_model=0.5,
+        )  # fmt: skip
+        used, (x, wide) = lora["MODEL"], LATENTS
+    guard = sheet.add("NVFP4LaunchGuard", (x, MODEL_ROW + 310), wide, room=100, model=used)
+    build = Build(
+        sheet, guard["MODEL"], text["CLIP"], vaes[0]["VAE"], vaes[1]["VAE"] if audio else None, upscaler, settings,
+        noise["NOISE"], prompt, loaders[0]["report"], down=down,
+    )  # fmt: skip
+    guards = [guard]
     if rival:
-        y = MODEL_ROW - 270
-        other = sheet.add("NVFP4ModelLoader", (FILES[0], y), FILES[1], models=[rival], model_name=rival[0])
-        watched = sheet.add("NVFP4LaunchGuard", (x, y), wide, room=80, model=other["MODEL"])
-        build.rival, loaders, checks = watched["MODEL"], [*loaders, other], [*checks, watched]
+        y = MODEL_ROW - 350
+        loaders.insert(0, _model(sheet, choice, y, name, compute, False))
+        guards.append(sheet.add("NVFP4LaunchGuard", (x, y), wide, room=80, model=loaders[0]["MODEL"]))
+        build.rival = guards[-1]["MODEL"]
     build.frame("Models and text encoder" if rival else "Model and text encoder", *loaders)
+    if lora:
+        build.frame("What makes it a distilled model", lora)
+    build.frame("Seed", noise)
     build.frame("Size, length, frame rate", settings)
-    if image:
+    if picture:
         build.right = COLUMN
-        loaded = sheet.add("LoadImage", (FILES[0], PICTURE_ROW), FILES[1], room=260, image="example.png")
         pressed = sheet.add(
-            "LTXVPreprocess", (CHOICES[0], PICTURE_ROW), CHOICES[1], image=loaded["IMAGE"], img_compression=18
-        )
+            "LTXVPreprocess", (CHOICES[0], PICTURE_ROW), CHOICES[1], img_compression=18,
+            image=picture.via(*((to, PICTURE_ROW + 14) for to in (-60, CHOICES[0] - 40))),
+        )  # fmt: skip
         build.picture = pressed["output_image"]
-        build.frame("First frame", loaded, pressed)
+        build.frame("First frame", pressed)
     build.frame("VAEs" if audio else "VAE", *vaes)
-    build.frame("Check", *checks)
+    if lora:
+        build.frame("Report", *checks)
+        build.frame("Check", *guards)
+    else:
+        build.frame("Report, check", *checks, *guards)
     return build
 
 
-def prompts(build: Build, positive: str) -> tuple[Out, Out]:
+def _model(sheet: Subgraph, choice: Choice, y: int, name: Out, compute: Out, make: bool) -> Node:
+    """The model loader."""
+    return sheet.add(
+        "NVFP4ModelLoader", (FILES[0], y), FILES[1], models=[choice.model], model_name=name, compute=compute,
+        make_nvfp4=make,
+    )  # fmt: skip
+
+
+def _text_encoder(sheet: Subgraph, choice: Choice, checkpoint: Out) -> tuple[Node, list[Out]]:
+    """-> the text encoder's loader, and the names of the VAEs."""
+    x, wide = FILES
+    if choice.version == "2.5":
+        names = [
+            sheet.enter(name, "COMBO", file[0])
+            for name, file in zip(("video VAE", "audio VAE"), choice.vaes, strict=True)
+        ]
+        encoder = sheet.enter("text encoder", "COMBO", choice.encoder[0])
+        node = sheet.add(
+            "CLIPLoader", (x, MODEL_ROW + 330), wide, models=[choice.encoder], clip_name=encoder, type="ltxv"
+        )
+        return node, names
+    parts = checkpoint if choice.make else sheet.enter("VAEs, projection", "COMBO", choice.vaes[0][0])
+    encoder = sheet.enter("text encoder", "COMBO", choice.encoder[0])
+    node = sheet.add(
+        "NVFP4TextEncoderLoader", (x, MODEL_ROW + 330), wide, models=[choice.encoder, choice.vaes[0]],
+        text_encoder=encoder, projection=parts,
+    )  # fmt: skip
+    return node, [parts, parts]
+
+
+def prompts(build: Build) -> tuple[Out, Out]:
     """-> positive and negative conditioning with the frame rate."""
     x, wide = CHOICES
+    positive = build.prompt.via((-60, -100), (x - 40, -100))
     prompts = [
         build.sheet.add(
             "CLIPTextEncode", (x, TEXT_ROW + y), wide, title, colors=colors, text_height=tall, clip=build.text,
@@ -233,26 +292,36 @@ def first_frame(build: Build, video: Out) -> Out:
     return latent["latent"]
 
 
+def guided(build: Build, at: tuple[int, int], version: str, model: Out, positive: Out, negative: Out) -> Node:
+    """The guider at cfg 1; LTX-2.5's has one for the picture and one for the sound."""
+    x, wide = at[0], SAMPLING[1]
+    cfg = build.settings["cfg"].via((LATENTS[0] - 30, LANE), (x - 50, LANE))
+    scales = {"video_cfg": cfg, "audio_cfg": cfg} if version == "2.5" else {"cfg": cfg}
+    kind = "LTXVDualCFGGuider" if version == "2.5" else "CFGGuider"
+    return build.sheet.add(kind, at, wide, model=model, positive=positive, negative=negative, **scales)
+
+
+def noise(build: Build, x: int) -> Out:
+    """The noise, led to a sampler at ``x``."""
+    return build.noise.via(*((CHOICES[0] - 50, y) for y in (SEED_ROW + 80, LANE - 35)), (x - 50, LANE - 35))
+
+
 def sampling(
-    build: Build, positive: Out, negative: Out, video: Out, sound: Out | None, sampler: str
+    build: Build, positive: Out, negative: Out, video: Out, sound: Out | None, sampler: str, version: str
 ) -> tuple[Node, Out]:
     """-> the guider and the sampled latent."""
     sheet, settings = build.sheet, build.settings
     x, wide = SAMPLING[0] + build.right, SAMPLING[1]
-    noise = sheet.add("RandomNoise", (x, -400), wide, noise_seed=42)
-    guider = sheet.add(
-        "CFGGuider", (x, -210), wide, model=build.model, positive=positive, negative=negative,
-        cfg=settings["cfg"].via((LATENTS[0] - 30, LANE), (x - 50, LANE)),
-    )  # fmt: skip
+    guider = guided(build, (x, -210), version, build.model, positive, negative)
     choice = sheet.add("KSamplerSelect", (x, 0), wide, sampler_name=sampler)
-    latent, nodes = video, [noise, guider, choice]
+    latent, nodes = video, [guider, choice]
     if sound:
         joined = sheet.add("LTXVConcatAVLatent", (x, SIZE_ROW + 220), wide, video_latent=video, audio_latent=sound)
         latent = joined["latent"]
         nodes.append(joined)
     x, wide = SAMPLER[0] + build.right, SAMPLER[1]
     steps = sheet.add(
-        "SamplerCustomAdvanced", (x, LANE - 49), wide, noise=noise["NOISE"], guider=guider["GUIDER"],
+        "SamplerCustomAdvanced", (x, LANE - 49), wide, noise=noise(build, x), guider=guider["GUIDER"],
         sampler=choice["SAMPLER"], sigmas=settings["sigmas"].via((LATENTS[0] - 30, LANE + 25)), latent_image=latent,
     )  # fmt: skip
     build.frame("Sampling: 8 steps, cfg 1", *nodes, steps)
@@ -263,34 +332,31 @@ def second_stage(build: Build, guider: Node, steps: Out, sampler: str) -> Out:
     """Latent of the first stage -> twice as wide and high, three more steps; the sound goes along."""
     sheet, x = build.sheet, SAMPLER[0] + 360
     parts = sheet.add("LTXVSeparateAVLatent", (x, LANE + 75), 260, av_latent=steps)
-    upscaler = sheet.add(
-        "LatentUpscaleModelLoader", (x, LANE - 160), 330, models=[UPSCALER_23], model_name=UPSCALER_23[0]
-    )
     x += COLUMN
     larger = sheet.add(
         "LTXVLatentUpsampler", (x, LANE - 40), 260, samples=parts["video_latent"],
-        upscale_model=upscaler["LATENT_UPSCALE_MODEL"],
+        upscale_model=build.upscaler.via(*up(FILES[0] + 405, MODEL_ROW + 680, BUS - 36), (x - 70, BUS - 36)),
         vae=build.video_vae.via(*up(x - 50, VIDEO_ROW + 14, LANE + 220)),
     )  # fmt: skip
     x += COLUMN - 80
-    noise = sheet.add("RandomNoise", (x, -400), 320, noise_seed=43)
+    again = sheet.add("RandomNoise", (x, -400), 320, noise_seed=43)
     choice = sheet.add("KSamplerSelect", (x, -100), 320, sampler_name=sampler)
     joined = sheet.add(
         "LTXVConcatAVLatent", (x, LANE + 115), 320, video_latent=larger["LATENT"], audio_latent=parts["audio_latent"]
     )
     x += COLUMN
-    again = sheet.add(
-        "SamplerCustomAdvanced", (x, LANE - 49), 260, noise=noise["NOISE"],
+    refined = sheet.add(
+        "SamplerCustomAdvanced", (x, LANE - 49), 260, noise=again["NOISE"],
         guider=guider["GUIDER"].via((x - COLUMN - 50, -196), (x - 70, -196)), sampler=choice["SAMPLER"],
         sigmas=build.settings["sigmas stage 2"].via((FILES[0] + 450, BUS - 18), (x - 40, BUS - 18)),
         latent_image=joined["latent"],
     )  # fmt: skip
-    build.frame("Second stage: twice the size, 3 steps", parts, upscaler, larger, noise, choice, joined, again)
-    return again["output"]
+    build.frame("Second stage: twice the size, 3 steps", parts, larger, again, choice, joined, refined)
+    return refined["output"]
 
 
-def save(build: Build, steps: Out, x: int, prefix: str) -> None:
-    """Decoders, the sharpness meter and the file."""
+def decoded(build: Build, steps: Out, x: int) -> Node:
+    """Decoders, the sharpness meter and the video, which is returned."""
     sheet, wide = build.sheet, DECODE[1]
     y, nodes = VIDEO_ROW + build.down, []
     picture, linked = steps, {}
@@ -312,5 +378,5 @@ def save(build: Build, steps: Out, x: int, prefix: str) -> None:
         "CreateVideo", (x, y + 120), 280, images=meter["images"],
         fps=build.settings["fps"].via((FILES[0] + 430, BUS), *up(x - 65, BUS, y + 60)), **linked,
     )  # fmt: skip
-    saved = sheet.add("SaveVideo", (x + 340, y + 120), 420, room=330, video=video["VIDEO"], filename_prefix=prefix)
-    build.frame("Video with sound" if linked else "Video", video, saved)
+    build.frame("Video with sound" if linked else "Video", video)
+    return video

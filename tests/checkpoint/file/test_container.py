@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 from nvfp4_video.checkpoint.file import container
 from nvfp4_video.checkpoint.file.container import PlannedTensor, TensorReader, write_checkpoint
-from nvfp4_video.checkpoint.file.dtypes import DTYPES
 from nvfp4_video.checkpoint.file.header import CheckpointError, read_header
+from nvfp4_video.checkpoint.file.torch_dtypes import DTYPES
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs POSIX: links, rights, replacing a mapped file")
 

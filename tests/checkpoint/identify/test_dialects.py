@@ -10,7 +10,8 @@ import pytest
 import torch
 from nvfp4_video.checkpoint.file.container import TensorReader
 from nvfp4_video.checkpoint.file.header import Header, read_header
-from nvfp4_video.checkpoint.identify.dialects import DIALECTS, detect, host_layer, input_scale
+from nvfp4_video.checkpoint.identify.dialects import DIALECTS, detect
+from nvfp4_video.checkpoint.identify.host_layer import host_layer, input_scale
 from nvfp4_video.kernels.format import PackedWeight, swap_nibbles, swizzle, unswizzle
 from nvfp4_video.kernels.reference import dequantize, quantize
 from nvfp4_video.samples import synthetic

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError, Header
-from nvfp4_video.checkpoint.identify.dialects import DIALECTS, DialectPlan, detect, host_layer
+from nvfp4_video.checkpoint.identify.dialects import DIALECTS, DialectPlan, detect
+from nvfp4_video.checkpoint.identify.host_layer import host_layer
 from nvfp4_video.tests.support.header_by_hand import (
     ENTRY,
     LIGHTRICKS,

@@ -45,10 +45,11 @@ def test_no_tool_takes_them_for_a_model_of_comfyui_s(tmp_path, family, layers, p
         plan_quantization(path, QuantizeSettings())
     found = inspect_checkpoint(path)
     assert f"diffusers names ({family})" in found.kind
-    assert "NVFP4ModelLoader" not in str(found)
+    assert "NVFP4 Model Loader" not in str(found)
     converted = family in CONVERTED
-    assert found.loaders == ({"diffusion_model": "UNETLoader"} if converted else {})
-    assert found.stock["diffusion_model"].startswith("loads it with UNETLoader" if converted else "does not load it")
+    assert found.loaders == ({"diffusion_model": "Load Diffusion Model"} if converted else {})
+    stock = "loads it with Load Diffusion Model" if converted else "does not load it"
+    assert found.stock["diffusion_model"].startswith(stock)
     assert bool(found.missing) != converted
 
 

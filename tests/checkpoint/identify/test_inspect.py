@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_video.checkpoint.file.dtypes import DTYPES, ITEM_BYTES
+from nvfp4_video.checkpoint.file.dtypes import ITEM_BYTES
 from nvfp4_video.checkpoint.file.header import CheckpointError
+from nvfp4_video.checkpoint.file.torch_dtypes import DTYPES
 from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
 from nvfp4_video.kernels.format import block_scale_shape, packed_shape
 from nvfp4_video.samples import synthetic
@@ -67,10 +68,10 @@ def test_a_published_checkpoint_is_described_from_its_header_alone(published):
     assert quantised == [str(block) for block in range(2, 46)]
     assert found.blocks["2"]["NVFP4"][0] == found.blocks["0"]["BF16"][0]
     quantised = sum(sizes["NVFP4"][0] for sizes in found.blocks.values() if "NVFP4" in sizes)
-    assert found.missing == (f"markers or a header entry for {quantised:,} quantised layers (`repair` adds them)",)
-    assert "`repair` makes it loadable" in found.stock["diffusion_model"]
+    assert found.missing == (f"markers or a header entry for {quantised:,} quantized layers (NVFP4 Repair adds them)",)
+    assert "NVFP4 Repair makes it loadable" in found.stock["diffusion_model"]
     assert found.stock["video_vae"] == found.stock["audio_vae"] == "loads it"
-    assert found.loaders["diffusion_model"] == "NVFP4ModelLoader"
+    assert found.loaders["diffusion_model"] == "NVFP4 Model Loader"
     text = str(found)
     assert "2 to 45, each" in text
     assert "21.01 B" in text
@@ -105,7 +106,7 @@ def test_each_dialect_is_named_with_what_stock_comfyui_does_with_it(tmp_path, mo
     dialect, stock = STOCK[kind]
     assert found.dialect == dialect
     assert stock in found.stock["diffusion_model"]
-    assert ("NVFP4ModelLoader" == found.loaders["diffusion_model"]) == (kind != "bf16")
+    assert ("NVFP4 Model Loader" == found.loaders["diffusion_model"]) == (kind != "bf16")
     assert found.formats.get("NVFP4", (0, 0))[0] == (0 if kind == "bf16" else len(model[2]))
 
 
@@ -115,7 +116,7 @@ def test_an_open_dialect_is_reported_with_the_widget_that_decides(tmp_path, mode
     found = inspect_checkpoint(path)
     assert found.dialect is None
     assert "modelopt_swizzled" in found.evidence
-    assert "`dialect`" in found.loaders["diffusion_model"]
+    assert "dialect widget" in found.loaders["diffusion_model"]
     assert any("declared dialect" in text for text in found.missing)
     assert "dialect: open" in str(found)
     assert inspect_checkpoint(path, dialect="comfy").dialect == "comfy"
@@ -136,11 +137,11 @@ CONFIG = {"config": '{"vae": {}}'}
 TAE = {"decoder.22.bias": (48,), "decoder.1.weight": (8, 128, 3, 3)}
 FOREIGN_LOADER = "VAELoader, for models of its own family"
 VAES = [
-    (VIDEO, CONFIG, "loads it", "NVFP4VAELoader"),
-    (VIDEO, {}, "RuntimeError", "NVFP4VAELoader"),
-    ({f"vae.{n}": s for n, s in VIDEO.items()}, CONFIG, "No VAE weights detected", "NVFP4VAELoader"),
-    ({n: s for n, s in VIDEO.items() if "std" not in n}, CONFIG, "garbage", "NVFP4VAELoader"),
-    (TAE, {}, "half the size", "NVFP4VAELoader with allow_preview, for previews only"),
+    (VIDEO, CONFIG, "loads it", "NVFP4 VAE Loader"),
+    (VIDEO, {}, "RuntimeError", "NVFP4 VAE Loader"),
+    ({f"vae.{n}": s for n, s in VIDEO.items()}, CONFIG, "No VAE weights detected", "NVFP4 VAE Loader"),
+    ({n: s for n, s in VIDEO.items() if "std" not in n}, CONFIG, "garbage", "NVFP4 VAE Loader"),
+    (TAE, {}, "half the size", "NVFP4 VAE Loader with allow_preview, for previews only"),
     ({"decoder.conv_in.weight": (512, 16, 3, 3)}, {}, "expected 16 channels, got 128", FOREIGN_LOADER),
 ]
 
@@ -157,7 +158,7 @@ def test_a_cast_vae_inside_a_checkpoint_is_reported(tmp_path):
     shapes = {f"vae.{name}": shape for name, shape in VIDEO.items()} | {"model.diffusion_model.x.weight": (2, 2)}
     name = "vae.decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"
     found = inspect_checkpoint(save(tmp_path / "full.safetensors", shapes, CONFIG, {name: "F8_E4M3"}))
-    assert "does not dequantise it" in found.stock["video_vae"]
+    assert "does not dequantize it" in found.stock["video_vae"]
     assert found.formats["FP8"] == (1, 1024)
 
 

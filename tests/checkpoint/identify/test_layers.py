@@ -105,7 +105,7 @@ UNREAD = {
     "two scales": (KINDS["fp8"], {"scale_weight": ONE}),
     "a scale of a plain weight": (KINDS["float"], {"weight_scale": ONE}),
     "an old scale of a plain weight": (KINDS["float"], {"scale_weight": ONE}),
-    "a quantiser's own state": (KINDS["float"], {"weight_quantizer._scale": ONE}),
+    "a quantizer's own state": (KINDS["float"], {"weight_quantizer._scale": ONE}),
     "a LoRA inside the model": (KINDS["float"], {"lora_A.weight": entry("BF16", 2, 8)}),
     "a second global scale": (KINDS["nvfp4"], {"weight_global_scale": ONE}),
     "a codebook": (INT8, {"weight_codebook": entry("F32", 16)}),

@@ -50,7 +50,7 @@ def test_a_weight_of_three_dimensions_beside_a_packed_one_is_refused_by_layer(di
 def test_a_weight_without_a_layer_is_looked_at_and_not_quantised(tmp_path: Path):
     path = save(tmp_path / "x.safetensors", {"weight": bf16(256, 256), "bias": bf16(256)})
     assert inspect_checkpoint(path).formats["BF16"] == (1, 131_584)
-    with pytest.raises(CheckpointError, match="x.safetensors: nothing in it would be quantised"):
+    with pytest.raises(CheckpointError, match="x.safetensors: nothing in it would be quantized"):
         quantize_checkpoint(path, tmp_path / "t.safetensors")
 
 

@@ -202,7 +202,7 @@ def test_quantised_weights_are_counted_by_format_and_do_not_hide_the_signature()
     vae = only(header(shapes, dtypes))
     assert vae.title == "LTX 2.3 video VAE"
     assert dict(vae.quantised) == {"NVFP4": 1, "FP8": 1, "scaled FP8": 1}
-    assert codes(vae) == {"quantised"}
+    assert codes(vae) == {"quantized"}
     assert refusal(vae) is None
 
 

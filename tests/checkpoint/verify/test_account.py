@@ -9,9 +9,9 @@ import shutil
 import pytest
 import torch
 from nvfp4_video.checkpoint.file.shards import open_checkpoint
-from nvfp4_video.checkpoint.identify import dialects
+from nvfp4_video.checkpoint.identify import host_layer
+from nvfp4_video.checkpoint.verify import compare as module
 from nvfp4_video.checkpoint.verify import independent, weight_error
-from nvfp4_video.checkpoint.verify import verify as module
 from nvfp4_video.checkpoint.verify.verify import summary, verify
 from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
@@ -250,18 +250,18 @@ def test_a_mistake_of_the_pack_s_own_readers_is_found_by_the_second_reading(what
         true = module.FloatRows._converted
         monkeypatch.setattr(module.FloatRows, "_converted", lambda self, *span: true(self, *span) * 1.01)
     else:
-        true = dialects.host_layer
+        true = host_layer.host_layer
 
         def wrong(*args, **kwargs):
             record = true(*args, **kwargs)
             packed, scale = record.packed, record.block_scale
             if what == "nibbles":
-                packed = dialects.swap_nibbles(packed)
+                packed = host_layer.swap_nibbles(packed)
             else:
                 scale = scale.view(torch.uint8).flip(0).view(torch.float8_e4m3fn)
             return type(record)(packed, scale, record.global_scale, record.shape)
 
-        monkeypatch.setattr(dialects, "host_layer", wrong)
+        monkeypatch.setattr(host_layer, "host_layer", wrong)
     found = verify(folder / "whole.safetensors", folder / "source.safetensors")
     assert any("read a second time" in fault for fault in found.faults)
 

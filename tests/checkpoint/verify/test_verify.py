@@ -89,7 +89,7 @@ def test_two_names_of_one_file_are_refused_instead_of_agreeing(folder, tmp_path)
 def test_a_source_that_is_nvfp4_itself_is_refused_where_a_plain_one_is_asked_for(small, tmp_path, kind):
     source = tmp_path / "source.safetensors"
     synthetic.write(source, kind, *synthetic.small_ltx23())
-    with pytest.raises(CheckpointError, match="source is quantised itself .*; expected a source in BF16, FP16"):
+    with pytest.raises(CheckpointError, match="source is quantized itself .*; expected a source in BF16, FP16"):
         verify(small / "lightx2v.safetensors", source, plain_source=True)
 
 
@@ -212,14 +212,26 @@ def test_a_layer_without_its_original_and_an_unrelated_source_are_not_in_order(f
     assert found.alone == (LAYER,) and not found.ok
     other = verify(folder / "whole.safetensors", save(tmp_path / "o.safetensors", tiny(seed=9)))
     assert all("another model" in check.verdict for check in other.layers)
-    with pytest.raises(CheckpointError, match="no NVFP4 layer.*choose the quantised file"):
+    with pytest.raises(CheckpointError, match="no NVFP4 layer.*choose the quantized file"):
         verify(folder / "source.safetensors", folder / "whole.safetensors")
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+def test_a_layer_with_fewer_rows_than_its_original_is_one_clear_error_whatever_dialect_is_tried(
+    folder, tmp_path, rows
+):
+    def cut(tensors):
+        first = min(key for key in tensors if f"{key}_scale_2" in tensors)
+        tensors[first] = tensors[first][:rows].clone()
+
+    with pytest.raises(CheckpointError, match=f"{rows} packed rows"):
+        verify(changed(folder, tmp_path, cut), folder / "source.safetensors")
 
 
 def test_the_command_exits_with_1_where_a_layer_is_worse_than_allowed(folder, tmp_path, capsys):
     source, png = str(folder / "source.safetensors"), tmp_path / "v.png"
     whole = str(folder / "whole.safetensors")
-    assert main(["verify", whole, source, "--device", "cpu", "--png", str(png)]) == 0
+    assert main(["verify", whole, source, "--device", "cpu", "--picture", str(png)]) == 0
     assert "as good as its format allows" in capsys.readouterr().out and png.stat().st_size > 1000
 
     def spoil(tensors):

@@ -160,7 +160,7 @@ def test_with_the_quality_best_the_mean_squares_weight_the_search(file, tmp_path
 
 def test_the_estimate_takes_blocks_that_do_not_divide_its_sample(tmp_path, source):
     file = write(tmp_path / "c.safetensors", source, {Q: gathered(width=48)})
-    assert estimate(source, tmp_path / "t.safetensors", settings(file))["rates"]["quantise"] > 0
+    assert estimate(source, tmp_path / "t.safetensors", settings(file))["rates"]["quantize"] > 0
 
 
 def test_the_estimate_says_how_many_layers_have_statistics_and_is_the_size_to_the_byte(file, tmp_path, source):

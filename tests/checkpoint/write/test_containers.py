@@ -13,8 +13,8 @@ from nvfp4_video.tests.support import containers
 from nvfp4_video.tests.support.files import load, metadata
 
 KINDS = {
-    "numbered": (containers.numbered, "it is in 2 files, which `repair` joins", "lacks the tensors of the others"),
-    "indexed": (containers.indexed, "it is in 2 files, which `repair` joins", "lacks the tensors of the others"),
+    "numbered": (containers.numbered, "it is in 2 files, which NVFP4 Repair joins", "lacks the tensors of the others"),
+    "indexed": (containers.indexed, "it is in 2 files, which NVFP4 Repair joins", "lacks the tensors of the others"),
     "trailing": (containers.trailing, "6 bytes follow the last tensor", "reads it where DynamicVRAM is on"),
 }
 

@@ -98,7 +98,7 @@ def test_repair_declares_fp8_by_its_dtype_with_a_scale_that_broadcasts(kind: str
 
 def test_repair_refuses_what_comfyui_has_no_format_for(model, tmp_path: Path):
     source, _ = fp8_file(tmp_path, "blocks", model)
-    with pytest.raises(CheckpointError, match="FP8 scaled in blocks.*quantise it"):
+    with pytest.raises(CheckpointError, match="FP8 scaled in blocks.*quantize it"):
         repair(source, tmp_path / "t.safetensors")
     assert "without the scales" in str(inspect_checkpoint(source))
 

@@ -200,7 +200,7 @@ def test_an_unfinished_file_of_other_settings_or_of_an_older_source_is_begun_ane
     target = tmp_path / "t.safetensors"
     interrupt(source, target, 60, QuantizeSettings(search=AMAX, options=Options(protect_audio=True)))
     assert quantize_checkpoint(source, target, FAST)["resumed"] == 0
-    assert "begun anew" in caplog.text
+    assert "starts again" in caplog.text
     assert target.read_bytes() == wanted
     changed = save(tmp_path / "other.safetensors", tiny(seed=1, blocks=6))
     second = tmp_path / "u.safetensors"

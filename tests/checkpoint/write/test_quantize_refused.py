@@ -26,7 +26,7 @@ def test_layers_with_nan_or_infinity_are_all_named_and_kept_only_on_request(tmp_
         bad[name] = bad[name].clone()
         bad[name][5, 7] = float(value)
     source, target = save(tmp_path / "s.safetensors", bad), tmp_path / "t.safetensors"
-    with pytest.raises(CheckpointError, match=r"in 2 layers: .*1\.attn1\.to_q, .*3\.ff\.net\.0\.proj.*keep-non-finite"):
+    with pytest.raises(CheckpointError, match=r"in 2 layers: .*1\.attn1\.to_q, .*3\.ff\.net\.0\.proj.*keep_non_finite"):
         quantize_checkpoint(source, target, FAST)
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
     record = quantize_checkpoint(source, target, QuantizeSettings(search=AMAX, keep_non_finite=True))
@@ -68,7 +68,7 @@ def write_refused(kind: str, path: Path) -> Path:
         ("gguf", "GGUF"),
         ("pickle", "pickle"),
         ("config", "no `config`.*config_from"),
-        ("small", "nothing in it would be quantised"),
+        ("small", "nothing in it would be quantized"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused_by_what_it_is(tmp_path, kind, words):

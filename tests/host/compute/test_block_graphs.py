@@ -86,10 +86,23 @@ def test_a_lora_of_another_rank_at_the_same_addresses_is_another_call(gpu: Gpu):
     show(model, large := [branch(4) for _ in model.layers()])
     for _ in range(3):
         step(gpu, model)
-    show(model, [type(one)(one.down[:2], one.up.view(-1)[:8].view(4, 2), ()) for one in large])
+    parts = [(one.down[:2], one.up.view(-1)[:8].view(4, 2), one.down_scale[:2]) for one in large]
+    show(model, [type(large[0])(*tensors, None, large[0].peak[:2]) for tensors in parts])
     step(gpu, model)
     step(gpu, model)
     assert gpu.captured == [0, 1, 2] * 2
+
+
+def test_another_strength_is_the_same_call_and_what_is_replayed_has_it(gpu: Gpu):
+    model = Model()
+    show(model, branches := [branch() for _ in model.layers()])
+    for _ in range(4):
+        step(gpu, model)
+    before = counts(model)["eager"]
+    for one in branches:
+        one.set_strengths([(0.25, *one.terms[0][1:])])
+    step(gpu, model)
+    assert gpu.captured == [0, 1, 2] and counts(model)["eager"] == before
 
 
 def test_two_conditionings_with_hooks_of_their_own_have_graphs_of_their_own_and_recapture_nothing(gpu: Gpu):

@@ -179,7 +179,8 @@ def test_rows_that_meet_another_mode_after_all_are_a_tensor_again(monkeypatch):
 
 def test_few_tokens_stay_tensors(monkeypatch, calls):
     block, plain, _ = build()
-    monkeypatch.setattr(matmul, "FP8_MIN_TOKENS", small_block.FRAMES * small_block.PATCHES)
+    least = small_block.FRAMES * small_block.PATCHES
+    monkeypatch.setattr(matmul, "least_rows", lambda shape, device: least)
     given = arguments()
     run(block, given)
     assert 0 < calls["rows"] < 18

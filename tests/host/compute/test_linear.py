@@ -203,7 +203,7 @@ def test_a_managed_weight_is_asked_for_in_its_own_dtype_and_given_back(layer_and
     x = torch.randn(3, 32, dtype=torch.float32)
     assert torch.equal(layer(x), expected(layer, record, x))
     options, given_back = log
-    assert options["dtype"] == torch.bfloat16, "any other dtype makes the host dequantise"
+    assert options["dtype"] == torch.bfloat16, "any other dtype makes the host dequantize"
     assert options["bias_dtype"] == torch.float32
     assert (options["device"], options["offloadable"]) == (CPU, True)
     assert given_back == "handle"

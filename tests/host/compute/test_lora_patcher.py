@@ -8,7 +8,7 @@ from collections import namedtuple
 import comfy.model_patcher
 import pytest
 import torch
-from nvfp4_video.host.compute import lora_patcher
+from nvfp4_video.host.compute import lora, lora_patcher
 from nvfp4_video.tests.support.lora_helpers import CPU, adapter, build, patches_of
 
 
@@ -30,6 +30,7 @@ class HostPatcher(comfy.model_patcher.ModelPatcher):
 
     def __init__(self, model):
         super().__init__(model, CPU, CPU)
+        self.patches_uuid = None
         self.backup, self.weight_wrapper_patches, self.current_hooks, self.hook_patches = {}, {}, None, {}
         self.log = []
 
@@ -46,6 +47,11 @@ class HostPatcher(comfy.model_patcher.ModelPatcher):
                 module.weight_lowvram_function = LowVram(key, self.patches)
             else:
                 self.patch_weight_to_device(key, device_to)
+
+    def partially_load(self, device_to, extra_memory=0):
+        """Other patches than those that are loaded: taken off first, unless they wait in the layers."""
+        self.unpatch_model(device_to, unpatch_weights=not self.dynamic)
+        self.load(device_to)
 
     def partially_unload(self, device_to, memory_to_free=0):
         for key in self.patches:
@@ -130,12 +136,55 @@ def test_a_branch_stays_while_its_patches_do_and_follows_them(patcher):
     first = layer_of(patcher).nvfp4_lora
     patcher.load(CPU)
     assert layer_of(patcher).nvfp4_lora is first
-    patcher.patches = {KEY: [(0.5, *patches[0][1:]), *patches[1:]]}
+    patcher.patches = {KEY: patches[1:]}
     patcher.load(CPU)
     assert layer_of(patcher).nvfp4_lora is not first
     patcher.patches = {}
     patcher.load(CPU)
     assert not hasattr(layer_of(patcher), "nvfp4_lora")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_another_strength_leaves_the_adapters_where_they_are(patcher, dynamic, monkeypatch):
+    patches = patches_of("three", 24, 32)
+    patcher.dynamic, patcher.patches = dynamic, {KEY: patches}
+    patcher.partially_load(CPU)
+    layer, x = layer_of(patcher), torch.randn(40, 32).bfloat16()
+    first, before = layer.nvfp4_lora, layer(x)
+    made = []
+    monkeypatch.setattr(lora_patcher, "make_branch", lambda *given: made.append(1))
+    clone = patcher.clone()
+    clone.patches = {KEY: [(0.5, *patches[0][1:]), *patches[1:]]}
+    clone.partially_load(CPU)
+    assert layer.nvfp4_lora is first and not made
+    assert not torch.equal(layer(x), before)
+    patcher.partially_load(CPU)
+    assert torch.equal(layer(x), before) and not made
+
+
+def test_a_model_that_is_not_loaded_again_after_unpatching_keeps_no_adapters(patcher, monkeypatch):
+    patcher.patches = {KEY: patches_of("one", 24, 32)}
+    patcher.partially_load(CPU)
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(HostPatcher, "load", fails)
+    with pytest.raises(MemoryError):
+        patcher.partially_load(CPU)
+    assert not hasattr(layer_of(patcher), "nvfp4_lora")
+
+
+def test_adapters_beyond_the_budget_are_kept_in_8_bits_and_the_log_names_it(patcher, monkeypatch, caplog):
+    caplog.set_level("INFO", logger=lora_patcher.logger.name)
+    monkeypatch.setattr(lora, "ADAPTER_BYTES", 2000)
+    monkeypatch.setattr(lora_patcher, "ADAPTER_BYTES", 2000)
+    patcher.patches = {KEY: patches_of("three", 24, 32)}
+    expected = patcher.memory_required((1,)) - 1000
+    patcher.load(CPU)
+    branch = layer_of(patcher).nvfp4_lora
+    assert branch.packed and branch.nbytes == expected
+    assert "all in 8 bits: in 16 they would hold 0.00 GB, the budget is 2e-06 GB" in caplog.text
 
 
 def test_a_lora_of_strength_0_makes_no_branch_and_touches_no_weight(patcher):
@@ -168,7 +217,7 @@ def test_clones_make_branches_too_and_share_those_of_the_model(patcher):
 def test_the_host_is_told_of_the_adapters_bytes(patcher):
     assert patcher.memory_required((1,)) == 1000
     patcher.patches = {KEY: patches_of("three", 24, 32)}
-    expected = 1000 + 2 * 22 * (24 + 32)
+    expected = 1000 + 2 * 22 * (24 + 32) + 4 * 22
     assert patcher.memory_required((1,)) == expected
     patcher.load(CPU)
     assert patcher.memory_required((1,)) == expected == 1000 + layer_of(patcher).nvfp4_lora.nbytes
@@ -188,6 +237,10 @@ def test_a_hook_adds_its_lora_to_the_model_s_and_takes_it_off_again(patcher):
     assert layer.nvfp4_lora is constant and torch.equal(layer(x), before)
     patcher.patch_hooks(group)
     assert layer.nvfp4_lora is hooked, "it is kept for the next step"
+    at_one = layer(x)
+    patcher.hook_patches = {KEY: [(0.5, *patcher.hook_patches[KEY][0][1:])]}
+    patcher.patch_hooks(namedtuple("Group", "hooks")([Hook("a", 0.5)]))
+    assert layer.nvfp4_lora is hooked and not torch.equal(layer(x), at_one), "a keyframe changes the strength only"
     patcher.load(CPU)
     assert layer.nvfp4_lora is constant and patcher.log == []
     patcher.patch_hooks(group)

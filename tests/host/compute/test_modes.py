@@ -11,7 +11,6 @@ import torch
 from nvfp4_video.checkpoint.file.header import read_header
 from nvfp4_video.host.compute import linear
 from nvfp4_video.host.compute import modes as compute
-from nvfp4_video.host.compute.matmul import FP8_MIN_TOKENS
 from nvfp4_video.host.compute.modes import Compute
 from nvfp4_video.host.load.model import load_model
 from nvfp4_video.kernels import fp8, reference
@@ -74,12 +73,20 @@ def by_bf16(layer, record, x):
     return torch.nn.functional.linear(x, weight, layer.bias)
 
 
-@pytest.mark.parametrize("lead", [(300,), (2, 150), (FP8_MIN_TOKENS,)], ids=str)
+@pytest.mark.parametrize("lead", [(300,), (2, 150), (256,)], ids=str)
 def test_a_layer_in_fp8_mode_multiplies_rounded_operands(lead, fp8_runs):
     layer, record = build(Compute("fp8"))
     x = torch.randn(*lead, 64).bfloat16()
     assert torch.equal(layer(x), by_fp8(layer, record, x))
     assert not torch.equal(layer(x), by_bf16(layer, record, x))
+
+
+def test_a_layer_that_has_run_computes_in_the_mode_it_is_given_next(fp8_runs):
+    layer, record = build(Compute("fp8"))
+    x = torch.randn(300, 64).bfloat16()
+    for mode, right in (("fp8", by_fp8), ("bf16", by_bf16), ("fp8", by_fp8)):
+        linear.choose_mode(layer, mode)
+        assert torch.equal(layer(x), right(layer, record, x)), mode
 
 
 def test_few_tokens_and_other_layers_stay_weight_only(fp8_runs):
@@ -118,7 +125,7 @@ def test_fp4_layers_are_the_host_s_work_and_the_others_are_not(monkeypatch):
     assert calls == [layer]
     assert torch.equal(other(x), by_bf16(other, record, x))
     assert calls == [layer]
-    assert other._full_precision_mm, "the host's forward would quantise its activations"
+    assert other._full_precision_mm, "the host's forward would quantize its activations"
 
 
 def test_the_format_is_left_on_only_where_a_layer_computes_in_fp4(gpu):

@@ -124,7 +124,7 @@ def test_a_model_without_nvfp4_says_so_and_what_its_layers_are(loaded):
         layer.quant_format = "float8_e4m3fn"
     (found,) = loaded(Patcher(model))
     assert (found["verdict"], found["why"]) == (
-        "none", "there is no NVFP4 weight to dequantise: 4 float8_e4m3fn, 1 not quantised"
+        "none", "there is no NVFP4 weight to dequantize: 4 float8_e4m3fn, 1 not quantized"
     )  # fmt: skip
     assert found["text"].startswith("0 of 5 layers in NVFP4")
     assert "LTXAV: no NVFP4 (0 of 5" in doctor.text(doctor.report(facts()) | {"models": [found]})
@@ -134,7 +134,7 @@ def test_a_model_of_the_host_s_loader_is_fast_only_on_fp4_tensor_cores(loaded):
     host = LTXAV(torch.nn.Linear)
     assert loaded(Patcher(host), nvfp4_compute="fp4")[0]["verdict"] == "fast"
     (model,) = loaded(Patcher(host))
-    assert model["verdict"] == "slow" and "NVFP4ModelLoader" in model["why"]
+    assert model["verdict"] == "slow" and "NVFP4 Model Loader" in model["why"]
     assert loaded(Patcher(host), nvfp4_compute=None)[0]["verdict"] == "unknown"
     (model,) = loaded(Patcher(LTXAV(torch.nn.Linear, _full_precision_mm=True)), nvfp4_compute="fp4")
     assert model["verdict"] == "slow" and "4 layers" in model["why"]
@@ -147,8 +147,11 @@ def test_a_lora_computed_in_every_step_is_the_reason_of_a_slow_model(loaded):
 
 
 def test_a_lora_beside_packed_weights_leaves_a_model_fast_and_is_told(loaded):
-    (model,) = loaded(Patcher(LTXAV(OURS, nvfp4_lora=object())))
-    assert model["verdict"] == "fast" and "LoRA is computed beside the packed weight in 4 layers" in model["why"]
+    (model,) = loaded(Patcher(LTXAV(OURS, nvfp4_lora=types.SimpleNamespace(nbytes=500_000_000, packed=False))))
+    assert model["verdict"] == "fast"
+    assert model["why"].endswith("; a LoRA is computed beside the packed weight in 4 layers, 2.00 GB")
+    (model,) = loaded(Patcher(LTXAV(OURS, nvfp4_lora=types.SimpleNamespace(nbytes=750_000_000, packed=True))))
+    assert model["why"].endswith("in 4 layers, 3.00 GB, 4 in 8 bits")
 
 
 def test_a_lora_that_went_the_host_s_way_is_told_with_the_reason(loaded):

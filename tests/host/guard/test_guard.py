@@ -147,7 +147,7 @@ def test_a_preview_vae_is_told_by_its_tensors_where_the_result_is_saved(name: st
     prompt = clip(vae={"vae_name": name})
     finding = only(prompt)
     assert (finding.id, finding.severity, finding.nodes) == ("preview_vae", "warning", ("decode", "vae"))
-    assert name in finding.why and "NVFP4 Split" in finding.remedy
+    assert name in finding.why and "NVFP4 Split Checkpoint" in finding.remedy
     prompt["decode"]["class_type"] = TILED
     assert ids(prompt) == {"preview_vae": "error"}
     shown = {**prompt, "decode": prompt["decode"] | {"class_type": "VAEDecode"}}
@@ -184,6 +184,7 @@ def test_a_distilled_model_wants_cfg_1(models):
     finding = only(clip(guider={"cfg": 3.5}))
     assert (finding.id, finding.severity, finding.nodes) == ("distilled_cfg", "warning", ("guider", "model"))
     assert "3.5" in finding.title and "its file name" in finding.why
+    assert finding.fixes == (("guider", "cfg", 1.0),)
     assert ids(clip(guider={"cfg": 3.5}, model={"unet_name": "ltx-2.3-dev.safetensors"})) == {}
     assert ids(clip(guider={"cfg": ["math", 0]}, math=node("ComfyMathExpression"))) == {}
     linked = clip(guider={"cfg": ["f", 0]}, f=node("PrimitiveFloat", value=4.0))

@@ -209,7 +209,7 @@ def test_check_answers_with_findings_and_keeps_nothing(host):
     status, found = answer(routes.post_check(request(json.dumps({"prompt": clip()}).encode())))
     assert status == 200
     assert [finding["id"] for finding in found["findings"]] == ["prefetch_crash"]
-    assert set(found["findings"][0]) == {"id", "severity", "title", "why", "remedy", "nodes"}
+    assert set(found["findings"][0]) == {"id", "severity", "title", "why", "remedy", "nodes", "fixes"}
     assert host.sent == []
     assert found["reading"] | {"text": ""} == {
         "shape": "API prompt", "place": "prompt", "nodes": 13, "understood": 13, "unknown": [], "text": "",
@@ -227,7 +227,7 @@ def test_check_reads_a_wrapped_prompt_and_says_where_it_was(host, monkeypatch):
         14,
         13,
     )
-    assert "found at input.workflow; 13 of 14 nodes understood. Unknown: 1 entry that is no node (comment)." in str(
+    assert "found at input.workflow; 13 of 14 nodes understood. Unknown: 1 entry that is not a node (comment)." in str(
         found
     )
 

@@ -88,9 +88,9 @@ def test_what_is_empty_is_called_empty_and_not_sound(data):
     [
         (b"", "this is empty"),
         (b"\xef\xbb\xbf \n", "this is empty"),
-        (b"{", "this is no JSON"),
+        (b"{", "this is not JSON"),
         (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
-        (b"\xfe\xfe\x00\x01", "this is no text"),
+        (b"\xfe\xfe\x00\x01", "this is not text"),
         (b"[" * 200_000, "nested too deeply"),
         (b"{}", "this is empty"),
         (b"[]", "this is empty"),
@@ -108,14 +108,14 @@ def test_every_thing_that_was_not_understood_is_counted_and_named(host_classes):
     host_classes("VAEDecode")
     found = told(PROMPT | {"note": "hello", "odd": {"class_type": 3}, "late": {"inputs": {}}})
     assert (found.nodes, found.understood) == (len(PROMPT) + 3, len(PROMPT) - 1)
-    assert found.unknown[0] == "3 entries that are no nodes (note, odd, late)"
+    assert found.unknown[0] == "3 entries that are not nodes (note, odd, late)"
     assert found.unknown[1].startswith("1 node of a class that this ComfyUI does not have (VAEDecode)")
     assert f"{found.understood} of {found.nodes} nodes understood" in str(found)
 
 
 def test_entries_of_a_saved_workflow_that_are_no_nodes_are_counted():
     found = told({"nodes": [*GRAPH["nodes"], None, {"type": 3}], "links": []})
-    assert found.nodes == 3 and "2 of its entries are no nodes" in str(found)
+    assert found.nodes == 3 and "2 of its entries are not nodes" in str(found)
 
 
 def test_of_several_prompts_the_first_is_read_and_the_others_are_not_forgotten():

@@ -302,7 +302,7 @@ BAD_SCALES = [
 @pytest.mark.parametrize(("kind", "key", "value"), BAD_SCALES)
 def test_a_global_scale_that_is_no_finite_number_is_refused(kind: str, key: str, value: float, edit):
     path = edit(kind, put(f"{LAYER}.{key}", torch.tensor(value)))
-    assert_refused(path, rf"edited\.safetensors, layer {LAYER}: its global scale is .*(download|quantise) it again")
+    assert_refused(path, rf"edited\.safetensors, layer {LAYER}: its global scale is .*(download|quantize) it again")
 
 
 @pytest.mark.parametrize("width", [1, 4, 60])

@@ -92,7 +92,7 @@ def test_all_tools_read_a_mutant_as_the_loader_does_or_refuse_it(name: str, host
             loaded(target, meant)
         wrong = tried(read_to_quantise, plan, meant) if isinstance(plan, QuantizePlan) else []
         if right and isinstance(wrong, CheckpointError) or wrong and not isinstance(wrong, CheckpointError):
-            disagree.append(f"{what}: the quantiser reads other numbers in {wrong}")
+            disagree.append(f"{what}: the quantizer reads other numbers in {wrong}")
         if isinstance(check, Verification) and check.ok and not right:
             disagree.append(f"{what}: verify finds it good, the loader says {load}")
         if isinstance(check, Verification) and right and any(layer.verdict for layer in check.layers):
