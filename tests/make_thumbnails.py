@@ -33,8 +33,8 @@ LINES = {
     "3 LTX-2.3 image to video": "Lightricks' NVFP4 file and distilled LoRA, 8 steps",
     "4 LTX-2.3 small and quick": "Lightricks' NVFP4 file and distilled LoRA, 8 steps",
     "5 LTX-2.3 without sound": "Lightricks' NVFP4 file and distilled LoRA, 8 steps",
-    "6 LTX-2.3 distilled, made from FP8": "quantised from the FP8 checkpoint on the first run",
-    "7 Make an NVFP4 file": "inspect, plan, quantise, split",
+    "6 LTX-2.3 distilled, made from FP8": "quantized from the FP8 checkpoint on the first run",
+    "7 Make an NVFP4 file": "inspect, plan, quantize, split",
     "8 FP8 against NVFP4": "same seeds, both formats, cards and films side by side",
 }
 # The graph without its note, on a canvas of its size, as a data URL.

@@ -51,7 +51,7 @@ def test_nothing_is_called_sound_that_was_understood_in_part(judge, capsys):
         ({"nodes": [], "links": []}, "nothing was checked"),
         ([1, 2], "a list of 2 entries"),
         (b"\x89PNG", "a PNG picture"),
-        (b"{", "no JSON"),
+        (b"{", "this is not JSON"),
     ],
 )
 def test_what_holds_no_prompt_ends_with_its_reason(judge, content, words):

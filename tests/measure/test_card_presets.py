@@ -44,7 +44,7 @@ def seconds(header, card: str, stages: str) -> float:
     return first * half.seconds + second * planned(header, card, width, height, frames).seconds
 
 
-@pytest.mark.parametrize(("card", "stages"), itertools.product(CARDS, STAGES))
+@pytest.mark.parametrize(("card", "stages"), list(itertools.product(CARDS, STAGES)))
 def test_the_planner_says_that_it_runs_and_is_sampled_within_two_minutes(header, card: str, stages: str):
     plan = planned(header, card, *CARDS[card][stages])
     assert plan.fit.verdict in VERDICTS.get(card, FITS)

@@ -51,4 +51,4 @@ def test_what_no_file_has_may_be_built_if_it_is_not_used(all_facts: dict):
 
 def test_a_norm_that_the_file_lacks_and_the_model_uses_is_an_error_that_names_it(all_facts: dict):
     found = of(all_facts, "used")
-    assert "flux.safetensors, layer norm_final: the model computes with it" in found["error"]
+    assert "flux.safetensors, layer norm_final: the model needs it" in found["error"]

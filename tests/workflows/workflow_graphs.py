@@ -79,8 +79,8 @@ def make_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
     plan = inner.add("NVFP4Planner", (0, 680), 440, room=320, **source, **gpu)
     inner.group("2. Plan: does it fit, what will NVFP4 change", plan)
     made = inner.add("NVFP4Quantize", (0, 1380), 440, room=120, **source, **given, **chosen)
-    inner.group("3. Quantise", made)
-    parts = inner.add("NVFP4Split", (0, 2070), 440, room=60, audio_vae=True, **source, **given)
+    inner.group("3. Quantize", made)
+    parts = inner.add("NVFP4Split", (0, 2230), 440, room=60, audio_vae=True, **source, **given)
     inner.group("4. Split: the full VAEs as files of their own", parts)
     for name, out in (
         ("in the file", look["picture"]), ("plan", plan["picture"]), ("report", made["report"]),

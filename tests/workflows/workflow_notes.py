@@ -153,7 +153,7 @@ DISTILLED = (
         "**Every part but the text encoder comes from one file, Lightricks' FP8 checkpoint; its NVFP4 file is made "
         "from it on the first run**, once, in minutes, under `output/diffusion_models` (17.6 GB more). 8 steps, "
         "768 x 512, 5 seconds, with sound.",
-        _files(LTX_23_FP8), [WRITE, RUN + " The first run quantises, and shows how far it is."], OTHERS,
+        _files(LTX_23_FP8), [WRITE, RUN + " The first run quantizes, and shows how far it is."], OTHERS,
     ),
 )  # fmt: skip
 MAKE_CHOICES = {"contents": "whole checkpoint", "quality": "best"}
@@ -181,10 +181,10 @@ BF16 makes the better source, since nothing is rounded twice:
 - **What is in the file**: components, formats by block, what stock ComfyUI does with it.
 - **Does it fit**: what is in GPU memory when, and whether NVFP4 will change size, speed or both. *gpu* also takes a
   card that you only think of buying.
-- **What was made**: layers quantised and kept, and why; a model card beside the file has all of it.
+- **What was made**: layers quantized and kept, and why; a model card beside the file has all of it.
 
 *protect_audio* keeps the audio branch as it is, for a voice that sounds robotic; the file grows. To split without
-quantising, open the subgraph and bypass NVFP4 Quantize (Ctrl + B).
+quantizing, open the subgraph and bypass NVFP4 Quantize (Ctrl + B).
 
 The template's thumbnail is a picture of this graph.
 """,

@@ -35,7 +35,7 @@ def test_inspect_shows_the_container_and_what_stock_does_with_it(tmp_path, sourc
     found = inspect_checkpoint(make(sources["comfy_markers"], tmp_path))
     assert text in str(found)
     assert stock in found.stock["diffusion_model"]
-    assert "repair" in found.stock["diffusion_model"]
+    assert "NVFP4 Repair" in found.stock["diffusion_model"]
     assert found.formats == inspect_checkpoint(sources["comfy_markers"]).formats
 
 

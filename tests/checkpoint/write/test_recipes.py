@@ -154,7 +154,7 @@ def test_an_unknown_family_gets_a_cautious_default_and_a_warning():
     recipe = find_recipe(header(layers))
     found = select(recipe, layers)
     assert set(found.quantized) == {f"net.blocks.{block}.attn.q" for block in range(2, 6)}
-    assert "cautious default" in found.warnings[0] and "verify" in found.warnings[0]
+    assert "cautious default" in found.warnings[0] and "NVFP4 Verify" in found.warnings[0]
 
 
 @pytest.mark.parametrize(

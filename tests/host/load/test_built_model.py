@@ -47,7 +47,7 @@ def test_a_layer_that_the_file_lacks_is_refused_where_it_has_others_of_the_compo
     given = {key: value for key, value in model.state_dict().items() if not key.startswith("b.")}
     check(model, given)
     assert "some.safetensors has nothing of b, which this ComfyUI builds" in caplog.text
-    with pytest.raises(CheckpointError, match="some.safetensors, layer b.k: the model computes with it"):
+    with pytest.raises(CheckpointError, match="some.safetensors, layer b.k: the model needs it"):
         model["b"]["k"](torch.zeros(1, 4))
     model["a"]["q"].weight = None
     given = {key: value for key, value in given.items() if not key.startswith("a.q.")}
@@ -64,7 +64,7 @@ def test_a_component_the_file_lacks_may_be_built_but_not_used(part: torch.nn.Mod
     assert lacks == "nothing of norm_final, which this ComfyUI builds: it is an error to use it"
     assert lacks in caplog.text
     assert model["norm_final"].weight.isnan().all()
-    with pytest.raises(CheckpointError, match="some.safetensors, layer norm_final: the model computes with it"):
+    with pytest.raises(CheckpointError, match="some.safetensors, layer norm_final: the model needs it"):
         model["norm_final"](torch.zeros(1, 4, 4))
     model["a"]["norm"](torch.zeros(1, 4))
 
