@@ -63,7 +63,7 @@ def test_a_wildcard_stays_in_its_folder_whatever_stars_it_has(pattern: str, tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("x" * 300, "too long"), ("\ud800", "no name of a file"), ("a\0b", "no name of a file")]
+    ("name", "why"), [("x" * 300, "too long"), ("\ud800", "not a file name"), ("a\0b", "not a file name")]
 )
 def test_what_no_file_can_be_called_is_a_clear_error(name: str, why: str, tmp_path: Path):
     for read in (open_checkpoint, read_header):
