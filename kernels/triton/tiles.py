@@ -20,6 +20,23 @@ def tiled_offset(row, block, scale_cols):
 
 
 @triton.jit
+def scales_of_rows(scale_ptr, first_row, scale_cols):
+    """Where the scales of row ``first_row`` begin; a row r of the same 32 behind it has its own 16 r further on."""
+    scales = scale_ptr + (first_row // 128).to(tl.int64) * (scale_cols * 128)
+    return scales + first_row % 32 * 16 + first_row % 128 // 32 * 4
+
+
+@triton.jit
+def largest_exponent(scales, row, row_inside, blocks_per_row, SCALES: tl.constexpr):
+    """``scales_of_rows`` and rows [R] from there -> int32 [R]: largest biased exponent of a row's scales, 1 or more."""
+    block = tl.arange(0, SCALES)
+    offset = block[None, :] // 4 * 512 + row[:, None] * 16 + block[None, :] % 4
+    inside = row_inside[:, None] & (block < blocks_per_row)[None, :]
+    exponent = tl.load(scales + offset, mask=inside, other=0).to(tl.int32) >> 3 & 15
+    return tl.maximum(tl.max(exponent, axis=1), 1)
+
+
+@triton.jit
 def e4m3_to_f32(byte):
     """E4M3 bits -> fp32 of the value times 2**-8, subnormals and NaN included."""
     bits = byte.to(tl.int32)

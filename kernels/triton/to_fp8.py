@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..format import FP8, PackedWeight, block_scale_shape, packed_shape
 from .launch import Launcher, part_reader
-from .tiles import decode_words, to_e4m3
+from .tiles import decode_words, largest_exponent, scales_of_rows, to_e4m3
 
 # A tile for an H200; benchmarks/fp8.py times others. A thread owns two words, a block of 16 columns: one 16-byte store.
 WEIGHT_TILE = {"ROWS": 2, "BLOCKS": 128, "num_warps": 4}
@@ -46,17 +46,12 @@ def _to_fp8_kernel(
     FULL: rows and blocks divide evenly and nothing is padding.
     """
     first_row = tl.program_id(0) * ROWS
-    scales = scale_ptr + (first_row // 128).to(tl.int64) * (scale_cols * 128)
-    scales += first_row % 32 * 16 + first_row % 128 // 32 * 4
+    scales = scales_of_rows(scale_ptr, first_row, scale_cols)
     row = tl.arange(0, ROWS)
     row_inside = first_row + row < rows
 
-    block = tl.arange(0, SCALES)
-    offset = block[None, :] // 4 * 512 + row[:, None] * 16 + block[None, :] % 4
-    inside = row_inside[:, None] & (block < blocks_per_row)[None, :]
-    exponent = tl.load(scales + offset, mask=inside, other=0).to(tl.int32) >> 3 & 15
     # 2**shift, as FP32 bits, brings 6 times the row's largest block scale into [192, 360].
-    shift = 12 - tl.maximum(tl.max(exponent, axis=1), 1)
+    shift = 12 - largest_exponent(scales, row, row_inside, blocks_per_row, SCALES)
     multiplier = ((shift + 127) << 23).to(tl.float32, bitcast=True)
     row_scale = tl.load(global_ptr) * ((127 - shift) << 23).to(tl.float32, bitcast=True)
     tl.store(row_scale_ptr + first_row + row, tl.where(row_inside, row_scale, 1.0), mask=first_row + row < padded_rows)

@@ -17,7 +17,7 @@ import triton.language as tl
 from ..format import FP8, PackedWeight, block_scale_shape, packed_shape
 from .dequantize_sum import check_factors, sum_tile, tile_of
 from .launch import Launcher, part_reader
-from .tiles import to_e4m3
+from .tiles import largest_exponent, scales_of_rows, to_e4m3
 
 _SCALE_ROWS = 4  # of a program; they divide 32, so it stays inside one group of the block scales
 
@@ -41,15 +41,10 @@ def _row_scale_kernel(
 ):
     """Each program bounds ROWS rows of W + up down. SCALES, RANK: blocks and rank, rounded up to a power of two."""
     first_row = tl.program_id(0) * ROWS
-    scales = scale_ptr + (first_row // 128).to(tl.int64) * (scale_cols * 128)
-    scales += first_row % 32 * 16 + first_row % 128 // 32 * 4
     row = tl.arange(0, ROWS)
     row_inside = first_row + row < rows
-    block = tl.arange(0, SCALES)
-    offset = block[None, :] // 4 * 512 + row[:, None] * 16 + block[None, :] % 4
-    inside = row_inside[:, None] & (block < blocks_per_row)[None, :]
-    exponent = tl.load(scales + offset, mask=inside, other=0).to(tl.int32) >> 3 & 15
-    largest = tl.maximum(tl.max(exponent, axis=1), 1)
+    scales = scales_of_rows(scale_ptr, first_row, scale_cols)
+    largest = largest_exponent(scales, row, row_inside, blocks_per_row, SCALES)
     weight = tl.load(global_ptr) * 360.0 * ((largest - 12 + 127) << 23).to(tl.float32, bitcast=True)
     part = tl.arange(0, RANK)
     inside = row_inside[:, None] & (part < rank)[None, :]
