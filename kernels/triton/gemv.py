@@ -26,7 +26,6 @@ import triton.language as tl
 from ..format import TENSOR_CORE_DTYPES, PackedWeight, block_scale_shape, packed_shape
 from ..reference import MAX_TOKENS
 from .launch import Launcher, bf16_as_bits, part_reader
-from .norm_rows import load_row
 from .quantize_rows import activated
 from .tiles import decode_operand, decode_scale, round_to_bf16_bits
 
@@ -42,9 +41,10 @@ MOST_WEIGHTS = 3  # of a launch
 
 
 @triton.jit
-def _multiply(acc, x, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
+def _multiply(acc, x, token_inside, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
     """acc (R, T) += word (R, 4) x x (T, 32), ``scale`` (R, 4) being the words', decoded; column: (32,) of x."""
-    values = load_row(x + column[None, :], (column < cols)[None, :], FULL)
+    inside = token_inside if FULL else token_inside & (column < cols)[None, :]
+    values = tl.load(x + column[None, :], mask=inside, other=0.0)
     weight = decode_operand(word, scale, PACKED, values.dtype)
     values = values.to(weight.dtype)
     # K's bits, from (thread, 4, 2, 1) to (2, thread, 1, 4): the two columns decoded together share a register.
@@ -54,7 +54,7 @@ def _multiply(acc, x, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.
 
 
 @triton.jit
-def _step(acc, bad, x, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
+def _step(acc, bad, x, token_inside, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
     """acc (R, T) += word (R, 16) x x, 128 columns; ``scale`` (4, R) int16 holds the two scales of four words.
 
     ``bad`` (4, R) gets a bit where a byte of ``scale`` is above 126.
@@ -67,10 +67,10 @@ def _step(acc, bad, x, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl
     even, odd = tl.split(tl.reshape(word, (acc.shape[0], 4, 2, 2)))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
-    acc = _multiply(acc, x, column, cols, w0, low, FULL, PACKED)
-    acc = _multiply(acc, x, column + 8, cols, w1, low, FULL, PACKED)
-    acc = _multiply(acc, x, column + 16, cols, w2, high, FULL, PACKED)
-    return _multiply(acc, x, column + 24, cols, w3, high, FULL, PACKED), bad
+    acc = _multiply(acc, x, token_inside, column, cols, w0, low, FULL, PACKED)
+    acc = _multiply(acc, x, token_inside, column + 8, cols, w1, low, FULL, PACKED)
+    acc = _multiply(acc, x, token_inside, column + 16, cols, w2, high, FULL, PACKED)
+    return _multiply(acc, x, token_inside, column + 24, cols, w3, high, FULL, PACKED), bad
 
 
 @triton.jit(do_not_specialize=["tokens", "steps"])
@@ -143,8 +143,8 @@ def _gemv_kernel(
     # Loaded as (4, R), and with & so that the compiler sees no neighbours: the layout that it gives is the one needed.
     scale_offset = (four // 2 * 256 + (four & 1))[:, None] + (first_row * 8 + number // 4 * 8 + number % 4 * 2)[None, :]
     token = tl.arange(0, TOKENS)
-    # A row too many of the tile is the last one again: what comes of it is not stored.
-    x = x_ptr + (tl.minimum(token, tokens - 1) * cols)[:, None]
+    token_inside = (token < tokens)[:, None]
+    x = x_ptr + (token * cols)[:, None]
     column = tl.arange(0, 32) // 8 * 32 + tl.arange(0, 32) % 8
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     bad = tl.zeros((4, ROWS), tl.int32)
@@ -156,7 +156,7 @@ def _gemv_kernel(
             ahead = tl.minimum(step + 1, end - 1)
             next_word = tl.load(words + ahead * 16 + word_offset)
             next_scale = tl.load(scales + ahead * 512 + scale_offset)
-            acc, bad = _step(acc, bad, x, column + step * 128, cols, word, scale, FULL, PACKED)
+            acc, bad = _step(acc, bad, x, token_inside, column + step * 128, cols, word, scale, FULL, PACKED)
             word, scale = next_word, next_scale
     else:
         row_inside = group * 128 + row < (own_rows + 15) // 16 * 16  # as many as are packed
@@ -165,7 +165,7 @@ def _gemv_kernel(
             word = tl.load(words + step * 16 + word_offset, mask=inside, other=0)
             inside = (step * 16 + four * 4 < words_per_row)[:, None] & row_inside[None, :]
             scale = tl.load(scales + step * 512 + scale_offset, mask=inside, other=0)
-            acc, bad = _step(acc, bad, x, column + step * 128, cols, word, scale, FULL, PACKED)
+            acc, bad = _step(acc, bad, x, token_inside, column + step * 128, cols, word, scale, FULL, PACKED)
     acc = tl.where((tl.max(bad, 0) != 0)[:, None], float("nan"), acc)
     number = group * 128 + row
     inside = (number < own_rows)[:, None] & (token < tokens)[None, :]
