@@ -12,6 +12,7 @@ rounded here too; norms, rotations and sums are FP32 between, as the host's are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +21,7 @@ from . import dispatch, reference
 from .backends import pick_backend, triton_module
 from .format import PackedWeight
 
-MOST_COLS = 8192
+MOST_COLS, DTYPES = 8192, (torch.bfloat16,)  # of a token
 
 
 def gemv_group(x: torch.Tensor, weights: Sequence[PackedWeight], gated: bool = False) -> torch.Tensor:
@@ -63,7 +64,7 @@ def add_norm(
 def place_token(
     qkv: torch.Tensor,
     weights: tuple[torch.Tensor, torch.Tensor],
-    rotation: tuple[torch.Tensor, torch.Tensor],
+    rotation: torch.Tensor,
     position: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
     eps: float,
@@ -71,19 +72,31 @@ def place_token(
     """q, k and v of one token in a line ((H + 2 G) * D), bf16 -> q (H, D), normed over D and rotated.
 
     k, likewise, and v become slot ``position`` (1,) int64 of ``cache``: two of (slots, G, D). ``weights`` (D) are those
-    of q and k, ``rotation`` cosine and sine (D / 2) fp32, of element i of the first half with i of the second.
+    of q and k, ``rotation`` (D / 2, 2, 2) fp32: of element i of the first half with i of the second.
     """
     if pick_backend(qkv.device)[0] == "triton":
         return triton_module("one_token").place_token(qkv, weights, rotation, position, cache, eps)
     groups, width = cache[0].shape[1:]
     heads = qkv.view(-1, width).split((qkv.numel() // width - 2 * groups, groups, groups))
-    (cosine, sine), turned = rotation, []
+    cosine, sine, turned = rotation[:, 0, 0], rotation[:, 1, 0], []
     for head, weight in zip(heads, weights, strict=False):
         first, second = _norm(head, weight, eps).float().chunk(2, -1)
         turned.append(torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1).to(qkv.dtype))
     for kept, new in zip(cache, (turned[1], heads[2]), strict=True):
         kept.index_copy_(0, position, new[None])
     return turned[0]
+
+
+def prepare_attend(
+    heads: int, cache: tuple[int, int, int], scale: float, device: torch.device
+) -> Callable[..., torch.Tensor]:
+    """Heads of the query, (slots, G, D) of the cache -> function (query, key, value, bias) -> as ``attend``.
+
+    It keeps a tensor on the device.
+    """
+    if pick_backend(device)[0] == "triton":
+        return triton_module("attend").prepare(heads, cache, scale, device)
+    return functools.partial(attend, scale=scale)
 
 
 def attend(
@@ -93,8 +106,6 @@ def attend(
 
     ``bias`` (slots,) fp32 is 0, or minus infinity for a slot that does not count; at least one does.
     """
-    if pick_backend(query.device)[0] == "triton":
-        return triton_module("attend").attend(query, key, value, bias, scale)
     grouped = query.view(key.shape[1], -1, query.shape[1]).float()
     scores = grouped @ key.permute(1, 2, 0).float() * scale + bias
     return (scores.softmax(-1) @ value.transpose(0, 1).float()).to(query.dtype).view(query.shape)

@@ -10,6 +10,8 @@ must not attend with one at once.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -100,25 +102,23 @@ def _attend_kernel(
 
 
 @functools.lru_cache(maxsize=64)
-def _launcher(device: torch.device, heads: int, groups: int, slots: int, width: int, scale: float):
-    """-> the kernel, its shares' shape, its counters."""
+def prepare(
+    heads: int, cache: tuple[int, int, int], scale: float, device: torch.device
+) -> Callable[..., torch.Tensor]:
+    """Heads of the query, (slots, G, D) of the cache -> ``one_token.attend`` but for the scale, in one kernel."""
+    slots, groups, width = cache
     parts, columns = triton.cdiv(slots, _SLOTS), triton.next_power_of_2(width)
     bits = bf16_as_bits(torch.bfloat16, device)
-    arguments = (slots, groups, scale * 1.4426950408889634, heads // groups, width, columns, _SLOTS)
-    arguments = (*arguments, triton.next_power_of_2(parts), bits)
+    tile = heads // groups, width, columns, _SLOTS, triton.next_power_of_2(parts), bits
+    arguments = slots, groups, scale * math.log2(math.e), *tile
     launch = Launcher(_attend_kernel, (groups, parts), arguments, device, num_warps=_WARPS)
+    shape = groups, parts, heads // groups, width + 2
     counters = torch.zeros(groups, dtype=torch.int32, device=device)
-    return launch, (groups, parts, heads // groups, width + 2), counters
 
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((heads, width), dtype=torch.bfloat16, device=device)
+        shares = torch.empty(shape, dtype=torch.float32, device=device)
+        launch(query, key, value, bias, out.view(torch.int16) if bits else out, shares, counters)
+        return out
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """``one_token.attend``, in one kernel."""
-    (heads, width), (slots, groups, _), device = query.shape, key.shape, query.device
-    launch, shape, counters = _launcher(device, heads, groups, slots, width, scale)
-    out = torch.empty((heads, width), dtype=torch.bfloat16, device=device)
-    shares = torch.empty(shape, dtype=torch.float32, device=device)
-    written = out.view(torch.int16) if bf16_as_bits(torch.bfloat16, device) else out
-    launch(query, key, value, bias, written, shares, counters)
-    return out
+    return run

@@ -80,8 +80,7 @@ def _place_token_kernel(
     qkv_ptr,
     q_weight_ptr,
     k_weight_ptr,
-    cosine_ptr,
-    sine_ptr,
+    rotation_ptr,
     position_ptr,
     query_ptr,
     key_ptr,
@@ -89,13 +88,12 @@ def _place_token_kernel(
     heads,
     groups,
     eps,
-    stride,
     HALF: tl.constexpr,
     FULL: tl.constexpr,
     PAIRS: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Each program takes one head: of q, then of k, then of v. ``stride``: numbers from one cosine to the next."""
+    """Each program takes one head: of q, then of k, then of v. A rotation is a matrix: cosine, -sine, sine, cosine."""
     head = tl.program_id(0)
     pair = tl.arange(0, PAIRS)
     mask = pair < HALF
@@ -111,8 +109,8 @@ def _place_token_kernel(
         if head >= heads:
             weight_ptr = k_weight_ptr
             target = key_ptr + place + (head - heads) * (2 * HALF) + pair
-        cosine = load_row(cosine_ptr + pair * stride, mask, FULL)
-        sine = load_row(sine_ptr + pair * stride, mask, FULL)
+        cosine = load_row(rotation_ptr + pair * 4, mask, FULL)
+        sine = load_row(rotation_ptr + pair * 4 + 2, mask, FULL)
         squares = tl.sum(first * first + second * second, axis=0)
         factor = tl.div_rn(1.0, tl.sqrt_rn(squares / (2 * HALF) + eps))
         first *= factor * as_bf16(load_row(weight_ptr + pair, mask, FULL).to(tl.float32) + 1.0, BITS)
@@ -125,17 +123,17 @@ def _place_token_kernel(
 
 
 @functools.lru_cache(maxsize=64)
-def _placer(device: torch.device, heads: int, groups: int, width: int, eps: float, stride: int) -> Launcher:
+def _placer(device: torch.device, heads: int, groups: int, width: int, eps: float) -> Launcher:
     half = width // 2
     pairs = triton.next_power_of_2(half)
-    arguments = (heads, groups, eps, stride, half, pairs == half, pairs, bf16_as_bits(torch.bfloat16, device))
+    arguments = (heads, groups, eps, half, pairs == half, pairs, bf16_as_bits(torch.bfloat16, device))
     return Launcher(_place_token_kernel, (heads + 2 * groups,), arguments, device, num_warps=1)
 
 
 def place_token(
     qkv: torch.Tensor,
     weights: tuple[torch.Tensor, torch.Tensor],
-    rotation: tuple[torch.Tensor, torch.Tensor],
+    rotation: torch.Tensor,
     position: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
     eps: float,
@@ -146,6 +144,6 @@ def place_token(
     query = torch.empty((heads, width), dtype=torch.bfloat16, device=device)
     bits = bf16_as_bits(torch.bfloat16, device)
     written = (one.view(torch.int16) if bits else one for one in (query, *cache))
-    launch = _placer(device, heads, groups, width, eps, rotation[0].stride(-1))
-    launch(qkv, *weights, *rotation, position, *written)
+    launch = _placer(device, heads, groups, width, eps)
+    launch(qkv, *weights, rotation, position, *written)
     return query

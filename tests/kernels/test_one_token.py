@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 
 import kernel_harness as harness
 import pytest
@@ -17,14 +17,10 @@ BF16 = 2**-8 * 1.01  # half a unit in the last place
 
 def made(kernels, function: str, *arguments):
     """By the implementation of the test -> (result, arguments), on its device."""
-    file = {"attend": "attend", "gemv_group": "gemv"}.get(function, "one_token")
-    if kernels.name == "reference":
-        run = getattr(one_token, function)
-        module = one_token
-    else:
-        pytest.importorskip("triton")
-        module = importlib.import_module(f"nvfp4_video.kernels.triton.{file}")
-        run = getattr(module, function)
+    module = one_token
+    if kernels.name == "triton":
+        module = pytest.importorskip("nvfp4_video.kernels.triton.one_token")
+    run = getattr(module, function)
     kernels.guarded.clear()
     given = [_moved(one, kernels.device) for one in arguments]
     with pytest.MonkeyPatch.context() as patch:
@@ -73,19 +69,20 @@ def test_a_branch_is_normed_and_added_and_the_sum_is_normed_as_by_the_host(rows,
         near(found, host_norm(given[0].cpu(), weight, 1e-6))
 
 
-@pytest.mark.parametrize(("heads", "groups", "width", "stride"), [(4, 2, 256, 4), (2, 1, 16, 1), (3, 3, 48, 1)])
-def test_q_and_k_are_normed_and_rotated_and_k_and_v_become_a_slot(heads, groups, width, stride, kernels, generator):
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 256), (2, 1, 16), (3, 3, 48)])
+def test_q_and_k_are_normed_and_rotated_and_k_and_v_become_a_slot(heads, groups, width, kernels, generator):
     qkv = normal(generator, (heads + 2 * groups) * width)
     weights = tuple(normal(generator, width, gain=0.3) for _ in range(2))
     angle = torch.randn(width // 2, generator=generator)
-    rotation = tuple(one.repeat_interleave(stride)[::stride] for one in (angle.cos(), angle.sin()))
+    cosine, sine = angle.cos(), angle.sin()
+    rotation = torch.stack((cosine, -sine, sine, cosine), -1).view(-1, 2, 2)
     cache = tuple(normal(generator, 5, groups, width) for _ in range(2))
     found, given = made(kernels, "place_token", qkv, weights, rotation, torch.tensor([3]), cache, 1e-6)
     q, k, v = qkv.view(-1, width).split((heads, groups, groups))
     turned = []
     for one, weight in zip((q, k), weights, strict=True):
         first, second = host_norm(one, weight, 1e-6).float().chunk(2, -1)
-        turned.append(torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()), -1))
+        turned.append(torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1))
     near(found, turned[0].bfloat16(), 0.02)
     near(given[4][0][3], turned[1].bfloat16(), 0.02)
     assert torch.equal(given[4][1][3].cpu(), v)
@@ -115,12 +112,16 @@ def test_attention_counts_the_slots_that_the_bias_leaves_and_no_other(
     hidden = bias.isinf()
     if kernels.name == "triton":
         key[hidden] = value[hidden] = float("nan")  # what no token has written
-    found, given = made(kernels, "attend", query, key, value, bias, width**-0.5)
+    given = [_moved(one, kernels.device) for one in (query, key, value, bias)]
+    if kernels.name == "triton":
+        module = pytest.importorskip("nvfp4_video.kernels.triton.attend")
+        run = module.prepare(heads, tuple(key.shape), width**-0.5, torch.device(kernels.device, *[0] * (kernels.device == "cuda")))
+    else:
+        run = functools.partial(one_token.attend, scale=width**-0.5)
+    found, again = run(*given), run(*given)
     right = right.view(heads, width)
     assert ((found.cpu().double() - right).norm() / right.norm()) < BF16
-    if kernels.name == "triton":
-        again = importlib.import_module("nvfp4_video.kernels.triton.attend").attend(*given)
-        assert torch.equal(found, again)
+    assert torch.equal(found, again)
 
 
 GROUPS = [
