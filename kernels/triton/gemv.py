@@ -107,7 +107,7 @@ def _gemv_kernel(
     PACKED: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """Program (p, s): ROWS rows of a weight, ``steps`` steps of K from step s * steps on; weights lie one after another.
+    """Program (p, s): ROWS rows of a weight, ``steps`` steps of K from step s * steps on; one weight after another.
 
     ``sum_ptr``: (SPLIT, tokens, all rows) fp32 for the slices' sums, twice that many slices if GATED; ``counter_ptr``:
     int32 zeros, one a program p. An int16 output receives BF16 bits. FULL: rows and words divide evenly by what the

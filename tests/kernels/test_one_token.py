@@ -115,7 +115,7 @@ def test_attention_counts_the_slots_that_the_bias_leaves_and_no_other(
     given = [_moved(one, kernels.device) for one in (query, key, value, bias)]
     if kernels.name == "triton":
         module = pytest.importorskip("nvfp4_video.kernels.triton.attend")
-        run = module.prepare(heads, tuple(key.shape), width**-0.5, torch.device(kernels.device, *[0] * (kernels.device == "cuda")))
+        run = module.prepare(heads, tuple(key.shape), width**-0.5, given[0].device)
     else:
         run = functools.partial(one_token.attend, scale=width**-0.5)
     found, again = run(*given), run(*given)
@@ -142,8 +142,9 @@ def test_products_of_one_launch_are_those_of_each_weight(shapes, rows, gated, co
         assert torch.equal(right, wanted)
         return
     gemv = pytest.importorskip("nvfp4_video.kernels.triton.gemv")
-    run = gemv.prepare_group(shapes, torch.bfloat16, torch.device(kernels.device), gated, config)
-    arguments = x.to(kernels.device), *(_moved(weight, kernels.device).parts for weight in weights)
+    x = x.to(kernels.device)
+    run = gemv.prepare_group(shapes, torch.bfloat16, x.device, gated, config)
+    arguments = x, *(_moved(weight, kernels.device).parts for weight in weights)
     found, again = run(*arguments), run(*arguments)
     kernels.look_at_guards()
     near(found, right, 0.02)
