@@ -133,13 +133,12 @@ def _functions(block: Any, x: torch.Tensor, weights: _Weights, cache: Any, backe
 
     with residency.outside_host_graph():
         group = functools.partial(one_token.prepare_group, dtype=x.dtype, device=x.device, backend=backend)
-        one = functools.partial(dispatch.prepare, "gemv", dtype=x.dtype, device=x.device, backend=backend)
         size, scale = tuple(cache.key.shape[1:]), attention.head_dim**-0.5
         found = _Functions(
             qkv=group(tuple(map(shape, weights.qkv))),
-            out=one(shape(weights.out)),
+            out=group((shape(weights.out),)),
             gate_up=group(tuple(map(shape, weights.gate_up)), gated=True),
-            down=one(shape(weights.down)),
+            down=group((shape(weights.down),)),
             attend=one_token.prepare_attend(attention.num_heads, size, scale, x.device),
         )
     own["_nvfp4_token"] = key, found
@@ -158,9 +157,9 @@ def _run(
     kept = cache.key[0], cache.value[0]
     query = one_token.place_token(qkv, weights.heads, rotation, cache.position, kept, eps)
     out = call.attend(query, *kept, cache.slots.bias)
-    out = call.out(out.view(1, -1), *_parts(weights.out), None)
+    out = call.out(out.view(1, -1), _parts(weights.out))
     hidden = one_token.add_norm(row, (out, after_attention), before_mlp, eps)
     hidden = call.gate_up(hidden, *map(_parts, weights.gate_up))
-    out = call.down(hidden, *_parts(weights.down), None)
+    out = call.down(hidden, _parts(weights.down))
     one_token.add_norm(row, (out, after_mlp), None, eps)
     return x

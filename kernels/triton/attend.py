@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher, bf16_as_bits
+from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap
 from .norm_rows import store_bf16
 
 _SLOTS = 32
@@ -42,6 +42,7 @@ def _attend_kernel(
     SLOTS: tl.constexpr,
     PARTS: tl.constexpr,
     BITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (g, s): head g of the cache, slots from s * SLOTS on.
 
@@ -51,6 +52,7 @@ def _attend_kernel(
     group, part = tl.program_id(0), tl.program_id(1)
     slot, column = part * SLOTS + tl.arange(0, SLOTS), tl.arange(0, COLS)
     inside, across = slot < slots, column < WIDTH
+    after_the_one_before(OVERLAP)
     bias = tl.load(bias_ptr + slot, mask=inside, other=float("-inf"))
     mine = share_ptr + (group * tl.num_programs(1) + part) * (HEADS * (WIDTH + 2))
     counted = bias > float("-inf")
@@ -109,9 +111,9 @@ def prepare(
     slots, groups, width = cache
     parts, columns = triton.cdiv(slots, _SLOTS), triton.next_power_of_2(width)
     bits = bf16_as_bits(torch.bfloat16, device)
-    tile = heads // groups, width, columns, _SLOTS, triton.next_power_of_2(parts), bits
+    tile = heads // groups, width, columns, _SLOTS, triton.next_power_of_2(parts), bits, bool(overlap(device))
     arguments = slots, groups, scale * math.log2(math.e), *tile
-    launch = Launcher(_attend_kernel, (groups, parts), arguments, device, num_warps=_WARPS)
+    launch = Launcher(_attend_kernel, (groups, parts), arguments, device, num_warps=_WARPS, **overlap(device))
     shape = groups, parts, heads // groups, width + 2
     counters = torch.zeros(groups, dtype=torch.int32, device=device)
 

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ..format import TENSOR_CORE_DTYPES, PackedWeight, block_scale_shape, packed_shape
 from ..reference import MAX_TOKENS
-from .launch import Launcher, bf16_as_bits, part_reader
+from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap, part_reader
 from .quantize_rows import activated
 from .tiles import decode_operand, decode_scale, round_to_bf16_bits
 
@@ -106,6 +106,7 @@ def _gemv_kernel(
     FULL: tl.constexpr,
     PACKED: tl.constexpr,
     BIAS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (p, s): ROWS rows of a weight, ``steps`` steps of K from step s * steps on; one weight after another.
 
@@ -152,6 +153,7 @@ def _gemv_kernel(
     if FULL:
         # What is next is loaded before what is here is decoded: the memory does not wait for the arithmetic.
         word, scale = tl.load(words + first_step * 16 + word_offset), tl.load(scales + first_step * 512 + scale_offset)
+        after_the_one_before(OVERLAP)
         for step in range(first_step, end):
             ahead = tl.minimum(step + 1, end - 1)
             next_word = tl.load(words + ahead * 16 + word_offset)
@@ -159,6 +161,7 @@ def _gemv_kernel(
             acc, bad = _step(acc, bad, x, token_inside, column + step * 128, cols, word, scale, FULL, PACKED)
             word, scale = next_word, next_scale
     else:
+        after_the_one_before(OVERLAP)
         row_inside = group * 128 + row < (own_rows + 15) // 16 * 16  # as many as are packed
         for step in range(first_step, end):
             inside = row_inside[:, None] & (step * 16 + word_col < words_per_row)[None, :]
@@ -242,10 +245,14 @@ def plan(shape: tuple[int, int], programs: int) -> tuple[int, int]:
 class _Product:
     """The kernel for one to three weights of the same K: ``launch`` computes all their products with x.
 
-    ``gated``: GELU (its tanh form) of the first product times the second, instead of both.
+    ``gated``: GELU (its tanh form) of the first product times the second, instead of both. ``overlapping``: weights are
+    read while the kernel before ends, so they must not be what it writes.
     """
 
-    def __init__(self, shapes: tuple[tuple[int, int], ...], dtype, device, gated: bool, config: tuple[int, int] | None):
+    def __init__(
+        self, shapes: tuple[tuple[int, int], ...], dtype, device, config: tuple[int, int] | None,
+        gated: bool = False, overlapping: bool = False,
+    ):  # fmt: skip
         if dtype not in TENSOR_CORE_DTYPES:
             raise ValueError(f"the small-input kernel computes in {TENSOR_CORE_DTYPES}; found {dtype}")
         if len({cols for _, cols in shapes}) != 1 or not 0 < len(shapes) <= MOST_WEIGHTS:
@@ -261,7 +268,7 @@ class _Product:
         whole = self.groups * 128, self.cols
         self.divisions = {tile: config or plan(whole, processors * most) for tile, most in _PROGRAMS.items()}
         self.counters = torch.zeros(self.groups * 8, dtype=torch.int32, device=device)
-        self.as_bits = bf16_as_bits(dtype, device)
+        self.as_bits, self.options = bf16_as_bits(dtype, device), overlap(device) if overlapping else {}
         self.launchers: dict[tuple[int, bool], tuple[Launcher, int]] = {}
 
     def _launcher(self, tokens: int, bias: bool) -> tuple[Launcher, int]:
@@ -276,9 +283,8 @@ class _Product:
         flags = tile, tile_rows, split, len(self.rows), self.gated, full, self.device.type == "cuda", bias
         grid = (self.groups * (128 // tile_rows), split)
         as_bytes = tuple(2 + 3 * weight for weight in range(MOST_WEIGHTS))
-        launch = Launcher(
-            _gemv_kernel, grid, (*numbers, *flags), self.device, as_bytes, num_warps=1, num_stages=1
-        )  # fmt: skip
+        options = self.options | {"num_warps": 1, "num_stages": 1}
+        launch = Launcher(_gemv_kernel, grid, (*numbers, *flags, bool(self.options)), self.device, as_bytes, **options)
         return launch, 0 if split == 1 and not self.gated else split * len(self.rows) if self.gated else split
 
     def launch(self, x: torch.Tensor, parts: list[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
@@ -328,7 +334,7 @@ def prepare(
     For M up to ``MAX_TOKENS``. ``config``: (ROWS, SPLIT) instead of ``plan``'s choice. Raises ValueError for a
     dtype that the tensor cores do not take, the function for tensors of another shape.
     """
-    product, read = _Product((shape,), dtype, device, False, config), _reader(shape, device)
+    product, read = _Product((shape,), dtype, device, config), _reader(shape, device)
 
     def run(
         x: torch.Tensor,
@@ -352,10 +358,12 @@ def prepare_group(
 ) -> Callable[..., torch.Tensor]:
     """Shapes (N, K) of one to three weights with the same K -> function (x (M, K), their parts in turn) -> (M, sum N).
 
-    One launch for all, on the weights where they lie. ``gated``, for two weights of one shape: (M, N), GELU of the
+    One launch for all, on the weights where they lie, which must have been there before the kernel before it began:
+    where the GPU can, they are read while that ends. ``gated``, for two weights of one shape: (M, N), GELU of the
     first product times the second, each rounded as a tensor of ``dtype`` would be. Errors are those of ``prepare``.
     """
-    product, readers = _Product(shapes, dtype, device, gated, config), [_reader(shape, device) for shape in shapes]
+    product = _Product(shapes, dtype, device, config, gated, True)
+    readers = [_reader(shape, device) for shape in shapes]
 
     def run(x: torch.Tensor, *parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
         found = [tensor for read, part in zip(readers, parts, strict=True) for tensor in read(*part)]

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher, bf16_as_bits, warps
+from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap, warps
 from .norm_rows import as_bf16, load_row, store_bf16
 
 _WARP_COLS = 512
@@ -37,17 +37,21 @@ def _add_norm_kernel(
     NORM: tl.constexpr,
     FULL: tl.constexpr,
     BITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Each program takes one row."""
     row = tl.program_id(0).to(tl.int64) * cols
     column = tl.arange(0, COLS)
     mask = column < cols
-    values = load_row(x_ptr + row + column, mask, FULL).to(tl.float32)
-    if NORM:  # all is on its way before the first sum needs it
+    if NORM:
         weight = load_row(weight_ptr + column, mask, FULL)
     if ADD:
+        y_weight = load_row(y_weight_ptr + column, mask, FULL)
+    after_the_one_before(OVERLAP)
+    values = load_row(x_ptr + row + column, mask, FULL).to(tl.float32)
+    if ADD:
         more = load_row(y_ptr + row + column, mask, FULL).to(tl.float32)
-        more = _normed(more, load_row(y_weight_ptr + column, mask, FULL), cols, eps, BITS)
+        more = _normed(more, y_weight, cols, eps, BITS)
         values = as_bf16(values + more, BITS)
         store_bf16(x_out_ptr + row + column, values, mask, FULL, BITS)
     if NORM:
@@ -57,9 +61,10 @@ def _add_norm_kernel(
 @functools.lru_cache(maxsize=64)
 def _adder(device: torch.device, rows: int, cols: int, eps: float, add: bool, norm: bool) -> Launcher:
     tile = triton.next_power_of_2(cols)
-    arguments = (cols, eps, tile, add, norm, tile == cols, bf16_as_bits(torch.bfloat16, device))
-    changes = (0, 4) if add else ()
-    return Launcher(_add_norm_kernel, (rows,), arguments, device, (), changes, num_warps=warps(tile, _WARP_COLS))
+    options = overlap(device)
+    arguments = (cols, eps, tile, add, norm, tile == cols, bf16_as_bits(torch.bfloat16, device), bool(options))
+    options |= {"num_warps": warps(tile, _WARP_COLS)}
+    return Launcher(_add_norm_kernel, (rows,), arguments, device, (), (0, 4) if add else (), **options)
 
 
 def add_norm(
@@ -92,11 +97,13 @@ def _place_token_kernel(
     FULL: tl.constexpr,
     PAIRS: tl.constexpr,
     BITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Each program takes one head: of q, then of k, then of v. A rotation is a matrix: cosine, -sine, sine, cosine."""
     head = tl.program_id(0)
     pair = tl.arange(0, PAIRS)
     mask = pair < HALF
+    after_the_one_before(OVERLAP)
     source = qkv_ptr + head * (2 * HALF) + pair
     first = load_row(source, mask, FULL).to(tl.float32)
     second = load_row(source + HALF, mask, FULL).to(tl.float32)
@@ -126,8 +133,9 @@ def _place_token_kernel(
 def _placer(device: torch.device, heads: int, groups: int, width: int, eps: float) -> Launcher:
     half = width // 2
     pairs = triton.next_power_of_2(half)
-    arguments = (heads, groups, eps, half, pairs == half, pairs, bf16_as_bits(torch.bfloat16, device))
-    return Launcher(_place_token_kernel, (heads + 2 * groups,), arguments, device, num_warps=1)
+    options, bits = overlap(device), bf16_as_bits(torch.bfloat16, device)
+    arguments = (heads, groups, eps, half, pairs == half, pairs, bits, bool(options))
+    return Launcher(_place_token_kernel, (heads + 2 * groups,), arguments, device, num_warps=1, **options)
 
 
 def place_token(

@@ -84,6 +84,7 @@ def gemv_variants(capability: int) -> Iterator[Variant]:
     if capability < 80:
         return
     tile = {"UNDO": 256.0, "TOKENS": 16, "ROWS": 16, "PACKED": True, "BIAS": True, "WEIGHTS": 1, "GATED": False}
+    tile |= {"OVERLAP": False}
     sums = {"sum_ptr": "*fp32", "counter_ptr": "*i32"}
     for number in (1, 2):
         sums |= {f"{name}{number}_ptr": POINTERS[f"{name}_ptr"] for name in ("packed", "scale", "global")}
@@ -93,6 +94,7 @@ def gemv_variants(capability: int) -> Iterator[Variant]:
             yield f"{dtype} {full} {split}", gemv._gemv_kernel, pointers, tile | {"FULL": full, "SPLIT": split}
         for weights, gated in ((3, False), (2, True)):
             group = tile | {"WEIGHTS": weights, "GATED": gated, "BIAS": False, "FULL": True, "SPLIT": 2}
+            group |= {"OVERLAP": capability >= 90}
             yield f"{dtype} {weights}", gemv._gemv_kernel, pointers, group
 
 
@@ -103,12 +105,13 @@ def one_token_variants(capability: int) -> Iterator[Variant]:
     for add, norm in ((False, True), (True, True), (True, False)):
         pointers = dict.fromkeys(("x", "y", "y_weight", "weight", "x_out", "out"), "*bf16")
         pointers = {f"{name}_ptr": kind for name, kind in pointers.items()} | {"eps": "fp32"}
-        constants = {"COLS": 4096, "ADD": add, "NORM": norm, "FULL": False, "BITS": False}
+        constants = {"COLS": 4096, "ADD": add, "NORM": norm, "FULL": False, "BITS": False, "OVERLAP": capability >= 90}
         yield f"add_norm {add} {norm}", one_token._add_norm_kernel, pointers, constants
     kernel = one_token._place_token_kernel
     pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "*bf16")
     pointers |= {"rotation_ptr": "*fp32", "position_ptr": "*i64", "eps": "fp32"}
-    yield "place_token", kernel, pointers, {"HALF": 128, "PAIRS": 128, "FULL": True, "BITS": False}
+    constants = {"HALF": 128, "PAIRS": 128, "FULL": True, "BITS": False, "OVERLAP": capability >= 90}
+    yield "place_token", kernel, pointers, constants
 
 
 def attend_variants(capability: int) -> Iterator[Variant]:
@@ -116,6 +119,7 @@ def attend_variants(capability: int) -> Iterator[Variant]:
     pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "*bf16")
     pointers |= {"bias_ptr": "*fp32", "share_ptr": "*fp32", "counter_ptr": "*i32", "scale": "fp32"}
     constants = {"HEADS": 2, "WIDTH": 256, "COLS": 256, "SLOTS": 32, "PARTS": 64, "BITS": False}
+    constants |= {"OVERLAP": capability >= 90}
     if capability >= 80:
         yield "*bf16", kernel, pointers, constants
 

@@ -152,7 +152,8 @@ class Llama2(torch.nn.Module):
         self.config = config
         self.graph_dynamic_vbar_blocks = False
         self.embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = torch.nn.ModuleList([TransformerBlockGemma2(config, i, ops) for i in range(config.num_hidden_layers)])
+        blocks = (TransformerBlockGemma2(config, index, ops) for index in range(config.num_hidden_layers))
+        self.layers = torch.nn.ModuleList(blocks)
 
     def get_dynamic_vram__units(self):
         return list(self.layers), []

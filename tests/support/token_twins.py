@@ -5,20 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from nvfp4_video.kernels import one_token, reference
+from nvfp4_video.kernels import one_token
 from nvfp4_video.kernels.format import PackedWeight
-
-
-def _one(operation: str, shape, dtype, device, backend):
-    assert operation == "gemv"
-    return lambda x, packed, block_scale, global_scale, bias=None: reference.gemv(
-        x, PackedWeight(packed, block_scale, global_scale, shape), bias
-    )
 
 
 def _group(shapes, dtype, device, backend, gated=False):
@@ -43,7 +35,6 @@ def in_plain_torch(token_block: Any) -> Iterator[list[torch.nn.Module]]:
 
         replace(token_block, "obstacle", lambda *_: "")
         replace(token_block, "_run", counted)
-        replace(token_block, "dispatch", SimpleNamespace(prepare=_one))
         replace(one_token, "prepare_group", _group)
         replace(one_token, "DTYPES", (torch.bfloat16, torch.float32))
         yield runs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""host/compute/token_block.py on stand-ins, by the plain torch that defines its kernels: when it computes, and when not."""
+"""host/compute/token_block.py on stand-ins, by the torch that defines its kernels: when it computes, and when not."""
 
 from __future__ import annotations
 
