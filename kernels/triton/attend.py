@@ -84,20 +84,20 @@ def _attend_kernel(
         number, few = tl.arange(0, PARTS), tl.arange(0, 16)
         for head in tl.static_range(HEADS):
             share = shares + head * (WIDTH + 2)
-            its_most = share + number * (HEADS * (WIDTH + 2)) + WIDTH + 1
-            is_one = number < tl.num_programs(1)
-            all_most = tl.load(its_most, mask=is_one, other=float("-inf"), cache_modifier=".cg")
+            ends = share + number * (HEADS * (WIDTH + 2)) + WIDTH
+            exists = number < tl.num_programs(1)
+            all_most = tl.load(ends + 1, mask=exists, other=float("-inf"), cache_modifier=".cg")
             most = tl.max(all_most, axis=0)
-            weights = tl.load(its_most - 1, mask=is_one, other=0.0, cache_modifier=".cg")
-            weight = tl.sum(weights * tl.exp2(all_most - most), axis=0)
+            shared = tl.load(ends, mask=exists, other=0.0, cache_modifier=".cg")
+            weight = tl.sum(shared * tl.exp2(all_most - most), axis=0)
             total = tl.zeros((COLS,), tl.float32)
             for first in range(0, tl.num_programs(1), 16):
                 one = share + (first + few) * (HEADS * (WIDTH + 2))
-                is_one = first + few < tl.num_programs(1)
-                its_most = tl.load(one + WIDTH + 1, mask=is_one, other=float("-inf"), cache_modifier=".cg")
-                mask = is_one[:, None] & across[None, :]
-                values = tl.load(one[:, None] + column[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-                total += tl.sum(values * tl.exp2(its_most - most)[:, None], axis=0)
+                is_there = first + few < tl.num_programs(1)
+                its_most = tl.load(one + WIDTH + 1, mask=is_there, other=float("-inf"), cache_modifier=".cg")
+                place = one[:, None] + column[None, :]
+                summed = tl.load(place, mask=is_there[:, None] & across[None, :], other=0.0, cache_modifier=".cg")
+                total += tl.sum(summed * tl.exp2(its_most - most)[:, None], axis=0)
             out = out_ptr + (group * HEADS + head) * WIDTH + column
             store_bf16(out, tl.div_rn(total, tl.zeros_like(total) + weight), across, False, BITS)
         tl.store(counter_ptr + group, 0)
