@@ -34,7 +34,7 @@ _UNDO = {torch.bfloat16: 256.0, torch.float16: 128.0}
 _ROWS = 16
 _STEP_WORDS = 16
 # Programs for each multiprocessor, for tiles of 8 and of 16 rows of x, whose sums are more bytes to add up.
-_PROGRAMS = {8: 20, 16: 10}
+_PROGRAMS = {8: 20, 16: 15}
 _FEWEST_STEPS = 3  # of a program
 _MOST_SLICES = 16
 MOST_WEIGHTS = 3  # of a launch
