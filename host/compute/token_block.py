@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ...kernels import dispatch, one_token
+from ...kernels import one_token
+from ...kernels.backends import pick_backend
 from .. import residency
 from .fused_attention import is_apart
 from .fusions import fingerprint
@@ -58,7 +59,7 @@ def obstacle(llama: ModuleType, config: Any, backend: str, device: torch.device)
     gelu = getattr(config, "mlp_activation", "") == "gelu_pytorch_tanh"
     if not known or not gelu or not (config.q_norm == config.k_norm == "gemma3" and config.rms_norm_add):
         return "this ComfyUI's block is not one that this pack knows"
-    if dispatch.prepare("gemv", (256, 256), torch.bfloat16, device, backend) is None:
+    if pick_backend(device, backend)[0] != "triton":
         return "nothing here multiplies packed weights by one row"
     return str(residency.check())
 
@@ -75,8 +76,9 @@ def block_class(llama: ModuleType, cache: type, backend: str) -> type:
             if type(past_key_value) is cache and past_key_value.index > 0 and attention_mask is None:
                 rotation = _rotation(freqs_cis[1 if self.sliding_attention else 0])
                 weights = _read(self, llama, x) if rotation is not None and not is_apart(self) else None
-                if weights is not None:
-                    return _run(self, x, weights, rotation, past_key_value, backend), past_key_value
+                call = None if weights is None else _functions(self, x, weights, past_key_value, backend)
+                if call is not None:
+                    return _run(self, x, weights, rotation, past_key_value, call), past_key_value
             return super().forward(x, attention_mask, freqs_cis, optimized_attention, past_key_value)
 
     return TokenBlock
@@ -120,8 +122,11 @@ def _parts(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return weight._qdata, params.block_scale, params.scale
 
 
-def _functions(block: Any, x: torch.Tensor, weights: _Weights, cache: Any, backend: str) -> _Functions:
-    """Prepared once for a cache's size; the block keeps them, since a graph of it knows their tensors by address."""
+def _functions(block: Any, x: torch.Tensor, weights: _Weights, cache: Any, backend: str) -> _Functions | None:
+    """Prepared once for a cache's size, None if the GPU has no such kernel.
+
+    The block keeps them, since a graph of it knows their tensors by address.
+    """
     own, attention = block.__dict__, block.self_attn
     key = tuple(cache.key.shape), x.device
     kept = own.get("_nvfp4_token")
@@ -141,15 +146,15 @@ def _functions(block: Any, x: torch.Tensor, weights: _Weights, cache: Any, backe
             down=group((shape(weights.down),)),
             attend=one_token.prepare_attend(attention.num_heads, size, scale, x.device),
         )
-    own["_nvfp4_token"] = key, found
-    return found
+    own["_nvfp4_token"] = key, None if None in found else found
+    return own["_nvfp4_token"][1]
 
 
 def _run(
-    block: Any, x: torch.Tensor, weights: _Weights, rotation: torch.Tensor, cache: Any, backend: str
+    block: Any, x: torch.Tensor, weights: _Weights, rotation: torch.Tensor, cache: Any, call: _Functions
 ) -> torch.Tensor:
     """The host's ``forward``, x (1, 1, K) in place."""
-    call, eps = _functions(block, x, weights, cache, backend), block.input_layernorm.eps
+    eps = block.input_layernorm.eps
     before_attention, after_attention, before_mlp, after_mlp = weights.norms
     row = x.view(1, -1)
     hidden = one_token.add_norm(row, None, before_attention, eps)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from nvfp4_video.host.compute import linear, token_block, token_graphs
-from nvfp4_video.kernels import reference
+from nvfp4_video.kernels import one_token, reference
 from nvfp4_video.tests.support import token_loops, token_twins
 from nvfp4_video.tests.support.lora_helpers import CPU, NVFP4
 
@@ -135,13 +135,22 @@ def test_another_length_of_the_cache_is_prepared_anew(llama):
         assert clip.model.layers[0].__dict__["_nvfp4_token"] is not first
 
 
+@torch.no_grad()
+def test_a_gpu_without_the_kernel_leaves_the_blocks_to_the_host(llama, wanted, monkeypatch):
+    with token_twins.in_plain_torch(token_block) as runs:
+        clip = build(llama)
+        token_graphs.use_graphs(clip)
+        monkeypatch.setattr(one_token, "prepare_group", lambda *_, **__: None)
+        assert generated(clip, runs) == (wanted, [])
+
+
 def test_a_block_that_is_not_known_and_a_gpu_that_has_no_kernel_are_named(llama, monkeypatch):
     config = llama.Gemma3_12B_Config()
     assert "not one that this pack knows" in token_block.obstacle(llama, config, "auto", CPU)
     parts = token_loops.TransformerBlockGemma2.forward, llama.MLP.forward, llama.RMSNorm.forward, token_loops.rms_norm
     monkeypatch.setattr(token_block, "_BLOCKS", frozenset((token_block.fingerprint(*parts),)))
     assert token_block.obstacle(llama, config, "auto", CPU) == "nothing here multiplies packed weights by one row"
-    monkeypatch.setattr(token_block.dispatch, "prepare", lambda *_: object())
+    monkeypatch.setattr(token_block, "pick_backend", lambda *_: ("triton", ""))
     assert token_block.obstacle(llama, config, "auto", CPU) == ""
     config.rms_norm_add = False
     assert "not one that this pack knows" in token_block.obstacle(llama, config, "auto", CPU)
