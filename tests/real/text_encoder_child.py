@@ -228,35 +228,8 @@ def windowed(scene: Scene) -> dict:
 
 
 def fused(scene: Scene) -> dict:
-    """Blocks in few launches, by the plain torch that defines those: logits and caches against the host's blocks."""
-    text_decode, token_block = pack("host.compute.token_graphs"), pack("host.compute.token_block")
-    if text_decode._classes() is None:
-        return {"unsupported": scene.ours("comfy")[1].decode}
-    loop, twins, seen = pack("tests.real.compiled_loop"), pack("tests.support.token_twins"), []
-    clip = scene.ours("comfy")[0]
-    with loop.forced(text_decode, clip.cond_stage_model.gemma3_12b.transformer.model):
-        wanted = logits_of(scene, clip, seen)
-    with twins.in_plain_torch(token_block) as runs:
-        clip, report = scene.ours("comfy")
-        model = clip.cond_stage_model.gemma3_12b.transformer.model
-        with loop.forced(text_decode, model):
-            found = logits_of(scene, clip, seen)
-            ran = sorted({index for index, layer in enumerate(model.layers) if layer in runs})
-            hook = model.layers[5].mlp.register_forward_hook(lambda *_: None)
-            runs.clear()
-            logits_of(scene, clip, seen)
-            hook.remove()
-    packed = [i for i, layer in enumerate(model.layers) if layer.mlp.up_proj.__dict__.get("nvfp4_mode")]
-    return {
-        "report": report.decode,
-        "tokens": seen[0] == seen[1] == seen[2],
-        "largest": wanted.abs().max().item(),
-        "difference": (wanted - found).abs().max().item(),
-        "packed": packed,
-        "ran": ran,
-        "ran_with_a_hook": sorted({index for index, layer in enumerate(model.layers) if layer in runs}),
-        "obstacle": token_block.obstacle(comfy("text_encoders.llama"), model.config, "auto", scene.torch.device("cpu")),
-    }
+    """Blocks in few launches."""
+    return pack("tests.real.fused_tokens").fused(scene, logits_of)
 
 
 def logits_of(scene: Scene, clip, seen: list):
