@@ -117,8 +117,8 @@ def one_token_variants(capability: int) -> Iterator[Variant]:
 def attend_variants(capability: int) -> Iterator[Variant]:
     kernel = attend._attend_kernel
     pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "*bf16")
-    pointers |= {"bias_ptr": "*fp32", "share_ptr": "*fp32", "counter_ptr": "*i32", "scale": "fp32"}
-    constants = {"HEADS": 2, "WIDTH": 256, "COLS": 256, "SLOTS": 32, "PARTS": 64, "BITS": False}
+    pointers |= {"bias_ptr": "*fp32", "share_ptr": "*fp32", "end_ptr": "*fp32", "counter_ptr": "*i32", "scale": "fp32"}
+    constants = {"HEADS": 2, "WIDTH": 256, "COLS": 256, "SLOTS": 32, "PARTS": 16, "BITS": False}
     constants |= {"OVERLAP": capability >= 90}
     if capability >= 80:
         yield "*bf16", kernel, pointers, constants

@@ -110,8 +110,7 @@ def test_attention_counts_the_slots_that_the_bias_leaves_and_no_other(
         value[keep].transpose(0, 1).double()[None], scale=width**-0.5, enable_gqa=True,
     )[0]  # fmt: skip
     hidden = bias.isinf()
-    if kernels.name == "triton":
-        key[hidden] = value[hidden] = float("nan")  # what no token has written
+    key[hidden] = value[hidden] = 3e4  # what an earlier text has left
     given = [_moved(one, kernels.device) for one in (query, key, value, bias)]
     if kernels.name == "triton":
         module = pytest.importorskip("nvfp4_video.kernels.triton.attend")
@@ -120,6 +119,7 @@ def test_attention_counts_the_slots_that_the_bias_leaves_and_no_other(
         run = functools.partial(one_token.attend, scale=width**-0.5)
     found, again = run(*given), run(*given)
     right = right.view(heads, width)
+    # The weights of the values are BF16 in the kernel, not in the definition.
     assert ((found.cpu().double() - right).norm() / right.norm()) < BF16
     assert torch.equal(found, again)
 
