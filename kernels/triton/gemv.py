@@ -153,7 +153,7 @@ def _gemv_kernel(
     if FULL:
         # What is next is loaded before what is here is decoded: the memory does not wait for the arithmetic.
         word, scale = tl.load(words + first_step * 16 + word_offset), tl.load(scales + first_step * 512 + scale_offset)
-        after_the_one_before(OVERLAP)
+        after_the_one_before(OVERLAP, SMALL=False)
         for step in range(first_step, end):
             ahead = tl.minimum(step + 1, end - 1)
             next_word = tl.load(words + ahead * 16 + word_offset)
@@ -161,7 +161,7 @@ def _gemv_kernel(
             acc, bad = _step(acc, bad, x, token_inside, column + step * 128, cols, word, scale, FULL, PACKED)
             word, scale = next_word, next_scale
     else:
-        after_the_one_before(OVERLAP)
+        after_the_one_before(OVERLAP, SMALL=False)
         row_inside = group * 128 + row < (own_rows + 15) // 16 * 16  # as many as are packed
         for step in range(first_step, end):
             inside = row_inside[:, None] & (step * 16 + word_col < words_per_row)[None, :]

@@ -67,14 +67,17 @@ def overlap(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def after_the_one_before(OVERLAP: tl.constexpr):
+def after_the_one_before(OVERLAP: tl.constexpr, SMALL: tl.constexpr = True):
     """What a kernel launched with ``overlap`` reads that the kernel before it wrote, it reads behind this.
 
     Each program must come by, whatever it does. What the one before that wrote, and weights, may be read earlier.
+    SMALL: the kernel leaves room on the GPU, so that the next may begin at once; programs of one that fills it would
+    crowd where the first of its own end, and be the last to end there.
     """
     if OVERLAP:
         gdc_wait()
-        gdc_launch_dependents()
+        if SMALL:
+            gdc_launch_dependents()
 
 
 def store_modifier(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str:
