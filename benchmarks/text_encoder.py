@@ -282,6 +282,7 @@ def agreement(stock: tuple[list[int], list], ours: tuple[list[int], list]) -> di
 def profile(row: str, clip: Any, words: str, count: int = 3) -> dict[str, Any]:
     """Print what a token's time goes to, graphs captured before: kernels of the GPU, calls of the CPU."""
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
@@ -291,9 +292,11 @@ def profile(row: str, clip: Any, words: str, count: int = 3) -> dict[str, Any]:
     events = profiler.key_averages()
     found: dict[str, Any] = {}
     for side, attribute in (("GPU", "self_device_time_total"), ("CPU", "self_cpu_time_total")):
-        ranked = sorted(events, key=lambda event: -getattr(event, attribute))
-        total = sum(getattr(event, attribute) for event in events) / 1e3 / count
-        calls = sum(event.count for event in events if getattr(event, attribute)) / count
+        # Operators that no graph holds have the time of their kernels too: each kernel counts once, as itself.
+        own = [event for event in events if (event.device_type != DeviceType.CPU) == (side == "GPU")]
+        ranked = sorted(own, key=lambda event: -getattr(event, attribute))
+        total = sum(getattr(event, attribute) for event in own) / 1e3 / count
+        calls = sum(event.count for event in own if getattr(event, attribute)) / count
         say(f"{ROWS[row]}: {total:.2f} ms of {side} time a token in {calls:.0f} calls, under the profiler")
         found[side] = {"ms": total, "calls": calls, "top": []}
         for event in ranked[:8]:
