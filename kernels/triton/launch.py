@@ -11,10 +11,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backends import BF16_CAPABILITY
 from ..format import block_scale_shape, check_parts, packed_shape
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an older Triton
+    gdc_launch_dependents = gdc_wait = None
 
 # Compiled kernels take all arguments, constants included, since Triton 3.4; its interpreter compiles nothing.
 _DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) and not triton.knobs.runtime.interpret
@@ -61,9 +65,9 @@ def bf16_as_bits(dtype: torch.dtype, device: torch.device) -> bool:
 
 def overlap(device: torch.device) -> dict[str, bool]:
     """Options of a ``Launcher`` whose kernel may begin while the one before it ends: none below Hopper."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < _HOPPER:
+    if gdc_wait is None or device.type != "cuda" or torch.version.cuda is None:
         return {}
-    return {"launch_pdl": True}
+    return {"launch_pdl": True} if torch.cuda.get_device_capability(device) >= _HOPPER else {}
 
 
 @triton.jit

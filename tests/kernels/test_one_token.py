@@ -158,3 +158,15 @@ def test_weights_that_cannot_be_one_launch_are_refused():
         prepare_group(((16, 32), (16, 48)), torch.bfloat16, cpu)
     with pytest.raises(ValueError, match="of the same shape"):
         prepare_group(((16, 32), (32, 32)), torch.bfloat16, cpu, True)
+
+
+@pytest.mark.parametrize(("capability", "overlaps"), [((8, 9), False), ((9, 0), True), ((12, 1), True)])
+def test_launches_overlap_from_hopper_on_where_triton_can(capability, overlaps, monkeypatch):
+    launch = pytest.importorskip("nvfp4_video.kernels.triton.launch")
+    gpu = torch.device("cuda", 0)
+    assert launch.overlap(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert bool(launch.overlap(gpu)) == overlaps
+    monkeypatch.setattr(launch, "gdc_wait", None)
+    assert launch.overlap(gpu) == {}
