@@ -16,6 +16,7 @@ import pytest
 from nvfp4_video.checkpoint.file.header import read_header
 from nvfp4_video.cli import COMMANDS, main
 from nvfp4_video.cli.console import Console, Progress, size
+from nvfp4_video.measure.media import read_audio, read_frames
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.support import full_size
 
@@ -112,7 +113,7 @@ def test_the_demo_keeps_its_files_where_asked_and_says_why_comfyui_was_left_out(
     record, kept = demo
     for file in record["files"]:
         assert (kept / f"{file['kind']}.safetensors").stat().st_size == file["file_bytes"]
-    assert "no tests/ folder" in record["comfyui"]["skipped"]
+    assert "No tests/ folder" in record["comfyui"]["skipped"]
 
 
 def test_the_demo_does_not_write_into_a_folder_that_is_in_use(demo, capsys):
@@ -129,7 +130,8 @@ def test_the_demo_s_text_fits_80_columns_and_it_leaves_pictures(tmp_path: Path):
     assert done.stdout.count("identical") >= len(synthetic.KINDS) - 2
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert {path.name for path in (tmp_path / "nvfp4-demo").iterdir()} == {"inspect.png", "verify.png"}
-    assert "Set COMFYUI_PATH" in done.stdout
+    (way,) = [line for line in done.stdout.splitlines() if "COMFYUI_PATH" in line]
+    assert way.endswith("for a clip with sound, sampled there."), "one line says how to get a clip"
     assert "\033" not in done.stdout and "\r" not in done.stderr, "no terminal, no control codes"
 
 
@@ -381,6 +383,11 @@ def test_the_demo_samples_every_dialect_alike_in_a_real_comfyui(tmp_path: Path):
     assert len(ours) == 6
     assert all(run["identical"] and run["finite"] for run in ours)
     assert all(f"{run['kind']}.safetensors: {record['family']}" in run["report"] for run in ours)
+    clip = tmp_path / "nvfp4-demo" / "clip.mp4"
+    frames, rate = read_frames(clip)
+    assert frames.shape == (25, 160, 256, 3) and rate == 25
+    assert len({frame.tobytes() for frame in frames}) == 25, "the picture stands still"
+    assert read_audio(clip)[0].std() > 0.01, "silence"
 
 
 def test_noise_ends_sharpness_with_1_and_compare_names_what_is_wrong(pictures, tmp_path, capsys):
