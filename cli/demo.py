@@ -76,7 +76,7 @@ def demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Builds a scaled-down LTX-2.3 in every NVFP4 dialect, reads each file back and compares the weights. With "
         "COMFYUI_PATH set to a ComfyUI checkout, and COMFYUI_PYTHON to its Python if that is not in the checkout's "
-        "own venv, it also samples audio and video in that ComfyUI. Leaves pictures, and a clip made in ComfyUI, in the "
+        "own venv, it also samples audio and video in that ComfyUI. Leaves pictures, and that ComfyUI's clip, in the "
         f"folder {PICTURES}. Exits with 1 if anything differs."
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep all files, pictures too, in DIR, new or empty")

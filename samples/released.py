@@ -118,7 +118,7 @@ def _copies(key: str, keys: Shapes) -> int:
 
 
 def _smoothed(weight: torch.Tensor, key: str, copies: int) -> torch.Tensor:
-    """A kernel of the decoder -> one that blurs, and enlarges by repetition; that of the last sound layer -> a soft one.
+    """A decoder's kernel -> one that blurs, and enlarges by repetition; that of the last sound layer -> a soft one.
 
     Of a smooth input the output is as large as before. The layers before the first enlargement stay, for some detail.
     """

@@ -155,7 +155,7 @@ sys.argv = ["pack", *{words!r}]
 try:
     runpy.run_path({str(ROOT)!r}, run_name="__main__")
 except SystemExit:
-    sys.exit(7 if "torch" in sys.modules else 0)
+    sys.exit(7 if {"torch", "numpy"} & sys.modules.keys() else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
