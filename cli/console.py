@@ -111,7 +111,7 @@ class Console:
             columns = _COLUMN.split(row.strip())
             last = len(own) + len(row.strip()) - len(columns[-1])  # where the last column of a table begins
             rest = " " * last if len(columns) > 1 and last < self.width - _LEAST else own
-            for part in _wrap(row.lstrip(), self.width, own, rest) or [""]:
+            for part in wrap(row.lstrip(), self.width, own, rest) or [""]:
                 self._write(self.paint(part, style))
 
     def title(self, text: str) -> None:
@@ -145,7 +145,7 @@ class Console:
                 self._write((" " * (indent + 2) + "  ".join(cells[:apart] + cells[apart + 1 :])).rstrip())
             return
         for row, style in zip(texts, styles, strict=True):
-            wrapped = [_wrap(text, width) or [""] for text, width in zip(row, widths, strict=True)]
+            wrapped = [wrap(text, width) or [""] for text, width in zip(row, widths, strict=True)]
             for parts in itertools.zip_longest(*wrapped, fillvalue=""):
                 cells = [f"{text:{how}{width}}" for text, how, width in zip(parts, align, widths, strict=True)]
                 painted = "  ".join(self.paint(cell, how) for cell, how in zip(cells, style, strict=True))
@@ -239,7 +239,7 @@ class Progress:
         put(self.stream, text)
 
 
-def _wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+def wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
     """Text -> lines broken between words only: flags, paths and numbers stay whole."""
     return textwrap.wrap(
         text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
