@@ -4,25 +4,26 @@
 usage: python benchmarks/clip.py [--comfyui DIR] [--rows ROW,...] [--sizes WxH,...] [--reps N] [--layers N] [--limit S]
 
 Rows: stock ComfyUI with LTX-2.3 in BF16, in scaled FP8 and in NVFP4, its own VAEs; ours with `bf16` and `decode` =
-exact, ours with `fp8` and `decode` = fast, the audio VAE through our loader. All hold one set of random weights in the
-released names and shapes. The BF16 and FP8 weights go to ComfyUI's loader from memory, as its own reader would hand
-them over; NVFP4 and the VAEs come from files, which the rows share. The text conditioning is given, no model is loaded
-or unloaded in a clip: what is timed is what a second prompt of a session takes, all models being on the GPU. Each row's
-first clip is not counted; then rows take turns, in another order each time. "frames" ends when all pixels lie in host
-memory. `--tiny --cpu` tries the script on a machine without a GPU.
+exact, ours with `fp8` and `decode` = fast, the audio VAE through our loader. Names and shapes are the released ones,
+the numbers random. The BF16 and FP8 weights go to ComfyUI's loader from memory, where all blocks share those of one (67
+GB of numbers would take longer than all the rest; on the GPU each block has its own); NVFP4 and the VAEs come from
+files, which the rows share. The text conditioning is given, no model is loaded or unloaded in a clip: what is timed is
+what a second prompt of a session takes, all models being on the GPU. Each row's first clip, of 3 steps, is not counted;
+then rows take turns, in another order each time. "frames" ends when all pixels lie in host memory. `--tiny --cpu` tries
+the script on a machine without a GPU.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 import statistics
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,32 +41,28 @@ ROWS = {
 }
 STOCK = ("bf16", "stock-fp8", "stock")
 PARTS = ("sampling", "frames", "sound")
-WRITERS = 8  # threads that bring weights to host memory, whose pages cost most of the time
+FIRST_STEPS = 3  # of a clip that is not counted: weights move, kernels compile, graphs are captured
+_BLOCK = re.compile(r"^transformer_blocks\.\d+\.")
 
 
-def pool(device: str) -> ThreadPoolExecutor:
-    """Threads with CUDA streams of their own."""
-    import torch
+def build(keys: Mapping[str, list[int]], layers: Collection[str], device: str, shared: dict) -> dict[str, Any]:
+    """The model's tensors on the CPU, the weights of ``layers`` in scaled FP8 as the host's own files have them.
 
-    if device == "cpu":
-        return ThreadPoolExecutor(1)
-    return ThreadPoolExecutor(WRITERS, initializer=lambda: torch.cuda.set_stream(torch.cuda.Stream()))
-
-
-def build(keys: Mapping[str, list[int]], layers: Collection[str], device: str, threads: ThreadPoolExecutor) -> dict:
-    """The model's tensors on the CPU, the weights of ``layers`` in scaled FP8 as the host's own files have them."""
+    ``shared``: what is made for one block and one row, for all others.
+    """
     from nvfp4_video.samples.released import random_weight
     from nvfp4_video.samples.synthetic import fp8_tensors
 
-    def made(key: str) -> dict[str, Any]:
-        layer, tensor = key.removesuffix(".weight"), random_weight(key, keys[key], device)
-        if layer == key or layer not in layers:
-            return {key: tensor.cpu()}
-        return {f"{layer}.{suffix}": part.cpu() for suffix, part in fp8_tensors(tensor).items()}
-
     state: dict[str, Any] = {}
-    for tensors in threads.map(made, keys):
-        state |= tensors
+    for key, shape in keys.items():
+        layer = key.removesuffix(".weight")
+        packed = layer != key and layer in layers
+        kind = (_BLOCK.sub("a block.", key), *shape, packed)
+        if kind not in shared:
+            tensor = random_weight(key, shape, device)
+            parts = fp8_tensors(tensor) if packed else {"": tensor}
+            shared[kind] = {suffix: part.cpu() for suffix, part in parts.items()}
+        state |= {f"{layer}.{suffix}" if suffix else key: part for suffix, part in shared[kind].items()}
     return state
 
 
@@ -78,18 +75,16 @@ def write_files(folder: Path, keys: Mapping, config: Mapping, options: Namespace
     device = "cpu" if options.cpu else "cuda"
     made: dict[str, Any] = {part: folder / f"{part}.safetensors" for part in ("nvfp4", "video", "audio")}
     layers = {*synthetic.quantised_layers({k: torch.empty(s, device="meta") for k, s in keys.items()}, config)}
-    with pool(device) as threads:
-        file = threads.submit(step.write_nvfp4, made["nvfp4"], keys, config, device)
-        for row, packed in (("bf16", ()), ("stock-fp8", layers)):
-            if row in options.rows:
-                made[row] = build(keys, packed, device, threads)
-                say(f"{ROWS[row]}: {sum(tensor.nbytes for tensor in made[row].values()) / 1e9:.2f} GB in host memory")
-        for part in ("video", "audio"):
-            write_vae(made[part], f"{part}_vae", options.tiny, device)
-        made["layers"] = sorted(file.result())
+    made["layers"] = sorted(step.write_nvfp4(made["nvfp4"], keys, config, device))
+    say(f"NVFP4: {made['nvfp4'].stat().st_size / 1e9:.2f} GB, {len(layers)} Linears of {config['num_layers']} blocks")
+    for part in ("video", "audio"):
+        write_vae(made[part], f"{part}_vae", options.tiny, device)
+    shared: dict = {}
+    for row, packed in (("bf16", ()), ("stock-fp8", layers)):
+        if row in options.rows:
+            made[row] = build(keys, packed, device, shared)
+            say(f"{ROWS[row]}: {sum(tensor.nbytes for tensor in made[row].values()) / 1e9:.2f} GB")
     step.empty_cache()
-    size = made["nvfp4"].stat().st_size / 1e9
-    say(f"NVFP4: {size:.2f} GB, {len(layers)} Linears of {config['num_layers']} blocks")
     return made
 
 
@@ -129,11 +124,16 @@ def load_vae(path: Path, kind: str, decode: str) -> Any:
     return comfy.sd.VAE(sd=state, metadata=metadata)
 
 
-def render(models: tuple, size: str, config: Mapping, options: Namespace, text: Any, seed: int) -> dict[str, Any]:
+def render(
+    models: tuple, size: str, config: Mapping, options: Namespace, seed: int = 0, steps: int = 8
+) -> dict[str, Any]:
     """One clip -> seconds of its parts and of a step, latents, shapes."""
+    import torch
+    from nvfp4_video.checkpoint.identify.signatures import context_width
     from nvfp4_video.host.bench.session import decode_sound
 
     patcher, video, audio = models
+    text = torch.randn(1, 256, context_width(config), generator=torch.Generator().manual_seed(0))
     found: dict[str, Any] = {"weights_gb": patcher.loaded_size() / 1e9}
 
     def timed(part: str, work: Callable[[], Any]) -> Any:
@@ -145,14 +145,13 @@ def render(models: tuple, size: str, config: Mapping, options: Namespace, text: 
         return result
 
     _wait()
-    steps, latents = timed(
-        "sampling", lambda: in_process.sample(patcher, size, config, options.frames, seed=seed, text=text)
-    )
+    clip = (patcher, size, config, options.frames, seed, steps)
+    seconds, latents = timed("sampling", lambda: in_process.sample(*clip, text=text))
     pixels = timed("frames", lambda: video.decode(latents[0]))
     wave, rate = timed("sound", lambda: decode_sound(audio, latents[1]))
     if pixels.device.type != "cpu":
         raise AssertionError(f"the frames are on {pixels.device}, not in host memory")
-    found |= {"step": statistics.median(steps), "clip": sum(found[part] for part in PARTS), "latents": latents}
+    found |= {"step": statistics.median(seconds), "clip": sum(found[part] for part in PARTS), "latents": latents}
     return found | {"shapes": f"frames {tuple(pixels.shape)}, sound {tuple(wave.shape)} at {rate} Hz"}
 
 
@@ -167,7 +166,8 @@ def compare(latents: Mapping[str, list]) -> list[str]:
     """Latents of one repetition: ours `bf16` against stock NVFP4 by bits, the others by relative error, in words."""
     import torch
 
-    found = []
+    broken = [ROWS[row] for row, made in latents.items() if not all(bool(one.isfinite().all()) for one in made)]
+    found = [f"NOT FINITE: {', '.join(broken)}"] if broken else []
     if {"stock", "ours"} <= latents.keys():
         equal = all(map(torch.equal, latents["stock"], latents["ours"]))
         found.append(f"latents of {ROWS['ours']} and {ROWS['stock']}: {'the same bits' if equal else 'DIFFERENT'}")
@@ -193,34 +193,32 @@ def table(clips: Mapping[str, list[dict[str, Any]]], size: str) -> list[dict[str
     return rows
 
 
-def measure(models: Mapping[str, tuple], size: str, config: Mapping, options: Namespace) -> dict[str, Any]:
-    """All rows at one size, taking turns; the first clip of each is not counted."""
-    import torch
-    from nvfp4_video.checkpoint.identify.signatures import context_width
-
-    text = torch.randn(1, 256, context_width(config), generator=torch.Generator().manual_seed(0))
+def measure(
+    models: Mapping[str, tuple], size: str, config: Mapping, options: Namespace, keep: Callable[[dict], None]
+) -> None:
+    """All rows at one size, taking turns; ``keep`` gets what is there after each round."""
     clips: dict[str, list[dict[str, Any]]] = {row: [] for row in models}
-    found: dict[str, Any] = {"first": {}, "latents": []}
+    found: dict[str, Any] = {"latents": []}
     names = list(models)
-    for rep in range(options.reps + 1):
-        if rep > 1 and time.perf_counter() - step.STARTED > options.limit:
+    for rep in range(options.reps):
+        if rep and time.perf_counter() - step.STARTED > options.limit:
             say(f"{options.limit:.0f} s are over: no further repetition")
             break
         latents = {}
         for row in names[rep % len(names) :] + names[: rep % len(names)]:
-            made = render(models[row], size, config, options, text, seed=rep)
-            latents[row], shapes = made.pop("latents"), made.pop("shapes")
-            parts = ", ".join(f"{part} {made[part]:.3f} s" for part in PARTS)
-            say(f"{size}, clip {rep}{'' if rep else ' (not counted)'}, {ROWS[row]}: {made['clip']:.3f} s: {parts}")
-            if rep:
-                clips[row].append(made)
-            else:
-                found["first"][ROWS[row]] = made
+            made = render(models[row], size, config, options, seed=1 + rep)
+            latents[row], found["shapes"] = made.pop("latents"), made.pop("shapes")
+            clips[row].append(made)
+            say(f"{size}, clip {rep + 1}, {ROWS[row]}: {told(made)}")
         found["latents"] += compare(latents)
-        for line in compare(latents):
-            say(line)
-        found |= {"shapes": shapes, "rows": table(clips, size)}
-    return found
+        say("; ".join(compare(latents)))
+        found["rows"] = table(clips, size)
+        keep(found)
+
+
+def told(made: Mapping[str, Any]) -> str:
+    """Times of a clip and its parts in words."""
+    return f"{made['clip']:.3f} s: " + ", ".join(f"{part} {made[part]:.3f} s" for part in PARTS)
 
 
 def run(options: Namespace, facts: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -233,20 +231,27 @@ def run(options: Namespace, facts: dict[str, Any], folder: Path) -> dict[str, An
     result: dict[str, Any] = {"facts": facts, "flags": options.flags, "blocks": config["num_layers"]}
     result |= {"frames": options.frames, "quantised": len(made["layers"]), "reports": {}, "sizes": {}}
     models: dict[str, tuple] = {}
+
+    def keep(size: str, found: dict[str, Any]) -> None:
+        result["sizes"][size] = found
+        in_process.save("clip", options, result)
+
     for row in _possible(options.rows):
         patcher, report = load_model(row, made, config, options)
         decode = "stock" if row in STOCK else "fast" if row == "fp8" else "exact"
         vaes = [load_vae(made["video"], "video", decode), load_vae(made["audio"], "audio", _sound(decode))]
         models[row], result["reports"][ROWS[row]] = (patcher, *vaes), report
-        in_process.sample(patcher, options.sizes[0], config, options.frames, seed=0, steps=2)
+        first = render(models[row], options.sizes[0], config, options, steps=FIRST_STEPS)
         if getattr(patcher, "is_dynamic", bool)() and hasattr(patcher, "partially_unload_ram"):
             _wait()
             patcher.partially_unload_ram(1e32)  # step.py says why
         used = ", ".join(f"{kind} {value:.1f}" for kind, value in memory().items())
         say(f"{ROWS[row]}: {patcher.loaded_size() / 1e9:.2f} GB of weights on the GPU; GB in use: {used}")
-    for size in options.sizes:
-        result["sizes"][size] = measure(models, size, config, options)
-        in_process.save("clip", options, result)
+        say(f"  first clip, not counted, {FIRST_STEPS} steps: {told(first)}")
+    for number, size in enumerate(options.sizes):
+        for row in models if number else ():
+            render(models[row], size, config, options, steps=FIRST_STEPS)
+        measure(models, size, config, options, functools.partial(keep, size))
     return result
 
 
