@@ -128,7 +128,8 @@ class Console:
         lines = [[(text, "dim") for text in head], *rows] if head else rows
         texts = [[line(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in lines]
         styles = [["" if isinstance(cell, str) else cell[1] for cell in row] for row in lines]
-        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        natural = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        widths = natural.copy()
         excess = indent + sum(widths) + 2 * (len(widths) - 1) - self.width
         texts_only = [column for column, how in enumerate(align) if how == "<"]
         for column in sorted(texts_only, key=lambda column: (column != len(widths) - 1, -widths[column])):
@@ -138,6 +139,8 @@ class Console:
             excess -= taken
         if excess > 0 and len(texts_only) and len(widths) > 1:
             apart = max(texts_only, key=widths.__getitem__)
+            if indent + sum(natural) - natural[apart] + 2 * (len(natural) - 1) <= self.width:
+                widths = natural
             for row, style in zip(texts, styles, strict=True):
                 self._write(" " * indent + self.paint(row[apart], style[apart]))
                 cells = [f"{text:{how}{width}}" for text, how, width in zip(row, align, widths, strict=True)]

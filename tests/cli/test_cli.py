@@ -315,6 +315,9 @@ def test_a_name_that_is_too_long_for_its_column_stands_above_its_row(capsys, mon
     name = "transformer_blocks.2.video_to_audio_attn"
     Console().table(["layer", "error", "allowed"], [(name, "0.08", "0.11")], "<>>", indent=0)
     assert capsys.readouterr().out.splitlines() == ["layer", "  error  allowed", name, "   0.08     0.11"]
+    Console().table(["layer", "what it is", "error"], [(name, "an attention of sound", "0.08")], "<<>", indent=0)
+    below = capsys.readouterr().out.splitlines()[1::2]
+    assert below == ["  what it is             error", "  an attention of sound   0.08"], "the rest in its columns"
 
 
 def test_a_quiet_console_writes_nothing_but_errors(capsys):
