@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 from nvfp4_video.checkpoint.file.header import read_header
 from nvfp4_video.cli import COMMANDS, main
-from nvfp4_video.cli.console import Console, Progress, size
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.support import full_size
 
@@ -301,85 +299,10 @@ def test_inspect_repair_and_split_work_on_files_of_the_demo(demo, tmp_path: Path
     assert read_header(part["path"]).tensors.keys() == read_header(repaired).tensors.keys()
 
 
-def test_a_table_wraps_its_last_column_and_stays_within_the_width(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    Console().table(["name", "text"], [("a", "word " * 20), ("longer name", "short")], "><")
-    lines = capsys.readouterr().out.splitlines()
-    assert all(len(line) <= 40 for line in lines)
-    assert lines[1].startswith("            a  word word")
-    assert lines[2].startswith(" " * 15 + "word"), "a wrapped cell stays in its column"
-
-
-def test_a_name_that_is_too_long_for_its_column_stands_above_its_row(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    name = "transformer_blocks.2.video_to_audio_attn"
-    Console().table(["layer", "error", "allowed"], [(name, "0.08", "0.11")], "<>>", indent=0)
-    assert capsys.readouterr().out.splitlines() == ["layer", "  error  allowed", name, "   0.08     0.11"]
-    Console().table(["layer", "what it is", "error"], [(name, "an attention of sound", "0.08")], "<<>", indent=0)
-    below = capsys.readouterr().out.splitlines()[1::2]
-    assert below == ["  what it is             error", "  an attention of sound   0.08"], "the rest in its columns"
-
-
-def test_a_quiet_console_writes_nothing_but_errors(capsys):
-    console = Console(quiet=True)
-    console.say("text")
-    console.title("title")
-    console.table(["a"], [("b",)], "<")
-    console.error("a\nb")
-    assert capsys.readouterr() == ("", "error: a b\n")
-
-
-class Terminal(io.StringIO):
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_on_a_terminal_shows_bar_amount_and_note_and_wipes_itself():
-    terminal = Terminal()
-    with Progress(terminal, "Copying", 4_000_000, size) as progress:
-        progress.update(1_000_000, "a.safetensors")
-        line = progress.line()
-    assert line.startswith("Copying  " + "━" * 6 + "─" * 18 + "  1.00 MB / 4.00 MB  a.safetensors  ")
-    assert "/s" in line
-    assert terminal.getvalue().endswith("\r\033[K")
-
-
-def test_progress_keeps_its_numbers_where_there_is_too_little_room(monkeypatch):
-    title = "Quantizing to a-model-with-a-rather-long-name-for-a-terminal_nvfp4.safetensors"
-    progress = Progress(io.StringIO(), title, 29_140_000_000, size)
-    progress.update(12_340_000_000, "transformer_blocks.17.audio_to_video_attn.to_out.0.weight")
-    progress._started -= 60
-    line = progress.line(80)
-    assert len(line) <= 80
-    assert line.startswith("Quantizing to a-") and "12.34 GB / 29.14 GB" in line
-    assert line.endswith(" s left") and " MB/s  60.0 s  " in line
-    assert "==========-----" in progress.line(), "with room enough there is a bar"
-
-
-def test_a_line_with_columns_wraps_below_its_last_column_and_keeps_words_whole(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    Console().say("format   bound\nNVFP4    math-bound in Linears and attention-bound")
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "NVFP4    math-bound in Linears and",
-        "         attention-bound",
-    ]
-    Console().say("words and https://example.org/a-very-long-address-of-a-file.safetensors")
-    assert "https://example.org/a-very-long-address-of-a-file.safetensors" in capsys.readouterr().out
-
-
 def test_an_output_in_a_folder_that_is_not_there_is_refused(demo, tmp_path: Path, capsys):
     words = ["inspect", str(demo[1] / "modelopt.safetensors"), "--picture", str(tmp_path / "typo" / "x.png")]
     assert main(words) == 2
     assert "is not there" in capsys.readouterr().err and not (tmp_path / "typo").exists()
-
-
-def test_progress_of_a_short_step_writes_nothing_into_a_log():
-    log = io.StringIO()
-    with Progress(log, "Copying", 2, str) as progress:
-        progress.update(2)
-    assert log.getvalue() == ""
 
 
 def test_noise_ends_sharpness_with_1_and_compare_names_what_is_wrong(pictures, tmp_path, capsys):
