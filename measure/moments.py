@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments of the inputs of Linears, gathered while a model runs: Gram matrices X^T X of blocks of columns.
 
-Sums are FP32, on the device of the inputs. Layers that are called one after the other with the same tensor share one
+Sums are FP32, on the device of the inputs; a GPU adds BF16 and FP16 inputs with its tensor cores, in one launch. Layers that are called one after the other with the same tensor share one
 input. A quarter of each call's tokens is held out, in sums of its own, by which a choice made with the others can be
 judged: the first quarter in the first call, the second in the second, and so on, so that neighbouring tokens are on
 one side and every place of a clip comes to both.
@@ -9,13 +9,15 @@ one side and every place of a clip comes to both.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..kernels.format import BLOCK, round_up
+from ..kernels.backends import BF16_CAPABILITY, pick_backend, triton_module
+from ..kernels.format import BLOCK, TENSOR_CORE_DTYPES, round_up
 
 _HELD_OUT = 4  # one in so many tokens
 _ELEMENTS = 2**24  # of an input that is converted to FP32 at a time
@@ -53,9 +55,15 @@ class Moments:
         rows = inputs.reshape(-1, self.columns)
         turn, count = call % _HELD_OUT, rows.shape[0]
         start, stop = count * turn // _HELD_OUT, count * (turn + 1) // _HELD_OUT
-        for part in (rows[:start], rows[stop:]):
-            self._sum(part, self.gram)
-        self._sum(rows[start:stop], self.held_out)
+        if _on_tensor_cores(inputs.device, inputs.dtype):
+            shape = tuple(self.gram.shape)
+            added = triton_module("moments").prepare(count, start, stop, self.columns, shape, inputs.device)
+            added(rows.contiguous(), self.gram, self.held_out)
+        else:
+            with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+                for part in (rows[:start], rows[stop:]):
+                    self._sum(part, self.gram)
+                self._sum(rows[start:stop], self.held_out)
         self.tokens += count - (stop - start)
         self.held_tokens += stop - start
 
@@ -106,11 +114,11 @@ class Collector:
             return
         # First a layer of its own, or one whose input is no longer the leader's: it has its own sums from here on.
         self.inputs[layer] = layer
-        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            if layer not in self.moments:
-                self.moments[layer] = Moments.zeros(inputs.shape[-1], self._width, inputs.device)
-            self.moments[layer].add(inputs.detach(), self._calls.get(layer, 0))
-        self._calls[layer] = self._calls.get(layer, 0) + 1
+        call = self._calls.get(layer, 0)
+        if call == 0:
+            self.moments[layer] = Moments.zeros(inputs.shape[-1], self._width, inputs.device)
+        self.moments[layer].add(inputs, call)
+        self._calls[layer] = call + 1
         self._last = (weakref.ref(inputs), _version(inputs), layer)
 
 
@@ -137,6 +145,13 @@ def moment_bytes(columns: int, width: int) -> int:
     """Bytes of the sums of one input."""
     width = min(width, round_up(columns, BLOCK))
     return 2 * 4 * -(-columns // width) * width * width
+
+
+@functools.cache
+def _on_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
+    if dtype not in TENSOR_CORE_DTYPES or torch.version.cuda is None or pick_backend(device)[0] != "triton":
+        return False
+    return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
 
 
 def _version(tensor: torch.Tensor) -> int:

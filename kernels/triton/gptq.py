@@ -19,7 +19,7 @@ from ..format import BLOCK, FP8, PackedWeight, block_scale_shape, packed_shape
 from ..gptq import LARGEST_LEVEL, SCALES
 from .tiles import e4m3_to_f32, tiled_offset, to_e2m1_code, to_e4m3_bits
 
-_ROWS = 128
+_ROWS = 32  # four numbers a thread of four warps: few registers, and all warps a multiprocessor can hold
 _LARGEST_LEVEL, _SCALES = tl.constexpr(LARGEST_LEVEL), tl.constexpr(SCALES)
 
 
@@ -34,7 +34,7 @@ def _cost(target, scale, within_ptr, cost_ptr, column):
     """fp32 targets [R, 16] + decoded scales [R] -> what rounding to them costs [R], the levels [R, 16]."""
     inverse = tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)
     total, levels = tl.zeros_like(scale), tl.zeros_like(target)
-    for place in tl.static_range(16):
+    for place in range(16):
         here = _column(target, column, place)
         level = tl.minimum(tl.maximum(here * inverse, -6.0), 6.0)
         power = tl.maximum(level.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000).to(tl.float32, bitcast=True)
@@ -51,7 +51,7 @@ def _cost(target, scale, within_ptr, cost_ptr, column):
 def _present_cost(residuals, within_ptr, cost_ptr, column):
     """fp32 distances of the targets from what is there already [R, 16] -> what it costs [R]."""
     total = tl.sum(residuals, axis=1) * 0.0
-    for place in tl.static_range(16):
+    for place in range(16):
         here = _column(residuals, column, place)
         total += tl.load(cost_ptr + place) * here * here
         residuals += here[:, None] * tl.load(within_ptr + place * 16 + column)
@@ -103,17 +103,17 @@ def _group_kernel(
     most = tl.minimum(tl.div_rn(tl.div_rn(amax, _LARGEST_LEVEL), global_scale), 448.0)
     first = to_e4m3_bits(tl.where(global_scale == 0.0, 0.0, most))
     least, bits = tl.full(amax.shape, float("inf"), tl.float32), first
-    for number in range(_SCALES):
-        candidate = tl.minimum(first + number, 126)
-        total, _ = _cost(target, global_scale * (e4m3_to_f32(candidate) * 256.0), within_ptr, cost_ptr, column)
+    scale, levels = tl.zeros_like(amax), tl.zeros_like(target)
+    for number in range(_SCALES + 1):  # the last time with the best
+        candidate = tl.where(number == _SCALES, bits, tl.minimum(first + number, 126))
+        scale = global_scale * (e4m3_to_f32(candidate) * 256.0)
+        total, levels = _cost(target, scale, within_ptr, cost_ptr, column)
         better = total < least
         least, bits = tl.where(better, total, least), tl.where(better, candidate, bits)
-    scale = global_scale * (e4m3_to_f32(bits) * 256.0)
-    total, levels = _cost(target, scale, within_ptr, cost_ptr, column)
     known = errors_ptr + line[:, None] * width + group * 16 + column
     if AGAIN:
         present = tl.load(known, mask=inside, other=0.0) + pushed
-        taken = total < _present_cost(present, within_ptr, cost_ptr, column)
+        taken = least < _present_cost(present, within_ptr, cost_ptr, column)
     else:
         taken = amax >= 0.0
     inside = inside & taken[:, None]
