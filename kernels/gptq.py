@@ -117,7 +117,7 @@ def quantize(
     Rows do not depend on each other, so that a weight may be given in pieces. Takes twice the weight's FP32 bytes on a
     GPU with Triton. Raises ValueError for a weight that is not finite, or of another width than the Gram matrices.
     """
-    (rows, cols), (count, width) = weight.shape, told.order.shape
+    cols, (count, width) = weight.shape[1], told.order.shape
     if not 0 <= count * width - round_up(cols, BLOCK) < width:
         raise ValueError(f"a weight of {cols} columns, Gram matrices of {count} x {width}")
     check_finite(weight.abs().amax())
@@ -135,9 +135,7 @@ def output_error(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     return _block_errors(difference, gram).sum()
 
 
-def trial(
-    weight: torch.Tensor, told: Feedback, global_scale: torch.Tensor, judge: torch.Tensor
-) -> torch.Tensor:
+def trial(weight: torch.Tensor, told: Feedback, global_scale: torch.Tensor, judge: torch.Tensor) -> torch.Tensor:
     """(N, K) float, Feedback of D dampings, () fp32, (G, B, B) Gram matrices -> (D,) fp64: with each, the squared error
     of the outputs of those matrices' inputs after the first pass."""
     count, width, _ = judge.shape

@@ -93,7 +93,9 @@ class Packer:
         errors = torch.zeros(2, dtype=torch.float64, device=rows.device)
         for _, values in rows:
             errors[0] += _error(plain(values), values, moments)
-        made = _packed(rows, lambda values: gptq.quantize(values, told, global_scale, again), global_scale, moments, errors[1])
+        made = _packed(
+            rows, lambda values: gptq.quantize(values, told, global_scale, again), global_scale, moments, errors[1]
+        )
         plain_error, error = errors.tolist()
         if not error < plain_error:
             self._worse += 1

@@ -32,7 +32,7 @@ def _column(values, column, place):
 @triton.jit
 def _cost(target, scale, within_ptr, cost_ptr, column):
     """fp32 targets [R, 16] + decoded scales [R] -> what rounding to them costs [R], the levels [R, 16]."""
-    inverse = tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)
+    inverse = tl.where(scale > 0.0, tl.div_rn(1.0, tl.where(scale > 0.0, scale, 1.0)), 0.0)
     total, levels = tl.zeros_like(scale), tl.zeros_like(target)
     for place in range(16):
         here = _column(target, column, place)

@@ -100,6 +100,4 @@ def prepare(
     grid = (triton.cdiv(columns, span) * tiles * tiles,)
     arguments = (rows, start, stop, cols, width, span, tiles, columns, tile, _TOKENS)
     warps, stages = (8, 3) if tile == _LARGE_TILE else (4, 4)
-    return Launcher(
-        _moments_kernel, grid, arguments, device, changes=(1, 2), num_warps=warps, num_stages=stages
-    )
+    return Launcher(_moments_kernel, grid, arguments, device, changes=(1, 2), num_warps=warps, num_stages=stages)
