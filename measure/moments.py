@@ -2,9 +2,9 @@
 """Second moments of the inputs of Linears, gathered while a model runs: Gram matrices X^T X of blocks of columns.
 
 Sums are FP32, on the device of the inputs; a GPU adds BF16 and FP16 inputs up with its tensor cores, in one launch.
-Layers that are called one after the other with the same tensor share one input. A quarter of each call's tokens is held out, in sums of its own, by which a choice made with the others can be
-judged: the first quarter in the first call, the second in the second, and so on, so that neighbouring tokens are on
-one side and every place of a clip comes to both.
+Layers that are called one after the other with the same tensor share one input. A quarter of each call's tokens is held
+out, in sums of its own, by which a choice made with the others can be judged: the first quarter in the first call, the
+second in the second, and so on, so that neighbouring tokens are on one side and every place of a clip comes to both.
 """
 
 from __future__ import annotations
