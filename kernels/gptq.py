@@ -112,7 +112,7 @@ def second_pass(gram: torch.Tensor, first: Feedback) -> Feedback:
 def quantize(
     weight: torch.Tensor, told: Feedback, global_scale: torch.Tensor, again: Feedback | None = None
 ) -> PackedWeight:
-    """(N, K) float, its Feedback, () fp32, that of a second pass -> PackedWeight, laid out as by ``reference.quantize``.
+    """(N, K) float, its Feedback, () fp32, that of a second pass -> PackedWeight in ``reference.quantize``'s layout.
 
     Rows do not depend on each other, so that a weight may be given in pieces. Takes twice the weight's FP32 bytes on a
     GPU with Triton. Raises ValueError for a weight that is not finite, or of another width than the Gram matrices.
