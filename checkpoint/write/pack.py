@@ -117,8 +117,8 @@ def _packed(
     scale = torch.empty(block_scale_shape(rows.shape), dtype=torch.float8_e4m3fn)
     for start, values in rows:
         record = pack(values)
-        packed[start : start + record.packed.shape[0]] = record.packed.cpu()
-        scale[start : start + record.block_scale.shape[0]] = record.block_scale.cpu()
+        packed[start : start + record.packed.shape[0]].copy_(record.packed)
+        scale[start : start + record.block_scale.shape[0]].copy_(record.block_scale)
         if moments is not None:
             error += _error(record, values, moments)
     return packed, scale, global_scale.cpu()

@@ -19,7 +19,7 @@ from ..format import BLOCK, FP8, PackedWeight, block_scale_shape, packed_shape
 from ..gptq import LARGEST_LEVEL, SCALES
 from .tiles import e4m3_to_f32, tiled_offset, to_e2m1_code, to_e4m3_bits
 
-_ROWS = 32  # four numbers a thread of four warps: few registers, and all warps a multiprocessor can hold
+_ROWS = 64  # of a program of four warps: eight numbers a thread
 _LARGEST_LEVEL, _SCALES = tl.constexpr(LARGEST_LEVEL), tl.constexpr(SCALES)
 
 

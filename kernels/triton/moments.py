@@ -46,14 +46,13 @@ def _add(sum_ptr, i, j, inside, mirrored, total, width):
     tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _moments_kernel(
     x_ptr,
     gram_ptr,
     held_ptr,
+    turn_ptr,
     rows,
-    start,
-    stop,
     cols,
     width,
     span,
@@ -64,9 +63,11 @@ def _moments_kernel(
 ):
     """Each program has one tile of a span of columns: a block, or several blocks that are narrower than a tile.
 
-    x (rows, cols) bf16 or fp16; gram, held (columns / width, width, width) fp32. Tokens ``start`` to ``stop`` are held
-    out. ``tiles``: on a side of a span.
+    x (rows, cols) bf16 or fp16; gram, held (columns / width, width, width) fp32; turn int32: which quarter of the
+    tokens is held out. ``tiles``: on a side of a span.
     """
+    turn = tl.load(turn_ptr)
+    start, stop = rows * turn // 4, rows * (turn + 1) // 4
     program = tl.program_id(0)
     first, second = program // tiles % tiles, program % tiles
     base = program // (tiles * tiles) * span
@@ -86,11 +87,11 @@ def _moments_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def prepare(
-    rows: int, start: int, stop: int, cols: int, shape: tuple[int, int, int], device: torch.device
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
-    """T, tokens that are held out, K, (G, B, B) of the sums -> function of x (T, K), gram and held_out, added to.
+    rows: int, cols: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]:
+    """T, K, (G, B, B) of the sums, dtype of x -> function of x (T, K), gram and held_out, added to, and a turn, 0 to 3.
 
-    x is contiguous, BF16 or FP16; the sums are contiguous FP32.
+    Tokens from T * turn // 4 to T * (turn + 1) // 4 are held out. x is contiguous, BF16 or FP16; the sums FP32.
     """
     count, width, _ = shape
     tile = _LARGE_TILE if width >= _LARGE_WIDTH else _TILE
@@ -98,6 +99,18 @@ def prepare(
     tiles = triton.cdiv(span, tile)
     columns = count * width
     grid = (triton.cdiv(columns, span) * tiles * tiles,)
-    arguments = (rows, start, stop, cols, width, span, tiles, columns, tile, _TOKENS)
-    warps, stages = (8, 3) if tile == _LARGE_TILE else (4, 4)
-    return Launcher(_moments_kernel, grid, arguments, device, changes=(1, 2), num_warps=warps, num_stages=stages)
+    warps, stages = (8, 2) if tile == _LARGE_TILE else (4, 4)
+    arguments = (rows, cols, width, span, tiles, columns, tile, _TOKENS)
+    launch = Launcher(_moments_kernel, grid, arguments, device, changes=(1, 2), num_warps=warps, num_stages=stages)
+    turns = _turns(device)
+
+    def run(x: torch.Tensor, gram: torch.Tensor, held: torch.Tensor, turn: int) -> None:
+        launch(x, gram, held, turns[turn])
+
+    return run
+
+
+@functools.cache
+def _turns(device: torch.device) -> list[torch.Tensor]:
+    """0 to 3 on the device, each at an address that a kernel may be launched with directly."""
+    return list(torch.arange(4, dtype=torch.int32, device=device).unsqueeze(1).repeat(1, 4))

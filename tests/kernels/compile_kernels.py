@@ -187,13 +187,13 @@ def gptq_variants(capability: int) -> Iterator[Variant]:
     pointers = dict.fromkeys([name for name in kernel.arg_names if name.endswith("_ptr")], "*fp32")
     pointers |= {"packed_ptr": "*u8", "scale_ptr": "*u8", "order_ptr": "*i64"}
     for again in (False, True):
-        yield str(again), kernel, pointers, {"AGAIN": again, "ROWS": 32}
+        yield str(again), kernel, pointers, {"AGAIN": again, "ROWS": 64}
 
 
 def moments_variants(capability: int) -> Iterator[Variant]:
     """Blocks of columns, and whole matrices."""
     for dtype, tile in (("*bf16", 64), ("*fp16", 128)) if capability >= 80 else ():
-        pointers = {"x_ptr": dtype, "gram_ptr": "*fp32", "held_ptr": "*fp32"}
+        pointers = {"x_ptr": dtype, "gram_ptr": "*fp32", "held_ptr": "*fp32", "turn_ptr": "*i32"}
         yield dtype, moments._moments_kernel, pointers, {"TILE": tile, "TOKENS": 64}
 
 

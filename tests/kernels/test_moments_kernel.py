@@ -28,24 +28,20 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "cols", "width", "start", "stop"),
-    [(70, 144, 64, 0, 17), (9, 40, 16, 2, 4), (130, 200, 128, 97, 130), (10, 100, 48, 5, 5), (65, 592, 592, 16, 32)],
+    ("tokens", "cols", "width", "turn"),
+    [(70, 144, 64, 0), (9, 40, 16, 1), (130, 200, 128, 3), (3, 100, 48, 0), (65, 592, 592, 2)],
 )
-def test_both_sums_are_those_of_fp64_and_are_added_to_what_was_there(
-    tokens, cols, width, start, stop, kernels, generator
-):
+def test_both_sums_are_those_of_fp64_and_are_added_to_what_was_there(tokens, cols, width, turn, kernels, generator):
     inputs = torch.randn(tokens, cols, generator=generator) * torch.randn(cols, generator=generator).exp2() + 0.5
     inputs = inputs.to(torch.bfloat16 if kernels.device == "cuda" else torch.float16)  # the interpreter has no BF16
     sums = [torch.zeros(-(-cols // width), width, width, device=kernels.device) for _ in range(2)]
-    shape, device = tuple(sums[0].shape), inputs.to(kernels.device).device
-    add = importlib.import_module("nvfp4_video.kernels.triton.moments").prepare(
-        tokens, start, stop, cols, shape, device
-    )
+    shape, given = tuple(sums[0].shape), inputs.to(kernels.device)
+    prepare = importlib.import_module("nvfp4_video.kernels.triton.moments").prepare
     for _ in range(2):
-        add(inputs.to(kernels.device), *sums)
-    held = inputs[start:stop]
+        prepare(tokens, cols, shape, given.dtype, given.device)(given, *sums, turn)
+    start, stop = tokens * turn // 4, tokens * (turn + 1) // 4
     assert_near(sums[0], 2 * exact(torch.cat((inputs[:start], inputs[stop:])), width))
-    assert_near(sums[1], 2 * exact(held, width))
+    assert_near(sums[1], 2 * exact(inputs[start:stop], width))
 
 
 @pytest.mark.cuda
