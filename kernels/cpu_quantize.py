@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ def quantize(
     return PackedWeight(packed, swizzle(scale), global_scale, (rows, cols))
 
 
-def in_threads(work: Callable[[int], None], starts: Iterable[int]) -> None:
+def in_threads(work: Callable[[Any], None], starts: Iterable) -> None:
     """``work(start)`` for all starts, in as many threads as torch uses, each running torch's operations by itself."""
     starts = list(starts)
     threads = torch.get_num_threads()

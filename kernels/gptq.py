@@ -40,7 +40,7 @@ LARGEST_LEVEL = 7.5  # that the largest target of a group becomes with the small
 SCALES = 10  # neighbouring E4M3 values that are tried
 _LARGEST_BITS = 126  # of E4M3: 448
 _STRONGEST_DAMPING = 1.0
-_ROWS = 512  # of one block of columns, that a CPU core rounds at a time
+_ROWS, _PIECE = 1024, 2048  # that are rounded at a time: of one block, and of all blocks together
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,14 @@ class Feedback:
 
     def of(self, number: int) -> Feedback:
         """That of one of the dampings."""
-        own = slice(*(place * len(self.order) // len(self.dampings) for place in (number, number + 1)))
-        parts = (part[own] for part in (self.order, self.carry, self.within, self.cost))
-        return Feedback(*parts, (self.dampings[number],))
+        many = len(self.order) // len(self.dampings)
+        found = self.blocks(slice(number * many, (number + 1) * many))
+        return replace(found, dampings=self.dampings[number : number + 1])
+
+    def blocks(self, which: slice) -> Feedback:
+        """That of some blocks of columns."""
+        parts = (part[which] for part in (self.order, self.carry, self.within, self.cost))
+        return Feedback(*parts, self.dampings)
 
 
 def feedback(gram: torch.Tensor, *dampings: float) -> Feedback:
@@ -186,99 +191,96 @@ def _groups(root: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 @torch.inference_mode(False)
 def _quantize(weight: torch.Tensor, passes: tuple[Feedback, ...], global_scale: torch.Tensor) -> PackedWeight:
-    """``quantize`` in torch, one block of columns of some rows at a time: on a CPU, each in a thread."""
+    """``quantize`` in torch, some blocks of columns of some rows at a time: on a CPU, each piece in a thread."""
     (rows, cols), (count, width) = weight.shape, passes[0].order.shape
     weight = torch.nn.functional.pad(weight.detach().float(), (0, count * width - cols))
-    codes = torch.zeros((round_up(rows, 16), count * width), dtype=torch.uint8, device=weight.device)
-    scales = torch.zeros((len(codes), count * width // BLOCK), dtype=FP8, device=weight.device)
+    codes = torch.zeros((round_up(rows, 16), count, width), dtype=torch.uint8, device=weight.device)
+    scales = torch.zeros((len(codes), count, width // BLOCK), dtype=FP8, device=weight.device)
+    height = max(min(rows, _ROWS), 1)
+    step = max(min(_PIECE // height, -(-count // torch.get_num_threads())), 1)
 
-    def work(number: int) -> None:
-        block, start = number % count, number // count * _ROWS
-        part = slice(start, min(start + _ROWS, rows))
-        columns = weight[part, block * width : (block + 1) * width].t()[passes[0].order[block]]
-        found, scale = _round_block(columns, [_Steps(told, block) for told in passes], global_scale)
-        back = passes[0].order[block].argsort()
-        codes[part, block * width : (block + 1) * width] = found[back].t()
-        places = slice(block * width // BLOCK, (block + 1) * width // BLOCK)
-        scales.view(torch.uint8)[part, places] = scale.view(torch.uint8)[back[::BLOCK] // BLOCK].t()
+    def work(piece: tuple[int, int]) -> None:
+        row, block = (slice(start, start + size) for start, size in zip(piece, (height, step), strict=True))
+        order = passes[0].order[block].unsqueeze(2)
+        columns = weight[row].unflatten(1, (count, width))[:, block].permute(1, 2, 0)
+        columns = columns.gather(1, order.expand_as(columns))
+        found, scale = _round_blocks(columns, [told.blocks(block) for told in passes], global_scale)
+        back = order.argsort(1).expand_as(columns)
+        codes[row, block] = found.gather(1, back).permute(2, 0, 1)
+        groups = back[:, ::BLOCK] // BLOCK
+        scales.view(torch.uint8)[row, block] = scale.view(torch.uint8).gather(1, groups).permute(2, 0, 1)
 
-    pieces = range(count * -(-rows // _ROWS))
+    pieces = [(row, block) for row in range(0, rows, height) for block in range(0, count, step)]
     if weight.device.type == "cpu":
         in_threads(work, pieces)
     else:
-        for number in pieces:
-            work(number)
-    codes, scales = codes[:, : round_up(cols, BLOCK)], scales[:, : round_up(cols, BLOCK) // BLOCK]
+        for piece in pieces:
+            work(piece)
+    codes, scales = codes.flatten(1)[:, : round_up(cols, BLOCK)], scales.flatten(1)[:, : round_up(cols, BLOCK) // BLOCK]
     packed = (codes[:, 0::2] << 4) | codes[:, 1::2]
     return PackedWeight(packed, swizzle(scales.contiguous()), global_scale, (rows, cols))
 
 
-class _Steps:
-    """Feedback of one block: ``carry`` (B, B), ``within`` (B/16, 16, 16), ``cost`` numbers."""
-
-    def __init__(self, told: Feedback, block: int) -> None:
-        self.carry, self.within, self.cost = told.carry[block], told.within[block], told.cost[block].tolist()
-
-
-def _round_block(
-    columns: torch.Tensor, passes: list[_Steps], global_scale: torch.Tensor
+def _round_blocks(
+    columns: torch.Tensor, passes: list[Feedback], global_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, R) fp32 columns in their order -> (B, R) uint8 codes, (B/16, R) e4m3 scales."""
+    """(G, B, R) fp32 columns in their order, Feedback of these blocks -> (G, B, R) codes, (G, B/16, R) e4m3 scales."""
     errors, levels = torch.zeros_like(columns), torch.empty_like(columns)
-    scales = torch.empty((len(columns) // BLOCK, columns.shape[1]), dtype=FP8, device=columns.device)
-    for turn, steps in enumerate(passes):
-        for number, group in _slices(len(columns)):
-            settled = slice(len(columns) if turn else group.start)
-            pushed = steps.carry[settled, group].t() @ errors[settled]
-            rules = steps.within[number], steps.cost[group]
-            target = columns[group] + pushed
+    scales = torch.empty_like(columns[:, ::BLOCK], dtype=torch.uint8).contiguous()
+    for turn, told in enumerate(passes):
+        for number, group in _slices(columns.shape[1]):
+            settled = slice(columns.shape[1] if turn else group.start)
+            pushed = torch.bmm(told.carry[:, settled, group].transpose(1, 2), errors[:, settled])
+            target = (columns[:, group] + pushed).transpose(0, 1).contiguous()
+            rules = told.within[:, number].permute(1, 2, 0).unsqueeze(3).contiguous(), told.cost.t()[group].unsqueeze(2)
             scale = _best_scale(target, rules, global_scale)
-            decode = scale.float() * global_scale
-            level = torch.empty_like(target)
-            cost = _cost(target.unsqueeze(1), rules, decode.unsqueeze(0), level)
-            error = columns[group] - level * decode
+            decode, level = scale.float() * global_scale, torch.empty_like(target)
+            cost = _cost(target, rules, decode.unsqueeze(0), level)
+            error, level = columns[:, group] - (level * decode).transpose(0, 1), level.transpose(0, 1)
+            scale = scale.view(torch.uint8)
             if turn:
-                better = cost < _cost((errors[group] + pushed).unsqueeze(1), rules)
-                scale = torch.where(better[0], scale.view(torch.uint8), scales[number].view(torch.uint8)).view(FP8)
-                level, error = torch.where(better, level, levels[group]), torch.where(better, error, errors[group])
-            scales[number], levels[group], errors[group] = scale, level, error
-    return round_to_e2m1(levels), scales
+                better = cost < _cost((errors[:, group] + pushed).transpose(0, 1), rules)
+                scale = torch.where(better[0], scale, scales[:, number])
+                level = torch.where(better.transpose(0, 1), level, levels[:, group])
+                error = torch.where(better.transpose(0, 1), error, errors[:, group])
+            scales[:, number], levels[:, group], errors[:, group] = scale, level, error
+    return round_to_e2m1(levels), scales.view(FP8)
 
 
 def _best_scale(target: torch.Tensor, rules: tuple, global_scale: torch.Tensor) -> torch.Tensor:
-    """(16, R) fp32 targets -> (R,) e4m3 scale that costs least."""
+    """(16, G, R) fp32 targets -> (G, R) e4m3, the scale that costs least."""
     most = (target.abs().amax(0) / LARGEST_LEVEL / global_scale).clamp(max=E4M3_MAX).nan_to_num(0.0)
-    bits = most.to(FP8).view(torch.uint8) + torch.arange(SCALES, dtype=torch.uint8, device=most.device).unsqueeze(1)
-    candidates = bits.clamp(max=_LARGEST_BITS).view(FP8)
-    choice = _cost(target.unsqueeze(1), rules, candidates.float() * global_scale).argmin(0, keepdim=True)
-    return candidates.view(torch.uint8).gather(0, choice)[0].view(FP8)
+    more = torch.arange(SCALES, dtype=torch.uint8, device=most.device).view(-1, 1, 1)
+    candidates = (most.to(FP8).view(torch.uint8) + more).clamp(max=_LARGEST_BITS)
+    choice = _cost(target, rules, candidates.view(FP8).float() * global_scale).argmin(0, keepdim=True)
+    return candidates.gather(0, choice)[0].view(FP8)
 
 
 def _cost(
     target: torch.Tensor, rules: tuple, scale: torch.Tensor | None = None, levels: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(16, 1, R) fp32 targets, (within, cost), (S, R) decoded scales -> (S, R) fp32: what rounding to them costs.
+    """(16, G, R) fp32 targets, (within, cost), (S, G, R) decoded scales -> (S, G, R) fp32: what rounding costs.
 
-    ``levels`` (16, R), for one scale: gets the values of the codes, -6 to 6. Without scales, the targets are residuals
-    of what is there already. A level is the nearest value of E2M1, ties to the even code: with p the power of two
-    below it, at least 1, steps are p / 2, and adding p * 1.5 * 2**22 leaves room for just such.
+    ``levels`` (16, G, R), for one scale: gets the values of the codes, -6 to 6. Without scales, the targets are
+    residuals of what is there already. A level is the nearest value of E2M1, ties to the even code: with p the power
+    of two below it, at least 1, steps are p / 2, and adding p * 1.5 * 2**22 leaves room for just such.
     """
     within, price = rules
-    many = 1 if scale is None else len(scale)
-    left = target.repeat(1, many, 1)
-    total = torch.zeros_like(left[0])
+    left = target.unsqueeze(1).repeat(1, 1 if scale is None else len(scale), 1, 1)
+    total, level, power = (torch.zeros_like(left[0]) for _ in range(3))
+    bits, exponent = power.view(torch.int32), torch.tensor(0x7F800000, dtype=torch.int32, device=left.device)
     inverse = None if scale is None else torch.where(scale > 0, 1.0 / scale, 0.0)
     for place in range(BLOCK):
         residual = left[place]
         if inverse is not None:
-            level = (residual * inverse).clamp_(-E2M1_MAX, E2M1_MAX)
-            power = (level.view(torch.int32) & 0x7F800000).clamp_(min=0x3F800000).view(torch.float32)
+            torch.mul(residual, inverse, out=level).clamp_(-E2M1_MAX, E2M1_MAX)
+            torch.bitwise_and(level.view(torch.int32), exponent, out=bits).clamp_(min=0x3F800000)
             power.mul_(1.5 * 2**22)
             level.add_(power).sub_(power)
             residual.addcmul_(level, scale, value=-1)
             if levels is not None:
                 levels[place] = level[0]
-        total.addcmul_(residual, residual, value=price[place])
+        total.addcmul_(torch.mul(residual, price[place], out=power), residual)
         if place + 1 < BLOCK:
-            left[place + 1 :].addcmul_(within[place, place + 1 :, None, None], residual)
+            left[place + 1 :].addcmul_(within[place, place + 1 :].unsqueeze(1), residual)
     return total
