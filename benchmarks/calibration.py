@@ -26,7 +26,7 @@ import common
 
 WIDTHS = (16, 64, 128, 1536)
 FULL = 1536
-SMOOTHING = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # powers of the inputs' size
+SMOOTHING = (0.0, 0.125, 0.25, 0.5, 1.0)  # powers of the inputs' size
 
 
 def collect(texts: list[str]) -> Any:
