@@ -40,7 +40,8 @@ LARGEST_LEVEL = 7.5  # that the largest target of a group becomes with the small
 SCALES = 10  # neighbouring E4M3 values that are tried
 _LARGEST_BITS = 126  # of E4M3: 448
 _STRONGEST_DAMPING = 1.0
-_ROWS, _PIECE = 1024, 2048  # that are rounded at a time: of one block, and of all blocks together
+# Rows of one block of columns, and of all blocks together, that torch rounds at a time; each takes about 1 KB.
+_PIECES = {"cpu": (2**10, 2**11), "gpu": (2**14, 2**18)}
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def trial(weight: torch.Tensor, told: Feedback, global_scale: torch.Tensor, judg
     many = len(told.dampings)
     weight = torch.nn.functional.pad(weight.float(), (0, count * width - weight.shape[1])).repeat(1, many)
     difference = dispatch.dequantize(quantize(weight, told, global_scale), torch.float32).sub_(weight)
-    return _block_errors(difference, judge.repeat(many, 1, 1)).view(many, -1).sum(1)
+    return _block_errors(difference, judge.repeat(many, 1, 1) if many > 1 else judge).view(many, -1).sum(1)
 
 
 def _block_errors(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -196,8 +197,10 @@ def _quantize(weight: torch.Tensor, passes: tuple[Feedback, ...], global_scale: 
     weight = torch.nn.functional.pad(weight.detach().float(), (0, count * width - cols))
     codes = torch.zeros((round_up(rows, 16), count, width), dtype=torch.uint8, device=weight.device)
     scales = torch.zeros((len(codes), count, width // BLOCK), dtype=FP8, device=weight.device)
-    height = max(min(rows, _ROWS), 1)
-    step = max(min(_PIECE // height, -(-count // torch.get_num_threads())), 1)
+    on_cpu = weight.device.type == "cpu"
+    most, together = _PIECES["cpu" if on_cpu else "gpu"]
+    height = max(min(rows, most), 1)
+    step = max(min(together // height, -(-count // torch.get_num_threads()) if on_cpu else count), 1)
 
     def work(piece: tuple[int, int]) -> None:
         row, block = (slice(start, start + size) for start, size in zip(piece, (height, step), strict=True))
@@ -211,7 +214,7 @@ def _quantize(weight: torch.Tensor, passes: tuple[Feedback, ...], global_scale: 
         scales.view(torch.uint8)[row, block] = scale.view(torch.uint8).gather(1, groups).permute(2, 0, 1)
 
     pieces = [(row, block) for row in range(0, rows, height) for block in range(0, count, step)]
-    if weight.device.type == "cpu":
+    if on_cpu:
         in_threads(work, pieces)
     else:
         for piece in pieces:
