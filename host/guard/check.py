@@ -18,9 +18,10 @@ from ...measure.escape import line, report
 from ..border import log_fault
 from ..doctor.cards import is_nvidia
 from . import rules_host
+from .kinds import GUARD_NODE
 from .prompt_graph import PromptGraph
 from .rules import RULES
-from .view import ERROR, GUARD_NODE, INFO, WARNING, Finding, OutOfTime, View
+from .view import ERROR, INFO, WARNING, Finding, OutOfTime, View
 
 __all__ = [
     "ERROR", "INFO", "WARNING", "Finding", "check", "check_host", "describe", "not_in_time", "one_line",
