@@ -32,6 +32,8 @@ _make_link = partial(tuple.__new__, Link)
 
 def as_link(value: Any) -> Link | None:
     """``["<id>", slot]`` -> Link; None for everything else, a list of values included."""
+    if type(value) is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is int:
+        return _make_link(value)  # nearly always
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
     node, slot = value

@@ -35,7 +35,7 @@ class PromptGraph:
     """The well-formed nodes of a prompt, in its order, in ``nodes``."""
 
     def __init__(self, prompt: Any):
-        self.nodes: dict[str, Node] = {}
+        self.nodes = nodes = dict[str, Node]()
         self._origins: dict[Link, Link | None] = {}
         for key, entry in prompt.items() if isinstance(prompt, Mapping) else ():
             if type(entry) is not dict and not isinstance(entry, Mapping):  # the class itself is asked in no time
@@ -44,9 +44,9 @@ class PromptGraph:
             if isinstance(kind, str) and isinstance(key, str) and len(kind) + len(key) <= _LONGEST_NAMES:
                 if type(inputs) is not dict and not isinstance(inputs, Mapping):
                     inputs = {}
-                self.nodes[key] = make_node((key, kind, inputs))
-        self._values = Values(self.nodes, ROWS, CHOICES, READERS)
-        self.parents = Parents(self.nodes, CHOICES, self._values.chosen)
+                nodes[key] = make_node((key, kind, inputs))
+        self._values = Values(nodes, ROWS, CHOICES, READERS)
+        self.parents = Parents(nodes, CHOICES, self._values.chosen)
 
     def of_kind(self, *kinds: str) -> list[Node]:
         """The nodes of these classes."""
@@ -78,6 +78,8 @@ class PromptGraph:
             return link if node is not None else None
         if link in self._origins:
             return self._origins[link]
+        if self._values.chosen(link) is None:
+            return link
         path = []
         while link is not None and link not in self._origins:
             self._origins[link] = None  # what a cycle comes back to

@@ -128,12 +128,21 @@ class _Needs:
         needed = self._needed(node)
         if needed is None:
             return self._two.get(node, ())
-        return {self._rates[rated] for rated in needed & self._rates.keys()}
+        return set(self.rated(node).values())
 
-    def sound(self, node: str) -> bool:
-        """Whether it needs an empty latent of sound with a rate."""
-        needed = self._needed(node)
-        return node in self._heard if needed is None else not self._sounds.isdisjoint(needed)
+    def rated(self, node: str) -> dict[str, float]:
+        """The nodes with a rate that it needs, and their rates."""
+        needed = self._needed(node) or self._graph.upstream([node])
+        return {rated: self._rates[rated] for rated in needed & self._rates.keys()}
+
+    def is_heard(self, node: Node) -> bool:
+        """Whether it needs an empty latent of sound with a rate, or is given sound to put into a film."""
+        if node.kind in kinds.FILMS and "audio" in node.inputs:
+            return True
+        if not self._sounds:
+            return False
+        needed = self._needed(node.id)
+        return node.id in self._heard if needed is None else not self._sounds.isdisjoint(needed)
 
     def sampler(self, node: str) -> bool:
         """Whether it needs a sampler, or is one."""
@@ -144,8 +153,7 @@ class _Needs:
         """Whether all the nodes with rates that it needs are in one of these groups, which grow."""
         needed = self._needed(node)
         if needed is not None:
-            rated = needed & self._rates.keys()
-            return any(rated <= group for group in groups)
+            return any(self.rated(node).keys() <= group for group in groups)
         self._others += (self._graph.downstream(self._rates.keys() - group) for group in groups[len(self._others) :])
         return any(node not in others for others in self._others)
 
@@ -182,16 +190,12 @@ def frame_rates(view: View) -> Iterator[Finding]:
     needs = _Needs(view, rates)
     named: list[set[str]] = []  # for each finding the rated nodes that it is about
     for end in _ends(view, films, needs, len(told) > 1):
-        film = end.kind in kinds.FILMS
-        if not (film and "audio" in end.inputs) and not needs.sound(end.id):
-            continue  # a silent clip is faster or slower, which may be meant
-        fps, known = _shown_at(view, end) if film else None, needs.rates(end.id)
+        fps, known = _shown_at(view, end) if end.kind in kinds.FILMS else None, needs.rates(end.id)
         if len(known) < 2 and (fps is None or fps in known or not known):
             continue
         if fps is None and needs.only(end.id, named):
             continue  # all that it needs was named
-        needed = graph.upstream([end.id])
-        group = {node: rate for node, rate in rates.items() if node in needed}
+        group = needs.rated(end.id)
         named.append(set(group))
         if fps is not None:
             group[end.id] = fps
@@ -206,16 +210,19 @@ def _shown_at(view: View, film: Node) -> float | None:
 
 
 def _ends(view: View, films: list[Node], needs: _Needs, all_: bool) -> Iterator[Node]:
-    """The nodes that make a film of what was sampled and, with ``all_``, the samplers behind which there is neither."""
+    """The nodes that make a film of what was sampled and, with ``all_``, the samplers behind which there is neither.
+
+    Only those with sound: a silent clip is faster or slower, which may be meant.
+    """
     for film in films:
-        if needs.sampler(film.id):
+        if needs.is_heard(film) and needs.sampler(film.id):
             yield film
-    if not all_:
+    samplers = [sampler.node for sampler in view.samplers] if all_ else []
+    if not any(map(needs.is_heard, samplers)):
         return
-    samplers = {sampler.node.id: sampler.node for sampler in view.samplers}
     ends = [film.id for film in films if needs.sampler(film.id)]
-    inner = view.graph.upstream(view.graph.before([*ends, *samplers]))
-    yield from (sampler for name, sampler in samplers.items() if name not in inner)
+    inner = view.graph.upstream(view.graph.before([*ends, *(sampler.id for sampler in samplers)]))
+    yield from (sampler for sampler in samplers if sampler.id not in inner and needs.is_heard(sampler))
 
 
 def _differing(view: View, group: dict[str, float]) -> Finding:

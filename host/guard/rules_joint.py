@@ -10,7 +10,7 @@ from . import kinds
 from .fixes import fixes_of
 from .links import Node
 from .vaes import DECODE
-from .values.latents import GUIDING, Conditioning, Sound, Video, frames_of
+from .values.latents import BATCHED, GUIDING, Conditioning, Sound, Video, frames_of
 from .view import ERROR, WARNING, Finding, View, ids_of
 
 DEFAULT_RATE = 25.0  # what the model takes where the conditioning has no frame rate: comfy/model_base.py
@@ -79,6 +79,8 @@ def _stream(view: View, node: Node, name: str) -> str:
 
 def batches(view: View) -> Iterator[Finding]:
     """Different batch sizes of the two streams that are sampled together."""
+    if all(node.inputs.get("batch_size", 1) == 1 for node in view.graph.of_kind(*BATCHED)):
+        return
     for sampler in view.joint:
         concat = sampler.latent.root
         video = view.video(view.graph.source(concat.id, "video_latent"))

@@ -91,8 +91,10 @@ class Walks:
         """The MODEL that a node takes, along the `model` inputs up to its loader."""
         found = self._taken.get(node.id)
         if found is None:
-            behind = self.graph.behind(node, "model")
-            found = self._walk(behind, self._models, _NO_MODEL, self._model_before, _model_after)
+            start = self.graph.behind(node, "model")
+            found = self._models.get(start.id) if start is not None else _NO_MODEL
+            if found is None:
+                found = self._walk(start, self._models, _NO_MODEL, self._model_before, _model_after)
             self._taken[node.id] = found
         return found
 

@@ -17,12 +17,13 @@ UNKNOWN: tuple = ()
 PLAIN = frozenset((str, int, float, bool, type(None)))  # the types of nearly all values that are no links
 _LONGEST_NUMBER = 40
 _MOST_FILES = 16  # pictures and films whose headers are read, of one prompt
-# What goes wrong with wild numbers in any of the formulas.
-_FORMULA_ERRORS = (ArithmeticError, ValueError, TypeError, KeyError, IndexError, AttributeError)
-
 
 class Unknown(Exception):
     """A formula lacks something."""
+
+
+# With it, what goes wrong with wild numbers in any of the formulas.
+_FORMULA_ERRORS = (Unknown, ArithmeticError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
 class _Wanted(Exception):
@@ -117,7 +118,7 @@ class Given:
 
 def link_or_literal(given: Any) -> tuple[Link | None, Any]:
     """An input as it was sent -> its link, or its value, None for a list of values; a value may be wrapped."""
-    if not isinstance(given, (list, tuple)) and isinstance(given, Mapping):
+    if type(given) is not list and isinstance(given, Mapping):
         given = given.get("__value__")
     if isinstance(given, (list, tuple)):
         return as_link(given), None
@@ -126,6 +127,8 @@ def link_or_literal(given: Any) -> tuple[Link | None, Any]:
 
 def as_number(value: Any) -> int | float | None:
     """A value -> the number it is or spells, None for none or one that nobody can mean."""
+    if type(value) is int:  # nearly always
+        return value if -MOST <= value <= MOST else None
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -157,22 +160,25 @@ class Values:
         """The value on a link, None if it is unknown."""
         if link is None:
             return None
-        if link.node not in self._outputs:
-            if link.node not in self._nodes:
+        name, slot = link
+        if name not in self._outputs:
+            if name not in self._nodes:
                 return None
-            self._evaluate(link.node)
-        return self._output(link)
+            self._evaluate(name)
+        outputs = self._outputs[name]
+        return outputs[slot] if 0 <= slot < len(outputs) else None
 
     def chosen(self, link: Link) -> Link | None:
         """The link that an output hands on, None where it does not or of which it is unknown."""
-        if link.node not in self._chosen:
-            node = self._nodes.get(link.node)
+        name, slot = link
+        chosen = self._chosen.get(name)
+        if chosen is None:
+            node = self._nodes.get(name)
             if node is None or node.kind not in self._choices:
                 return None
-            self._choose(node)
-        chosen = self._chosen[link.node]
-        found = chosen[link.slot] if 0 <= link.slot < len(chosen) else None
-        return found if isinstance(found, Link) else None
+            chosen = self._choose(node)
+        found = chosen[slot] if 0 <= slot < len(chosen) else None
+        return found if type(found) is Link else None
 
     def file(self, kind: str, name: str) -> Any:
         """What a reader says of a file; of a prompt that names many, the first few are looked at."""
@@ -191,11 +197,13 @@ class Values:
         link, literal = link_or_literal(given)
         if link is None:
             return literal
-        if link.node in self._outputs:
-            return self._output(link)
-        if link.node not in self._nodes:
+        name, slot = link
+        outputs = self._outputs.get(name)
+        if outputs is not None:
+            return outputs[slot] if 0 <= slot < len(outputs) else None
+        if name not in self._nodes:
             return None
-        raise _Wanted(link.node)
+        raise _Wanted(name)
 
     def stored(self, name: object) -> Link | None:
         """What a SetNode keeps under a name; the first of two that share one, as the front end resolves them."""
@@ -237,17 +245,17 @@ class Values:
                 return self._pass_on(node, choice)
             row = self._rows.get(node.kind)
             return tuple(map(_meant, row.outputs(Given(node, self)))) if row is not None else UNKNOWN
-        except (Unknown, *_FORMULA_ERRORS):
+        except _FORMULA_ERRORS:
             return UNKNOWN
 
-    def _choose(self, node: Node) -> None:
-        """Find what a node hands on, without what that carries."""
-        while node.id not in self._chosen:
+    def _choose(self, node: Node) -> list[Link | Bundle | _Literal | None]:
+        """What a node hands on, without what that carries."""
+        while True:
             try:
-                self._choice_of(node, self._choices[node.kind])
+                return self._choice_of(node, self._choices[node.kind])
             except _Wanted as wanted:
                 self._evaluate(*wanted.args)
-            except (Unknown, *_FORMULA_ERRORS):
+            except _FORMULA_ERRORS:
                 self._chosen[node.id] = []
 
     def _choice_of(self, node: Node, choice: Choice) -> list[Link | Bundle | _Literal | None]:

@@ -205,11 +205,8 @@ NUMBERS = {
 }
 
 
-def _only_link(given: Given) -> str | None:
-    for name, value in given.node.inputs.items():
-        if as_link(value) is not None:
-            return name
-    return None
+def _only_link(given: Given) -> Link | None:
+    return next((link for value in given.node.inputs.values() if (link := as_link(value)) is not None), None)
 
 
 def _first_of_any(given: Given) -> str | None:
