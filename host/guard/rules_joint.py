@@ -129,9 +129,8 @@ def uncropped_guides(view: View) -> Iterator[Finding]:
 
 def old_model(view: View) -> Iterator[Finding]:
     """A model that knows no sound, in a joint graph."""
-    for sampler in view.samplers:
-        file = view.model_file(sampler) if sampler.latent.kind == kinds.JOINT else None
-        if file is not None and file.family == "LTX-Video":
+    for sampler, file in view.known_models:
+        if sampler.latent.kind == kinds.JOINT and file.family == "LTX-Video":
             yield Finding(
                 "old_model",
                 ERROR,
@@ -158,15 +157,15 @@ def untold_rate(view: View) -> Iterator[Finding]:
         audio, rate = sounds[root.id]
         if rate is None or rate == DEFAULT_RATE:
             continue
-        link = graph.source(sampler.guided_by.id, "positive")
-        if link is None or graph.nodes[link.node].kind == kinds.CONDITIONING:
+        conditioning = graph.behind(sampler.guided_by, "positive")
+        if conditioning is None or conditioning.kind == kinds.CONDITIONING:
             continue
-        told = graph.output(link)
+        told = graph.output(graph.source(sampler.guided_by.id, "positive"))
         if not isinstance(told, Conditioning) or told.rate is not None:
             continue
         if rated is None:
             rated = graph.downstream(node.id for node in graph.of_kind(kinds.CONDITIONING))
-        if link.node in rated:
+        if conditioning.id in rated:
             continue  # told by a node whose rate is not known
         yield Finding(
             "untold_rate",

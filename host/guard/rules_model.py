@@ -60,13 +60,13 @@ def no_audio_latent(view: View) -> Iterator[Finding]:
     """An audio+video model without an audio latent, where the host cannot do that."""
     if view.fact("ltxav_needs_audio") is not True:
         return
-    for sampler in view.samplers:
-        if sampler.latent.kind == kinds.VIDEO and _family(view, sampler) in _LTX2:
+    for sampler, file in view.known_models:
+        if sampler.latent.kind == kinds.VIDEO and file.family in _LTX2:
             yield Finding(
                 "no_audio_latent",
                 ERROR,
                 "This ComfyUI cannot sample an audio and video model without an audio latent.",
-                f"{view.model_file(sampler).name} is {_family(view, sampler)}; this ComfyUI stops in the first step on "
+                f"{file.name} is {file.family}; this ComfyUI stops in the first step on "
                 "the empty sound that it then assumes. ComfyUI 0.29.0 does that, 0.30.0 no longer.",
                 f"Join {shown(kinds.EMPTY_AUDIO)} of the same frames and frame rate with LTXV Concat AV Latent, and "
                 "take the video from LTXV Separate AV Latent behind the sampler; or update ComfyUI.",
@@ -107,9 +107,8 @@ def slow_nvfp4(view: View) -> Iterator[Finding]:
 def distilled(view: View) -> Iterator[Finding]:
     """A distilled model sampled with guidance, or with other sigmas than its own."""
     judged: dict[tuple[str, str], str | None] = {}
-    for sampler in view.samplers:
-        file = view.model_file(sampler)
-        evidence = _distilled_by(view, sampler, file) if file is not None and file.family in _LTX2 else None
+    for sampler, file in view.known_models:
+        evidence = _distilled_by(view, sampler, file) if file.family in _LTX2 else None
         if evidence is None:
             continue
         node, cfg = next(((node, cfg) for node, cfg in view.cfgs(sampler.guided_by) if cfg != 1.0), (None, None))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from .files import FileFacts, file_facts
@@ -65,6 +65,9 @@ class Sampler(NamedTuple):
     latent: Latent
 
 
+_make_sampler = partial(tuple.__new__, Sampler)  # a prompt may have thousands; see links.py
+
+
 class View(Walks):
     """One prompt and the host's facts, for one check, which may last until ``until`` (of ``time.monotonic``)."""
 
@@ -121,7 +124,7 @@ class View(Walks):
             if guided_by is None:
                 continue
             sampled = Latent(VIDEO, True, node) if makes else self.latent(node, latent)
-            found.append(Sampler(node, guided_by, sampled))
+            found.append(_make_sampler((node, guided_by, sampled)))
         return found
 
     @cached_property
@@ -161,7 +164,7 @@ class View(Walks):
 
     def model_file(self, sampler: Sampler) -> FileFacts | None:
         """What is in the file of the model that a sampler has."""
-        if not self._loads_models:
+        if not self._knows_models:
             return None
         loader = self.model(sampler.guided_by).loader
         if loader is None:
@@ -171,8 +174,16 @@ class View(Walks):
         return self._model_files[loader.id]
 
     @cached_property
-    def _loads_models(self) -> bool:
-        return any(names_of(kind, MODEL_LOADERS) for kind in self.graph.kinds())
+    def known_models(self) -> list[tuple[Sampler, FileFacts]]:
+        """The samplers of whose model it is known what is in its file."""
+        samplers = self.samplers if self._knows_models else ()
+        return [(sampler, file) for sampler in samplers if (file := self.model_file(sampler)) is not None]
+
+    @cached_property
+    def _knows_models(self) -> bool:
+        """Whether anything is known of any model's file: there are few loaders, where there may be many samplers."""
+        kinds = [kind for kind in self.graph.kinds() if names_of(kind, MODEL_LOADERS) is not None]
+        return any(self.file(loader, MODEL_LOADERS) is not None for loader in self.graph.of_kind(*kinds))
 
     def video(self, link: Link | None) -> Video | None:
         """Size, length, batch and guides of the video latent on a link, that of a joint one too, as far as known."""
@@ -225,6 +236,7 @@ class View(Walks):
     def _parameters(self, guider: Node) -> Iterator[Node]:
         """The GuiderParameters of a MultimodalGuider, one behind the other."""
         return (self.graph.nodes[link.node] for link in self.graph.chain(guider.id, "parameters"))
+
 
 def _sampled_by(node: Node) -> str:
     """What a sampler calls the latent it samples, "" if it has none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from .kinds import AUDIO, CONCAT, GUARD_NODE, JOINT, SEPARATE, SIZED, UNKNOWN, UPSAMPLER, VIDEO
@@ -72,6 +73,7 @@ class ModelPath(NamedTuple):
     resampled: bool = False
 
 
+_make_latent = partial(tuple.__new__, Latent)
 _NO_MODEL, _NO_LATENT = ModelPath(None), Latent(UNKNOWN, False, None)
 _SEPARATED = (Latent(VIDEO, True, None), Latent(AUDIO, True, None))  # by whether it is the second output
 
@@ -102,7 +104,7 @@ class Walks:
         """The LATENT at an input: from the node that makes it, through those that keep its kind."""
         passed_on = _LATENT_IN.get(node.kind) == name  # so that it is what the node itself puts out
         start = node if passed_on else self._latent_behind(node, name)
-        return start if type(start) is Latent else self._walk(start, self._latents, _NO_LATENT, self._latent_before)
+        return self._walk(start, self._latents, _NO_LATENT, self._latent_before)
 
     def schedule(self, node: Node) -> Node | None:
         """The node that makes the SIGMAS that another takes, those that only cut a schedule skipped."""
@@ -124,11 +126,10 @@ class Walks:
             path.append(node)
             node = before(node)
         result = end if node is None else known if type(node) is Node else node
-        while path:
-            node = path.pop()
-            if after is not None:
-                result = after(self.graph, node, result)
+        for node in path if after is None else ():
             memory[node.id] = result
+        for node in reversed(path) if after is not None else ():
+            memory[node.id] = result = after(self.graph, node, result)
         return result
 
     def _model_before(self, node: Node) -> Node | ModelPath:
@@ -149,16 +150,21 @@ class Walks:
         return _SEPARATED[self.graph.source(node.id, name).slot == 1]
 
     def _latent_before(self, node: Node) -> Node | Latent | None:
-        kind = node.kind
-        name = _LATENT_IN.get(kind)
+        name = _LATENT_IN.get(node.kind)
         if name is not None:
             return self._latent_behind(node, name)
-        if kind == CONCAT:
-            return Latent(JOINT, True, node)
-        ltx = kind.startswith(("LTXV", "EmptyLTXV"))
-        if kind in _VIDEO_ROOTS:
-            return Latent(VIDEO, ltx, node)
-        return Latent(AUDIO if "audio" in kind.lower() else UNKNOWN, ltx, node)
+        return _make_latent((*_made_by(node.kind), node))
+
+
+@lru_cache(maxsize=1024)
+def _made_by(kind: str) -> tuple[str, bool]:
+    """Which kind of latent begins at a node of this class, and whether it is LTX's."""
+    if kind == CONCAT:
+        return JOINT, True
+    ltx = kind.startswith(("LTXV", "EmptyLTXV"))
+    if kind in _VIDEO_ROOTS:
+        return VIDEO, ltx
+    return AUDIO if "audio" in kind.lower() else UNKNOWN, ltx
 
 
 def _model_after(graph: PromptGraph, node: Node, before: ModelPath) -> ModelPath:

@@ -206,7 +206,10 @@ NUMBERS = {
 
 
 def _only_link(given: Given) -> Link | None:
-    return next((link for value in given.node.inputs.values() if (link := as_link(value)) is not None), None)
+    for value in given.node.inputs.values():
+        if (link := as_link(value)) is not None:
+            return link
+    return None
 
 
 def _first_of_any(given: Given) -> str | None:
