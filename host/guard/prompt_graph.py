@@ -17,7 +17,7 @@ from typing import Any
 from .inputs import downscale_of, film_of, picture_of
 from .links import Link, Node, as_link, make_node
 from .upstream import Parents
-from .values.evaluate import PLAIN, Values, as_number, link_or_literal
+from .values.evaluate import PLAIN, Values, as_number
 from .values.latents import LATENTS
 from .values.numbers import CHOICES, NUMBERS
 from .values.pictures import PICTURES
@@ -112,8 +112,7 @@ class PromptGraph:
         given = found.inputs.get(name)
         if type(given) in PLAIN:
             return given
-        link, literal = link_or_literal(given)
-        return self._values.at(link) if link is not None else literal
+        return self._values.read(given)
 
     def output(self, link: Link | None) -> Any:
         """What ``computed`` says of an input, of an output."""

@@ -24,12 +24,13 @@ class Parents(dict[str, list[str]]):
 
     def __missing__(self, name: str) -> list[str]:
         _, kind, inputs = self._nodes[name]
+        nodes, found = self._nodes, []
         given: Iterable[Any] = inputs.values()
         choice = self._choices.get(kind)
         if choice is not None and choice.sides and (chosen := self._chosen(Link(name, 0))):
             given = [value for side, value in inputs.items() if not str(side).startswith(choice.sides)]
-            given.append(chosen)
-        nodes, found = self._nodes, []
+            if chosen.node in nodes:
+                found.append(chosen.node)
         for value in given:
             if type(value) is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is int:
                 parent = value[0]  # nearly always; the rest is as_link's to tell

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from .files import FileFacts
@@ -64,6 +64,9 @@ class Use(NamedTuple):
         return "tiled" in self.node.kind.lower()
 
 
+_make_use = partial(tuple.__new__, Use)  # a prompt may have thousands; see links.py
+
+
 def find_uses(view: View) -> list[Use]:
     """Every node with a VAE for pictures at an input called `vae`."""
     nodes = {}
@@ -79,7 +82,7 @@ def find_uses(view: View) -> list[Use]:
         if link not in held:
             held[link] = _held(view, view.graph.nodes[link.node])
         if held[link].kind is not None or task == DECODE:  # of an unknown VAE only its decodes are of interest
-            found.append(Use(node, task, *held[link]))
+            found.append(_make_use((node, task, *held[link])))
     return found
 
 

@@ -89,23 +89,27 @@ class View(Walks):
 
     def file(self, loader: Node | None, table: Mapping[str, Names]) -> FileFacts | None:
         """What is in the file that a loader is about."""
-        found = self.files(loader, table, 1)
-        return found[0] if found else None
-
-    def files(self, loader: Node | None, table: Mapping[str, Names], most: int | None = None) -> list[FileFacts]:
-        """What is in the files that a loader names; of a prompt that names very many, the first hundred are known."""
         names = names_of(loader.kind, table) if loader is not None else None
-        found = []
-        for widget in names.inputs[:most] if names is not None else ():
-            name = self.graph.value(loader.id, widget)
-            key = name, names.folders
-            if not isinstance(name, str) or (key not in self._files and len(self._files) >= _MOST_FILES):
-                continue
-            if key not in self._files:
-                self.keep_time()
-                self._files[key] = file_facts(name, names.folders)
-            found.append(self._files[key])
+        return self._file(self.graph.value(loader.id, names.inputs[0]), names.folders) if names is not None else None
+
+    def files(self, loader: Node, table: Mapping[str, Names]) -> list[FileFacts]:
+        """What is in all the files that a loader names."""
+        names = names_of(loader.kind, table)
+        widgets = names.inputs if names is not None else ()
+        found = (self._file(self.graph.value(loader.id, widget), names.folders) for widget in widgets)
         return [file for file in found if file is not None]
+
+    def _file(self, name: Any, folders: tuple[str, ...]) -> FileFacts | None:
+        """Of a prompt that names very many files, the first hundred are known."""
+        if not isinstance(name, str):
+            return None
+        key = name, folders
+        if key not in self._files:
+            if len(self._files) >= _MOST_FILES:
+                return None
+            self.keep_time()
+            self._files[key] = file_facts(name, folders)
+        return self._files[key]
 
     @cached_property
     def samplers(self) -> list[Sampler]:

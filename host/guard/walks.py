@@ -104,6 +104,8 @@ class Walks:
         """The LATENT at an input: from the node that makes it, through those that keep its kind."""
         passed_on = _LATENT_IN.get(node.kind) == name  # so that it is what the node itself puts out
         start = node if passed_on else self._latent_behind(node, name)
+        if type(start) is Node and (known := self._latents.get(start.id)) is not None:
+            return known
         return self._walk(start, self._latents, _NO_LATENT, self._latent_before)
 
     def schedule(self, node: Node) -> Node | None:

@@ -69,7 +69,8 @@ class Given:
 
     def maybe(self, name: str) -> Any:
         """The value of an input, None if it is absent or unknown."""
-        return self._values.of_input(self.node, name)
+        given = self.node.inputs.get(name)
+        return given if type(given) in PLAIN else self._values.of(given)
 
     def value(self, name: str) -> Any:
         """The value of an input."""
@@ -118,7 +119,7 @@ class Given:
 
 def link_or_literal(given: Any) -> tuple[Link | None, Any]:
     """An input as it was sent -> its link, or its value, None for a list of values; a value may be wrapped."""
-    if type(given) is not list and isinstance(given, Mapping):
+    if not isinstance(given, (list, tuple)) and isinstance(given, Mapping):
         given = given.get("__value__")
     if isinstance(given, (list, tuple)):
         return as_link(given), None
@@ -189,15 +190,23 @@ class Values:
             self._files[key] = self._readers[kind](name)
         return self._files[key]
 
-    def of_input(self, node: Node, name: str) -> Any:
-        """The value of an input; within a formula, ``_Wanted`` for what has to be evaluated before."""
-        given = node.inputs.get(name)
-        if type(given) in PLAIN:
-            return given
-        link, literal = link_or_literal(given)
-        if link is None:
-            return literal
-        name, slot = link
+    def read(self, given: Any) -> Any:
+        """The value of an input as it was sent."""
+        try:
+            return self.of(given)
+        except _Wanted as wanted:
+            self._evaluate(*wanted.args)
+            return self.of(given)
+
+    def of(self, given: Any) -> Any:
+        """As ``read``, within a formula: ``_Wanted`` for what has to be evaluated before."""
+        if type(given) is list and len(given) == 2 and type(given[0]) is str and type(given[1]) is int:
+            name, slot = given  # nearly always
+        else:
+            link, literal = link_or_literal(given)
+            if link is None:
+                return literal
+            name, slot = link
         outputs = self._outputs.get(name)
         if outputs is not None:
             return outputs[slot] if 0 <= slot < len(outputs) else None
@@ -222,55 +231,59 @@ class Values:
 
     def _evaluate(self, start: str) -> None:
         """Evaluate a node and what it needs: one that lacks something waits until that is there."""
-        waiting, open_ = [start], {start}
+        waiting, open_ = [Given(self._nodes[start], self)], {start}
         while waiting:
-            node = waiting[-1]
+            given = waiting[-1]
+            node = given.node.id
             if node not in self._outputs:
                 try:
-                    self._outputs[node] = self._formula(self._nodes[node])
+                    self._outputs[node] = self._formula(given)
                 except _Wanted as wanted:
                     (needed,) = wanted.args
                     if needed in open_:
                         self._outputs[needed] = UNKNOWN  # it needs itself
                     else:
-                        waiting.append(needed)
+                        waiting.append(Given(self._nodes[needed], self))
                         open_.add(needed)
                     continue
             waiting.pop()
             open_.discard(node)
 
-    def _formula(self, node: Node) -> tuple:
+    def _formula(self, given: Given) -> tuple:
+        kind = given.node.kind
         try:
-            if (choice := self._choices.get(node.kind)) is not None:
-                return self._pass_on(node, choice)
-            row = self._rows.get(node.kind)
-            return tuple(map(_meant, row.outputs(Given(node, self)))) if row is not None else UNKNOWN
+            if (choice := self._choices.get(kind)) is not None:
+                return self._pass_on(given, choice)
+            row = self._rows.get(kind)
+            return tuple(map(_meant, row.outputs(given))) if row is not None else UNKNOWN
         except _FORMULA_ERRORS:
             return UNKNOWN
 
     def _choose(self, node: Node) -> list[Link | Bundle | _Literal | None]:
         """What a node hands on, without what that carries."""
+        given, choice = Given(node, self), self._choices[node.kind]
         while True:
             try:
-                return self._choice_of(node, self._choices[node.kind])
+                return self._choice_of(given, choice)
             except _Wanted as wanted:
                 self._evaluate(*wanted.args)
             except _FORMULA_ERRORS:
                 self._chosen[node.id] = []
 
-    def _choice_of(self, node: Node, choice: Choice) -> list[Link | Bundle | _Literal | None]:
+    def _choice_of(self, given: Given, choice: Choice) -> list[Link | Bundle | _Literal | None]:
         """What a node hands on, an entry for each output."""
+        node = given.node
         known = self._chosen.get(node.id)
         if known is None:
-            found = choice.chosen(Given(node, self))
-            if isinstance(found, str):
-                found = as_link(node.inputs.get(found)) or _Literal(self.of_input(node, found))
+            found = choice.chosen(given)
+            if type(found) is str:
+                found = given.link(found) or _Literal(given.maybe(found))
             known = self._chosen[node.id] = found if type(found) is list else [found]
         return known
 
-    def _pass_on(self, node: Node, choice: Choice) -> tuple:
+    def _pass_on(self, given: Given, choice: Choice) -> tuple:
         outputs: list[Any] = []
-        for found in self._choice_of(node, choice):
+        for found in self._choice_of(given, choice):
             if type(found) is _Literal:
                 found = _meant(found.value)
             elif type(found) is Link:
