@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from ...checkpoint.file.header import no_collection
 from ...measure.escape import line, report
 from ..border import log_fault
 from ..doctor.cards import is_nvidia
@@ -38,6 +39,7 @@ _MOST_NAMED = 8
 _ORDER = (ERROR, WARNING, INFO)
 
 
+@no_collection()  # which would look at the 10,000 nodes of a prompt again and again
 def check(
     prompt: Any, facts: Mapping[str, Any], targets: Collection[str] | None = None, limit: float = math.inf
 ) -> list[Finding]:

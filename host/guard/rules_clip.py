@@ -115,11 +115,11 @@ class _Needs:
     find it for all nodes at once.
     """
 
-    def __init__(self, view: View, rates: dict[str, float]):
-        self._graph, self._rates = view.graph, rates
-        self._sounds = {node for node in rates if view.graph.nodes[node].kind == kinds.EMPTY_AUDIO}
+    def __init__(self, view: View, rates: dict[str, float], sounds: set[str]):
+        self._graph, self._rates, self._sounds = view.graph, rates, sounds
         self._samplers = {sampler.node.id for sampler in view.samplers}
         self._asked: dict[str, set[str]] = {}
+        self._silent: set[str] = set()
         self._left = len(view.graph.nodes)
         self._others: list[set[str]] = []
 
@@ -139,10 +139,23 @@ class _Needs:
         """Whether it needs an empty latent of sound with a rate, or is given sound to put into a film."""
         if node.kind in kinds.FILMS and "audio" in node.inputs:
             return True
-        if not self._sounds:
+        silent, parents = self._silent, self._graph.parents
+        if node.id in silent:
             return False
-        needed = self._needed(node.id)
-        return node.id in self._heard if needed is None else not self._sounds.isdisjoint(needed)
+        if self._left <= 0:
+            return node.id in self._heard
+        waiting = [node.id]
+        silent.add(node.id)  # until the opposite is known
+        for name in waiting:  # which grows meanwhile
+            if name in self._sounds:
+                silent.difference_update(waiting)
+                self._left -= len(waiting)
+                return True
+            for parent in parents[name]:
+                if parent not in silent:
+                    silent.add(parent)
+                    waiting.append(parent)
+        return False
 
     def sampler(self, node: str) -> bool:
         """Whether it needs a sampler, or is one."""
@@ -187,7 +200,10 @@ def frame_rates(view: View) -> Iterator[Finding]:
         return
     if len(told) == 1 and all(_shown_at(view, film) in (None, *told) for film in films):
         return
-    needs = _Needs(view, rates)
+    sounds = {node.id for node in graph.of_kind(kinds.EMPTY_AUDIO) if node.id in rates}
+    if not sounds and not any("audio" in film.inputs for film in films):
+        return
+    needs = _Needs(view, rates, sounds)
     named: list[set[str]] = []  # for each finding the rated nodes that it is about
     for end in _ends(view, films, needs, len(told) > 1):
         fps, known = _shown_at(view, end) if end.kind in kinds.FILMS else None, needs.rates(end.id)
@@ -217,12 +233,13 @@ def _ends(view: View, films: list[Node], needs: _Needs, all_: bool) -> Iterator[
     for film in films:
         if needs.is_heard(film) and needs.sampler(film.id):
             yield film
-    samplers = [sampler.node for sampler in view.samplers] if all_ else []
-    if not any(map(needs.is_heard, samplers)):
+    if not all_:
         return
-    ends = [film.id for film in films if needs.sampler(film.id)]
+    samplers = [sampler.node for sampler in view.samplers if needs.is_heard(sampler.node)]
+    # What needs something with sound has sound itself.
+    ends = [film.id for film in films if needs.is_heard(film) and needs.sampler(film.id)] if samplers else ()
     inner = view.graph.upstream(view.graph.before([*ends, *(sampler.id for sampler in samplers)]))
-    yield from (sampler for sampler in samplers if sampler.id not in inner and needs.is_heard(sampler))
+    yield from (sampler for sampler in samplers if sampler.id not in inner)
 
 
 def _differing(view: View, group: dict[str, float]) -> Finding:

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
-from .links import Link, Node, as_link
+from .links import Link, Node, as_link, make_link
 from .values.evaluate import PLAIN, Choice
 
 
@@ -25,22 +24,19 @@ class Parents(dict[str, list[str]]):
     def __missing__(self, name: str) -> list[str]:
         _, kind, inputs = self._nodes[name]
         nodes, found = self._nodes, []
-        given: Iterable[Any] = inputs.values()
-        choice = self._choices.get(kind)
-        if choice is not None and choice.sides and (chosen := self._chosen(Link(name, 0))):
-            given = [value for side, value in inputs.items() if not str(side).startswith(choice.sides)]
+        choice, sides = self._choices.get(kind), ()
+        if choice is not None and choice.sides and (chosen := self._chosen(make_link((name, 0)))):
+            sides = choice.sides
             if chosen.node in nodes:
                 found.append(chosen.node)
-        for value in given:
+        for side, value in inputs.items():
             if type(value) is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is int:
                 parent = value[0]  # nearly always; the rest is as_link's to tell
-            elif type(value) in PLAIN:
+            elif type(value) in PLAIN or (link := as_link(value)) is None:
                 continue
-            elif (link := as_link(value)) is not None:
-                parent = link.node
             else:
-                continue
-            if parent in nodes:
+                parent = link.node
+            if parent in nodes and not (sides and str(side).startswith(sides)):
                 found.append(parent)
         self[name] = found
         return found

@@ -175,9 +175,10 @@ class Values:
         chosen = self._chosen.get(name)
         if chosen is None:
             node = self._nodes.get(name)
-            if node is None or node.kind not in self._choices:
+            choice = self._choices.get(node.kind) if node is not None else None
+            if choice is None:
                 return None
-            chosen = self._choose(node)
+            chosen = self._choose(Given(node, self), choice)
         found = chosen[slot] if 0 <= slot < len(chosen) else None
         return found if type(found) is Link else None
 
@@ -259,16 +260,15 @@ class Values:
         except _FORMULA_ERRORS:
             return UNKNOWN
 
-    def _choose(self, node: Node) -> list[Link | Bundle | _Literal | None]:
+    def _choose(self, given: Given, choice: Choice) -> list[Link | Bundle | _Literal | None]:
         """What a node hands on, without what that carries."""
-        given, choice = Given(node, self), self._choices[node.kind]
         while True:
             try:
                 return self._choice_of(given, choice)
             except _Wanted as wanted:
                 self._evaluate(*wanted.args)
             except _FORMULA_ERRORS:
-                self._chosen[node.id] = []
+                self._chosen[given.node.id] = []
 
     def _choice_of(self, given: Given, choice: Choice) -> list[Link | Bundle | _Literal | None]:
         """What a node hands on, an entry for each output."""
