@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from .files import FileFacts, file_facts
 from .fixes import Fix
 from .kinds import JOINT, SIZED, VIDEO
-from .loaders import MODEL_LOADERS, Names, names_of
+from .loaders import ALL_LOADERS, MODEL_LOADERS, Names, names_of
 from .prompt_graph import Link, Node, PromptGraph
 from .vaes import Use, find_uses, saved_nodes
 from .values.evaluate import as_number
@@ -23,6 +23,7 @@ from .walks import ENCODERS, Latent, Walks
 
 CFG_INPUTS = ("cfg", "video_cfg", "audio_cfg", "cfg_conds")
 _LONGEST_LIST, _MOST_PARAMETERS = 400, 8
+_FEW_LOADERS = 25  # of up to four files each, so that all are looked up
 _MOST_FILES = 100  # a prompt names a few; each one costs looks into several folders
 
 ERROR, WARNING, INFO = "error", "warning", "info"
@@ -185,9 +186,14 @@ class View(Walks):
 
     @cached_property
     def _knows_models(self) -> bool:
-        """Whether anything is known of any model's file: there are few loaders, where there may be many samplers."""
-        kinds = [kind for kind in self.graph.kinds() if names_of(kind, MODEL_LOADERS) is not None]
-        return any(self.file(loader, MODEL_LOADERS) is not None for loader in self.graph.of_kind(*kinds))
+        """Whether anything may be known of any model's file: there are few loaders, where there may be many samplers.
+
+        With many loaders not all files are looked up, and those come first that a rule asks for first.
+        """
+        loaders = self.graph.of_kind(*(kind for kind in self.graph.kinds() if names_of(kind, ALL_LOADERS) is not None))
+        if len(loaders) > _FEW_LOADERS:
+            return True
+        return any(self.file(loader, MODEL_LOADERS) is not None for loader in loaders)
 
     def video(self, link: Link | None) -> Video | None:
         """Size, length, batch and guides of the video latent on a link, that of a joint one too, as far as known."""
