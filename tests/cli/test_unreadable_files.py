@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from nvfp4_video.cli import doctor, main
 from nvfp4_video.host.guard.limit import within
+from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.support.guard_prompts import clip
 from nvfp4_video.tests.support.quantize_sources import save, tiny
 
@@ -124,21 +125,39 @@ def test_a_file_that_cannot_be_read_is_named_with_what_to_do(
 
 
 SIDECAR = "hf_quant_config.json"
-WITH_SIDECAR = {
-    "inspect": ["inspect", "FILE"],
-    "plan": ["plan", "FILE", "--gpu", "RTX 5090"],
-    "verify": ["verify", "FILE", "SOUND", "--device", "cpu"],
-    "quantize": ["quantize", "FILE", "NEW", "--device", "cpu"],
-}
+ASKS = {"inspect": ["inspect", "FILE"], "verify": ["verify", "FILE", "SOUND", "--device", "cpu"]}
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("argv", WITH_SIDECAR.values(), ids=WITH_SIDECAR)
-def test_a_sidecar(argv, way, tmp_path, monkeypatch, capsys):
-    argv, path = place(tmp_path, argv)
-    synthetic.write(path, "modelopt")
-    way(tmp_path / SIDECAR, b"{}", monkeypatch)
-    code = within(PATIENCE, lambda: main(argv))
-    shown = capsys.readouterr()
-    print(code, shown.err, shown.out[:600])
-    assert 0
+@pytest.fixture
+def declared_beside(tmp_path) -> Path:
+    """A checkpoint whose dialect a file beside it declares -> that file."""
+    synthetic.write(tmp_path / "x.safetensors", "modelopt", *synthetic.small_ltx23(), sidecar=True)
+    return tmp_path / SIDECAR
+
+
+@pytest.mark.parametrize("argv", ASKS.values(), ids=ASKS)
+def test_a_sidecar_without_the_right_to_read_it_is_not_passed_over(
+    argv, declared_beside, tmp_path, monkeypatch, capsys
+):
+    argv, _ = place(tmp_path, argv)
+    refuse(monkeypatch, declared_beside)
+    assert main(argv) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    assert f"{SIDECAR}: it cannot be read (" in text and text.endswith("check rights and disk")
+
+
+@pytest.mark.parametrize("way", [folder, dangling, pipe], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("argv", ASKS.values(), ids=ASKS)
+def test_what_is_no_file_in_a_sidecar_s_place_is_as_none(argv, way, declared_beside, tmp_path, capsys):
+    argv, _ = place(tmp_path, argv)
+    declared_beside.unlink()
+    without = main(argv), capsys.readouterr()
+    way(declared_beside)
+    assert (within(PATIENCE, lambda: main(argv)), capsys.readouterr()) == without
+    assert "set --dialect" in " ".join(without[1].out.split() + without[1].err.split())
+
+
+def test_what_needs_no_sidecar_does_not_ask_for_it(declared_beside, tmp_path, monkeypatch, capsys):
+    argv, _ = place(tmp_path, ["plan", "FILE", "--gpu", "RTX 5090"])
+    refuse(monkeypatch, declared_beside)
+    assert main(argv) == 0
