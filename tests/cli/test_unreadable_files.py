@@ -80,7 +80,7 @@ def pipe(path: Path, *_: object) -> None:
 WAYS = {
     no_right: ("cannot be read (", "Permission denied", "rights"),
     folder: ("this is a folder", "expected a plain file", "choose the file itself"),
-    dangling: ("this is a link to a file that does not exist", "put that file back"),
+    dangling: ("this is a link to a file that does not exist", "check the name"),
     pipe: ("this is not a regular file", "expected a plain file", "choose the file itself"),
 }
 
