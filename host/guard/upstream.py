@@ -30,13 +30,15 @@ class Parents(dict[str, list[str]]):
             if chosen.node in nodes:
                 found.append(chosen.node)
         for side, value in inputs.items():
+            if sides and str(side).startswith(sides):
+                continue
             if type(value) is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is int:
                 parent = value[0]  # nearly always; the rest is as_link's to tell
             elif type(value) in PLAIN or (link := as_link(value)) is None:
                 continue
             else:
                 parent = link.node
-            if parent in nodes and not (sides and str(side).startswith(sides)):
+            if parent in nodes:
                 found.append(parent)
         self[name] = found
         return found
