@@ -143,8 +143,8 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
             _check_regular(path, os.fstat(file.fileno()).st_mode)  # what was opened, should it have changed meanwhile
             yield file
     except FileNotFoundError as error:
-        remedy = "check the name, or refresh the list of models"
-        raise CheckpointError("the file does not exist", where=path, remedy=remedy) from error
+        found = "this is a link to a file that does not exist" if path.is_symlink() else "the file does not exist"
+        raise CheckpointError(found, where=path, remedy="check the name, or refresh the list of models") from error
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error})", where=path, remedy="check rights and disk") from error
 
