@@ -24,6 +24,8 @@ from nvfp4_video.kernels.triton import (  # noqa: E402
     dequantize_sum,
     gate_heads,
     gemv,
+    gptq,
+    moments,
     norm_rope,
     norm_rows,
     norm_silu,
@@ -218,11 +220,28 @@ def to_pixels_variants(capability: int) -> Iterator[Variant]:
         yield "*fp32", kernel, video_pointers(kernel, "*bf16") | {"out_ptr": "*fp32"}, constants
 
 
+def gptq_variants(capability: int) -> Iterator[Variant]:
+    kernel = gptq._group_kernel
+    pointers = dict.fromkeys([name for name in kernel.arg_names if name.endswith("_ptr")], "*fp32")
+    pointers |= {"packed_ptr": "*u8", "scale_ptr": "*u8", "order_ptr": "*i64"}
+    for again in (False, True):
+        yield str(again), kernel, pointers, {"AGAIN": again, "ROWS": 64}
+
+
+def moments_variants(capability: int) -> Iterator[Variant]:
+    """Blocks of columns, and whole matrices."""
+    for dtype, tile in (("*bf16", 64), ("*fp16", 128)) if capability >= 80 else ():
+        pointers = {"x_ptr": dtype, "gram_ptr": "*fp32", "held_ptr": "*fp32", "turn_ptr": "*i32"}
+        yield dtype, moments._moments_kernel, pointers, {"TILE": tile, "TOKENS": 64}
+
+
 KERNELS = {
     "dequantize": dequantize_variants,
     "quantize": quantize_variants,
     "dequantize_sum": sum_variants,
     "gemv": gemv_variants,
+    "gptq": gptq_variants,
+    "moments": moments_variants,
     "one_token": one_token_variants,
     "attend": attend_variants,
     "to_fp8": to_fp8_variants,
