@@ -9,9 +9,9 @@ bias that hides the slots no token has, or that lie outside a layer's window.
 
 Only the decode of one token is ours, its attention here and the rest of a block in token_block.py; prompt, sampling,
 residency checks and capture are the host's. The classes are set on the loaded model's own modules; nothing of the host
-is patched. Where the host cannot capture (no
-DynamicVRAM, CPU, graphs disabled, an older ComfyUI) its own cache and attention are used; so they are where a small
-Gemma decoded both ways shows that the host's token loop is not the one known here.
+is patched. Where the host cannot capture (no DynamicVRAM, CPU, graphs disabled, an older ComfyUI) its own cache and
+attention are used; so they are where a small Gemma decoded both ways shows that the host's token loop is not the one
+known here.
 """
 
 from __future__ import annotations
