@@ -133,6 +133,17 @@ def output_like(source: str, name: str, ending: str) -> str:
     return os.path.join(folder, f"{_output_name(source, name)}_{ending}.safetensors")
 
 
+def output_written(name: str) -> str:
+    """A path below the output folder, as the functions above give it, -> the whole path of the file that is there.
+
+    Raises CheckpointError for one that leads out of the folder, FileNotFoundError where there is no such file.
+    """
+    path = os.path.join(output_folder(), _output_name("", name))
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{name} is not below ComfyUI's output folder; was it written, and not only estimated?")
+    return path
+
+
 def _output_name(source: str, name: str) -> str:
     """The user's ``name``, or that of the checkpoint ``source``. CheckpointError for one that leads elsewhere."""
     name = name.strip() or plain_name(source) or PurePath(source).stem

@@ -36,6 +36,7 @@ LINES = {
     "6 LTX-2.3 distilled, made from FP8": "quantized from the FP8 checkpoint on the first run",
     "7 Make an NVFP4 file": "inspect, plan, quantize, split",
     "8 FP8 against NVFP4": "same seeds, both formats, cards and films side by side",
+    "9 Make a calibrated NVFP4 file": "sample, collect, quantize, verify",
 }
 # The graph without its note, on a canvas of its size, as a data URL.
 DRAW = """async () => {

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 
 from . import workflow_notes as notes
 from .workflow_builder import TITLE, Node, Sheet, Subgraph
-from .workflow_files import DISTILLED_FP8, LTX_23, LTX_23_FP8, LTX_25
+from .workflow_files import CALIBRATION, DISTILLED_FP8, LTX_23, LTX_23_FP8, LTX_25, STEM, TO_CALIBRATE, Choice
+from .workflow_format import MUTED
 from .workflow_notes import flow
 from .workflow_parts import (
     AUDIO_ROW,
     BUS,
     CHOICES_WIDE,
+    DECODE,
     GAP,
     LANE,
     LATENTS,
@@ -24,16 +26,64 @@ from .workflow_parts import (
     SIZE_ROW,
     TALL,
     VIDEO_ROW,
-    clip,
+    VIDEO_WIDE,
+    decoded,
     files,
+    first_frame,
     guided,
     latents,
     noise,
     prompts,
+    sampling,
+    second_stage,
     up,
 )
 
 LARGE = (1280, 704)
+
+
+def clip(
+    name: str,
+    info: Mapping[str, Mapping],
+    note: tuple[str, str],
+    choice: Choice,
+    *,
+    size: tuple[int, int] = (768, 512),
+    stages: str = "one stage",
+    audio: bool = True,
+    image: bool = False,
+    sampler: str = "euler",
+    positive: str = POSITIVE,
+) -> Sheet:
+    """A whole workflow: the note, a subgraph from files to the video, the video that is saved."""
+    sheet = Sheet(name, info)
+    inner = Subgraph(note[0].removeprefix("NVFP4 Video: "), info)
+    build = files(inner, choice, audio, size, stages, image, positive)
+    positive_out, negative_out = prompts(build)
+    video, sound = latents(build)
+    if build.picture:
+        video = first_frame(build, video)
+    guider, steps = sampling(build, positive_out, negative_out, video, sound, sampler, choice.version)
+    x = DECODE[0] + build.right
+    if stages == "two stages":
+        steps = second_stage(build, guider, steps, sampler)
+        x += 1500
+    inner.leave("video", decoded(build, steps, x)["VIDEO"])
+    inner.leave("report", build.report)
+    tall, x, linked = 400 if image else TALL, NOTE_WIDE + GAP, {}
+    sheet.note((0, 0), (NOTE_WIDE, tall), note[0], flow(note[1]))
+    if image:
+        at = 0, tall + GAP + TITLE
+        loaded = sheet.add("LoadImage", at, NOTE_WIDE, "First frame", room=300, image="example.png")
+        linked = {"image": loaded["IMAGE"].via((x - GAP // 2, tall + GAP), (x - GAP // 2, 30))}
+    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE, text_height=220, **linked)
+    x += CHOICES_WIDE + GAP
+    prefix = f"video/ltx{choice.version.replace('.', '')}_nvfp4"
+    saved = sheet.add("SaveVideo", (x, 0), VIDEO_WIDE, room=350, video=shown["video"], filename_prefix=prefix)
+    y = saved.bottom + GAP
+    report = shown["report"].via(*up(x - GAP // 2, 60, y))
+    sheet.add("PreviewAny", (x, y), VIDEO_WIDE, "What was loaded", room=TALL - y - 46, source=report)
+    return sheet
 
 
 def ltx25(name: str, info: Mapping[str, Mapping]) -> Sheet:
@@ -91,7 +141,7 @@ def make_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
     x = NOTE_WIDE + GAP
     shown = inner.stand(sheet, (x, 0), CHOICES_WIDE)
     x += CHOICES_WIDE + GAP
-    wide, picture = 258, 400
+    wide, picture = 245, 400
     right, above, between, y = x + wide + GAP, -45, picture + 70, picture + 20 + 2 * TITLE + GAP
     report = shown["report"].via(*up(x - GAP // 2, 80, y))
     sheet.add("PreviewImage", (x, 0), wide, "What is in the file", room=picture, images=shown["in the file"])
@@ -143,16 +193,47 @@ def ab_fp8_vs_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
         inner.leave(f"video {number}", seed["video"])
     _note(sheet, notes.COMPARE)
     x = NOTE_WIDE + GAP
-    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE - GAP, text_height=220)
-    x += CHOICES_WIDE
+    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE - 2 * GAP, text_height=220)
+    x += CHOICES_WIDE - GAP
     for number in (1, 2, 3):
         _pair(sheet, shown, number, x)
     return sheet
 
 
+def calibrate(name: str, info: Mapping[str, Mapping]) -> Sheet:
+    """Clips of the source as ever, watched by NVFP4 Calibrate; beside it, muted, what makes the file and judges it."""
+    sheet, inner = Sheet(name, info), Subgraph("1. Collect: sample your own prompts", info)
+    build = files(inner, TO_CALIBRATE, True, (768, 512), "one stage", False, POSITIVE, collect=True)
+    positive, negative = prompts(build)
+    video, sound = latents(build)
+    _, steps = sampling(build, positive, negative, video, sound, "euler", "2.3")
+    inner.leave("video", decoded(build, steps, DECODE[0])["VIDEO"])
+    inner.leave("report", build.report)
+    note_wide, tall = 390, 790
+    sheet.note((0, 0), (note_wide, tall), notes.CALIBRATE[0], flow(notes.CALIBRATE[1]))
+    x, wide = note_wide + GAP, 340
+    shown = inner.stand(sheet, (x, 0), wide, text_height=220)
+    x += wide + GAP
+    made = sheet.add(
+        "NVFP4Quantize", (x, 0), 310, "2. Quantize (muted: Ctrl + M)", room=160, models=[DISTILLED_FP8], mode=MUTED,
+        file_name=DISTILLED_FP8[0], quality="calibrated", calibration=CALIBRATION, name=f"{STEM}-calibrated",
+        budget="balanced",
+    )  # fmt: skip
+    x += 310 + GAP
+    sheet.add(
+        "NVFP4Verify", (x, 0), 280, "3. Verify (muted: Ctrl + M)", room=200, models=[DISTILLED_FP8], mode=MUTED,
+        file_name=DISTILLED_FP8[0], source=DISTILLED_FP8[0], calibration=CALIBRATION, written=made["file"],
+    )  # fmt: skip
+    y, above = 480, -45
+    film = shown["video"].via(*up(x - GAP - 310 - GAP // 2, 10, above), *up(x - GAP // 2, above, y + 14))
+    prefix = "nvfp4/calibration"
+    sheet.add("SaveVideo", (x, y), 280, "A clip of the source", room=190, video=film, filename_prefix=prefix)
+    return sheet
+
+
 def _pair(sheet: Sheet, shown: Node, number: int, x: int) -> None:
     """The card and the film of one seed in a column; links run above the cards and between the rows."""
-    wide, card = 200, 300
+    wide, card = 190, 300
     at, between = x + (number - 1) * (wide + 20), card + 44 + GAP // 2
     ways: tuple = ((), ())
     if number > 1:
@@ -221,4 +302,5 @@ WORKFLOWS: dict[str, Callable[[str, Mapping[str, Mapping]], Sheet]] = {
     "6 LTX-2.3 distilled, made from FP8": distilled,
     "7 Make an NVFP4 file": make_nvfp4,
     "8 FP8 against NVFP4": ab_fp8_vs_nvfp4,
+    "9 Make a calibrated NVFP4 file": calibrate,
 }
