@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import PurePath
 
@@ -32,15 +33,25 @@ OUTPUT_FOLDERS = {
     REST: "checkpoints",
 }
 
-
 # Folder of models -> folder below output/ whose files ComfyUI lists with it, for a file like one of that folder.
 LIKE_FOLDERS = {"diffusion_models": "diffusion_models", "checkpoints": "checkpoints", "text_encoders": "clip"}
+# Parts of a file's name that tell how its weights are stored, not which model it is.
+_FORMATS = re.compile(
+    r"(nvfp4|mxfp[48]|[bf]p?(4|8|16|32)|int8|e4m3fn?|e5m2)?(scaled|mixed|comfy|transformer|only|model|v\d)?"
+)
+_PACKED = re.compile(r"nvfp4|fp4|int8|mxfp[48]|gguf")
 
 
 def file_names(folders: Iterable[str]) -> list[str]:
     """Safetensors files of the model folders, each name once, in the folders' order."""
     names = dict.fromkeys(name for folder in folders for name in folder_paths.get_filename_list(folder))
     return [name for name in names if name.lower().endswith(SUFFIXES)]
+
+
+def source_of(name: str, folders: Iterable[str]) -> str | None:
+    """A file that may not be there -> one in the folders that is the same model by its name, and not packed."""
+    model = _model(name)
+    return next((other for other in file_names(folders) if not _packed(other) and _model(other) == model), None)
 
 
 def file_path(name: str, folders: Iterable[str]) -> str:
@@ -168,3 +179,16 @@ def progress() -> Callable[[int, int], None]:
         bar.update_absolute(done, total)
 
     return on_step
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[-_. ]+", PurePath(name.replace("\\", "/")).stem.lower())
+
+
+def _model(name: str) -> list[str]:
+    """What of a file's name tells the model."""
+    return [word for word in _words(name) if not _FORMATS.fullmatch(word)]
+
+
+def _packed(name: str) -> bool:
+    return any(_PACKED.match(word) for word in _words(name))

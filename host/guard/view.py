@@ -29,12 +29,9 @@ CONCAT, SEPARATE, EMPTY_AUDIO = "LTXVConcatAVLatent", "LTXVSeparateAVLatent", "L
 UPSAMPLER, CONDITIONING = "LTXVLatentUpsampler", "LTXVConditioning"
 # Nodes that make a film of pictures, and how they call its frame rate.
 FILMS = {
-    "CreateVideo": "fps",
-    "VHS_VideoCombine": "frame_rate",
-    "SaveWEBM": "fps",
-    "SaveAnimatedWEBP": "fps",
+    "CreateVideo": "fps", "VHS_VideoCombine": "frame_rate", "SaveWEBM": "fps", "SaveAnimatedWEBP": "fps",
     "SaveAnimatedPNG": "fps",
-}
+}  # fmt: skip
 SPLIT_SIGMAS = "SplitSigmas"
 # Nodes that have width and height, and how they call the length.
 SIZED = {"EmptyLTXVLatentVideo": "length", "LTXVImgToVideo": "length", "LTXVBaseSampler": "num_frames"}
@@ -86,9 +83,10 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a prompt or the host. ``title`` is one sentence; ``nodes``: ids in the API prompt;
-    ``fixes``: the cure, where it is values of widgets.
+    """One thing that is wrong with a prompt or the host, ``title`` a sentence. ``nodes``: ids in the API prompt.
+
     ``severity``: ERROR, the run fails or its result is unusable; WARNING, it is slower or worse than meant; INFO.
+    ``fixes``: the cure, if it is values of widgets; ``action``: what the button that sets them does besides, if any.
     """
 
     id: str
@@ -98,6 +96,7 @@ class Finding:
     remedy: str
     nodes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
+    action: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .workflow_format import ALWAYS, ENTRY, EXIT, NOTES, Widget, inputs_of, is_widget, matched, widgets_of
 
@@ -291,7 +292,7 @@ class Subgraph(Sheet):
         }
         return self.kind
 
-    def stand(self, sheet: Sheet, at: tuple[int, int], wide: int, **given: object) -> Node:
+    def stand(self, sheet: Sheet, at: tuple[int, int], wide: int, **given: Any) -> Node:
         """Put it on a sheet, its widgets with their values unless ``given`` has others; the rest as ``add``."""
         return sheet.add(self.define(sheet), at, wide, **(self.values | given))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from . import workflow_notes as notes
 from .workflow_builder import TITLE, Node, Sheet, Subgraph
 from .workflow_files import CALIBRATION, DISTILLED_FP8, LTX_23, LTX_23_FP8, LTX_25, STEM, TO_CALIBRATE, Choice
-from .workflow_format import MUTED
+from .workflow_format import ALWAYS, MUTED
 from .workflow_notes import flow
 from .workflow_parts import (
     AUDIO_ROW,
@@ -139,8 +139,8 @@ def make_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
         inner.leave(name, out)
     _note(sheet, notes.MAKE)
     x = NOTE_WIDE + GAP
-    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE)
-    x += CHOICES_WIDE + GAP
+    shown = inner.stand(sheet, (x, 0), 400)
+    x += 400 + GAP
     wide, picture = 245, 400
     right, above, between, y = x + wide + GAP, -45, picture + 70, picture + 20 + 2 * TITLE + GAP
     report = shown["report"].via(*up(x - GAP // 2, 80, y))
@@ -191,53 +191,82 @@ def ab_fp8_vs_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
     for number, seed in enumerate(seeds, 1):
         inner.leave(f"card {number}", seed["card"])
         inner.leave(f"video {number}", seed["video"])
-    _note(sheet, notes.COMPARE)
-    x = NOTE_WIDE + GAP
-    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE - 2 * GAP, text_height=220)
-    x += CHOICES_WIDE - GAP
+    note_wide, wide = 330, 370
+    _note(sheet, notes.COMPARE, note_wide)
+    x = note_wide + GAP
+    shown = inner.stand(sheet, (x, 0), wide, text_height=220)
+    x += wide + GAP
     for number in (1, 2, 3):
         _pair(sheet, shown, number, x)
     return sheet
 
 
 def calibrate(name: str, info: Mapping[str, Mapping]) -> Sheet:
-    """Clips of the source as ever, watched by NVFP4 Calibrate; beside it, muted, what makes the file and judges it."""
-    sheet, inner = Sheet(name, info), Subgraph("1. Collect: sample your own prompts", info)
+    """Clips of the source as ever, watched by NVFP4 Calibrate; below, muted, what makes the file and judges it."""
+    sheet, inner = Sheet(name, info), Subgraph("Sample and collect", info)
     build = files(inner, TO_CALIBRATE, True, (768, 512), "one stage", False, POSITIVE, collect=True)
     positive, negative = prompts(build)
     video, sound = latents(build)
     _, steps = sampling(build, positive, negative, video, sound, "euler", "2.3")
     inner.leave("video", decoded(build, steps, DECODE[0])["VIDEO"])
     inner.leave("report", build.report)
-    note_wide, tall = 390, 790
-    sheet.note((0, 0), (note_wide, tall), notes.CALIBRATE[0], flow(notes.CALIBRATE[1]))
-    x, wide = note_wide + GAP, 340
-    shown = inner.stand(sheet, (x, 0), wide, text_height=220)
-    x += wide + GAP
-    made = sheet.add(
-        "NVFP4Quantize", (x, 0), 310, "2. Quantize (muted: Ctrl + M)", room=160, models=[DISTILLED_FP8], mode=MUTED,
-        file_name=DISTILLED_FP8[0], quality="calibrated", calibration=CALIBRATION, name=f"{STEM}-calibrated",
-        budget="balanced",
+    left, wide, x, y = 380, 400, (440, 880, 1200), (0, 556)
+    sheet.note((0, -50), (left, y[1] + 300), notes.CALIBRATE[0], flow(notes.CALIBRATE[1]))
+    shown = inner.stand(sheet, (x[0], y[0]), wide, text_height=160)
+    second = _quantize_and_verify(info).stand(sheet, (x[0], y[1]), wide, mode=MUTED)
+    film = sheet.add(
+        "SaveVideo", (x[1], y[0]), 290, "A clip of the source", room=300, video=shown["video"],
+        filename_prefix="nvfp4/calibration",
     )  # fmt: skip
-    x += 310 + GAP
-    sheet.add(
-        "NVFP4Verify", (x, 0), 280, "3. Verify (muted: Ctrl + M)", room=200, models=[DISTILLED_FP8], mode=MUTED,
-        file_name=DISTILLED_FP8[0], source=DISTILLED_FP8[0], calibration=CALIBRATION, written=made["file"],
-    )  # fmt: skip
-    y, above = 480, -45
-    film = shown["video"].via(*up(x - GAP - 310 - GAP // 2, 10, above), *up(x - GAP // 2, above, y + 14))
-    prefix = "nvfp4/calibration"
-    sheet.add("SaveVideo", (x, y), 280, "A clip of the source", room=190, video=film, filename_prefix=prefix)
+    above = {row: ((x[0] + wide + 22, at - 38), (x[2] - 15, at - 38)) for row, at in enumerate(y)}
+    told = shown["report"].via(*above[0])
+    texts = [
+        sheet.add("PreviewAny", at, across, title, room=room, source=source, mode=mode)
+        for at, across, title, room, source, mode in (
+            ((x[2], y[0]), 210, "What is collected", 370, told, ALWAYS),
+            ((x[1], y[1]), 290, "What was made", 200, second["report"], MUTED),
+            ((x[2], y[1]), 210, "Is it right", 200, second["verdict"].via(*above[1]), MUTED),
+        )
+    ]
+    sheet.group("1. Collect: Run, with four to eight prompts", shown, film, texts[0])
+    sheet.group("2. Then quantize and verify: unmute (Ctrl + M), Run", second, *texts[1:])
     return sheet
+
+
+def _quantize_and_verify(info: Mapping[str, Mapping]) -> Subgraph:
+    """The calibrated file of a checkpoint, and whether it is in order."""
+    inner = Subgraph("Quantize and verify", info, first=201)
+    name = inner.enter("checkpoint", "COMBO", DISTILLED_FP8[0])
+    calibration = inner.enter("calibration", "COMBO", CALIBRATION)
+    choices = (
+        ("lora", "LoRA", "COMBO", "none"), ("lora_strength", "LoRA strength", "FLOAT", 1.0),
+        ("budget", "budget", "STRING", "balanced"), ("name", "name", "STRING", f"{STEM}-calibrated"),
+        ("contents", "contents", "COMBO", "whole checkpoint"),
+    )  # fmt: skip
+    given = {own: inner.enter(outside, kind, value) for own, outside, kind, value in choices}
+    made = inner.add(
+        "NVFP4Quantize", (0, 0), 440, room=120, models=[DISTILLED_FP8], file_name=name, quality="calibrated",
+        calibration=calibration, **given,
+    )  # fmt: skip
+    inner.group("1. Quantize", made)
+    name, calibration = (out.via((-80, 1000), *up(500, 1000, 100)) for out in (name, calibration))
+    judged = inner.add(
+        "NVFP4Verify", (560, 0), 440, room=300, models=[DISTILLED_FP8], file_name=name, source=name,
+        calibration=calibration, written=made["file"],
+    )  # fmt: skip
+    inner.group("2. Verify", judged)
+    inner.leave("report", made["report"])
+    inner.leave("verdict", judged["report"])
+    return inner
 
 
 def _pair(sheet: Sheet, shown: Node, number: int, x: int) -> None:
     """The card and the film of one seed in a column; links run above the cards and between the rows."""
-    wide, card = 190, 300
-    at, between = x + (number - 1) * (wide + 20), card + 44 + GAP // 2
+    wide, card = 210, 300  # the least width of a node that saves
+    at, between = x + (number - 1) * (wide + 12), card + 44 + GAP // 2
     ways: tuple = ((), ())
     if number > 1:
-        ways = ((x - 25, -45), (at - 10, -45)), (*up(x - 15, 160, between), (at - 10, between))
+        ways = ((x - 25, -45), (at - 6, -45)), (*up(x - 15, 160, between), (at - 6, between))
     prefix = f"nvfp4/fp8_vs_nvfp4_{number}"
     sheet.add(
         "SaveImage", (at, 0), wide, f"Card {number}", room=card - 6, filename_prefix=prefix,
@@ -250,8 +279,8 @@ def _pair(sheet: Sheet, shown: Node, number: int, x: int) -> None:
     )  # fmt: skip
 
 
-def _note(sheet: Sheet, note: tuple[str, str]) -> None:
-    sheet.note((0, 0), (NOTE_WIDE, TALL), note[0], flow(note[1]))
+def _note(sheet: Sheet, note: tuple[str, str], wide: int = NOTE_WIDE) -> None:
+    sheet.note((0, 0), (wide, TALL), note[0], flow(note[1]))
 
 
 def _one_seed(info: Mapping[str, Mapping]) -> Subgraph:

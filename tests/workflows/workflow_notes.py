@@ -242,18 +242,17 @@ distilled LTX-2.3 in FP8.
 1. {DOWNLOAD}
 2. **Collect**: write a **prompt** of the kind that you use, press **Run**; change it, Run again. Four to eight clips
    are enough. The calibration file is written, and grows, at the end of each one.
-3. **Quantize and verify**: select boxes 2 and 3 (hold Ctrl, draw around them), press **Ctrl + M** to unmute them, then
-   **Run**. If *calibration* shows no such file, press R first.
-4. Box 3 says whether the file is in order, and the error of its outputs. It is in all loaders' lists at once.
+3. **Quantize and verify**: hold Ctrl and draw around the three boxes of group 2, press **Ctrl + M** to unmute them,
+   then **Run**.
+4. *Is it right* says whether the file is in order, and the error of its outputs. It is in all loaders' lists at once.
 
 {_table(DISTILLED_FP8, GEMMA_3)}
 
 ### Good to know
 
-- Another checkpoint: choose it in box 1, as *file_name* in box 2, as *source* in box 3, and its `_calibration` file.
-  BF16 is the better source. In box 3 *file_name* is not used while *written* is connected.
-- After a restart of ComfyUI collecting begins anew and would replace the file: mute box 1 to go on with what is there,
-  or switch *overwrite* on in NVFP4 Calibrate.
+- Another checkpoint: choose it in both groups, and its `_calibration` file in the second. BF16 is the better source.
+- After a restart of ComfyUI collecting begins anew and stops at the file that is there: mute group 1 to use that, or
+  switch *overwrite* on in NVFP4 Calibrate.
 - **budget**: `balanced` spends a tenth more bytes on the layers that gain most; empty, every layer of the recipe is
   NVFP4; `24gb-card`, or a size such as `20GB`.
 - **memory_gb**: with more of it columns are compared in wider blocks, which is better. 3.5 GB for blocks of 128.
@@ -261,8 +260,8 @@ distilled LTX-2.3 in FP8.
 
 ### With a LoRA folded in
 
-Open box 1, unmute nothing, but un-bypass *LoRA to fold in* (Ctrl + B) and choose it with its strength; set the same
-*lora* and *lora_strength* in box 2. So Lightricks' dev checkpoint with its distilled LoRA
+Open *Sample and collect*, un-bypass *LoRA to fold in* (Ctrl + B), choose it and its strength; set the same *LoRA* and
+*LoRA strength* in group 2. So Lightricks' dev checkpoint with its distilled LoRA
 ([{DISTILLED_LORA[0]}]({DISTILLED_LORA[1]}), {GIGABYTES[DISTILLED_LORA]:g} GB, models/loras) at 0.5 becomes one
 distilled file. Collect anew after every change of the LoRA.
 

@@ -29,7 +29,7 @@ NEGATIVE = "blurry, low quality, still frame, watermark, subtitles, distorted so
 GREEN, RED = ("#232", "#353"), ("#322", "#533")
 
 # What stands on the canvas: width of note, subgraph and video, side by side, GAP apart; a picture is below the note.
-NOTE_WIDE, CHOICES_WIDE, VIDEO_WIDE, GAP = 430, 400, 500, 40
+NOTE_WIDE, CHOICES_WIDE, VIDEO_WIDE, GAP = 430, 480, 440, 40
 TALL = 680
 # In the subgraph, columns: x and width of their nodes. What stands right of the latents moves on where a picture comes
 # in between.
