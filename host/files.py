@@ -37,7 +37,7 @@ OUTPUT_FOLDERS = {
 LIKE_FOLDERS = {"diffusion_models": "diffusion_models", "checkpoints": "checkpoints", "text_encoders": "clip"}
 # Parts of a file's name that tell how its weights are stored, not which model it is.
 _FORMATS = re.compile(
-    r"(nvfp4|mxfp[48]|[bf]p?(4|8|16|32)|int8|e4m3fn?|e5m2)?(scaled|mixed|comfy|transformer|only|model|v\d)?"
+    r"(nvfp4|mxfp[48]|(bf|b|fp?)(4|8|16|32)|int8|e4m3fn?|e5m2)?(scaled|mixed|comfy|transformer|only|model|v\d)?"
 )
 _PACKED = re.compile(r"nvfp4|fp4|int8|mxfp[48]|gguf")
 
