@@ -105,9 +105,13 @@ def test_a_model_that_is_missing_is_made_by_the_button_and_the_workflow_runs(hos
     page.settle()
     page.shot("made")
     assert made.is_file()
+    chosen = "() => app.rootGraph.nodes[0].widgets[0].value"
     page.page.locator("#graph-canvas").focus()
-    page.page.keyboard.press("Control+z")
-    page.page.wait_for_function("() => app.rootGraph.nodes[0].widgets[0].value === 'small-nvfp4.safetensors'")
+    for _ in range(3):  # some front ends count the text that Preview as Text has got as a step of its own
+        if page.page.evaluate(chosen) != "small-nvfp4.safetensors":
+            page.page.keyboard.press("Control+z")
+            page.settle()
+    assert page.page.evaluate(chosen) == "small-nvfp4.safetensors"
     # The host refuses the first prompt, which Chromium and the front end log.
     assert page.problems and not any("/extensions/nvfp4-video/" in problem for problem in page.problems)
     page.problems.clear()
