@@ -42,6 +42,9 @@ LINES = {
 DRAW = """async () => {
   const { canvas } = app;
   const boxes = app.graph.nodes.filter((node) => node.type !== 'MarkdownNote').map((node) => node.boundingRect);
+  boxes.push(...app.graph.groups.map((group) => [...group.pos, ...group.size]));
+  boxes.push(...[...app.graph.reroutes.values()].map(({ pos }) => [pos[0] - 8, pos[1] - 8, 16, 16]));
+  canvas.show_info = false;
   const left = Math.min(...boxes.map((box) => box[0])), top = Math.min(...boxes.map((box) => box[1]));
   const right = Math.max(...boxes.map((box) => box[0] + box[2]));
   const bottom = Math.max(...boxes.map((box) => box[1] + box[3]));

@@ -19,7 +19,7 @@ from .workflow_format import ALWAYS, ENTRY, EXIT, NOTES, Widget, inputs_of, is_w
 FRONTEND, HOST = "1.49.6", "0.33.0"
 TITLE, SLOT, WIDGET, PAD = 30, 20, 24, 20
 TALL = 80  # a text field of several lines
-GROUP_COLOR, GROUP_TITLE = "#3f789e", 50
+GROUP_COLOR, GROUP_TITLE = "#8fbfe0", 50
 
 
 @dataclass(frozen=True)
