@@ -103,8 +103,8 @@ LTX25 = (
 - The transformer says nowhere in its header that it is NVFP4, and stock ComfyUI stops at its first layer. NVFP4 Model
   Loader knows Lightricks' header. For a copy without it set `dialect` to `comfy`.
 - The video VAE is the full one, a diffusion decoder.
-- **enhance prompt** lets the text encoder write your prompt out before it is encoded; nothing more is downloaded.
-  ComfyUI's own template takes a second, smaller Gemma for that. It costs a minute or two a prompt.
+- **enhance prompt** lets the text encoder write your prompt out first, which takes a minute or two; nothing more is
+  downloaded. ComfyUI's own template has a second, smaller Gemma for that.
 - **Not run with the released files**: none can be had where this pack was built.
 """,
         step=64,
