@@ -12,6 +12,7 @@ from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, OUR_VAE_LOADER, VAE_LOADER
 from .view import ERROR, Finding, View, ids_of
 
 OUR_TEXT_LOADER = "NVFP4TextEncoderLoader"
+_LONGEST_NAME = 300
 MAKE = "make"  # the finding's action: its fixes are set, and the prompt is queued again
 
 
@@ -21,7 +22,7 @@ def unmade(view: View) -> Iterator[Finding]:
     for loader in view.graph.of_kind(OUR_MODEL_LOADER):
         view.keep_time()
         name = view.graph.value(loader.id, "model_name")
-        if not isinstance(name, str) or find_file(name, folders) is not None:
+        if not isinstance(name, str) or len(name) > _LONGEST_NAME or find_file(name, folders) is not None:
             continue
         source = source_of(name, folders)
         if source is None:
