@@ -15,6 +15,11 @@ from pathlib import Path
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "core_nodes.json"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 MATCH = "COMFY_MATCHTYPE_V3"  # the type of a socket that takes the type of what is linked to it
+# Inputs whose choices are the files that are there.
+FILE_INPUTS = {
+    "model_name", "vae_name", "file_name", "config_from", "text_encoder", "clip_name", "image", "projection",
+    "lora_name", "calibration", "source",
+}  # fmt: skip
 # Nodes that only the front end knows.
 NOTES = {"MarkdownNote", "Note"}
 ENTRY, EXIT = -10, -20  # the ends of a subgraph, as node ids
