@@ -19,7 +19,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +131,11 @@ class Attention:
                 trial = _trials[shape] = _try_all(function, args, kwargs)
             logger.info("attention %s", trial)
         return trial.winner
+
+
+def is_chosen(options: Mapping | None) -> bool:
+    """Whether a call's options ask for an attention of this pack's, whose rounding is not the host's."""
+    return options is not None and isinstance(options.get(OVERRIDE), Attention)
 
 
 def _is_gpu(device: torch.device) -> bool:

@@ -19,20 +19,25 @@ import torch
 from ...kernels import fused
 from ...kernels.format import FP8Rows
 from .. import residency
+from .attention import is_chosen
 from .graph_key import SCHEDULED
 from .rows import takes_rows
+
+EXACT = "_nvfp4_exact"  # a module of a model that promises the host's own bits
 
 
 def is_apart(module: torch.nn.Module, options: Mapping | None = None) -> bool:
     """Whether a call now is one of those the host's own code is for: compiled, with gradients, or of a patched class.
 
     ``module`` is of a class that this pack derived from the host's, whose ``forward`` somebody may have exchanged;
-    ``options``: the call's, in which a schedule may ask for the exact mode.
+    ``options``: the call's. A model without a layer in FP8 mode, and a step that a schedule has in the exact mode, are
+    the host's as long as their attention is: with another they differ from it by rounding already.
     """
     own = type(module)
+    exact = module.__dict__.get(EXACT, False) or (options is not None and options.get(SCHEDULED) == "bf16")
     return (
         own.host_class.forward is not own.host_forward
-        or (options is not None and options.get(SCHEDULED) == "bf16")
+        or (exact and not is_chosen(options))
         or torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or bool(getattr(comfy.model_management, "in_training", False))
