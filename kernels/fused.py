@@ -50,12 +50,16 @@ class Add(NamedTuple):
 
 
 class Want(NamedTuple):
-    """A tensor made of the stream's norm: times 1 + parameter ``scale``, plus ``shift``; ``quantize``: rows in FP8."""
+    """A tensor made of the stream's norm: times 1 + parameter ``scale``, plus ``shift``.
+
+    ``quantize``: rows in FP8, with ``keep`` the BF16 tensor beside them.
+    """
 
     ada: Ada | None = None
     scale: int = 0
     shift: int = 0
     quantize: bool = False
+    keep: bool = False
 
 
 def fits(x: torch.Tensor) -> bool:
@@ -93,7 +97,8 @@ def _as_wanted(values: torch.Tensor, want: Want) -> torch.Tensor:
 
 
 def _in_fp8(values: torch.Tensor, want: Want, x: torch.Tensor) -> FP8Rows:
-    return FP8Rows(*quantize_rows(_modulated(values, want)), x.shape)
+    kept = _as_wanted(values, want).view(x.shape) if want.keep else None
+    return FP8Rows(*quantize_rows(_modulated(values, want)), x.shape, kept=kept)
 
 
 def gate_heads(x: torch.Tensor, logits: torch.Tensor, quantize: bool) -> torch.Tensor | FP8Rows:

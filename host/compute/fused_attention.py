@@ -21,7 +21,7 @@ from ...kernels.format import FP8Rows
 from .. import residency
 from .attention import is_chosen
 from .graph_key import SCHEDULED
-from .rows import takes_rows
+from .matmul import rows_for
 
 EXACT = "_nvfp4_exact"  # a module of a model that promises the host's own bits
 
@@ -51,14 +51,16 @@ def attention_class(found: type, host: ModuleType) -> type:
     class FusedAttention(found):
         host_class, host_forward = found, found.forward
 
-        def accepts(self) -> tuple[bool, bool]:
-            """Whether the tensor for q and the gates, and that for k and v, may come as rows."""
+        def accepts(self, rows: int, others: int, device: torch.device) -> tuple[bool, bool, bool]:
+            """Whether the ``rows`` for q may come in FP8, whether the gates need their tensor too, and as the first
+            for the ``others`` for k and v."""
             if residency.taken_over(self.__dict__) or is_apart(self):
-                return False, False
+                return False, False, False
             gates = self.to_gate_logits
             return (
-                takes_rows(self.to_q) and (gates is None or takes_rows(gates)),
-                takes_rows(self.to_k) and takes_rows(self.to_v),
+                rows_for(self.to_q, rows, device),
+                gates is not None and not rows_for(gates, rows, device),
+                rows_for(self.to_k, others, device) and rows_for(self.to_v, others, device),
             )
 
         def forward(self, x, context=None, mask=None, pe=None, k_pe=None, transformer_options={}):  # noqa: B006
@@ -66,6 +68,8 @@ def attention_class(found: type, host: ModuleType) -> type:
                 return super().forward(x, context, mask, pe, k_pe, transformer_options)
             q, source = self.to_q(x), x if context is None else context
             k, v = self.to_k(source), self.to_v(source)
+            if type(x) is FP8Rows and x.kept is not None:
+                x = x.kept
             gates = None if self.to_gate_logits is None else self.to_gate_logits(x)
             del source
             if context is None and transformer_options.get("stg_skip_self_attn", False):
@@ -147,7 +151,7 @@ def _projected(attn: Any, out: torch.Tensor, gates: torch.Tensor | None) -> torc
     direct = (
         len(layers) == 2
         and type(layers[1]) is torch.nn.Dropout
-        and takes_rows(layers[0])
+        and rows_for(layers[0], out.numel() // out.shape[-1], out.device)
         and not any(residency.taken_over(module.__dict__) for module in (attn.to_out, layers[1]))
     )
     out = fused.gate_heads(out, gates, direct)

@@ -31,7 +31,7 @@ from ...kernels.fp8 import SharedRows
 from .. import residency
 from .fused_attention import EXACT, attention_class, is_apart
 from .fused_block import block_class
-from .rows import takes_rows
+from .matmul import rows_for
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")
 # ``fingerprint`` of what the classes here stand for, in ComfyUI 0.33 and in 0.38.
@@ -139,10 +139,10 @@ def _feed_forward(found: type) -> type | None:
     class FusedFeedForward(found):
         host_class, host_forward = found, found.forward
 
-        def accepts(self) -> bool:
-            """Whether the input may come as rows."""
+        def accepts(self, rows: int, device: torch.device) -> bool:
+            """Whether so many rows may come in FP8."""
             free = not (residency.taken_over(self.__dict__) or is_apart(self))
-            return free and _as_built(self.net, host.GELU_approx) and takes_rows(self.net[0].proj)
+            return free and _as_built(self.net, host.GELU_approx) and rows_for(self.net[0].proj, rows, device)
 
         def forward(self, x):
             if type(x) is not FP8Rows and (is_apart(self) or not _as_built(self.net, host.GELU_approx)):

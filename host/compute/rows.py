@@ -23,12 +23,11 @@ def shared_rows(own: dict) -> tuple[SharedRows, int] | None:
 
 
 def takes_rows(layer: torch.nn.Module) -> bool:
-    """Whether a layer is a Linear of this pack's that multiplies FP8 rows, and needs nothing but them."""
+    """Whether a layer is a Linear of this pack's in FP8 mode that needs nothing but rows, if they are many."""
     own = layer.__dict__
     return bool(
         own.get("nvfp4_mode") == "fp8"
         and type(layer).__dict__.get("takes_fp8_rows", False)  # not a class derived from it
-        and own.get("nvfp4_lora") is None
         and "pre_quant_scale" not in own["_parameters"]
         and not residency.taken_over(own)
         and not residency.patched(layer)

@@ -35,7 +35,8 @@ class Passes:
 
 def _moved(value, device: str):
     if isinstance(value, FP8Rows):
-        return FP8Rows(value.quantized.to(device), value.scale.to(device), value.shape)
+        kept = None if value.kept is None else value.kept.to(device)
+        return FP8Rows(value.quantized.to(device), value.scale.to(device), value.shape, kept=kept)
     if isinstance(value, Ada):
         return Ada(value.table.to(device), value.steps.to(device), value.group)
     if isinstance(value, Add | Want):
@@ -127,6 +128,18 @@ def test_what_is_not_asked_for_is_left_out(quantize, passes, generator):
     assert_near(found, x.double().view(5, 48) * (1 + modulation(ada, 1)) + modulation(ada, 0))
     assert passes.norm_rows(given, Add(y), [], norm=False) == []
     assert torch.equal(given.cpu(), (x.float() + y.float()).bfloat16())
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_tensor_is_kept_beside_its_rows(second, passes, generator):
+    x = random(generator, 1, 6, 80)
+    ada = make_ada(generator, 6, 80, 2)
+    want = Want(ada, 1, 0, True, True)
+    found = passes.norm_rows(x, None, [Want(ada, 2, 3, True), want] if second else [want])[-1]
+    right = normed(x).flatten(0, 1) * (1 + modulation(ada, 1)) + modulation(ada, 0)
+    assert_near(found, right)
+    assert_near(found.kept, right)
+    assert found.plain() is found.kept
 
 
 def test_a_nan_spoils_its_own_row_only(passes, generator):

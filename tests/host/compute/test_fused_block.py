@@ -138,7 +138,18 @@ def test_a_hook_sees_a_tensor_as_it_would_in_the_host_s_own_block(name, calls):
         one.get_submodule(name).register_forward_pre_hook(lambda _, tensors: seen.append(tensors[0].clone()))
     assert far(run(block, given), run(plain, given)) < NEAR
     assert far(*((one,) for one in seen)) < NEAR
-    assert calls["rows"] < 18 or calls["norm_rope"] < 6
+    gates = name.endswith("to_gate_logits")  # their tensor comes beside the rows
+    assert gates == (calls["rows"] == 18 and calls["norm_rope"] == 6)
+
+
+def test_gates_that_are_weight_only_get_the_tensor_beside_the_rows(calls):
+    block, plain, _ = build()
+    for one in (block, plain):
+        for attention in (module for name, module in one.named_modules() if name.endswith("attn1")):
+            linear.choose_mode(attention.to_gate_logits, "bf16")
+    given = arguments()
+    assert far(run(block, given), run(plain, given)) < NEAR
+    assert calls["rows"] == 18 and calls["norm_rows"] == 12
 
 
 @pytest.mark.parametrize("name", ["attn1.to_q", "attn2.to_k", "attn1.to_out.0", "ff.net.0.proj"])
@@ -152,6 +163,19 @@ def test_a_lora_is_computed_from_tensors(name, calls):
     found, right = run(block, given), run(plain, given)
     assert far(found, right) < NEAR
     assert 0 < calls["rows"] < 18, "the others go on"
+
+
+def test_a_lora_in_the_weight_takes_rows_too(monkeypatch, calls):
+    monkeypatch.setattr(matmul, "_in_weight", lambda shape, rows: True)
+    block, plain, _ = build()
+    for name, layer in block.named_modules():
+        if name.startswith(("attn1.to_", "ff.net")) and "nvfp4_mode" in layer.__dict__:
+            terms = lora.terms_of(patches_of("one", layer.out_features, layer.in_features))
+            for one in (layer, plain.get_submodule(name)):
+                one.__dict__["nvfp4_lora"] = lora.make_branch(one, terms, CPU)
+    given = arguments()
+    assert far(run(block, given), run(plain, given)) < NEAR
+    assert calls["rows"] == 18
 
 
 def test_weights_that_the_host_brings_for_each_call_take_rows_too(monkeypatch, calls):
