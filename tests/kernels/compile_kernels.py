@@ -130,7 +130,7 @@ def norm_rows_variants(capability: int) -> Iterator[Variant]:
     pointers = dict.fromkeys(names, "*bf16") | {"eps": "fp32"}
     rows = dict.fromkeys(("out_ptr", "out2_ptr"), "*fp8e4nv") | dict.fromkeys(("scale_ptr", "scale2_ptr"), "*fp32")
     for full in (True, False) if capability >= 89 else ():
-        flags = ("ADD", "GATED", "MODULATED", "QUANTIZE", "MODULATED2", "QUANTIZE2")
+        flags = ("ADD", "GATED", "MODULATED", "QUANTIZE", "KEEP", "MODULATED2", "QUANTIZE2", "KEEP2")
         constants = dict.fromkeys(flags, full) | {"NORM": True, "OUTPUTS": 1 + full, "FULL": full, "BITS": False}
         constants |= {"COLS": 4096, "ROWS": 4}
         yield str(full), norm_rows._norm_rows_kernel, pointers | rows if full else pointers, constants
