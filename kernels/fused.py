@@ -111,19 +111,21 @@ def gate_heads(x: torch.Tensor, logits: torch.Tensor, quantize: bool) -> torch.T
 
 
 def norm_rope(
-    tensors: Sequence[tuple[torch.Tensor, torch.Tensor]], rotation: torch.Tensor, eps: float
+    tensors: Sequence[tuple[torch.Tensor, torch.Tensor]], rotation: torch.Tensor | None, eps: float
 ) -> list[torch.Tensor]:
     """One or two of ((B, T, H * D) bf16, weight of its norm (H * D)) -> the same, normalised and rotated.
 
     ``rotation``: (1 or B, T, H, D / 2, 2, 2) bf16 without gaps; element i of a head's first half and element i of its
-    second are multiplied by matrix i. The norm spans all heads.
+    second are multiplied by matrix i. The norm spans all heads. None: no rotation.
     """
-    if pick_backend(rotation.device)[0] == "triton":
+    if pick_backend(tensors[0][0].device)[0] == "triton":
         return triton_module("norm_rope").norm_rope(tensors, rotation, eps)
     found = []
     for x, weight in tensors:
         values = x.float()
         values = values / (values.square().mean(-1, keepdim=True) + eps).sqrt() * weight.float()
-        halves = values.unflatten(-1, (rotation.shape[2], 2, -1)).transpose(-1, -2).unsqueeze(-1)
-        found.append((rotation.float() @ halves).squeeze(-1).transpose(-1, -2).flatten(2).to(x.dtype))
+        if rotation is not None:
+            halves = values.unflatten(-1, (rotation.shape[2], 2, -1)).transpose(-1, -2).unsqueeze(-1)
+            values = (rotation.float() @ halves).squeeze(-1).transpose(-1, -2).flatten(2)
+        found.append(values.to(x.dtype))
     return found

@@ -87,18 +87,19 @@ def _normed(attn: Any, host: ModuleType, q, k, pe, k_pe) -> tuple[torch.Tensor, 
     """The norms of q and k, and their rotations if there are any."""
     other = pe if k_pe is None else k_pe
     weights = _weight(attn.q_norm, q), _weight(attn.k_norm, k)
-    if pe is None or any(weight is None for weight in weights) or not (_rotates(pe, q) and _rotates(other, k)):
+    if any(weight is None for weight in weights) or not (_rotates(pe, q) and _rotates(other, k)):
         q, k = attn.q_norm(q), attn.k_norm(k)
         if pe is None:
             return q, k
         if k_pe is None and q.shape == k.shape:
             return host.apply_rotary_emb_qk(q, k, pe)
         return host.apply_rotary_emb(q, pe), host.apply_rotary_emb(k, other)
-    if other is pe and q.shape == k.shape and attn.q_norm.eps == attn.k_norm.eps:
-        return tuple(fused.norm_rope([(q, weights[0]), (k, weights[1])], pe[0], attn.q_norm.eps))
+    turns = None if pe is None else pe[0], None if pe is None else other[0]
+    if turns[0] is turns[1] and q.shape == k.shape and attn.q_norm.eps == attn.k_norm.eps:
+        return tuple(fused.norm_rope([(q, weights[0]), (k, weights[1])], turns[0], attn.q_norm.eps))
     return (
-        fused.norm_rope([(q, weights[0])], pe[0], attn.q_norm.eps)[0],
-        fused.norm_rope([(k, weights[1])], other[0], attn.k_norm.eps)[0],
+        fused.norm_rope([(q, weights[0])], turns[0], attn.q_norm.eps)[0],
+        fused.norm_rope([(k, weights[1])], turns[1], attn.k_norm.eps)[0],
     )
 
 
@@ -111,8 +112,10 @@ def _weight(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     return weight if weight is not None and weight.is_floating_point() and weight.shape == x.shape[-1:] else None
 
 
-def _rotates(pe: tuple, x: torch.Tensor) -> bool:
-    """Whether ``fused.norm_rope`` takes these matrices for x (B, T, C): split halves, one a pair and token."""
+def _rotates(pe: tuple | None, x: torch.Tensor) -> bool:
+    """Whether ``fused.norm_rope`` takes these matrices for x (B, T, C): none, or split halves, one a pair and token."""
+    if pe is None:
+        return True
     rotation, split = pe
     return (
         bool(split)

@@ -147,7 +147,7 @@ def norm_rope_variants(capability: int) -> Iterator[Variant]:
     names = [name for name in norm_rope._norm_rope_kernel.arg_names if name.endswith("_ptr")]
     pointers = dict.fromkeys(names, "*bf16") | {"rotation_ptr": "*i64", "eps": "fp32"}
     for both in (True, False) if capability >= 89 else ():
-        constants = {"HALF": 64, "PAIRS": 2048, "BOTH": both, "FULL": both, "BITS": False}
+        constants = {"HALF": 64, "PAIRS": 2048, "BOTH": both, "TURN": both, "FULL": both, "BITS": False}
         yield str(both), norm_rope._norm_rope_kernel, pointers, constants
 
 

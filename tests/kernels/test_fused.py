@@ -176,6 +176,15 @@ def test_norm_and_rotation_of_one_and_of_two(heads, width, batch, passes, genera
     assert torch.equal(alone, both[1])
 
 
+@pytest.mark.parametrize("cols", [16, 96])
+def test_norm_without_a_rotation(cols, passes, generator):
+    pairs = [(random(generator, 2, 5, cols), random(generator, cols)) for _ in range(2)]
+    both = passes.norm_rope(pairs, None, 1e-5)
+    for (x, weight), found in zip(pairs, both, strict=True):
+        torch.testing.assert_close(found.double(), normed(x, 1e-5) * weight.double(), rtol=2**-7, atol=2**-9)
+    assert torch.equal(passes.norm_rope(pairs[1:], None, 1e-5)[0], both[1])
+
+
 def test_a_stream_that_kernels_cannot_take_is_told():
     fits = torch.zeros(1, 2, 32).bfloat16()
     assert fused.fits(fits)
