@@ -85,9 +85,9 @@ def release(model: torch.nn.Module) -> None:
     """Give all modules the host's classes back."""
     for module in model.modules():
         module.__dict__.pop(EXACT, None)
-        host_class = type(module).__dict__.get("host_class")
-        if host_class is not None:
-            module.__class__ = host_class
+        own = type(module).__dict__
+        if "host_class" in own and "host_forward" in own:
+            module.__class__ = own["host_class"]
 
 
 def _stands_down(host: ModuleType | None, av: ModuleType | None) -> str:
