@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LTX's tables of rotations, made once a sampling: the host makes them anew, a hundred small kernels, in every step.
+"""What LTX makes anew before the blocks of every step though it is the same in each, kept; the bits are the host's.
 
-They follow from the tokens' coordinates, which are compared with those of the step before; the bits are the host's. To
-compare the CPU waits for the GPU, as the host does in each step too, when it copies the frequencies.
+The GPU waits for the CPU there, a hundred small kernels for the tables of rotations alone.
+
+* The tables follow from the tokens' coordinates, which are compared with those of the step before. To compare the CPU
+  waits for the GPU, as the host does in each step too, when it copies the frequencies. They are kept for a sampling.
+* The frequencies of a timestep's embedding follow from numbers of the module.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import math
 from typing import Any
 
 import torch
 from comfy import patcher_extension
 
+from .fused_attention import is_apart
+from .fusions import fingerprint
 from .graph_key import host_class
 
 KEY = "nvfp4_video.positions"
-_KEPT = "_nvfp4_positions"
+_KEPT, _FREQUENCIES = "_nvfp4_positions", "_nvfp4_frequencies"
+_MAX_PERIOD = 10000
+_EMBEDDING = "24709fc251415a22"  # ``fusions.fingerprint`` of the host's Timesteps, in ComfyUI 0.33 and 0.38
 _ATTRIBUTES = ("positional_embedding_max_pos", "audio_positional_embedding_max_pos", "use_middle_indices_grid")
 
 
@@ -47,10 +56,47 @@ def model_class(found: type) -> type:
     return KeepsPositions
 
 
+@functools.cache
+def embedding_class(found: type) -> type:
+    """The host's Timesteps -> a class derived from it, for an even number of channels."""
+
+    class KeepsFrequencies(found):
+        host_class, host_forward = found, found.forward
+
+        def forward(self, timesteps):
+            if is_apart(self):
+                return super().forward(timesteps)
+            half, kept = self.num_channels // 2, self.__dict__.get(_FREQUENCIES)
+            if kept is None or kept.device != timesteps.device:
+                exponent = -math.log(_MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+                kept = torch.exp(exponent / (half - self.downscale_freq_shift))
+                self.__dict__[_FREQUENCIES] = kept
+            angles = timesteps[:, None].float() * kept[None, :]
+            angles = angles if self.scale == 1 else self.scale * angles
+            waves = [angles.sin(), angles.cos()]
+            return torch.cat(waves[::-1] if self.flip_sin_to_cos else waves, dim=-1)
+
+    return KeepsFrequencies
+
+
+def _known_embedding() -> type | None:
+    """The host's Timesteps if its source is as known."""
+    try:
+        host = importlib.import_module("comfy.ldm.lightricks.model")
+        known = fingerprint(host.Timesteps.forward, host.get_timestep_embedding) == _EMBEDDING
+    except (ImportError, AttributeError, OSError, TypeError, SyntaxError):
+        return None
+    return host.Timesteps if known else None
+
+
 def use_positions(patcher: Any) -> None:
-    """Let a loaded model keep its tables while it samples, if it is the host's audio and video transformer."""
+    """Let a loaded model keep what does not change, if it is the host's audio and video transformer."""
     model, found = patcher.model.diffusion_model, host_class("LTXAVModel")
     if found is not None and type(model) is found:
+        embedding = _known_embedding()
+        for module in model.modules():
+            if type(module) is embedding and module.num_channels % 2 == 0:
+                module.__class__ = embedding_class(embedding)
         model.__class__ = model_class(found)
         patcher.add_callback_with_key(patcher_extension.CallbacksMP.ON_CLEANUP, KEY, _drop)
 

@@ -114,7 +114,8 @@ def fused_against_not(scene) -> dict:
         setattr(fused, name, function)
     load("host.compute.fusions").release(patcher.model.diffusion_model)
     apart = scene.sample(patcher, steps=8)
-    return {"calls": calls, "error": float((latents - apart).norm() / apart.norm())}
+    kept = load("host.compute.positions")._known_embedding() is not None
+    return {"calls": calls, "error": float((latents - apart).norm() / apart.norm()), "embedding known": kept}
 
 
 class FakeGraph:
