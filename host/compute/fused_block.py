@@ -18,7 +18,6 @@ import torch
 from ...kernels import fused
 from ...kernels.format import FP8Rows
 from ...kernels.fused import Ada, Add, Want
-from .beside import Beside, may_run_beside
 from .fused_attention import is_apart
 
 _ARGUMENTS = frozenset((
@@ -145,43 +144,20 @@ def _accepts(attn: Any, rows: int, others: int, device: torch.device) -> tuple[b
 
 
 def _run(block: Any, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """The host's ``forward``: self attention, text, the streams' attention to each other, feed-forward.
-
-    Sound that waits for no picture is computed beside it, and a picture that waits for no sound beside that.
-    """
+    """The host's ``forward``: self attention, text, the streams' attention to each other, feed-forward."""
+    given, options = call.given, call.given["transformer_options"]
     run_ax, run_a2v, run_v2a = call.flags
     v, a = _Stream(call.streams[0]), _Stream(call.streams[1]) if call.audio else None
-    video, audio, device = call.video, call.audio, call.streams[0].device
-    with Beside(device if run_ax and _may_run_beside(block, device) else None) as beside:
-        _attend(v, block.attn1, video, block.attn2, call.given, pe=call.given["v_pe"],
-                mask=call.given["self_attention_mask"])  # fmt: skip
-        if run_ax:
-            with beside.queued():
-                _attend(a, block.audio_attn1, audio, block.audio_attn2, call.given, pe=call.given["a_pe"])
-                a.make()
-        beside.meet()
+    video, audio = call.video, call.audio
 
-        sound, picture, hidden = _exchange(block, call, v, a)
-        beside.mark()
-        v.add(block.ff(hidden), video.own, 5)
-        v.make()
-        if run_ax:
-            with beside.queued():
-                if run_v2a:
-                    _listen(block.video_to_audio_attn, call, a, sound, picture)
-                (hidden_sound,) = a.make(_before(block.audio_ff, a, audio))
-                a.add(block.audio_ff(hidden_sound), audio.own, 5)
-                a.make()
-                del hidden_sound
-    return call.streams
+    _attend(v, block.attn1, video, block.attn2, given["attention_mask"], options,
+            {"pe": given["v_pe"], "mask": given["self_attention_mask"]})  # fmt: skip
+    if run_ax:
+        _attend(a, block.audio_attn1, audio, block.audio_attn2, given["attention_mask"], options,
+                {"pe": given["a_pe"]})  # fmt: skip
 
-
-def _exchange(block: Any, call: _Call, v: _Stream, a: _Stream | None) -> tuple:
-    """Sound to picture -> what picture to sound takes, sound and picture (None without), and the feed-forward's input.
-    """
-    run_ax, run_a2v, run_v2a = call.flags
-    video, audio, given, device = call.video, call.audio, call.given, v.x.device
-    to_video, to_audio, wants = block.audio_to_video_attn, block.video_to_audio_attn, []
+    to_video, to_audio, hidden = block.audio_to_video_attn, block.video_to_audio_attn, None
+    device, wants = v.x.device, []
     if run_a2v:
         *rows, others = _accepts(to_video, v.rows, a.rows, device)
         wants.append(Want(audio.cross, 0, 1, others))
@@ -192,30 +168,32 @@ def _exchange(block: Any, call: _Call, v: _Stream, a: _Stream | None) -> tuple:
     if run_a2v:
         (picture,) = v.make(Want(video.cross, 0, 1, *rows))
         out = to_video(picture, context=sound[0], pe=given["v_cross_pe"], k_pe=given["a_cross_pe"],
-                       transformer_options=given["transformer_options"])  # fmt: skip
+                       transformer_options=options)  # fmt: skip
         v.add(out, video.cross_gate)
         del picture, out
-    if not run_v2a:
-        return None, None, v.make(_before(block.ff, v, video))[0]
-    return sound[-1], *v.make(Want(video.cross, 2, 3, picture_rows), _before(block.ff, v, video))
+    if run_v2a:
+        picture, hidden = v.make(Want(video.cross, 2, 3, picture_rows), _before(block.ff, v, video))
+        out = to_audio(sound[-1], context=picture, pe=given["a_cross_pe"], k_pe=given["v_cross_pe"],
+                       transformer_options=options)  # fmt: skip
+        a.add(out, audio.cross_gate)
+        del picture, out
+    sound.clear()
+
+    hidden = hidden if hidden is not None else v.make(_before(block.ff, v, video))[0]
+    v.add(block.ff(hidden), video.own, 5)
+    v.make()
+    if run_ax:
+        (hidden,) = a.make(_before(block.audio_ff, a, audio))
+        a.add(block.audio_ff(hidden), audio.own, 5)
+        a.make()
+    return call.streams
 
 
-def _listen(to_audio: Any, call: _Call, a: _Stream, sound: torch.Tensor | FP8Rows, picture: torch.Tensor | FP8Rows):
-    """Picture to sound."""
-    out = to_audio(sound, context=picture, pe=call.given["a_cross_pe"], k_pe=call.given["v_cross_pe"],
-                   transformer_options=call.given["transformer_options"])  # fmt: skip
-    a.add(out, call.audio.cross_gate)
-
-
-def _may_run_beside(block: Any, device: torch.device) -> bool:
-    return may_run_beside(
-        device, block.audio_attn1, block.audio_attn2, block.video_to_audio_attn, block.audio_ff
-    )
-
-
-def _attend(stream: _Stream, attn: Any, side: _Side, text_attn: Any, given: Mapping[str, Any], **named: Any) -> None:
+def _attend(
+    stream: _Stream, attn: Any, side: _Side, text_attn: Any, text_mask: Any, options: dict, named: dict
+) -> None:
     """Self attention, then attention to the text, which is modulated too in newer models."""
-    device, options = stream.x.device, given["transformer_options"]
+    device = stream.x.device
     takes_x, keep, takes_too = _accepts(attn, stream.rows, stream.rows, device)
     (normed,) = stream.make(Want(side.own, 1, 0, takes_x and takes_too, keep))
     out = attn(normed, transformer_options=options, **named)
@@ -228,7 +206,7 @@ def _attend(stream: _Stream, attn: Any, side: _Side, text_attn: Any, given: Mapp
     else:
         (normed,), gate = stream.make(Want(side.own, 7, 6, takes_x, keep)), side.own
         (context,) = fused.norm_rows(context, None, [Want(side.prompt, 1, 0, takes_text)], norm=False)
-    out = text_attn(normed, context=context, mask=given["attention_mask"], transformer_options=options)
+    out = text_attn(normed, context=context, mask=text_mask, transformer_options=options)
     stream.add(out, gate, 8)
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 
 import comfy.ops
@@ -12,7 +11,6 @@ import torch
 from nvfp4_video.host import residency
 from nvfp4_video.host.compute import fused_block, fusions, graph_key, linear, lora, matmul, schedule
 from nvfp4_video.host.compute.attention import AUTO, OVERRIDE, Attention
-from nvfp4_video.host.compute.beside import Beside
 from nvfp4_video.kernels import fused, reference
 from nvfp4_video.kernels.format import FP8Rows
 from nvfp4_video.tests.support import small_block
@@ -58,7 +56,7 @@ def test_a_block_in_fp8_mode_does_what_its_host_does_in_fewer_passes(calls):
     found, right = run(block, given), run(plain, given)
     assert report.startswith("norms, modulations, gates and rotations")
     assert 0 < far(found, right) < NEAR
-    assert calls == {"norm_rows": 13, "gate_heads": 6, "norm_rope": 10, "rows": 18}
+    assert calls == {"norm_rows": 12, "gate_heads": 6, "norm_rope": 10, "rows": 18}
     assert far(found, given["x"]) > 0.3, "the block does something"
 
 
@@ -90,40 +88,6 @@ def test_options_that_leave_parts_out(options, calls):
     assert calls["norm_rows"] > 4
 
 
-@pytest.mark.parametrize("sound", [True, False])
-def test_sound_is_queued_beside_the_picture_and_met_before_either_needs_the_other(sound, monkeypatch):
-    asked, log = [], []
-
-    class Logged(Beside):
-        def __init__(self, device):
-            asked.append(device)
-            super().__init__(None)
-
-        def mark(self):
-            log.append("mark")
-
-        @contextlib.contextmanager
-        def queued(self):
-            log.append("{")
-            yield
-            log.append("}")
-
-        def meet(self):
-            log.append("meet")
-
-    monkeypatch.setattr(fused_block, "Beside", Logged)
-    monkeypatch.setattr(fused_block, "may_run_beside", lambda device, *parts: True)
-    block, plain, _ = build()
-    for name in ("attn1", "audio_attn1", "audio_to_video_attn", "video_to_audio_attn", "ff", "audio_ff"):
-        block.get_submodule(name).register_forward_pre_hook(lambda module, _, name=name: log.append(name))
-    given = arguments()
-    if not sound:
-        given["x"] = given["x"][0], torch.zeros(0)
-    assert far(run(block, given), run(plain, given)) < NEAR
-    both = "mark attn1 { audio_attn1 } meet audio_to_video_attn mark ff { video_to_audio_attn audio_ff } meet"
-    assert asked == [CPU if sound else None] and log == (both if sound else "mark attn1 meet mark ff meet").split()
-
-
 def test_a_clip_without_sound(calls):
     block, plain, _ = build()
     given = arguments()
@@ -136,7 +100,7 @@ def test_a_model_whose_text_is_not_modulated(calls):
     block, plain, _ = build(modulated_text=False)
     given = arguments(count=6)
     assert far(run(block, given), run(plain, given)) < NEAR
-    assert calls["norm_rows"] == 11
+    assert calls["norm_rows"] == 10
 
 
 @pytest.mark.parametrize("frames", [1, small_block.FRAMES * small_block.PATCHES])
@@ -145,7 +109,7 @@ def test_timesteps_of_the_clip_and_of_each_token(frames, calls):
     given = arguments()
     given["v_timestep"] = torch.randn(1, frames, 9 * small_block.VIDEO).bfloat16() / 4
     assert far(run(block, given), run(plain, given)) < NEAR
-    assert calls["norm_rows"] == 13
+    assert calls["norm_rows"] == 12
 
 
 def test_an_argument_or_a_timestep_that_is_not_known_is_the_host_s(calls):
@@ -185,7 +149,7 @@ def test_gates_that_are_weight_only_get_the_tensor_beside_the_rows(calls):
             linear.choose_mode(attention.to_gate_logits, "bf16")
     given = arguments()
     assert far(run(block, given), run(plain, given)) < NEAR
-    assert calls["rows"] == 18 and calls["norm_rows"] == 13
+    assert calls["rows"] == 18 and calls["norm_rows"] == 12
 
 
 @pytest.mark.parametrize("name", ["attn1.to_q", "attn2.to_k", "attn1.to_out.0", "ff.net.0.proj"])
@@ -259,7 +223,7 @@ def test_a_step_that_a_schedule_has_in_bf16_takes_fewer_passes_where_its_attenti
     given = arguments() | {"transformer_options": {graph_key.SCHEDULED: "bf16", OVERRIDE: Attention(AUTO)}}
     with schedule.computing_in("bf16", block), schedule.computing_in("bf16", plain):
         assert 0 < far(run(block, given), run(plain, given)) < ROUNDED
-    assert calls == {"norm_rows": 13, "gate_heads": 6, "norm_rope": 10, "rows": 0}
+    assert calls == {"norm_rows": 12, "gate_heads": 6, "norm_rope": 10, "rows": 0}
 
 
 def test_a_model_in_bf16_mode_is_the_host_s_bit_for_bit(calls):
@@ -278,7 +242,7 @@ def test_a_model_in_bf16_mode_takes_fewer_passes_where_its_attention_is_not_the_
         exact = run(plain.float(), small_block.in_fp32(given))
         errors.append((far(found, exact), far(right, exact)))
     assert report == "norms, modulations and rotations, where attention is not ComfyUI's own"
-    assert calls == {"norm_rows": 52, "gate_heads": 24, "norm_rope": 40, "rows": 0}
+    assert calls == {"norm_rows": 48, "gate_heads": 24, "norm_rope": 40, "rows": 0}
     mine, host_s = (sum(column) for column in zip(*errors, strict=True))
     assert mine < 1.1 * host_s, "roundings are left out"
 
