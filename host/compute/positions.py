@@ -53,6 +53,7 @@ def model_class(found: type) -> type:
             self.__dict__[_KEPT] = key, coords, made
             return made
 
+    KeepsPositions.__name__, KeepsPositions.__qualname__ = found.__name__, found.__qualname__  # others ask for them
     return KeepsPositions
 
 

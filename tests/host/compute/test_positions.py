@@ -75,6 +75,7 @@ def ask(patcher, given=None, frame_rate=25.0, dtype=torch.bfloat16):
 def test_tables_of_the_same_coordinates_are_made_once_and_are_the_host_s(patcher):
     model = patcher.model.diffusion_model
     assert type(model.time_proj).__name__ == "KeepsFrequencies"
+    assert type(model).__name__ == "LTXAVModel" and isinstance(model, LTXAVModel)
     assert type(model) is not LTXAVModel and graph_key.is_host_s(model, "LTXAVModel")
     first, again = ask(patcher), ask(patcher)
     assert again is first and model.made == 1
