@@ -171,6 +171,7 @@ def test_a_lora_in_the_weight_takes_rows_too(monkeypatch, calls):
     for name, layer in block.named_modules():
         if name.startswith(("attn1.to_", "ff.net")) and "nvfp4_mode" in layer.__dict__:
             terms = lora.terms_of(patches_of("one", layer.out_features, layer.in_features))
+            terms = [(strength / 8, up, down) for strength, up, down in terms]  # a change, not another layer
             for one in (layer, plain.get_submodule(name)):
                 one.__dict__["nvfp4_lora"] = lora.make_branch(one, terms, CPU)
     given = arguments()
