@@ -119,6 +119,8 @@ class Phases:
 
     def medians(self, skip: int = 3) -> dict[str, float]:
         """{phase: ms}, of a sampling with one call of the model a step, but for its first steps; {} without a GPU."""
+        if self.events:
+            self.events[-1].synchronize()
         ends = self.events[2::3]
         triples = [(end, *self.events[3 * i + 3 : 3 * i + 6]) for i, end in enumerate(ends[:-1])][skip:]
         names = ("before the blocks ms", "blocks ms", "behind them ms")
