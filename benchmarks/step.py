@@ -16,6 +16,7 @@ joint audio and video. `--tiny --cpu` tries the script on a machine without a GP
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -214,6 +215,7 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
     for name in names:
         in_process.sample(patchers[name], size, config, frames, seed=0, steps=2)
     steps: dict[str, list[list[float]]] = {name: [] for name in names}
+    phases: dict[str, dict[str, float]] = {}
     latents, errors = [], []
     for rep in range(options.reps):
         if rep and time.perf_counter() - STARTED > options.limit:
@@ -221,8 +223,13 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
             break
         outputs = {}
         for name in names[rep % len(names) :] + names[: rep % len(names)]:
-            taken, outputs[name] = in_process.sample(patchers[name], size, config, frames, seed=1 + rep)
+            found = in_process.Phases()
+            with contextlib.nullcontext() if name.endswith("-compiled") else found:
+                taken, outputs[name] = in_process.sample(
+                    patchers[name], size, config, frames, seed=1 + rep, on_step=found.step
+                )
             steps[name].append(taken)
+            phases[name] = {} if name.endswith("-compiled") else found.medians()
             say(f"{size} repetition {rep + 1}, {ROWS[name]}: {statistics.median(taken):.4f} s a step")
         for first, second in EQUAL:
             if {first, second} <= outputs.keys():
@@ -240,6 +247,7 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
         each = [statistics.median(one) for one in taken]
         row: dict[str, Any] = {"size": size, "tokens": video[2] * video[3] * video[4], "row": ROWS[name]}
         row |= {"step s": medians[name], "lowest": min(each), "highest": max(each), "repetitions": len(each)}
+        row |= phases[name]
         row |= {f"x {ROWS[base]}": medians[name] / medians[base] for base in ("bf16", "stock") if base in medians}
         rows.append(row)
     return {"rows": rows, "latents": latents, "errors": errors}

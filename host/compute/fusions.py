@@ -6,7 +6,8 @@
 * The norm and rotation of q and k are one pass, the gates of heads come with the next Linear's rows
   (fused_attention.py); gated addition, norm, modulation and rows for the next Linears are one (fused_block.py).
 
-The first changes no bit, the others leave out roundings between. Models without a layer in FP8 mode stay as they are.
+The first changes no bit, the others leave out roundings between. A model without a layer in FP8 mode is the host's bit
+for bit as long as its attention is the host's; where another was chosen, it has the last of the three without rows.
 Only LTX's own classes are prepared, whose source is one of those that this pack was written after, and whoever replaced
 a ``forward`` or hooked a layer gets what he would without: each call looks. Classes are set on the model's own modules;
 nothing of the host is patched.
@@ -28,9 +29,9 @@ import torch
 from ...kernels.format import FP8Rows
 from ...kernels.fp8 import SharedRows
 from .. import residency
-from .fused_attention import attention_class, is_apart
+from .fused_attention import EXACT, attention_class, is_apart
 from .fused_block import block_class
-from .rows import takes_rows
+from .matmul import rows_for
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")
 # ``fingerprint`` of what the classes here stand for, in ComfyUI 0.33 and in 0.38.
@@ -39,12 +40,15 @@ _BLOCKS = frozenset(("68f99ad48eef5f89",))
 
 
 def fuse(model: torch.nn.Module, linear: type) -> str:
-    """Prepare the layers of class ``linear`` in FP8 mode -> what to expect, for the load report; "" if nobody would.
+    """Prepare the layers of class ``linear`` -> what to expect, for the load report; "" if nobody would.
 
-    Other models, classes and modes are left alone, and modules that were prepared for another mode are as before.
+    Other models and classes and those with layers in FP4 mode are left alone, and modules that were prepared for
+    another mode are as before.
     """
     release(model)
-    if not any(_in_fp8(module, linear) for module in model.modules()):
+    modes = {module.__dict__.get("nvfp4_mode") for module in model.modules() if isinstance(module, linear)}
+    exact = "fp8" not in modes
+    if exact and ("bf16" not in modes or "fp4" in modes):
         return ""
     host, av = _host("model"), _host("av_model")
     attention, block = getattr(host, "CrossAttention", None), getattr(av, "BasicAVTransformerBlock", None)
@@ -60,22 +64,30 @@ def fuse(model: torch.nn.Module, linear: type) -> str:
                 for place, own in enumerate(owns):
                     own["_nvfp4_shared"], own["_nvfp4_sharers"] = (shared, place), owns
             if not reason:
-                module.__class__ = attention_class(attention, host)
+                _become(module, attention_class(attention, host), exact)
         elif type(module) is block and not reason:
-            module.__class__ = block_class(block, av)
+            _become(module, block_class(block, av), exact)
         elif (fused := _feed_forward(type(module))) is not None and _in_fp8(module.net[2], linear):
             module.__class__ = fused
+    if exact:
+        return "" if reason else "norms, modulations and rotations, where attention is not ComfyUI's own"
     if reason:
         return f"rows of q, k and v, and the feed-forward's activation; no more, {reason}"
     return "norms, modulations, gates and rotations, each with its neighbours"
 
 
+def _become(module: torch.nn.Module, own: type, exact: bool) -> None:
+    module.__class__ = own
+    module.__dict__[EXACT] = exact
+
+
 def release(model: torch.nn.Module) -> None:
     """Give all modules the host's classes back."""
     for module in model.modules():
-        host_class = type(module).__dict__.get("host_class")
-        if host_class is not None:
-            module.__class__ = host_class
+        module.__dict__.pop(EXACT, None)
+        own = type(module).__dict__
+        if "host_class" in own and "host_forward" in own:
+            module.__class__ = own["host_class"]
 
 
 def _stands_down(host: ModuleType | None, av: ModuleType | None) -> str:
@@ -127,10 +139,10 @@ def _feed_forward(found: type) -> type | None:
     class FusedFeedForward(found):
         host_class, host_forward = found, found.forward
 
-        def accepts(self) -> bool:
-            """Whether the input may come as rows."""
+        def accepts(self, rows: int, device: torch.device) -> bool:
+            """Whether so many rows may come in FP8."""
             free = not (residency.taken_over(self.__dict__) or is_apart(self))
-            return free and _as_built(self.net, host.GELU_approx) and takes_rows(self.net[0].proj)
+            return free and _as_built(self.net, host.GELU_approx) and rows_for(self.net[0].proj, rows, device)
 
         def forward(self, x):
             if type(x) is not FP8Rows and (is_apart(self) or not _as_built(self.net, host.GELU_approx)):

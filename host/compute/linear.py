@@ -92,7 +92,7 @@ def weight_only_operations(
                 device = input.device
                 matmul = multiply if own.get("nvfp4_lora") is None else multiply_with_lora
                 smoothed = "pre_quant_scale" in parameters  # ModelOpt's AWQ
-                if rows and (smoothed or activation or matmul is not multiply):
+                if rows and (smoothed or activation):
                     input = input.plain()
                 if activation and (smoothed or own["nvfp4_mode"] != "fp8"):
                     input, activation = reference.activate(input, activation), ""

@@ -8,6 +8,7 @@ weight dequantised on the device. Called a thousand times a step: what depends o
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from comfy.quant_ops import QuantizedTensor, get_layout_class
@@ -17,7 +18,7 @@ from ...kernels.format import FP8Rows, PackedWeight
 from .. import residency
 from . import lora
 from .card import fp8_min_tokens, gpu_of
-from .rows import shared_rows
+from .rows import shared_rows, takes_rows
 
 LAYOUT = "TensorCoreNVFP4Layout"
 # A LoRA beside the product costs as much as one in the weight where T (N + K) is this many times N K: 1.5 to 2 on an
@@ -88,7 +89,7 @@ def multiply(
 
 def multiply_with_lora(
     own: dict,
-    input: torch.Tensor,
+    input: torch.Tensor | FP8Rows,
     weight: QuantizedTensor,
     bias: torch.Tensor | None,
     device: torch.device,
@@ -100,23 +101,38 @@ def multiply_with_lora(
     The sum is made while the weight is decoded, or converted to E4M3, whose rounding the change then shares: 2 N K R
     FLOPs whatever the rows, where a branch costs 2 T (N + K) R in BF16 and a pass over the output.
     """
-    branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
-    rows = input.numel() // cols if cols else 0
-    down, up = lora.factors(branch, input, backend)
+    branch, cols, is_rows = own["nvfp4_lora"], input.shape[-1] if len(input.shape) else 0, type(input) is FP8Rows
+    rows = math.prod(input.shape[:-1]) if cols else 0
     params, shape = weight._params, tuple(weight._params.orig_shape)
-    if rows <= reference.MAX_TOKENS or rows * sum(shape) < _BESIDE * shape[0] * shape[1]:
-        input = reference.activate(input, activation)
-        return lora.add(multiply(own, input, weight, bias, device, backend, ""), input, down, up)
+    in_weight = _in_weight(shape, rows)
+    down, up = lora.factors(branch, input, backend)
     many = None
-    if own.get("nvfp4_mode") == "fp8" and not torch.compiler.is_compiling() and rows >= least_rows(shape, device):
-        many = dispatch.prepare("linear_fp8_sum", shape, input.dtype, device, backend)
+    if in_weight and own.get("nvfp4_mode") == "fp8" and not torch.compiler.is_compiling():
+        if rows >= least_rows(shape, device):
+            many = dispatch.prepare("linear_fp8_sum", shape, input.dtype, device, backend)
     if many is not None:
         parts = weight._qdata, params.block_scale, params.scale, up, down, branch.peak
-        return many(input, *parts, bias, activation, shared_rows(own))
-    input = reference.activate(input, activation)
+        return many(input, *parts, bias, activation, None if is_rows else shared_rows(own))
+    input = reference.activate(input.plain() if is_rows else input, activation)
+    if not in_weight:
+        return lora.add(multiply(own, input, weight, bias, device, backend, ""), input, down, up)
     record = PackedWeight(weight._qdata, params.block_scale, params.scale, shape)
     merged = dispatch.dequantize_sum(record, up, down, backend)
     return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
+
+
+def _in_weight(shape: tuple[int, int], rows: int) -> bool:
+    """Whether a LoRA is cheaper in a weight of (N, K) than beside its product with so many rows."""
+    return rows > reference.MAX_TOKENS and rows * sum(shape) >= _BESIDE * shape[0] * shape[1]
+
+
+def rows_for(layer: torch.nn.Module, rows: int, device: torch.device) -> bool:
+    """Whether a Linear, its LoRA included, is computed from FP8 rows alone where it gets so many of them."""
+    if not takes_rows(layer):
+        return False
+    shape = layer.out_features, layer.in_features
+    beside = layer.__dict__.get("nvfp4_lora") is not None and not _in_weight(shape, rows)
+    return rows >= least_rows(shape, device) and not beside
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:

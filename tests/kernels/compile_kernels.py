@@ -170,7 +170,7 @@ def norm_rows_variants(capability: int) -> Iterator[Variant]:
     pointers = dict.fromkeys(names, "*bf16") | {"eps": "fp32"}
     rows = dict.fromkeys(("out_ptr", "out2_ptr"), "*fp8e4nv") | dict.fromkeys(("scale_ptr", "scale2_ptr"), "*fp32")
     for full in (True, False) if capability >= 89 else ():
-        flags = ("ADD", "GATED", "MODULATED", "QUANTIZE", "MODULATED2", "QUANTIZE2")
+        flags = ("ADD", "GATED", "MODULATED", "QUANTIZE", "KEEP", "MODULATED2", "QUANTIZE2", "KEEP2")
         constants = dict.fromkeys(flags, full) | {"NORM": True, "OUTPUTS": 1 + full, "FULL": full, "BITS": False}
         constants |= {"COLS": 4096, "ROWS": 4}
         yield str(full), norm_rows._norm_rows_kernel, pointers | rows if full else pointers, constants
@@ -187,7 +187,7 @@ def norm_rope_variants(capability: int) -> Iterator[Variant]:
     names = [name for name in norm_rope._norm_rope_kernel.arg_names if name.endswith("_ptr")]
     pointers = dict.fromkeys(names, "*bf16") | {"rotation_ptr": "*i64", "eps": "fp32"}
     for both in (True, False) if capability >= 89 else ():
-        constants = {"HALF": 64, "PAIRS": 2048, "BOTH": both, "FULL": both, "BITS": False}
+        constants = {"HALF": 64, "PAIRS": 2048, "BOTH": both, "TURN": both, "FULL": both, "BITS": False}
         yield str(both), norm_rope._norm_rope_kernel, pointers, constants
 
 

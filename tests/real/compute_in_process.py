@@ -114,7 +114,8 @@ def fused_against_not(scene) -> dict:
         setattr(fused, name, function)
     load("host.compute.fusions").release(patcher.model.diffusion_model)
     apart = scene.sample(patcher, steps=8)
-    return {"calls": calls, "error": float((latents - apart).norm() / apart.norm())}
+    kept = load("host.compute.positions")._known_embedding() is not None
+    return {"calls": calls, "error": float((latents - apart).norm() / apart.norm()), "embedding known": kept}
 
 
 class FakeGraph:
@@ -134,7 +135,7 @@ def graphs_of(scene) -> dict:
     """Sampling with every block replaced by a fake graph, against sampling without; fused layers in FP8 mode."""
     torch, graphs, plans, fp8 = importlib.import_module("torch"), *map(load, PARTS)
     contextlib, extension = importlib.import_module("contextlib"), importlib.import_module("comfy.patcher_extension")
-    kept, host_class = graphs.obstacle, load("host.compute.graph_key").host_class
+    kept, is_host_s = graphs.obstacle, load("host.compute.graph_key").is_host_s
     plain = scene.ours("comfy_markers")
     right = scene.sample(plain, steps=8)
     counts = {"captured": 0, "replayed": 0}
@@ -153,7 +154,7 @@ def graphs_of(scene) -> dict:
         return self.graphs[number][branches]
 
     fakes = {"record": lambda self, stream: None, "query": lambda self: True}
-    graphs.obstacle = lambda model, device: "" if type(model) is host_class("LTXAVModel") else "other"
+    graphs.obstacle = lambda model, device: "" if is_host_s(model, "LTXAVModel") else "other"
     graphs._is_out_of_question = lambda model, device: False
     plans.Plan.capture, torch.cuda.Event = capture, type("Event", (), fakes)
     plans.apart, plans.give_back = lambda device: contextlib.nullcontext(), lambda device: None

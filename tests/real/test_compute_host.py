@@ -78,3 +78,4 @@ def test_a_fused_model_gives_the_latents_of_the_host_s_own_classes_but_for_round
     fused = found["fused"]
     assert 0 < fused["error"] < 0.005
     assert all(fused["calls"].values()), "every kind of pass runs, also with rows in FP8"
+    assert fused["embedding known"], "its frequencies are kept"
