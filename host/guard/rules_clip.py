@@ -164,9 +164,9 @@ class _Needs:
 
     def only(self, node: str, groups: list[set[str]]) -> bool:
         """Whether all the nodes with rates that it needs are in one of these groups, which grow."""
-        needed = self._needed(node)
-        if needed is not None:
-            return any(self.rated(node).keys() <= group for group in groups)
+        if self._needed(node) is not None:
+            rated = self.rated(node).keys()
+            return any(rated <= group for group in groups)
         self._others += (self._graph.downstream(self._rates.keys() - group) for group in groups[len(self._others) :])
         return any(node not in others for others in self._others)
 
