@@ -20,7 +20,7 @@ _SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
 
 
 @triton.jit
-def _activated(values, ACTIVATION: tl.constexpr, ASSEMBLY: tl.constexpr):
+def activated(values, ACTIVATION: tl.constexpr, ASSEMBLY: tl.constexpr):
     """fp32 numbers -> fp32 of their activation.
 
     GELU's 0.5 (1 + tanh(u)) is the logistic function of 2 u. ASSEMBLY: with the GPU's own exponential and reciprocal,
@@ -66,12 +66,12 @@ def _quantize_rows_kernel(
     on_gpu: tl.constexpr = out_ptr.dtype.element_ty != tl.uint8
     column = tl.arange(0, COLS)
     values = tl.load(source + column, mask=column < cols, other=0.0).to(tl.float32)
-    values = _activated(values, ACTIVATION, on_gpu)
+    values = activated(values, ACTIVATION, on_gpu)
     amax = tl.max(tl.where(values == values, tl.abs(values), 0.0), axis=0)
     if not SINGLE:
         for first in range(COLS, cols, COLS):
             more = tl.load(source + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
-            more = _activated(more, ACTIVATION, on_gpu)
+            more = activated(more, ACTIVATION, on_gpu)
             amax = tl.maximum(amax, tl.max(tl.where(more == more, tl.abs(more), 0.0), axis=0))
     scale = row_scale(amax)
     factor = tl.div_rn(1.0, scale)
@@ -80,7 +80,7 @@ def _quantize_rows_kernel(
     if not SINGLE:
         for first in range(COLS, out_cols, COLS):
             more = tl.load(source + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
-            more = to_e4m3(_activated(more, ACTIVATION, on_gpu) * factor, out_ptr.dtype.element_ty)
+            more = to_e4m3(activated(more, ACTIVATION, on_gpu) * factor, out_ptr.dtype.element_ty)
             tl.store(target + first + column, more, mask=first + column < out_cols)
 
 
