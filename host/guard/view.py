@@ -35,9 +35,10 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a prompt or the host. ``title`` is one sentence; ``nodes``: ids in the API prompt;
-    ``fixes``: the cure, where it is values of widgets.
+    """One thing that is wrong with a prompt or the host, ``title`` a sentence. ``nodes``: ids in the API prompt.
+
     ``severity``: ERROR, the run fails or its result is unusable; WARNING, it is slower or worse than meant; INFO.
+    ``fixes``: the cure, if it is values of widgets; ``action``: what the button that sets them does besides, if any.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Finding:
     remedy: str
     nodes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
+    action: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
