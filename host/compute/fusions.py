@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What neighbouring layers of a loaded LTX model in FP8 mode can do together: one pass over memory less each time.
+"""What neighbouring layers of a loaded LTX model in FP8 or INT8 mode can do together: one pass over memory less each.
 
 * to_q, to_k and to_v of an attention take the same tensor: it is quantised once.
 * GELU before the second Linear of the feed-forward is computed while that Linear quantises its input.
 * The norm and rotation of q and k are one pass, the gates of heads come with the next Linear's rows
   (fused_attention.py); gated addition, norm, modulation and rows for the next Linears are one (fused_block.py).
 
-The first changes no bit, the others leave out roundings between. Models without a layer in FP8 mode stay as they are.
-Only LTX's own classes are prepared, whose source is one of those that this pack was written after, and whoever replaced
-a ``forward`` or hooked a layer gets what he would without: each call looks. Classes are set on the model's own modules;
-nothing of the host is patched.
+Rows that another kernel makes are FP8's alone. The first changes no bit, the others leave out roundings between. Models
+without such a layer stay as they are. Only LTX's own classes are prepared, whose source is one of those that this pack
+was written after, and whoever replaced a ``forward`` or hooked a layer gets what he would without: each call looks.
+Classes are set on the model's own modules; nothing of the host is patched.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ...kernels.fp8 import SharedRows
 from .. import residency
 from .fused_attention import attention_class, is_apart
 from .fused_block import block_class
+from .modes import EIGHT_BITS
 from .rows import takes_rows
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")
@@ -39,12 +40,12 @@ _BLOCKS = frozenset(("68f99ad48eef5f89",))
 
 
 def fuse(model: torch.nn.Module, linear: type) -> str:
-    """Prepare the layers of class ``linear`` in FP8 mode -> what to expect, for the load report; "" if nobody would.
+    """Prepare the layers of class ``linear`` in 8-bit modes -> what to expect, for the load report; "" if nobody would.
 
     Other models, classes and modes are left alone, and modules that were prepared for another mode are as before.
     """
     release(model)
-    if not any(_in_fp8(module, linear) for module in model.modules()):
+    if not any(_in_8_bits(module, linear) for module in model.modules()):
         return ""
     host, av = _host("model"), _host("av_model")
     attention, block = getattr(host, "CrossAttention", None), getattr(av, "BasicAVTransformerBlock", None)
@@ -55,7 +56,7 @@ def fuse(model: torch.nn.Module, linear: type) -> str:
     for module in model.modules():
         if type(module) is attention:
             layers = [getattr(module, name, None) for name in _PROJECTIONS]
-            if all(_in_fp8(layer, linear) for layer in layers):
+            if len(kinds := {_in_8_bits(layer, linear) for layer in layers}) == 1 and all(kinds):
                 shared, owns = SharedRows(), tuple(layer.__dict__ for layer in layers)
                 for place, own in enumerate(owns):
                     own["_nvfp4_shared"], own["_nvfp4_sharers"] = (shared, place), owns
@@ -63,7 +64,7 @@ def fuse(model: torch.nn.Module, linear: type) -> str:
                 module.__class__ = attention_class(attention, host)
         elif type(module) is block and not reason:
             module.__class__ = block_class(block, av)
-        elif (fused := _feed_forward(type(module))) is not None and _in_fp8(module.net[2], linear):
+        elif (fused := _feed_forward(type(module))) is not None and _in_8_bits(module.net[2], linear):
             module.__class__ = fused
     if reason:
         return f"rows of q, k and v, and the feed-forward's activation; no more, {reason}"
@@ -106,8 +107,10 @@ def fingerprint(*parts: Callable | type) -> str:
     return digest.hexdigest()[:16]
 
 
-def _in_fp8(layer: object, linear: type) -> bool:
-    return isinstance(layer, linear) and layer.__dict__.get("nvfp4_mode") == "fp8"
+def _in_8_bits(layer: object, linear: type) -> str:
+    """Which of EIGHT_BITS a layer computes in, or an empty string."""
+    mode = layer.__dict__.get("nvfp4_mode") if isinstance(layer, linear) else ""
+    return mode if mode in EIGHT_BITS else ""
 
 
 def _host(name: str) -> ModuleType | None:

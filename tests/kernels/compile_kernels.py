@@ -28,6 +28,7 @@ from nvfp4_video.kernels.triton import (  # noqa: E402
     norm_silu,
     quantize,
     quantize_rows,
+    scale_sums,
     to_fp8,
     to_fp8_sum,
     to_pixels,
@@ -87,10 +88,10 @@ def gemv_variants(capability: int) -> Iterator[Variant]:
 
 
 def to_fp8_variants(capability: int) -> Iterator[Variant]:
-    pointers = POINTERS | {"out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
-    for full in (False, True) if capability >= 89 else ():
-        constants = {"ROWS": 2, "BLOCKS": 128, "SCALES": 256, "FULL": full}
-        yield str(full), to_fp8._to_fp8_kernel, pointers, constants
+    for out, full in itertools.product(("*fp8e4nv", "*i8") if capability >= 89 else ("*i8",), (False, True)):
+        pointers = POINTERS | {"out_ptr": out, "row_scale_ptr": "*fp32"}
+        constants = {"ROWS": 2, "BLOCKS": 128, "SCALES": 256, "FULL": full, "INT8": out == "*i8"}
+        yield f"{out} {full}", to_fp8._to_fp8_kernel, pointers, constants
 
 
 def fp8_sum_variants(capability: int) -> Iterator[Variant]:
@@ -118,10 +119,19 @@ def factor_variants(capability: int) -> Iterator[Variant]:
 
 
 def rows_variants(capability: int) -> Iterator[Variant]:
-    pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    for activation in ("gelu_tanh", "") if capability >= 89 else ():
-        constants = {"COLS": 4096, "SINGLE": bool(activation), "ACTIVATION": activation}
-        yield activation, quantize_rows._quantize_rows_kernel, pointers, constants
+    outs = ("*fp8e4nv", "*i8") if capability >= 89 else ("*i8",)
+    for out, activation in itertools.product(outs, ("gelu_tanh", "")):
+        pointers = {"x_ptr": "*bf16" if capability >= 80 else "*fp32", "out_ptr": out, "scale_ptr": "*fp32"}
+        constants = {"COLS": 4096, "SINGLE": bool(activation), "ACTIVATION": activation, "INT8": out == "*i8"}
+        yield f"{out} {activation}", quantize_rows._quantize_rows_kernel, pointers, constants
+
+
+def scale_sums_variants(capability: int) -> Iterator[Variant]:
+    names = ("scale_ptr", "weight_scale_ptr")
+    for dtype in ("*bf16" if capability >= 80 else "*fp16", "*fp32"):
+        pointers = {"sums_ptr": "*i32", "bias_ptr": dtype, "out_ptr": dtype} | dict.fromkeys(names, "*fp32")
+        constants = {"ROWS": 4, "COLS": 1024, "BIAS": dtype != "*fp32", "BITS": False}
+        yield dtype, scale_sums._scale_sums_kernel, pointers, constants
 
 
 def norm_rows_variants(capability: int) -> Iterator[Variant]:
@@ -187,6 +197,7 @@ KERNELS = {
     "gemv": gemv_variants,
     "to_fp8": to_fp8_variants,
     "quantize_rows": rows_variants,
+    "scale_sums": scale_sums_variants,
     "to_fp8_sum": fp8_sum_variants,
     "unpack_factors": factor_variants,
     "norm_rows": norm_rows_variants,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from nvfp4_video.host.compute import matmul
-from nvfp4_video.host.compute.card import fp8_min_tokens, gpu_from, gpu_of
+from nvfp4_video.host.compute.card import gpu_from, gpu_of, min_tokens
 from nvfp4_video.measure.gpus import GPUS
 
 SHAPES = ((4096, 4096), (2048, 2048), (16384, 4096), (32, 4096))
@@ -25,12 +25,12 @@ LEAST = {
 
 @pytest.mark.parametrize("name", LEAST)
 def test_fp8_begins_where_it_saves_what_its_launches_cost(name):
-    assert tuple(fp8_min_tokens(shape, GPUS[name]) for shape in SHAPES) == LEAST[name]
+    assert tuple(min_tokens(shape, GPUS[name]) for shape in SHAPES) == LEAST[name]
 
 
 def test_a_card_without_fp8_or_of_which_nothing_is_known_has_the_number_for_unknown_ones():
-    assert fp8_min_tokens((4096, 4096), GPUS["RTX 3060 12 GB"]) == 256, "it has no FP8 and is never asked"
-    assert fp8_min_tokens((4096, 4096), None) == 256
+    assert min_tokens((4096, 4096), GPUS["RTX 3060 12 GB"]) == 256, "it has no FP8 and is never asked"
+    assert min_tokens((4096, 4096), None) == 256
     assert gpu_of(torch.device("cpu")) is None
 
 
@@ -50,7 +50,7 @@ def test_an_unlisted_card_has_the_numbers_of_its_clocks():
     found, known = gpu_from(properties("NVIDIA Something", **clocks)), GPUS["RTX 4090"]
     assert found.bandwidth == pytest.approx(known.bandwidth, rel=1e-3)
     assert found.bf16 == pytest.approx(known.bf16, rel=1e-2) and found.fp8 == pytest.approx(known.fp8, rel=1e-2)
-    assert fp8_min_tokens((4096, 4096), gpu_from(properties("NVIDIA Something"))) == 256, "a torch that does not say"
+    assert min_tokens((4096, 4096), gpu_from(properties("NVIDIA Something"))) == 256, "a torch that does not say"
 
 
 def test_a_layer_computes_in_fp8_from_its_card_s_number_of_tokens_on(monkeypatch):
