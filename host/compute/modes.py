@@ -102,10 +102,10 @@ def pick_mode(requested: str, device: torch.device, modes: tuple[str, ...] = AUT
 
 def _asked_for(mode: str, device: torch.device) -> str:
     """The reason of a mode that was asked for, and on which GPU it has not been run."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if mode != "int8" or _INT8_MEASURED in name:
+    if mode != "int8":
         return "asked for"
-    return f"asked for; not run on a {name or device.type} by this pack's authors, only on an {_INT8_MEASURED}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return "asked for" + f"; not run on {name} by this pack, only on an {_INT8_MEASURED}" * (_INT8_MEASURED not in name)
 
 
 def parse_overrides(text: str, device: torch.device) -> dict[str, str]:
