@@ -73,9 +73,11 @@ def _product(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -
     def multiply(quantized, scale, weight, weight_scale, bias):
         tokens = len(quantized)
         out = torch.empty((tokens, rows), dtype=dtype, device=device)
-        # In parts of like size: a rest of few tokens would be refused.
-        each = round_up(-(-tokens // -(-tokens // most)), 4)
-        for one, one_scale, one_out in zip(*(part.split(each) for part in (quantized, scale, out)), strict=True):
+        parts = ((quantized, scale, out),)
+        if tokens > most:  # in parts of like size: a rest of few tokens would be refused
+            each = round_up(-(-tokens // -(-tokens // most)), 4)
+            parts = zip(*(one.split(each) for one in parts[0]), strict=True)
+        for one, one_scale, one_out in parts:
             scale_sums(torch._int_mm(one, weight.t()), one_scale, weight_scale, bias, one_out)
         return out
 

@@ -30,7 +30,7 @@ def to_int8(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     bits = scale.view(torch.uint8) & 0x7F
     bits = bits.amax(1, keepdim=True).clamp(min=1) if bits.numel() else bits.new_ones(packed.shape[0], 1)
     largest = 6 * bits.view(FP8).float()
-    values = dequantize(replace(weight, global_scale=INT8_MAX / largest), torch.float32)
+    values = dequantize(replace(weight, global_scale=_most(largest) / largest), torch.float32)
     out = torch.zeros(packed.shape[0], packed.shape[1] * 2, dtype=torch.int8, device=packed.device)
     out[:rows, :cols] = _rounded(values)
     row_scale = torch.ones(packed.shape[0], device=packed.device)
@@ -51,7 +51,8 @@ def quantize_rows_int8(x: torch.Tensor, activation: str = "") -> tuple[torch.Ten
 
 
 def _most(like: torch.Tensor) -> torch.Tensor:
-    return torch.full((), INT8_MAX, device=like.device)  # a number would make CUDA multiply by its reciprocal
+    # A number would be multiplied by a reciprocal: in a division by it on a GPU, of it on any device.
+    return torch.full((), INT8_MAX, device=like.device)
 
 
 def _rounded(values: torch.Tensor) -> torch.Tensor:

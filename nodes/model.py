@@ -71,9 +71,9 @@ class NVFP4ModelLoader(io.ComfyNode):
                     default=BY_COMPUTE,
                     optional=True,
                     tooltip="by compute mode: ComfyUI's own for bf16, whose result is then exactly ComfyUI's, and auto "
-                    "for the other modes. auto: torch's kernels are compared and timed on this GPU in the first step, and "
-                    "the fastest accurate one is kept for each shape. host: ComfyUI's own. sdpa and the others: that "
-                    "one.",
+                    "for the other modes. auto: torch's kernels are compared and timed on this GPU in the first step, "
+                    "and the fastest accurate one is kept for each shape. host: ComfyUI's own. sdpa and the others: "
+                    "that one.",
                     advanced=True,
                 ),
                 io.Boolean.Input(

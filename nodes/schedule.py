@@ -16,8 +16,8 @@ class NVFP4ComputeSchedule(io.ComfyNode):
             display_name="NVFP4 Compute Schedule",
             category="NVFP4",
             description="Has some steps of a sampling compute more exactly than the rest, on the same bytes: bf16 "
-            "where an image is laid out or finished, int8, fp8 or fp4 between. For models of the NVFP4 Model Loader with "
-            "compute int8, fp8, fp4 or auto.",
+            "where an image is laid out or finished, int8, fp8 or fp4 between. For models of the NVFP4 Model Loader "
+            "with compute int8, fp8, fp4 or auto.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that gets a schedule; it is not changed itself."),
                 io.Combo.Input(

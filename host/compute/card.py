@@ -17,7 +17,7 @@ import torch
 
 from ...kernels.backends import FP8_CAPABILITY
 from ...kernels.reference import MAX_TOKENS
-from ...measure.gpu_table import GEFORCE
+from ...measure.gpu_table import GEFORCE, GEFORCE_CARDS
 from ...measure.gpus import Gpu, find_gpu
 from ...measure.roofline import BANDWIDTH_SHARE, MATMUL_SHARE
 
@@ -28,6 +28,7 @@ FP8_LAUNCH_SECONDS = 19.2e-6
 # `torch._int_mm` on an H200.
 INT8_LAUNCH_SECONDS = 25e-6
 INT8_SHARE = 0.43
+_FOURFOLD = frozenset(name for cards in GEFORCE_CARDS.values() for name, *_ in cards)
 _UNKNOWN = 256  # where nothing is known of the card
 
 
@@ -37,12 +38,12 @@ def min_tokens(shape: tuple[int, int], gpu: Gpu | None, mode: str = "fp8") -> in
     For T tokens it saves one byte an element of the weight that is written, N K / bandwidth, and of the product
     2 T N K (1 / rate BF16 - 1 / rate FP8); it moves 3 T K bytes more, to quantise the input, INT8 8 T N too, since its
     sums are written and read. Rates and bandwidth are the shares of their peaks that roofline.py documents; INT8's peak
-    is taken as twice that of BF16, as on every such card but GeForce, where it is four times. ``MAX_TOKENS`` and fewer
-    are the fused kernel's. Where the further bytes cost more than the product saves, no number of tokens is enough.
+    is four times that of BF16 on GeForce cards, twice on others. ``MAX_TOKENS`` and fewer are the fused kernel's. Where
+    the further bytes cost more than the product saves, no number of tokens is enough.
     """
-    peak = gpu and (gpu.fp8 if mode == "fp8" else gpu.bf16 and 2 * gpu.bf16)
-    if gpu is None or not (gpu.bandwidth and gpu.bf16 and peak):
+    if gpu is None or not (gpu.bandwidth and gpu.bf16 and (gpu.fp8 or mode == "int8")):
         return _UNKNOWN
+    peak = gpu.fp8 if mode == "fp8" else gpu.bf16 * (4 if gpu.name in _FOURFOLD else 2)
     rows, cols = shape
     bandwidth = gpu.bandwidth * BANDWIDTH_SHARE
     rates = gpu.bf16 * MATMUL_SHARE["bf16"], peak * (MATMUL_SHARE["fp8"] if mode == "fp8" else INT8_SHARE)
