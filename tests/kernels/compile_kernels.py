@@ -139,7 +139,7 @@ def norm_rows_variants(capability: int) -> Iterator[Variant]:
     names = [name for name in norm_rows._norm_rows_kernel.arg_names if name.endswith("_ptr")]
     pointers = dict.fromkeys(names, "*bf16") | {"eps": "fp32"}
     rows = dict.fromkeys(("out_ptr", "out2_ptr"), "*fp8e4nv") | dict.fromkeys(("scale_ptr", "scale2_ptr"), "*fp32")
-    for full in (True, False) if capability >= 89 else ():
+    for full in (True, False)[capability < 89 :] if capability >= 80 else ():  # with INT8 from 8.0 on, without rows
         flags = ("ADD", "GATED", "MODULATED", "QUANTIZE", "MODULATED2", "QUANTIZE2")
         constants = dict.fromkeys(flags, full) | {"NORM": True, "OUTPUTS": 1 + full, "FULL": full, "BITS": False}
         constants |= {"COLS": 4096, "ROWS": 4}
@@ -147,16 +147,17 @@ def norm_rows_variants(capability: int) -> Iterator[Variant]:
 
 
 def gate_heads_variants(capability: int) -> Iterator[Variant]:
-    pointers = {"x_ptr": "*bf16", "logits_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    if capability >= 89:
-        constants = {"HEADS": 32, "WIDTH": 128, "QUANTIZE": True, "FULL": True, "BITS": False}
+    rows, out = capability >= 89, "*fp8e4nv" if capability >= 89 else "*bf16"
+    pointers = {"x_ptr": "*bf16", "logits_ptr": "*bf16", "out_ptr": out, "scale_ptr": "*fp32"}
+    if capability >= 80:
+        constants = {"HEADS": 32, "WIDTH": 128, "QUANTIZE": rows, "FULL": True, "BITS": False}
         yield "", gate_heads._gate_heads_kernel, pointers, constants
 
 
 def norm_rope_variants(capability: int) -> Iterator[Variant]:
     names = [name for name in norm_rope._norm_rope_kernel.arg_names if name.endswith("_ptr")]
     pointers = dict.fromkeys(names, "*bf16") | {"rotation_ptr": "*i64", "eps": "fp32"}
-    for both in (True, False) if capability >= 89 else ():
+    for both in (True, False) if capability >= 80 else ():
         constants = {"HALF": 64, "PAIRS": 2048, "BOTH": both, "FULL": both, "BITS": False}
         yield str(both), norm_rope._norm_rope_kernel, pointers, constants
 
