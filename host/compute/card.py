@@ -24,9 +24,9 @@ from ...measure.roofline import BANDWIDTH_SHARE, MATMUL_SHARE
 # CPU seconds by which queueing a Linear in FP8 takes longer than in BF16: 56.2 - 37.0 microseconds, `launch_us` of
 # benchmarks/results/fp8.json.
 FP8_LAUNCH_SECONDS = 19.2e-6
-# The same for INT8, one launch more; `launch_us` of benchmarks/results/int8.json. Its share of the peak: 852 TFLOP/s of
-# `torch._int_mm` on an H200.
-INT8_LAUNCH_SECONDS = 25e-6
+# The same for INT8: 70.1 - 27.3 microseconds, and the share of its peak that `torch._int_mm` has on an H200: 857 of 1,979
+# TFLOP/s (benchmarks/results/int8.json).
+INT8_LAUNCH_SECONDS = 42.8e-6
 INT8_SHARE = 0.43
 _FOURFOLD = frozenset(name for cards in GEFORCE_CARDS.values() for name, *_ in cards)
 _UNKNOWN = 256  # where nothing is known of the card
@@ -50,8 +50,6 @@ def min_tokens(shape: tuple[int, int], gpu: Gpu | None, mode: str = "fp8") -> in
     moved = 3 * cols if mode == "fp8" else 3 * cols + 8 * rows
     each = 2 * rows * cols * (1 / rates[0] - 1 / rates[1]) - moved / bandwidth
     missing = (FP8_LAUNCH_SECONDS if mode == "fp8" else INT8_LAUNCH_SECONDS) - rows * cols / bandwidth
-    if missing <= 0:
-        return MAX_TOKENS + 1
     return max(MAX_TOKENS + 1, math.ceil(missing / each)) if each > 0 else 1 << 62
 
 
