@@ -24,8 +24,8 @@ from ...measure.roofline import BANDWIDTH_SHARE, MATMUL_SHARE
 # CPU seconds by which queueing a Linear in FP8 takes longer than in BF16: 56.2 - 37.0 microseconds, `launch_us` of
 # benchmarks/results/fp8.json.
 FP8_LAUNCH_SECONDS = 19.2e-6
-# The same for INT8: 70.1 - 27.3 microseconds, and the share of its peak that `torch._int_mm` has on an H200: 857 of 1,979
-# TFLOP/s (benchmarks/results/int8.json).
+# The same for INT8: 70.1 - 27.3 microseconds, and the share of its peak that `torch._int_mm` has on an H200: 857 of
+# 1,979 TFLOP/s (benchmarks/results/int8.json).
 INT8_LAUNCH_SECONDS = 42.8e-6
 INT8_SHARE = 0.43
 _FOURFOLD = frozenset(name for cards in GEFORCE_CARDS.values() for name, *_ in cards)
