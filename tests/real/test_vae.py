@@ -167,7 +167,7 @@ def test_a_split_never_leaves_the_output_folder(host: ComfyUI, checkpoint: str, 
 def test_inspect_shows_text_and_picture(host: ComfyUI, checkpoint: str):
     shown = run_node(host, "NVFP4Inspect", file_name=checkpoint)
     assert "vae_full.safetensors: full checkpoint" in shown["text"][0]
-    assert "NVFP4ModelLoader" in shown["text"][0]
+    assert "NVFP4 Model Loader" in shown["text"][0]
     (image,) = shown["images"]
     assert (host.base / image["type"] / image["subfolder"] / image["filename"]).is_file()
 
