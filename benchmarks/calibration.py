@@ -26,6 +26,7 @@ import common
 
 WIDTHS = (16, 64, 128, 1536)
 FULL = 1536
+SMOOTHING = (0.0, 0.125, 0.25, 0.5, 1.0)  # powers of the inputs' size
 
 
 def collect(texts: list[str]) -> Any:
@@ -130,6 +131,32 @@ def gptq_of(width: int, reports: dict[str, list]) -> Callable:
     return pack
 
 
+def smoothed(pack: Callable) -> Callable:
+    """A way to pack, of weights whose columns are multiplied by a power of their inputs' size (AWQ's smoothing).
+
+    The inputs are divided by the same, as a layer with `pre_quant_scale` does. The power is chosen for each Linear by
+    the held-out output error, which is more freedom than Linears that share an input would have.
+    """
+
+    def way(weight: Any, moments: Any) -> Any:
+        from nvfp4_video.measure.moments import Moments
+
+        size = moments.mean_square.clamp(min=1e-12)
+        best, least = None, float("inf")
+        for power in SMOOTHING:
+            factor = size ** (power / 2)
+            factor /= (factor.max() * factor.min()).sqrt()
+            sums = (gram / (factor.unsqueeze(1) * factor) for gram in (moments.gram, moments.held_out))
+            inputs = Moments(moments.columns, *sums, moments.tokens, moments.held_tokens)
+            found = pack(weight * factor, inputs) / factor
+            error = relative(found - weight, weight, moments.held_out)
+            if error < least:
+                best, least = found, error
+        return best
+
+    return way
+
+
 def qwantize_of(name: str) -> Callable:
     """A function of qwantize. Its inputs X count only by X^T X, so it is given a root of the Gram matrix for them."""
     found = getattr(importlib.import_module("qwantize.nvfp4.reference"), name)
@@ -163,6 +190,7 @@ def ways(reports: dict[str, list]) -> dict[str, Callable]:
     found: dict[str, Callable] = {"block maxima": amax, "four-over-six": four_over_six, "search": search}
     found["search, mean squares"] = weighted
     found |= {"GPTQ full" if width == FULL else f"GPTQ {width}": gptq_of(width, reports) for width in WIDTHS}
+    found |= {"AWQ": smoothed(search), "AWQ, GPTQ 128": smoothed(gptq_of(128, {}))}
     try:
         found["qwantize optimal"] = qwantize_of("nvfp4_optimal")
         found["qwantize Hessian"] = qwantize_of("nvfp4_optimal_hessian")

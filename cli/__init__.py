@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..kernels.errors import PackError
-from .console import MAX_WIDTH, CommandError, Console, for_terminal, put
+from .console import MAX_WIDTH, CommandError, Console, for_terminal, put, wrap
 
 # Command -> (module of this package, summary).
 COMMANDS = {
@@ -165,12 +165,27 @@ def _describe(error: Exception) -> str:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    name_width, width = max(map(len, COMMANDS)), _width()
+    lines = ["Tools for NVFP4 video models. <command> --help explains a command.", ""]
+    for name, (_, summary) in COMMANDS.items():
+        lines += wrap(summary, width, f"  {name:{name_width}}  ", " " * (name_width + 4))
     codes = "Exit codes: 0 nothing is wrong; 1 something is wrong with what was examined; 2 it could not be done."
-    return "\n".join(["Tools for NVFP4 video models. <command> --help explains a command.", "", *lines, "", codes])
+    return "\n".join([*lines, "", *wrap(codes, width)])
+
+
+class _Help(argparse.HelpFormatter):
+    """argparse's, which leaves words with hyphens whole, as all output of the commands does."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrap(" ".join(text.split()), width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(wrap(" ".join(text.split()), width, indent, indent))
 
 
 def _help_format(prog: str) -> argparse.HelpFormatter:
-    width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
-    return argparse.HelpFormatter(prog, max_help_position=28, width=width)
+    return _Help(prog, max_help_position=28, width=_width())
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)

@@ -111,7 +111,7 @@ class Console:
             columns = _COLUMN.split(row.strip())
             last = len(own) + len(row.strip()) - len(columns[-1])  # where the last column of a table begins
             rest = " " * last if len(columns) > 1 and last < self.width - _LEAST else own
-            for part in _wrap(row.lstrip(), self.width, own, rest) or [""]:
+            for part in wrap(row.lstrip(), self.width, own, rest) or [""]:
                 self._write(self.paint(part, style))
 
     def title(self, text: str) -> None:
@@ -120,32 +120,27 @@ class Console:
         self._write(self.paint(line(text), "bold"))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Cell]], align: str, indent: int = 2) -> None:
-        """Columns as wide as their widest cell; ``align`` has `<` or `>` for each. Columns of text wrap if they must;
-        where a name is too long for that, it has a line of its own, above the rest of its row.
+        """Columns as wide as their widest cell; ``align`` has `<` or `>` for each. Headings, then columns of text wrap
+        if they must; where a name is too long for that, it has a line of its own, above the rest of its row.
 
         An empty ``head`` leaves the heading out.
         """
         lines = [[(text, "dim") for text in head], *rows] if head else rows
         texts = [[line(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in lines]
         styles = [["" if isinstance(cell, str) else cell[1] for cell in row] for row in lines]
-        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-        excess = indent + sum(widths) + 2 * (len(widths) - 1) - self.width
-        texts_only = [column for column, how in enumerate(align) if how == "<"]
-        for column in sorted(texts_only, key=lambda column: (column != len(widths) - 1, -widths[column])):
-            longest = max(len(word) for row in texts for word in [*row[column].split(), ""])
-            taken = max(min(excess, widths[column] - max(longest, _LEAST)), 0)
-            widths[column] -= taken
-            excess -= taken
-        if excess > 0 and len(texts_only) and len(widths) > 1:
-            apart = max(texts_only, key=widths.__getitem__)
-            for row, style in zip(texts, styles, strict=True):
-                self._write(" " * indent + self.paint(row[apart], style[apart]))
-                cells = [f"{text:{how}{width}}" for text, how, width in zip(row, align, widths, strict=True)]
-                cells = [self.paint(cell, how) for cell, how in zip(cells, style, strict=True)]
-                self._write((" " * (indent + 2) + "  ".join(cells[:apart] + cells[apart + 1 :])).rstrip())
-            return
-        for row, style in zip(texts, styles, strict=True):
-            wrapped = [_wrap(text, width) or [""] for text, width in zip(row, widths, strict=True)]
+        widths, excess = _widths(texts, align, self.width - indent, bool(head))
+        names = [column for column, how in enumerate(align) if how == "<"]
+        if excess > 0 and names and len(widths) > 1:
+            apart, indent = max(names, key=widths.__getitem__), indent + 2
+            above = [(row.pop(apart), style.pop(apart)) for row, style in zip(texts, styles, strict=True)]
+            align = align[:apart] + align[apart + 1 :]
+            widths, _ = _widths(texts, align, self.width - indent, bool(head))
+        else:
+            above = [None] * len(texts)
+        for row, style, name in zip(texts, styles, above, strict=True):
+            if name is not None:
+                self._write(" " * (indent - 2) + self.paint(*name))
+            wrapped = [wrap(text, width) or [""] for text, width in zip(row, widths, strict=True)]
             for parts in itertools.zip_longest(*wrapped, fillvalue=""):
                 cells = [f"{text:{how}{width}}" for text, how, width in zip(parts, align, widths, strict=True)]
                 painted = "  ".join(self.paint(cell, how) for cell, how in zip(cells, style, strict=True))
@@ -239,11 +234,32 @@ class Progress:
         put(self.stream, text)
 
 
-def _wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+def wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
     """Text -> lines broken between words only: flags, paths and numbers stay whole."""
     return textwrap.wrap(
         text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )
+
+
+def _widths(texts: Sequence[Sequence[str]], align: str, room: int, heading: bool) -> tuple[list[int], int]:
+    """Cells by row -> (width of each column, columns of the screen that are wanting): headings give way, then text."""
+    columns = list(zip(*texts, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    excess = sum(widths) + 2 * (len(widths) - 1) - room
+    longest = [max((len(word) for text in column for word in text.split()), default=0) for column in columns]
+    body = [max(map(len, column[1:]), default=0) for column in columns]
+    narrowest = [max(pair) for pair in zip(longest, body, strict=True)] if heading else widths.copy()
+    for column in sorted(range(len(widths)), key=lambda column: narrowest[column] - widths[column]):
+        widths[column], excess = _narrowed(widths[column], narrowest[column], excess)
+    text = [column for column, how in enumerate(align) if how == "<"]
+    for column in sorted(text, key=lambda column: (column != len(widths) - 1, -widths[column])):
+        widths[column], excess = _narrowed(widths[column], max(longest[column], _LEAST), excess)
+    return widths, excess
+
+
+def _narrowed(width: int, least: int, excess: int) -> tuple[int, int]:
+    taken = max(min(excess, width - least), 0)
+    return width - taken, excess - taken
 
 
 def _shortened(text: str, by: int) -> str:

@@ -29,7 +29,7 @@ from ..kernels import backends, dispatch
 from ..kernels.format import PackedWeight
 from ..samples import synthetic
 from .console import Cell, CommandError, Console, size
-from .demo_files import draw, make_and_split
+from .demo_files import leave, make_and_split
 from .demo_host import sample_in_comfyui
 
 ORIGINAL, DECODED, UNDECLARED, CUT = "bf16", "bf16_decoded", "undeclared", "cut_short"
@@ -76,8 +76,8 @@ def demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Builds a scaled-down LTX-2.3 in every NVFP4 dialect, reads each file back and compares the weights. With "
         "COMFYUI_PATH set to a ComfyUI checkout, and COMFYUI_PYTHON to its Python if that is not in the checkout's "
-        "own venv, it also samples audio and video in that ComfyUI. Leaves pictures in the folder "
-        f"{PICTURES}. Exits with 1 if anything differs."
+        "own venv, it also samples audio and video in that ComfyUI. Leaves pictures, and that ComfyUI's clip, in the "
+        f"folder {PICTURES}. Exits with 1 if anything differs."
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep all files, pictures too, in DIR, new or empty")
     parser.add_argument("--gpu", action="store_true", help="let ComfyUI use its GPU; without it, it samples on the CPU")
@@ -101,7 +101,8 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], boo
         record["comfyui"] = sample_in_comfyui(folder / "comfyui", args.gpu, console)
         if args.keep:
             console.say(f"\nThe files are in {folder}.")
-        record["pictures"] = draw(folder, Path(args.keep or PICTURES), console)
+        clip = record["comfyui"].pop("clip", None)
+        record["pictures"] = leave(folder, Path(args.keep or PICTURES), clip, console)
     record["identical"] = all(file["identical"] for file in record["files"])
     passed = (
         record["identical"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def make_and_split(folder: Path, state: dict[str, torch.Tensor], config: dict, c
     }
 
 
-def draw(folder: Path, target: Path, console: Console) -> list[str]:
-    """Pictures of what was made: the file by component and block, and its errors -> their paths."""
+def leave(folder: Path, target: Path, clip: str | None, console: Console) -> list[str]:
+    """To ``target``: pictures of what was made, the file by component and block and its errors; the clip -> paths."""
     from ..draw.inspect import inspection_picture
     from ..draw.verify import verification_picture
     from ..measure.media import encode_png
@@ -73,12 +74,18 @@ def draw(folder: Path, target: Path, console: Console) -> list[str]:
         "inspect.png": inspection_picture(inspect_checkpoint(folder / BEST)),
         "verify.png": verification_picture(verify(folder / BEST, folder / SOURCE)),
     }
+    left = [target / name for name in pictures]
     try:
         target.mkdir(exist_ok=True)
-        for name, picture in pictures.items():
-            write_file(target / name, encode_png(picture))
+        for path, picture in zip(left, pictures.values(), strict=True):
+            write_file(path, encode_png(picture))
+        if clip:
+            left.append(target / f"clip{Path(clip).suffix}")
+            shutil.copyfile(clip, left[-1])
     except OSError as error:  # nothing that was to be shown hangs on it
-        console.say(f"\nNo pictures were written: {error}", "yellow")
+        console.say(f"\nNot everything could be left to look at: {error}", "yellow")
         return []
     console.say(f"\nPictures of {BEST} are in {target}: {', '.join(pictures)}.")
-    return [str(target / name) for name in pictures]
+    if clip:
+        console.say(f"Beside them a clip of random weights, with sound: {left[-1].name}.")
+    return [str(path) for path in left]

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.file.header import open_regular
 from .console import CommandError, Console, size
 
 PACK = Path(__file__).resolve().parent.parent
@@ -76,9 +77,11 @@ def _release(path: Path, console: Console) -> dict[str, Any]:
 
 
 def _read(path: Path) -> bytes:
-    if path.stat().st_size > _LARGEST:
+    with open_regular(path) as file:
+        text = file.read(_LARGEST + 1)
+    if len(text) > _LARGEST:
         raise CommandError(f"{path} is larger than {size(_LARGEST)}, which no workflow is")
-    return path.read_bytes()
+    return text
 
 
 def _understand(path: Path, text: bytes) -> Any:

@@ -23,7 +23,7 @@ def plan(parser: argparse.ArgumentParser) -> None:
         "Whether a model fits a GPU for a clip, what bounds a denoising step there, and what NVFP4 therefore changes: "
         "size, speed, or both. Reads only the header. Exits with 1 if weights would have to be streamed in every step."
     )
-    parser.add_argument("source", metavar="FILE", help="a full checkpoint or a diffusion model")
+    parser.add_argument("source", metavar="FILE", nargs="?", help="a full checkpoint or a diffusion model")
     parser.add_argument(
         "--gpu",
         default=DETECTED,
@@ -55,6 +55,8 @@ def run_plan(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any]
     if args.gpu == "list":
         console.table(["memory", "GB/s", "BF16 TFLOP/s", "GPU"], [_row(gpu) for gpu in GPUS.values()], ">>><", indent=0)
         return {"gpus": [gpu.as_dict() for gpu in GPUS.values()]}, True
+    if args.source is None:
+        raise CommandError("no file was named; name a checkpoint or a diffusion model, or list the cards by --gpu list")
     header = open_checkpoint(args.source).header
     clip = Clip(args.width, args.height, args.frames, args.fps)
     encoder = args.text_encoder and args.text_encoder * 1e9

@@ -40,7 +40,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=(DIFFUSION_MODEL,), help="leave out VAE, audio VAE and all else")
     quality = parser.add_mutually_exclusive_group()
     quality.add_argument(
-        "--quality", choices=QUALITIES, default="best",
+        "--quality", choices=QUALITIES, default="best", metavar="NAME",
         help="best (default): search for better scales; fast: plain block maxima; calibrated: GPTQ, with --calibration",
     )
     quality.add_argument("--fast", dest="quality", action="store_const", const="fast", help="as --quality fast")

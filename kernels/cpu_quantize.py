@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -63,18 +64,18 @@ def quantize(
         amax[start // step] = torch.maximum(-low, high)
 
     if global_scale is None:  # otherwise each piece's block maxima tell in time whether it is finite
-        _in_threads(largest, starts)
+        in_threads(largest, starts)
     global_scale = checked_global_scale(check_finite(amax.amax()), global_scale, search).float()
     steps = None if column_weight is None else column_steps(column_weight.detach())
     # The padding rows stay zero; all other bytes are written.
     packed, scale = torch.empty((height, width), dtype=torch.uint8), torch.empty((height, width * 2 // BLOCK))
     packed[rows:], scale[rows:] = 0, 0
     scale = scale.to(torch.float8_e4m3fn)
-    _in_threads(_Piece(weight, step, global_scale, search, steps, packed, scale), starts)
+    in_threads(_Piece(weight, step, global_scale, search, steps, packed, scale), starts)
     return PackedWeight(packed, swizzle(scale), global_scale, (rows, cols))
 
 
-def _in_threads(work: Callable[[int], None], starts: Iterable[int]) -> None:
+def in_threads(work: Callable[[Any], None], starts: Iterable) -> None:
     """``work(start)`` for all starts, in as many threads as torch uses, each running torch's operations by itself."""
     starts = list(starts)
     threads = torch.get_num_threads()

@@ -8,6 +8,7 @@ a fault of the pack, and is shown as such.
 from __future__ import annotations
 
 SHORT = "nvfp4_video"  # the host shows an error's module and class; the folders of the pack say nothing to its users
+_LONGEST = 120  # characters of a foreign error in one of our lines
 
 
 class PackError(ValueError):
@@ -18,6 +19,11 @@ class PackError(ValueError):
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         cls.__module__ = SHORT
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, cut where that is long, or its class if it says nothing: for a log."""
+    return (str(error).splitlines() or [""])[0][:_LONGEST] or type(error).__name__
 
 
 def one_line(text: str) -> str:

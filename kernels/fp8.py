@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from .backends import FP8_CAPABILITY, tensor_core_obstacle, triton_module
+from .errors import first_line
 from .format import FP8, FP8Rows
 from .reference import ACTIVATIONS
 
@@ -40,7 +41,7 @@ def _failure_of_a_trial(device: torch.device) -> str:
         bias = torch.ones(32, device=device, dtype=torch.bfloat16)
         found = scaled_mm(x.to(FP8), x_scale, weight, scale, bias)
     except RuntimeError as error:
-        return f"torch {torch.__version__} cannot multiply FP8 row-wise here: {str(error).splitlines()[0]}"
+        return f"torch {torch.__version__} cannot multiply FP8 row-wise here: {first_line(error)}"
     if not torch.equal(found, (x * x_scale * 0.5 + 1).bfloat16()):
         return f"torch {torch.__version__} multiplies FP8 row-wise wrongly here"
     return ""

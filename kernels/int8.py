@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from .backends import TRITON_CAPABILITY, tensor_core_obstacle, triton_module
+from .errors import first_line
 from .format import round_up
 from .fp8 import by_rows, converting, converting_sum
 
@@ -40,7 +41,7 @@ def _failure_of_a_trial(device: torch.device) -> str:
     try:
         found = torch._int_mm(x, torch.eye(32, device=device).to(torch.int8).t())
     except RuntimeError as error:
-        return f"torch {torch.__version__} cannot multiply INT8 here: {str(error).splitlines()[0]}"
+        return f"torch {torch.__version__} cannot multiply INT8 here: {first_line(error)}"
     return "" if torch.equal(found, x.int()) else f"torch {torch.__version__} multiplies INT8 wrongly here"
 
 

@@ -24,6 +24,7 @@ class Gpu:
     """One GPU. Memory in bytes, bandwidth in bytes a second, rates in FLOP a second; None: not there, or not known.
 
     ``unified``: CPU and GPU share the memory. ``source``: address of the values; ``note``: what is odd about them.
+    ``choice``: that the name it was asked for by is that of other cards, too, and which.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Gpu:
     source: str
     note: str = ""
     unified: bool = False
+    choice: str = ""
 
     @property
     def known(self) -> bool:
@@ -87,6 +89,8 @@ _NOISE = re.compile(
     re.IGNORECASE,
 )
 _SIZE = re.compile(r" \d+ GB$")
+_FORM = re.compile(r" (\d+ GB|PCIe|NVL)")
+_MOST_NEAR = 8  # names that an error about an unknown one lists
 
 
 class NoGpuError(PackError):
@@ -109,6 +113,33 @@ def find_gpu(name: str, memory: float | None = None) -> Gpu | None:
     return min(sizes, key=lambda gpu: abs(gpu.memory - (memory or 0.0)), default=None)
 
 
+def _named_alike(name: str) -> list[Gpu]:
+    """The cards that a name without memory or form of the board means: more than one for "RTX 3060" or "H100"."""
+    wanted = _plain(name)
+    if any(wanted in (_plain(known), _plain(known).removeprefix("rtx")) for known in GPUS):
+        return []
+    stems = ((_plain(_FORM.sub("", known)), gpu) for known, gpu in GPUS.items())
+    return [gpu for stem, gpu in stems if wanted in (stem, stem.removeprefix("rtx"))]
+
+
+def _choice(name: str, gpu: Gpu) -> str:
+    """What to say of a card that was picked among several of the same name; empty for the only one."""
+    alike = _named_alike(name)
+    if len(alike) < 2:
+        return ""
+    sold = (one.name if _SIZE.search(one.name) else f"{one.name} ({one.memory / SHOWN:.0f} GB)" for one in alike)
+    return (
+        f"{name} is the name of {', '.join(sold)}: these are the numbers of {gpu.name}. Name the one that you mean, or "
+        "set `memory_gib`"
+    )
+
+
+def _near(name: str) -> list[str]:
+    """Names of the table that contain the number of one that is in none."""
+    wanted = _plain(name).removeprefix("rtx")
+    return [known for known in GPUS if len(wanted) > 2 and wanted in _plain(known)][:_MOST_NEAR]
+
+
 def _plain(name: str) -> str:
     return _NOISE.sub("", re.sub("laptop gpu", "laptop", name, flags=re.IGNORECASE)).lower()
 
@@ -119,13 +150,16 @@ def pick_gpu(
     """Name, or "detected" -> Gpu; numbers above 0 replace its values.
 
     ``memory``: GiB as on the box; ``bandwidth``: GB/s; ``tflops``: dense BF16, to which the other rates are scaled. An
-    unlisted GPU needs all three for times; memory alone gives the fit. NoGpuError says what is missing.
+    unlisted GPU needs all three for times; memory alone gives the fit. Of several cards of one name the smallest is
+    taken without ``memory``, which its ``choice`` says. NoGpuError says what is missing.
     """
     gpu = detect_gpu() if name == DETECTED else find_gpu(name, memory and memory * SHOWN)
+    if gpu and name != DETECTED and not memory:
+        gpu = replace(gpu, choice=_choice(name, gpu))
     if gpu is None and not memory:
         what = "no CUDA GPU was found" if name == DETECTED else f"{name!r} is not in the table of GPUs"
         raise NoGpuError(
-            f"{what}; choose a card by its name ({', '.join(EXAMPLES)}, {len(GPUS)} in all), or set "
+            f"{what}; choose a card by its name ({', '.join(_near(name) or EXAMPLES)}, {len(GPUS)} in all), or set "
             "`memory_gib` to what its box says, which tells what fits, without times"
         )
     if gpu is None:

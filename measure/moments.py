@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments of the inputs of Linears, gathered while a model runs: Gram matrices X^T X of blocks of columns.
 
-Sums are FP32, on the device of the inputs. Layers that are called one after the other with the same tensor share one
-input. A quarter of each call's tokens is held out, in sums of its own, by which a choice made with the others can be
-judged: the first quarter in the first call, the second in the second, and so on, so that neighbouring tokens are on
-one side and every place of a clip comes to both.
+Sums are FP32, on the device of the inputs; a GPU adds BF16 and FP16 inputs up with its tensor cores, in one launch.
+Layers that are called one after the other with the same tensor share one input. A quarter of each call's tokens is held
+out, in sums of its own, by which a choice made with the others can be judged: the first quarter in the first call, the
+second in the second, and so on, so that neighbouring tokens are on one side and every place of a clip comes to both.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from ..kernels.format import BLOCK, round_up
+from ..kernels.backends import BF16_CAPABILITY, pick_backend, triton_module
+from ..kernels.format import BLOCK, TENSOR_CORE_DTYPES, round_up
 
 _HELD_OUT = 4  # one in so many tokens
 _ELEMENTS = 2**24  # of an input that is converted to FP32 at a time
@@ -34,6 +36,7 @@ class Moments:
     held_out: torch.Tensor
     tokens: int = 0
     held_tokens: int = 0
+    _kernels: dict = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def zeros(cls, columns: int, width: int, device: torch.device | str = "cpu") -> Moments:
@@ -50,14 +53,29 @@ class Moments:
 
     def add(self, inputs: torch.Tensor, call: int) -> None:
         """Count (..., K) inputs of the call of that number."""
-        rows = inputs.reshape(-1, self.columns)
-        turn, count = call % _HELD_OUT, rows.shape[0]
+        turn, count = call % _HELD_OUT, inputs.numel() // self.columns
         start, stop = count * turn // _HELD_OUT, count * (turn + 1) // _HELD_OUT
-        for part in (rows[:start], rows[stop:]):
-            self._sum(part, self.gram)
-        self._sum(rows[start:stop], self.held_out)
+        added = self._kernel(count, inputs)
+        if added is not None:
+            added(inputs.contiguous(), self.gram, self.held_out, turn)
+        else:
+            rows = inputs.reshape(-1, self.columns)
+            with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+                for part in (rows[:start], rows[stop:]):
+                    self._sum(part, self.gram)
+                self._sum(rows[start:stop], self.held_out)
         self.tokens += count - (stop - start)
         self.held_tokens += stop - start
+
+    def _kernel(self, count: int, inputs: torch.Tensor) -> Callable | None:
+        """What adds so many tokens of such inputs in one launch; None where nothing does."""
+        key = count, inputs.dtype
+        if key not in self._kernels:
+            fit = _on_tensor_cores(inputs.device, inputs.dtype)
+            prepare = triton_module("moments").prepare if fit else lambda *_: None
+            shape = tuple(self.gram.shape)
+            self._kernels[key] = prepare(count, self.columns, shape, inputs.dtype, inputs.device)
+        return self._kernels[key]
 
     def _sum(self, rows: torch.Tensor, into: torch.Tensor) -> None:
         count, width, _ = into.shape
@@ -74,43 +92,57 @@ class Collector:
 
     ``layers``: name -> module whose first argument is its input (..., K). ``width``: see ``block_width``. ``moments``:
     name of the first layer with an input -> Moments. ``inputs``: layer -> that name, for the layers that were reached.
-    Entering it again goes on.
+    Entering it again goes on. ``attach`` and ``detach`` do the same for a caller that says by ``counting`` which calls
+    count: hooks cost microseconds a layer to come and to go.
     """
 
     def __init__(self, layers: Mapping[str, torch.nn.Module], width: int) -> None:
         self.moments: dict[str, Moments] = {}
         self.inputs: dict[str, str] = {}
+        self.counting = False
         self._layers, self._width = layers, width
         self._calls: dict[str, int] = {}
         self._hooks: list = []
         self._last: tuple[weakref.ref | None, int, str] = (None, 0, "")
 
-    def __enter__(self) -> Collector:
-        self._hooks = [
-            module.register_forward_pre_hook(lambda _, given, name=name: self._see(name, given[0]))
-            for name, module in self._layers.items()
-        ]
-        return self
+    def attach(self) -> None:
+        """Put hooks on the layers, unless they are there."""
+        if not self._hooks:
+            for name, module in self._layers.items():
+                self._hooks.append(module.register_forward_pre_hook(functools.partial(self._see, name)))
 
-    def __exit__(self, *_: object) -> None:
+    def detach(self) -> None:
+        """Take them away."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._last = (None, 0, "")
 
-    def _see(self, layer: str, inputs: torch.Tensor) -> None:
+    def __enter__(self) -> Collector:
+        self.attach()
+        self.counting = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.counting = False
+        self._last = (None, 0, "")
+        self.detach()
+
+    def _see(self, layer: str, _: torch.nn.Module, given: tuple) -> None:
         """Count an input, unless it is the tensor that the leader of this layer has just counted."""
-        seen, version, leader = self._last
-        unchanged = seen is not None and seen() is inputs and version == _version(inputs)
-        if unchanged and layer != leader and self.inputs.setdefault(layer, leader) == leader:
+        if not self.counting:
             return
+        inputs = given[0]
+        seen, version, leader = self._last
+        if seen is not None and seen() is inputs and version == _version(inputs):
+            if layer != leader and self.inputs.setdefault(layer, leader) == leader:
+                return
         # First a layer of its own, or one whose input is no longer the leader's: it has its own sums from here on.
         self.inputs[layer] = layer
-        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            if layer not in self.moments:
-                self.moments[layer] = Moments.zeros(inputs.shape[-1], self._width, inputs.device)
-            self.moments[layer].add(inputs.detach(), self._calls.get(layer, 0))
-        self._calls[layer] = self._calls.get(layer, 0) + 1
+        call = self._calls.get(layer, 0)
+        if call == 0:
+            self.moments[layer] = Moments.zeros(inputs.shape[-1], self._width, inputs.device)
+        self.moments[layer].add(inputs, call)
+        self._calls[layer] = call + 1
         self._last = (weakref.ref(inputs), _version(inputs), layer)
 
 
@@ -137,6 +169,13 @@ def moment_bytes(columns: int, width: int) -> int:
     """Bytes of the sums of one input."""
     width = min(width, round_up(columns, BLOCK))
     return 2 * 4 * -(-columns // width) * width * width
+
+
+@functools.cache
+def _on_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
+    if dtype not in TENSOR_CORE_DTYPES or torch.version.cuda is None or pick_backend(device)[0] != "triton":
+        return False
+    return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -129,7 +129,7 @@ def make_plan(
     version = "2.5" if "decoder.conv_in_x_t.weight" in own_vae else ""
     options = {"text_encoder": text_encoder_bytes, "vae_version": version}
     found = fit(sizes, clip, gpu, model=model, mode=mode, **options)
-    notes = []
+    notes = [gpu.choice] if gpu.choice else []
     if model is None:
         notes.append("not an LTX transformer: sizes only; its working memory and times are not predicted")
     elif not gpu.known:
@@ -178,6 +178,8 @@ def _lines(plan: RenderPlan):
     yield from (f"  {line}" for line in advice(found))
     yield ""
     yield f"{plan.file} on {gpu.name}, {plan.mode} compute"
+    if gpu.choice:
+        yield gpu.choice
     yield (
         f"{clip.width}x{clip.height}, {clip.frames} frames at {clip.fps:g} fps: {tokens['video']:,} video tokens, "
         f"{tokens['audio']:,} audio tokens"
@@ -197,9 +199,10 @@ def _lines(plan: RenderPlan):
     if plan.step:
         yield ""
         yield from _times(plan, plan.step)
-    if plan.notes:
+    said = [note for note in plan.notes if note != gpu.choice]
+    if said:
         yield ""
-        yield from plan.notes
+        yield from said
     if gpu.note or gpu.source:
         yield f"values of {gpu.name}: {'; '.join(filter(None, [gpu.source, gpu.note]))}"
 

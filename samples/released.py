@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -92,15 +93,45 @@ def write_fp8(source: Path, target: Path, layers: Collection[str], on_step: OnSt
         write_checkpoint(target, plan, header.metadata, on_step)
 
 
-def write_vae(path: Path, part: str, small: bool = False, device: str = "cpu") -> None:
-    """Write ``part``, "video_vae" or "audio_vae", as a file of its own."""
+def write_vae(path: Path, part: str, small: bool = False, device: str = "cpu", smooth: bool = False) -> None:
+    """Write ``part``, "video_vae" or "audio_vae", as a file of its own.
+
+    ``smooth``: with weights by which noise becomes flowing colours and a murmur, to be looked at and listened to.
+    """
     keys = recorded("ltx23_small_vae")["keys"][part] if small else recorded("ltx_vae_keys")[part]
     config = recorded("ltx23_config") | (recorded("ltx23_small_vae")["config"] if small else {})
-    plan = [
-        PlannedTensor(key, "BF16", tuple(shape), functools.partial(random_weight, key, shape, device, 0.8, 0.02))
-        for key, shape in keys.items()
-    ]
+
+    def weight(key: str) -> torch.Tensor:
+        made = random_weight(key, keys[key], device, 0.8, 0.02)
+        return _smoothed(made, key, _copies(key, keys)) if smooth else made
+
+    plan = [PlannedTensor(key, "BF16", tuple(shape), functools.partial(weight, key)) for key, shape in keys.items()]
     write_checkpoint(path, plan, {"config": json.dumps(config)})
+
+
+def _copies(key: str, keys: Shapes) -> int:
+    """How many neighbouring output channels of a decoder's convolution become places of one channel."""
+    block = re.fullmatch(r"decoder\.up_blocks\.(\d+)\.conv\.conv\.weight", key)
+    if block:
+        return keys[key][0] // keys[f"decoder.up_blocks.{int(block[1]) + 1}.res_blocks.0.conv1.conv.weight"][1]
+    return keys[key][0] // 3 if key == "decoder.conv_out.conv.weight" else 1
+
+
+def _smoothed(weight: torch.Tensor, key: str, copies: int) -> torch.Tensor:
+    """A decoder's kernel -> one that blurs, and enlarges by repetition; that of the last sound layer -> a soft one.
+
+    Of a smooth input the output is as large as before. The layers before the first enlargement stay, for some detail.
+    """
+    if "conv_post" in key:
+        return weight * 0.1
+    if not key.startswith("decoder.") or key.startswith(("decoder.conv_in", "decoder.up_blocks.0.")):
+        return weight
+    if weight.dim() < 5:
+        return weight * 0  # a bias would tint all frames
+    flat = weight.float().mean((2, 3, 4), keepdim=True) * math.sqrt(math.prod(weight.shape[2:]))
+    flat = flat.unflatten(0, (-1, copies)).mean(1, keepdim=True) * math.sqrt(copies)
+    paler = 0.3 if key.startswith("decoder.conv_out") else 1.0
+    return (flat.expand(-1, copies, *flat.shape[2:]).flatten(0, 1).expand_as(weight) * paler).to(weight.dtype)
 
 
 def write_all(

@@ -24,11 +24,8 @@ import reprlib
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
-
-import numpy as np
 
 from ...kernels.errors import PackError, one_line
 from .dtypes import BITS, ITEM_BYTES, bytes_of
@@ -146,8 +143,8 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
             _check_regular(path, os.fstat(file.fileno()).st_mode)  # what was opened, should it have changed meanwhile
             yield file
     except FileNotFoundError as error:
-        remedy = "check the name, or refresh the list of models"
-        raise CheckpointError("the file does not exist", where=path, remedy=remedy) from error
+        found = "this is a link to a file that does not exist" if path.is_symlink() else "the file does not exist"
+        raise CheckpointError(found, where=path, remedy="check the name, or refresh the list of models") from error
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error})", where=path, remedy="check rights and disk") from error
 
@@ -381,20 +378,14 @@ def _check_layout(tensors: dict[str, TensorInfo], data_start: int, size: int, wh
 
     The reference reader refuses such bytes, ComfyUI's own (DynamicVRAM) does not look at them.
     """
-    starts, ends = (np.fromiter(map(itemgetter(i), tensors.values()), np.uint64, len(tensors)) for i in (2, 3))
-    order = np.lexsort((ends, starts))
-    starts, ends = starts[order], ends[order]
-    reached = np.concatenate([np.array([data_start], np.uint64), ends])
-    wrong = np.flatnonzero(starts != reached[:-1])
-    if len(wrong):
-        at = int(wrong[0])
-        names = list(tensors)
-        before = quote(names[order[at - 1]]) if at else "the header"
-        gap = int(starts[at]) - int(reached[at])
-        how = "overlaps" if gap < 0 else f"leaves {gap:,} unused bytes after"
-        found = f"tensor {quote(names[order[at]])} {how} {before}"
-        raise CheckpointError(found, where=where, expected="tensors without overlaps or holes", remedy=_REWRITE)
-    end = int(reached[-1])
+    end, before = data_start, None
+    for name, info in sorted(tensors.items(), key=lambda named: named[1][2:]):
+        if info.start != end:
+            gap = info.start - end
+            how = "overlaps" if gap < 0 else f"leaves {gap:,} unused bytes after"
+            found = f"tensor {quote(name)} {how} {'the header' if before is None else quote(before)}"
+            raise CheckpointError(found, where=where, expected="tensors without overlaps or holes", remedy=_REWRITE)
+        end, before = info.end, name
     if end > size:
         raise CheckpointError(f"{end - size:,} of its {end:,} bytes are missing", where=where, remedy=_CUT_SHORT)
     return size - end

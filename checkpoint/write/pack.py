@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 DAMPINGS = (0.005, 0.02, 0.08, 0.3)
 _TRIAL_PIECES = 3  # of 128 rows, evenly spread
+_TRIAL_THIRD = 3  # of those rows, one in so many
+_TRIAL_ELEMENTS = 2**26  # of the Gram matrices that are factored at once
 Pack = Callable[[torch.Tensor], PackedWeight]
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -56,7 +58,7 @@ class Packer:
         if self._search == "gptq":
             return self._calibrated(rows, global_scale)
         weights = self._statistics and self._statistics.mean_square(rows.weight.name, self.device)
-        return _packed(rows, lambda values: dispatch.quantize(values, global_scale, search, weights), global_scale)[0]
+        return _packed(rows, lambda values: dispatch.quantize(values, global_scale, search, weights), global_scale)
 
     def report(self) -> dict[str, Any]:
         """{"gptq": ...} with the layers of this run: how many took it, kept the plain search and why; {} without it.
@@ -80,40 +82,46 @@ class Packer:
         moments = self._statistics.moments(rows.weight.name, self.device) if self._statistics else None
         if moments is None:
             self._unseen += 1
-            return _packed(rows, plain, global_scale)[0]
-        made, error = _packed(rows, plain, global_scale, moments)
+            return _packed(rows, plain, global_scale)
         try:
-            best = _best_damping(rows, global_scale, moments)
-            better, less = _packed(rows, _with(best, global_scale), global_scale, moments)
+            told = _best_damping(rows, global_scale, moments)
+            again = gptq.second_pass(moments.gram, told) if told.order.shape[1] <= gptq.EXACT_WIDTH else None
         except ValueError as problem:
             logger.warning("%s keeps the plain search: %s.", rows.weight.layer, problem)
             self._unfit += 1
-            return made
-        if not less < error:
+            return _packed(rows, plain, global_scale)
+        errors = torch.zeros(2, dtype=torch.float64, device=rows.device)
+        for _, values in rows:
+            errors[0] += _error(plain(values), values, moments)
+        made = _packed(
+            rows, lambda values: gptq.quantize(values, told, global_scale, again), global_scale, moments, errors[1]
+        )
+        plain_error, error = errors.tolist()
+        if not error < plain_error:
             self._worse += 1
-            return made
-        self._ratios.append(less / error)
-        return better
-
-
-def _with(told: gptq.Feedback, global_scale: torch.Tensor) -> Pack:
-    return lambda values: gptq.quantize(values, told, global_scale)
+            return _packed(rows, plain, global_scale)
+        self._ratios.append(error / plain_error)
+        return made
 
 
 def _packed(
-    rows: FloatRows, pack: Pack, global_scale: torch.Tensor, moments: Moments | None = None
-) -> tuple[Made, float]:
-    """-> the weight, packed piece by piece; with moments, the squared error of its outputs on held-out tokens."""
+    rows: FloatRows,
+    pack: Pack,
+    global_scale: torch.Tensor,
+    moments: Moments | None = None,
+    error: torch.Tensor | None = None,
+) -> Made:
+    """The weight, packed piece by piece; with moments, the squared error of its outputs on held-out tokens is added
+    to ``error`` () fp64."""
     packed = torch.empty(packed_shape(rows.shape), dtype=torch.uint8)
     scale = torch.empty(block_scale_shape(rows.shape), dtype=torch.float8_e4m3fn)
-    error = torch.zeros((), dtype=torch.float64, device=rows.device)
     for start, values in rows:
         record = pack(values)
-        packed[start : start + record.packed.shape[0]] = record.packed.cpu()
-        scale[start : start + record.block_scale.shape[0]] = record.block_scale.cpu()
+        packed[start : start + record.packed.shape[0]].copy_(record.packed)
+        scale[start : start + record.block_scale.shape[0]].copy_(record.block_scale)
         if moments is not None:
             error += _error(record, values, moments)
-    return (packed, scale, global_scale.cpu()), error.item()
+    return packed, scale, global_scale.cpu()
 
 
 def _error(record: PackedWeight, values: torch.Tensor, moments: Moments) -> torch.Tensor:
@@ -122,16 +130,15 @@ def _error(record: PackedWeight, values: torch.Tensor, moments: Moments) -> torc
 
 def _best_damping(rows: FloatRows, global_scale: torch.Tensor, moments: Moments) -> gptq.Feedback:
     """Of the dampings, the one whose rounding of some rows is least off on held-out tokens. ValueError."""
+    sample = torch.cat(list(trial_rows(rows)))[::_TRIAL_THIRD]
+    many = max(min(_TRIAL_ELEMENTS // moments.gram.numel(), len(DAMPINGS)), 1)
     best, least = None, float("inf")
-    for damping in DAMPINGS:
-        told = gptq.feedback(moments.gram, damping)
-        if best is not None and told.damping <= best.damping:
-            continue  # it was not positive definite with less, and so this one was tried
-        error = sum(
-            _error(gptq.quantize(values, told, global_scale), values, moments).item() for values in trial_rows(rows)
-        )
-        if error < least:
-            best, least = told, error
+    for start in range(0, len(DAMPINGS), many):
+        told = gptq.feedback(moments.gram, *DAMPINGS[start : start + many])
+        errors = gptq.trial(sample, told, global_scale, moments.held_out).tolist()
+        for number, error in enumerate(errors):
+            if error < least:
+                best, least = told.of(number), error
     if best is None:
         raise ValueError("no damping gives finite errors")
     return best

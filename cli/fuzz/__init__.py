@@ -40,13 +40,14 @@ def fuzz(parser: argparse.ArgumentParser) -> None:
         "causes it. Exits with 1 if there is one. For developers; needs Linux or macOS."
     )
     parser.add_argument("--what", default=",".join(KINDS), metavar="KIND,...", help=f"some of {', '.join(KINDS)}")
-    minutes = "for all kinds together; %(default)s"
+    minutes = "for all kinds together; default %(default)g"
     parser.add_argument("--minutes", type=amount, default=_MINUTES, metavar="N", help=minutes)
     parser.add_argument("--cases", type=positive_count, metavar="N", help="at most so many of each kind")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed, the same cases; chosen if left out")
     parser.add_argument("--case", type=int, metavar="N", help="only this case, of one kind")
-    parser.add_argument("--jobs", type=positive_count, default=1, metavar="N", help="processes; %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("fuzz-findings"), metavar="DIR", help="%(default)s")
+    parser.add_argument("--jobs", type=positive_count, default=1, metavar="N", help="processes; default %(default)s")
+    out = "folder of the findings; default %(default)s"
+    parser.add_argument("--out", type=Path, default=Path("fuzz-findings"), metavar="DIR", help=out)
     parser.set_defaults(run=run_fuzz)
 
 

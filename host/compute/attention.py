@@ -24,7 +24,7 @@ import torch
 from comfy import patcher_extension
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...kernels.errors import PackError
+from ...kernels.errors import PackError, first_line
 from .. import residency
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Attention:
         except RuntimeError as error:
             if torch.cuda.is_current_stream_capturing():
                 raise
-            self._failed[shape] = reason = _in_a_line(error)
+            self._failed[shape] = reason = first_line(error)
             logger.info("attention %s: ComfyUI's own instead of %s: %s", _in_words(q, k, heads, mask), name, reason)
             return function(q, k, v, heads, *args, **kwargs)
 
@@ -188,7 +188,7 @@ def _try_all(function: Callable, args: tuple, kwargs: dict) -> Trial:
     try:
         truth = calls["sdpa"]()
     except RuntimeError as error:
-        trial.rejected["sdpa"] = _in_a_line(error)
+        trial.rejected["sdpa"] = first_line(error)
         return trial
     most = _MOST_DIFFERENCE * _norm(truth)
     for name, call in calls.items():
@@ -199,7 +199,7 @@ def _try_all(function: Callable, args: tuple, kwargs: dict) -> Trial:
             else:
                 trial.rejected[name] = "gives another result"
         except RuntimeError as error:  # out of memory among them; the host's own is asked again after the trial
-            trial.rejected[name] = _in_a_line(error)
+            trial.rejected[name] = first_line(error)
     del truth
     fastest = min(trial.milliseconds.values())
     hopeful = [name for name, ms in trial.milliseconds.items() if name == HOST or ms <= _HOPELESS * fastest]
@@ -228,10 +228,6 @@ def _milliseconds(call: Callable, calls: int, device: torch.device) -> float:
     end.record(stream)
     end.synchronize()
     return start.elapsed_time(end) / calls
-
-
-def _in_a_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
 
 
 def use_attention(patcher: Any, choice: str, mode: str = "bf16") -> str:

@@ -26,6 +26,7 @@ import comfy.model_management
 import torch
 from comfy import patcher_extension
 
+from ...kernels.errors import first_line
 from .. import residency
 from . import graph_key, graph_plan
 
@@ -269,7 +270,7 @@ class Blocks:
             raise
         except Exception as error:  # whatever a block cannot do while it is captured, it can do by itself
             self._closed.add(call.key)
-            self._say(f"block {number} could not be captured: {_in_a_line(error)}. The sampling goes on without graphs")
+            self._say(f"block {number} could not be captured: {first_line(error)}. The sampling goes on without graphs")
             self._free({call.key}, call.device)
             return None
         self._recaptures[number] += moved
@@ -298,7 +299,3 @@ class Blocks:
             self._said.add(reason)
             logger.info("CUDA graphs of the blocks are not used: %s", reason)
         return False
-
-
-def _in_a_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -41,14 +41,19 @@ class Session:
         self._ran = False
 
     def watch(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """A DIFFUSION_MODEL wrapper: the Linears' inputs are counted during this call."""
-        with self.collector:
+        """A DIFFUSION_MODEL wrapper: the Linears' inputs are counted during this call; hooks stay for a sampling."""
+        self.collector.attach()
+        self.collector.counting = True
+        try:
             found = executor(*args, **kwargs)
+        finally:
+            self.collector.counting = False
         self._ran = True
         return found
 
     def save(self, patcher: Any) -> None:
         """The host's ON_CLEANUP: a sampling is over, and what was seen so far goes into the file."""
+        self.collector.detach()
         if not self._ran:
             return
         self._ran = False

@@ -7,6 +7,7 @@ Either is for layers in nobody else's hands: a hook, somebody's ``forward``, a L
 from __future__ import annotations
 
 import torch
+from comfy.quant_ops import QuantizedTensor
 
 from ...kernels.fp8 import SharedRows
 from .. import residency
@@ -24,10 +25,24 @@ def shared_rows(own: dict) -> tuple[SharedRows, int] | None:
 
 def takes_rows(layer: torch.nn.Module) -> bool:
     """Whether a layer is a Linear of this pack's that multiplies FP8 rows, and needs nothing but them."""
+    return layer.__dict__.get("nvfp4_mode") == "fp8" and _is_its_own_master(layer)
+
+
+def packed_weight(layer: torch.nn.Module, device: torch.device) -> QuantizedTensor | None:
+    """The NVFP4 weight of a Linear of this pack's, as it lies on ``device`` for this call.
+
+    None for any other layer, one with a bias, and one whose product takes more than the weight.
+    """
+    if layer.__dict__.get("nvfp4_mode") not in ("bf16", "fp8") or not _is_its_own_master(layer):
+        return None
+    found = residency.resident(layer.__dict__, device)
+    return None if found is None or found[1] is not None else found[0]
+
+
+def _is_its_own_master(layer: torch.nn.Module) -> bool:
     own = layer.__dict__
     return bool(
-        own.get("nvfp4_mode") == "fp8"
-        and type(layer).__dict__.get("takes_fp8_rows", False)  # not a class derived from it
+        type(layer).__dict__.get("takes_fp8_rows", False)  # not a class derived from it
         and own.get("nvfp4_lora") is None
         and "pre_quant_scale" not in own["_parameters"]
         and not residency.taken_over(own)

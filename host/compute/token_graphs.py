@@ -27,6 +27,7 @@ import comfy.model_management
 import torch
 
 from .. import residency
+from . import token_block
 
 logger = logging.getLogger(__name__)
 
@@ -226,13 +227,14 @@ def _decode_small(model: Any, ours: bool, prompt: int = 4, count: int = 4) -> to
     return torch.stack(outputs[1:])
 
 
-def use_graphs(clip: Any) -> str:
+def use_graphs(clip: Any, backend: str = "auto") -> str:
     """Prepare a loaded LTX text encoder so that the host captures its token loop -> what to expect, for the report."""
     classes = _classes()
     model = clip.cond_stage_model.gemma3_12b.transformer.model
     if classes is None or not hasattr(model, "get_dynamic_vram__units"):
         return f"{EAGER}, this ComfyUI cannot capture graphs of it"
-    _, attention, decode = classes
+    cache, attention, decode = classes
+    apart = ""
     if type(model) is decode.__bases__[0] and model.config.transformer_type == "gemma3":
         if reason := disagreement():
             return f"{EAGER}, this ComfyUI's token loop is not the one known here ({reason})"
@@ -240,6 +242,7 @@ def use_graphs(clip: Any) -> str:
             if type(layer.self_attn) is attention.__bases__[0]:
                 layer.self_attn.__class__ = attention
         model.__class__ = decode
+        apart = _fuse(model, cache, backend, clip.patcher.load_device)
         residency.ask_for_prefetch(model)
         residency.ask_for_graphs(model)
     if not hasattr(clip.cond_stage_model, "get_dynamic_vram__units"):
@@ -249,7 +252,18 @@ def use_graphs(clip: Any) -> str:
         return f"{EAGER}, {reason}"
     if not getattr(clip.patcher, "is_dynamic", bool)():
         return f"{EAGER}, graphs need DynamicVRAM"
-    return "a CUDA graph a block, where the block stays on the GPU"
+    return f"a CUDA graph a block, where the block stays on the GPU{apart}"
+
+
+def _fuse(model: Any, cache: type, backend: str, device: torch.device) -> str:
+    """Give the blocks fewer launches a token -> what to add to the report: why not, or an empty string."""
+    llama = importlib.import_module("comfy.text_encoders.llama")
+    if reason := token_block.obstacle(llama, model.config, backend, device):
+        return f"; its passes are ComfyUI's own, {reason}"
+    for layer in model.layers:
+        if type(layer) is llama.TransformerBlockGemma2:
+            layer.__class__ = token_block.block_class(llama, cache, backend)
+    return ""
 
 
 def _units(encoder: torch.nn.Module) -> tuple[list, list]:

@@ -79,9 +79,14 @@ def offer(path: str | os.PathLike) -> str:
 
 def _opened(path: str | os.PathLike) -> BinaryIO:
     """A plain file, opened for reading; anything else, a pipe for one, would keep the caller waiting."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise PageCacheError(f"{os.path.basename(path)} is not a plain file: name the model's file")
-    return open(path, "rb")
+    name = os.path.basename(path)
+    try:
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return open(path, "rb")
+    except OSError as error:
+        found = f"{name} cannot be opened ({error.strerror})"
+        raise PageCacheError(f"{found}; expected a file that this user may read; check its name and rights") from error
+    raise PageCacheError(f"{name} is not a plain file: name the model's file")
 
 
 def _count(mincore, descriptor: int, start: int, length: int) -> int:

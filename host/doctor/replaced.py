@@ -28,6 +28,8 @@ def joint_sampling_crash() -> tuple[tuple[tuple[str, str], ...], str]:
         trial = _TRIALS.get(name) or (_through_sampler if name.startswith(FROM_SAMPLER) else None)
         if trial is None:
             continue
+        if not _knows_joint():
+            return (), "no, this ComfyUI has no joint latents"
         if name not in _judged or _judged[name][0] is not function:
             trials.only_while_idle()
             _judged[name] = function, _wrong_with(trial, function)
@@ -35,6 +37,17 @@ def joint_sampling_crash() -> tuple[tuple[tuple[str, str], ...], str]:
             found.append((name, trials.origin(function)))
             texts.append(f"{name} is {found[-1][1]}'s, which {wrong}")
     return tuple(found), "yes: " + "; ".join(texts) if texts else "no"
+
+
+def _knows_joint() -> bool:
+    """Whether the host has the type of joint latents, which came with LTX-2."""
+    try:
+        comfy("nested_tensor")
+    except ModuleNotFoundError as error:
+        if error.name != "comfy.nested_tensor":
+            raise
+        return False
+    return True
 
 
 def _wrong_with(trial: Callable[[Callable, Any], Any], function: Callable) -> str | None:
@@ -51,7 +64,10 @@ def _wrong_with(trial: Callable[[Callable, Any], Any], function: Callable) -> st
             made = trial(function, nested)
         except Exception as error:
             return f"stops on a joint latent ({type(error).__name__})"
-    shapes = [tuple(part.shape) for part in made.unbind()] if getattr(made, "is_nested", False) else []
+    try:
+        shapes = [tuple(part.shape) for part in made.unbind()] if made.is_nested else []
+    except (AttributeError, TypeError):  # it gives no latent at all
+        shapes = []
     return None if shapes == [_PICTURE, _SOUND] else "loses a part of a joint latent"
 
 

@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -139,8 +140,9 @@ def _code(function: Any) -> Any:
     """The code that runs first; None for what is not written in Python. torch's own decorators are looked through."""
     while isinstance(function, functools.partial):
         function = function.func
-    function = getattr(function, "__func__", function)
-    if not hasattr(function, "__code__"):
+    if isinstance(function, types.MethodType):
+        function = function.__func__
+    if not isinstance(function, types.FunctionType):
         function = type(function).__call__
     code = getattr(function, "__code__", None)
     if code is not None and "torch" in PurePath(code.co_filename).parts and hasattr(function, "__wrapped__"):

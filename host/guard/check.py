@@ -14,13 +14,15 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from ...checkpoint.file.header import no_collection
 from ...measure.escape import line, report
 from ..border import log_fault
 from ..doctor.cards import is_nvidia
 from . import rules_host
+from .kinds import GUARD_NODE
 from .prompt_graph import PromptGraph
 from .rules import RULES
-from .view import ERROR, GUARD_NODE, INFO, WARNING, Finding, OutOfTime, View
+from .view import ERROR, INFO, WARNING, Finding, OutOfTime, View
 
 __all__ = [
     "ERROR", "INFO", "WARNING", "Finding", "check", "check_host", "describe", "not_in_time", "one_line",
@@ -37,6 +39,7 @@ _MOST_NAMED = 8
 _ORDER = (ERROR, WARNING, INFO)
 
 
+@no_collection()  # which would look at the 10,000 nodes of a prompt again and again
 def check(
     prompt: Any, facts: Mapping[str, Any], targets: Collection[str] | None = None, limit: float = math.inf
 ) -> list[Finding]:

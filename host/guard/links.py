@@ -27,16 +27,18 @@ class Node(NamedTuple):
 
 # A prompt has thousands, and a named tuple's own way of making one takes twice as long.
 make_node = partial(tuple.__new__, Node)
-_make_link = partial(tuple.__new__, Link)
+make_link = partial(tuple.__new__, Link)
 
 
 def as_link(value: Any) -> Link | None:
     """``["<id>", slot]`` -> Link; None for everything else, a list of values included."""
+    if type(value) is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is int:
+        return make_link(value)  # nearly always
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
     node, slot = value
     if type(node) is str and type(slot) is int:
-        return _make_link((node, slot))
+        return make_link((node, slot))
     if type(node) is int and type(slot) is int and abs(node) < MOST:
         return Link(str(node), slot)
     return None

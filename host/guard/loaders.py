@@ -67,6 +67,7 @@ VAE_LOADERS = {
 
 AUDIO_VAE_LOADERS = {"LTXVAudioVAELoader": Names(("ckpt_name",), ("checkpoints", "vae"))}
 UPSCALER_LOADERS = {"LatentUpscaleModelLoader": Names(("model_name",), ("latent_upscale_models",))}
+ALL_LOADERS = {**MODEL_LOADERS, **TEXT_LOADERS, **VAE_LOADERS, **AUDIO_VAE_LOADERS, **UPSCALER_LOADERS}
 
 
 def names_of(kind: str, table: Mapping[str, Names]) -> Names | None:

@@ -10,13 +10,14 @@ one, so that all questions together cost a few visits a node, whatever the shape
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 from .inputs import downscale_of, film_of, picture_of
 from .links import Link, Node, as_link, make_node
-from .values.evaluate import PLAIN, Values, as_number, link_or_literal
+from .upstream import Parents
+from .values.evaluate import PLAIN, Values, as_number
 from .values.latents import LATENTS
 from .values.numbers import CHOICES, NUMBERS
 from .values.pictures import PICTURES
@@ -34,7 +35,7 @@ class PromptGraph:
     """The well-formed nodes of a prompt, in its order, in ``nodes``."""
 
     def __init__(self, prompt: Any):
-        self.nodes: dict[str, Node] = {}
+        self.nodes = nodes = dict[str, Node]()
         self._origins: dict[Link, Link | None] = {}
         for key, entry in prompt.items() if isinstance(prompt, Mapping) else ():
             if type(entry) is not dict and not isinstance(entry, Mapping):  # the class itself is asked in no time
@@ -43,8 +44,9 @@ class PromptGraph:
             if isinstance(kind, str) and isinstance(key, str) and len(kind) + len(key) <= _LONGEST_NAMES:
                 if type(inputs) is not dict and not isinstance(inputs, Mapping):
                     inputs = {}
-                self.nodes[key] = make_node((key, kind, inputs))
-        self._values = Values(self.nodes, ROWS, CHOICES, READERS)
+                nodes[key] = make_node((key, kind, inputs))
+        self._values = Values(nodes, ROWS, CHOICES, READERS)
+        self.parents = Parents(nodes, CHOICES, self._values.chosen)
 
     def of_kind(self, *kinds: str) -> list[Node]:
         """The nodes of these classes."""
@@ -76,6 +78,8 @@ class PromptGraph:
             return link if node is not None else None
         if link in self._origins:
             return self._origins[link]
+        if self._values.chosen(link) is None:
+            return link
         path = []
         while link is not None and link not in self._origins:
             self._origins[link] = None  # what a cycle comes back to
@@ -108,8 +112,7 @@ class PromptGraph:
         given = found.inputs.get(name)
         if type(given) in PLAIN:
             return given
-        link, literal = link_or_literal(given)
-        return self._values.at(link) if link is not None else literal
+        return self._values.read(given)
 
     def output(self, link: Link | None) -> Any:
         """What ``computed`` says of an input, of an output."""
@@ -126,15 +129,20 @@ class PromptGraph:
 
     def before(self, nodes: Iterable[str]) -> set[str]:
         """The nodes that these have links to."""
-        return set(itertools.chain.from_iterable(map(self._parents.__getitem__, nodes)))
+        return set(itertools.chain.from_iterable(map(self.parents.__getitem__, nodes)))
+
+    @cached_property
+    def used(self) -> set[str]:
+        """The nodes that another one has a link to."""
+        return self.before(self.nodes)
 
     def upstream(self, starts: Iterable[str]) -> set[str]:
         """All nodes that these need, themselves included."""
-        return _reach(starts, self._parents)
+        return self._reach(starts, self.parents)
 
     def downstream(self, starts: Iterable[str]) -> set[str]:
         """All nodes that need one of these, themselves included."""
-        return _reach(starts, self._children)
+        return self._reach(starts, self._children)
 
     def restricted_to(self, targets: Iterable[str]) -> PromptGraph:
         """The part of the graph that these nodes need."""
@@ -143,8 +151,7 @@ class PromptGraph:
             return self
         part = PromptGraph(None)
         part.nodes = {name: node for name, node in self.nodes.items() if name in kept}
-        part._values = self._values  # what a kept node needs is kept too, so that its values are the same
-        part._parents = {name: self._parents[name] for name in part.nodes}
+        part._values, part.parents = self._values, self.parents  # what a kept node needs is kept too
         return part
 
     def two_values_of(self, marks: Mapping[str, Hashable]) -> dict[str, set[Hashable]]:
@@ -172,6 +179,11 @@ class PromptGraph:
         return {node: {value, second[node]} if node in second else {value} for node, value in first.items()}
 
     @cached_property
+    def order(self) -> dict[str, int]:
+        """Node -> its place in the prompt."""
+        return {node: place for place, node in enumerate(self.nodes)}
+
+    @cached_property
     def _by_kind(self) -> dict[str, list[Node]]:
         found: dict[str, list[Node]] = {}
         for node in self.nodes.values():
@@ -179,47 +191,20 @@ class PromptGraph:
         return found
 
     @cached_property
-    def _parents(self) -> dict[str, tuple[str, ...]]:
-        found, nodes = {}, self.nodes
-        linked: list[str] = []
-        for node in nodes.values():
-            given: Iterable[Any] = node.inputs.values()
-            choice = CHOICES.get(node.kind)
-            if choice is not None and choice.sides and (chosen := self._values.chosen(Link(node.id, 0))):
-                # The host runs no other side of a decided switch.
-                given = [value for name, value in node.inputs.items() if not str(name).startswith(choice.sides)]
-                given.append(chosen)
-            for value in given:
-                kind = type(value)
-                if kind in PLAIN:
-                    continue
-                if kind is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is int:
-                    linked.append(value[0])  # nearly always
-                elif (link := as_link(value)) is not None:
-                    linked.append(link.node)
-            if not linked:
-                found[node.id] = ()
-                continue
-            found[node.id] = tuple(dict.fromkeys(filter(nodes.__contains__, linked)))
-            linked.clear()
-        return found
-
-    @cached_property
     def _children(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {node: [] for node in self.nodes}
-        for node, parents in self._parents.items():
-            for parent in parents:
+        for node in self.nodes:
+            for parent in self.parents[node]:
                 found[parent].append(node)
         return found
 
-
-def _reach(starts: Iterable[str], neighbours: Mapping[str, Sequence[str]]) -> set[str]:
-    seen = {start for start in starts if start in neighbours}
-    waiting = list(seen)
-    while waiting:
-        for found in neighbours[waiting.pop()]:
-            if found not in seen:
-                seen.add(found)
-                if neighbours[found]:
-                    waiting.append(found)
-    return seen
+    def _reach(self, starts: Iterable[str], neighbours: Mapping[str, Iterable[str]]) -> set[str]:
+        waiting = [start for start in starts if start in self.nodes]
+        seen = set(waiting)
+        add, wait = seen.add, waiting.append
+        for node in waiting:  # which grows meanwhile
+            for found in neighbours[node]:
+                if found not in seen:
+                    add(found)
+                    wait(found)
+        return seen

@@ -27,10 +27,10 @@ from ..doctor import report as doctor
 from ..doctor.probe import probe
 from ..show import reports
 from . import check as guard
+from .kinds import GUARD_NODE
 from .limit import within
 from .prompt_graph import PromptGraph
 from .reading import EMPTY, NotRead, Reading, read
-from .view import GUARD_NODE
 
 logger = logging.getLogger(__name__)
 

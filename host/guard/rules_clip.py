@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import cached_property
 
 from ...measure.ltx import AUDIO_LATENTS_PER_SECOND
-from . import view as seen
+from . import kinds
 from .fixes import fixes_of
 from .links import Node
 from .names import shown
@@ -25,24 +26,34 @@ _LONGEST_NAME = 300
 
 def frames(view: View) -> Iterator[Finding]:
     """A number of frames that the host rounds down in silence."""
+    sounds: dict[float | None, list[str]] | None = None
     for node, _ in view.sized:
         _, _, length = view.asked(node)
         if length is None or length < 1 or (length - 1) % 8 == 0:
             continue
         lower = snapped(length)
-        same = [sound.id for sound in view.graph.of_kind(seen.EMPTY_AUDIO)]
-        same = [sound for sound in same if view.graph.number(sound, "frames_number") == length]
-        wanted = [(node.id, seen.SIZED[node.kind], _nearest(length))]
+        if sounds is None:
+            sounds = _sounds_by_length(view)
+        same = sounds.get(length, ())
+        wanted = [(node.id, kinds.SIZED[node.kind], _nearest(length))]
         wanted += [(sound, "frames_number", _nearest(length)) for sound in same]
         yield Finding(
             "frames",
             WARNING,
             f"{length:g} frames are not 8k + 1; ComfyUI makes {lower} of them.",
             "One latent frame holds eight frames of the clip, and the first one holds one.",
-            f"Set `{seen.SIZED[node.kind]}` to {lower} or {lower + 8}, and the same in {shown(seen.EMPTY_AUDIO)}.",
+            f"Set `{kinds.SIZED[node.kind]}` to {lower} or {lower + 8}, and the same in {shown(kinds.EMPTY_AUDIO)}.",
             (node.id,),
             fixes_of(view.graph, wanted),
         )
+
+
+def _sounds_by_length(view: View) -> dict[float | None, list[str]]:
+    """Number of frames -> the empty latents of sound that are asked for so many."""
+    found: dict[float | None, list[str]] = {}
+    for sound in view.graph.of_kind(kinds.EMPTY_AUDIO):
+        found.setdefault(view.graph.number(sound.id, "frames_number"), []).append(sound.id)
+    return found
 
 
 def size(view: View) -> Iterator[Finding]:
@@ -97,66 +108,158 @@ def _nearest(length: float) -> int:
     return snapped(length + 3)
 
 
+class _Needs:
+    """Which of the ``rates`` a node needs, whether sound, whether a sampler.
+
+    Looked up node by node, since a few are enough in nearly every prompt, until that was as much work as it is to
+    find it for all nodes at once.
+    """
+
+    def __init__(self, view: View, rates: dict[str, float], sounds: set[str]):
+        self._graph, self._rates, self._sounds = view.graph, rates, sounds
+        self._samplers = {sampler.node.id for sampler in view.samplers}
+        self._asked: dict[str, set[str]] = {}
+        self._silent: set[str] = set()
+        self._left = len(view.graph.nodes)
+        self._others: list[set[str]] = []
+
+    def rates(self, node: str) -> Collection[float]:
+        """All of them, or at least two where there are more."""
+        needed = self._needed(node)
+        if needed is None:
+            return self._two.get(node, ())
+        return set(self.rated(node).values())
+
+    def rated(self, node: str) -> dict[str, float]:
+        """The nodes with a rate that it needs, and their rates."""
+        needed = self._needed(node) or self._graph.upstream([node])
+        return {rated: self._rates[rated] for rated in needed & self._rates.keys()}
+
+    def is_heard(self, node: Node) -> bool:
+        """Whether it needs an empty latent of sound with a rate, or is given sound to put into a film."""
+        if node.kind in kinds.FILMS and "audio" in node.inputs:
+            return True
+        silent, parents = self._silent, self._graph.parents
+        if node.id in silent:
+            return False
+        if self._left <= 0:
+            return node.id in self._heard
+        waiting = [node.id]
+        silent.add(node.id)  # until the opposite is known
+        for name in waiting:  # which grows meanwhile
+            if name in self._sounds:
+                silent.difference_update(waiting)
+                self._left -= len(waiting)
+                return True
+            for parent in parents[name]:
+                if parent not in silent:
+                    silent.add(parent)
+                    waiting.append(parent)
+        return False
+
+    def sampler(self, node: str) -> bool:
+        """Whether it needs a sampler, or is one."""
+        needed = self._needed(node)
+        return node in self._sampled if needed is None else not self._samplers.isdisjoint(needed)
+
+    def only(self, node: str, groups: list[set[str]]) -> bool:
+        """Whether all the nodes with rates that it needs are in one of these groups, which grow."""
+        needed = self._needed(node)
+        if needed is not None:
+            return any(self.rated(node).keys() <= group for group in groups)
+        self._others += (self._graph.downstream(self._rates.keys() - group) for group in groups[len(self._others) :])
+        return any(node not in others for others in self._others)
+
+    def _needed(self, node: str) -> set[str] | None:
+        if node not in self._asked and self._left > 0:
+            self._asked[node] = self._graph.upstream([node])
+            self._left -= len(self._asked[node])
+        return self._asked.get(node)
+
+    @cached_property
+    def _two(self) -> dict[str, set]:
+        return self._graph.two_values_of(self._rates)
+
+    @cached_property
+    def _heard(self) -> set[str]:
+        return self._graph.downstream(self._sounds)
+
+    @cached_property
+    def _sampled(self) -> set[str]:
+        return self._graph.downstream(self._samplers)
+
+
 def frame_rates(view: View) -> Iterator[Finding]:
     """Different frame rates where the model, the sound and the video are told theirs."""
     graph = view.graph
-    rated = graph.of_kind(seen.CONDITIONING, seen.EMPTY_AUDIO)
+    rated = graph.of_kind(kinds.CONDITIONING, kinds.EMPTY_AUDIO)
     rates = {node.id: rate for node in rated if (rate := graph.number(node.id, "frame_rate")) is not None}
     told = set(rates.values())
-    videos = {node.id: node for node in graph.of_kind(*seen.FILMS)}
-    shown_at = {end: fps for end, node in videos.items() if (fps := _shown_at(view, node)) is not None}
-    if not rates or not view.samplers or (len(told) == 1 and told.issuperset(shown_at.values())):
+    films = graph.of_kind(*kinds.FILMS)
+    if not rates or not view.samplers:
         return
-    samplers = [sampler.node.id for sampler in view.samplers]
-    sampled = graph.downstream(samplers) if videos else set()
-    ends = [end for end in videos if end in sampled]
-    if len(told) > 1:
-        inner = graph.upstream(graph.before([*ends, *samplers]))
-        ends += [sampler for sampler in samplers if sampler not in inner]
-    if not ends:
+    if len(told) == 1 and all(_shown_at(view, film) in (None, *told) for film in films):
         return
-    two = graph.two_values_of(rates)
-    heard = graph.downstream(end for end in rates if graph.nodes[end].kind == seen.EMPTY_AUDIO)
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    unnamed: list[set[str]] = []  # for each finding the rates that it does not name
-    untold: list[set[str]] = []  # and the nodes that need one of these, as far as that was asked
-    for end in ends:
-        fps, known = shown_at.get(end), two.get(end, ())
+    sounds = {node.id for node in graph.of_kind(kinds.EMPTY_AUDIO) if node.id in rates}
+    if not sounds and not any("audio" in film.inputs for film in films):
+        return
+    needs = _Needs(view, rates, sounds)
+    named: list[set[str]] = []  # for each finding the rated nodes that it is about
+    for end in _ends(view, films, needs, len(told) > 1):
+        fps, known = _shown_at(view, end) if end.kind in kinds.FILMS else None, needs.rates(end.id)
         if len(known) < 2 and (fps is None or fps in known or not known):
             continue
-        if end not in heard and not (end in videos and "audio" in videos[end].inputs):
-            continue  # a silent clip is faster or slower, which may be meant
-        if fps is None:
-            untold += map(graph.downstream, unnamed[len(untold) :])
-            if any(end not in others for others in untold):
-                continue  # all that it needs was named
-        needed = graph.upstream([end])
-        group = {node: rate for node, rate in rates.items() if node in needed}
-        unnamed.append(rates.keys() - group.keys())
+        if fps is None and needs.only(end.id, named):
+            continue  # all that it needs was named
+        group = needs.rated(end.id)
+        named.append(set(group))
         if fps is not None:
-            group[end] = fps
-        nodes = sorted(group, key=order.__getitem__)
-        rate = statistics.mode(group[node] for node in nodes)  # of as many the first
-        inputs = {node: seen.FILMS[videos[node].kind] if node in videos else "frame_rate" for node in nodes}
-        named = [f"{group[node]:g} in {graph.nodes[node].kind}" for node in nodes[:_MOST_NAMED]]
-        yield Finding(
-            "fps",
-            WARNING,
-            f"The frame rates differ: {', '.join(named)}{', ...' if len(nodes) > len(named) else ''}.",
-            f"LTXVConditioning spaces the frames for the model, {shown(seen.EMPTY_AUDIO)} sets how long the sound is, "
-            "the node that makes the film how fast the frames are shown; where they differ, sound and picture drift "
-            "apart.",
-            "Set the same frame rate everywhere.",
-            tuple(nodes[:_MOST_NODES]),
-            fixes_of(graph, [(node, inputs[node], rate) for node in nodes[:_MOST_NODES]]),
-        )
-        if len(unnamed) == _MOST_GROUPS:
+            group[end.id] = fps
+        yield _differing(view, group)
+        if len(named) == _MOST_GROUPS:
             return
 
 
 def _shown_at(view: View, film: Node) -> float | None:
     """How many pictures a second a film shows, where they are those of a decode."""
-    return view.graph.number(film.id, seen.FILMS[film.kind]) if view.keeps_time(film) else None
+    return view.graph.number(film.id, kinds.FILMS[film.kind]) if view.keeps_time(film) else None
+
+
+def _ends(view: View, films: list[Node], needs: _Needs, all_: bool) -> Iterator[Node]:
+    """The nodes that make a film of what was sampled and, with ``all_``, the samplers behind which there is neither.
+
+    Only those with sound: a silent clip is faster or slower, which may be meant.
+    """
+    for film in films:
+        if needs.is_heard(film) and needs.sampler(film.id):
+            yield film
+    if not all_:
+        return
+    samplers = [sampler.node for sampler in view.samplers if needs.is_heard(sampler.node)]
+    # What needs something with sound has sound itself.
+    ends = [film.id for film in films if needs.is_heard(film) and needs.sampler(film.id)] if samplers else ()
+    inner = view.graph.upstream(view.graph.before([*ends, *(sampler.id for sampler in samplers)]))
+    yield from (sampler for sampler in samplers if sampler.id not in inner)
+
+
+def _differing(view: View, group: dict[str, float]) -> Finding:
+    """Of nodes that belong together and their frame rates."""
+    graph = view.graph
+    nodes = sorted(group, key=graph.order.__getitem__)
+    rate = statistics.mode(group[node] for node in nodes)  # of as many the first
+    inputs = {node: kinds.FILMS.get(graph.nodes[node].kind, "frame_rate") for node in nodes}
+    named = [f"{group[node]:g} in {graph.nodes[node].kind}" for node in nodes[:_MOST_NAMED]]
+    return Finding(
+        "fps",
+        WARNING,
+        f"The frame rates differ: {', '.join(named)}{', ...' if len(nodes) > len(named) else ''}.",
+        f"LTXVConditioning spaces the frames for the model, {shown(kinds.EMPTY_AUDIO)} sets how long the sound is, "
+        "the node that makes the film how fast the frames are shown; where they differ, sound and picture drift "
+        "apart.",
+        "Set the same frame rate everywhere.",
+        tuple(nodes[:_MOST_NODES]),
+        fixes_of(graph, [(node, inputs[node], rate) for node in nodes[:_MOST_NODES]]),
+    )
 
 
 def audio_length(view: View) -> Iterator[Finding]:
@@ -166,7 +269,7 @@ def audio_length(view: View) -> Iterator[Finding]:
         concat = sampler.latent.root
         video = view.latent(concat, "video_latent").root
         audio = view.latent(concat, "audio_latent").root
-        if video is None or video.kind not in seen.SIZED or audio is None or audio.kind != seen.EMPTY_AUDIO:
+        if video is None or video.kind not in kinds.SIZED or audio is None or audio.kind != kinds.EMPTY_AUDIO:
             continue
         _, _, length = view.asked(video)
         count = graph.number(audio.id, "frames_number")
@@ -185,7 +288,7 @@ def audio_length(view: View) -> Iterator[Finding]:
             WARNING,
             f"The sound lasts {got / AUDIO_LATENTS_PER_SECOND:.2f} s, the picture {snapped(length) / rate:.2f} s.",
             why,
-            f"Set `frames_number` in {shown(seen.EMPTY_AUDIO)} to {snapped(length)}.",
+            f"Set `frames_number` in {shown(kinds.EMPTY_AUDIO)} to {snapped(length)}.",
             (audio.id, video.id),
             # Where both have the same wrong number, the rule on frames mends both.
             fixes_of(graph, [(audio.id, "frames_number", _nearest(length))]) if count != length else (),

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..doctor.profiles import AUDIO_FLAGS
 from ..doctor.replaced import FROM_SAMPLER
-from . import view as seen
+from . import kinds
 from .links import Node
 from .view import ERROR, Finding, View, ids_of
 
@@ -32,7 +32,7 @@ def replaced_noise(view: View) -> Iterator[Finding]:
     whose = whose_noise(view.fact)
     pack = whose.partition("/")[0]
     for sampler in view.samplers:
-        if sampler.latent.kind != seen.JOINT:
+        if sampler.latent.kind != kinds.JOINT:
             continue
         noise = view.graph.source(sampler.node.id, "noise")
         if noise is not None and view.graph.nodes[noise.node].kind in _SAMPLES_WITHOUT_NOISE:
@@ -54,7 +54,7 @@ def replaced_sampling(view: View) -> Iterator[Finding]:
     if not isinstance(crash, tuple) or not crash:
         return
     for sampler in view.samplers:
-        if sampler.latent.kind != seen.JOINT:
+        if sampler.latent.kind != kinds.JOINT:
             continue
         used = FROM_SAMPLER + str(_sampler_name(view, sampler.node))
         found = next((entry for entry in crash if not entry[0].startswith(FROM_SAMPLER) or entry[0] == used), None)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...measure.ltx import TEMPORAL
-from . import view as seen
+from . import kinds
 from .fixes import fixes_of
 from .links import Node
 from .vaes import DECODE
-from .values.latents import GUIDING, Conditioning, Sound, Video, frames_of
+from .values.latents import BATCHED, GUIDING, Conditioning, Sound, Video, frames_of
 from .view import ERROR, WARNING, Finding, View, ids_of
 
 DEFAULT_RATE = 25.0  # what the model takes where the conditioning has no frame rate: comfy/model_base.py
@@ -24,27 +24,27 @@ _PICTURE = {
     "LTXVCropGuides": "latent",
     "LTXVAddGuide": "latent",
     "LTXVImgToVideoInplace": "latent",
-    seen.CONCAT: "video_latent",
+    kinds.CONCAT: "video_latent",
 }
-_SOUND = {"LTXVAudioVAEDecode": "samples", seen.CONCAT: "audio_latent"}
+_SOUND = {"LTXVAudioVAEDecode": "samples", kinds.CONCAT: "audio_latent"}
 # Those that find their stream in a joint latent themselves.
-_TAKE_JOINT = ("VAEDecode", "VAEDecodeTiled", "LTXVAudioVAEDecode", seen.CONCAT)
-_MAKE_SOUND = (seen.EMPTY_AUDIO, "LTXVAudioVAEEncode")
-_NAMES = {seen.VIDEO: "the video latent", seen.AUDIO: "the audio latent", seen.JOINT: "a joint latent"}
+_TAKE_JOINT = ("VAEDecode", "VAEDecodeTiled", "LTXVAudioVAEDecode", kinds.CONCAT)
+_MAKE_SOUND = (kinds.EMPTY_AUDIO, "LTXVAudioVAEEncode")
+_NAMES = {kinds.VIDEO: "the video latent", kinds.AUDIO: "the audio latent", kinds.JOINT: "a joint latent"}
 
 
 def swapped_streams(view: View) -> Iterator[Finding]:
     """The sound where the picture is meant, the picture where the sound is, a joint latent where one of them is."""
-    for table, meant in ((_PICTURE, seen.VIDEO), (_SOUND, seen.AUDIO)):
+    for table, meant in ((_PICTURE, kinds.VIDEO), (_SOUND, kinds.AUDIO)):
         for node in view.graph.of_kind(*table):
             got = _stream(view, node, table[node.kind])
-            if got in (seen.UNKNOWN, meant) or (got == seen.JOINT and node.kind in _TAKE_JOINT):
+            if got in (kinds.UNKNOWN, meant) or (got == kinds.JOINT and node.kind in _TAKE_JOINT):
                 continue
             maker = view.graph.behind(node, table[node.kind])
             remedy = f"Connect {_NAMES[meant]} instead"
-            if maker.kind == seen.SEPARATE:
-                remedy += f": output {2 if meant == seen.AUDIO else 1} of LTXV Separate AV Latent"
-            elif got == seen.JOINT:
+            if maker.kind == kinds.SEPARATE:
+                remedy += f": output {2 if meant == kinds.AUDIO else 1} of LTXV Separate AV Latent"
+            elif got == kinds.JOINT:
                 remedy += ", by way of LTXV Separate AV Latent"
             yield Finding(
                 "swapped_streams",
@@ -54,10 +54,9 @@ def swapped_streams(view: View) -> Iterator[Finding]:
                 f"{remedy}.",
                 ids_of(node, maker),
             )
-    separating = view.graph.of_kind(seen.SEPARATE)
-    used = view.graph.before(view.graph.nodes) if separating else ()
-    for node in separating:
-        if node.id in used and (got := _stream(view, node, "av_latent")) in (seen.VIDEO, seen.AUDIO):
+    for node in view.graph.of_kind(kinds.SEPARATE):
+        got = _stream(view, node, "av_latent")
+        if got in (kinds.VIDEO, kinds.AUDIO) and node.id in view.graph.used:
             yield Finding(
                 "swapped_streams",
                 ERROR,
@@ -71,15 +70,17 @@ def swapped_streams(view: View) -> Iterator[Finding]:
 def _stream(view: View, node: Node, name: str) -> str:
     """Which stream an input gets, UNKNOWN where that is not certain."""
     found = view.latent(node, name)
-    if found.kind != seen.AUDIO or found.root is None or found.root.kind in _MAKE_SOUND:
+    if found.kind != kinds.AUDIO or found.root is None or found.root.kind in _MAKE_SOUND:
         return found.kind
     # The name alone says sound, and the node may put out more than that.
     made = view.graph.output(view.graph.source(node.id, name))
-    return seen.VIDEO if isinstance(made, Video) else seen.AUDIO if isinstance(made, Sound) else seen.UNKNOWN
+    return kinds.VIDEO if isinstance(made, Video) else kinds.AUDIO if isinstance(made, Sound) else kinds.UNKNOWN
 
 
 def batches(view: View) -> Iterator[Finding]:
     """Different batch sizes of the two streams that are sampled together."""
+    if all(node.inputs.get("batch_size", 1) == 1 for node in view.graph.of_kind(*BATCHED)):
+        return
     for sampler in view.joint:
         concat = sampler.latent.root
         video = view.video(view.graph.source(concat.id, "video_latent"))
@@ -101,13 +102,13 @@ def batches(view: View) -> Iterator[Finding]:
 def _empty_sound(view: View, concat: Node) -> list[Node]:
     """The empty latent of the sound that a concat node joins, if it is one."""
     root = view.latent(concat, "audio_latent").root
-    return [root] if root is not None and root.kind == seen.EMPTY_AUDIO else []
+    return [root] if root is not None and root.kind == kinds.EMPTY_AUDIO else []
 
 
 def uncropped_guides(view: View) -> Iterator[Finding]:
     """Guides that are still behind the clip when it is decoded."""
     for use in view.vaes if view.graph.of_kind(*GUIDING) else ():
-        if use.task != DECODE or not use.final:
+        if use.task != DECODE or use.node.id not in view.saved:
             continue
         name = _PICTURE.get(use.node.kind)
         video = view.video(view.graph.source(use.node.id, name)) if name is not None else None
@@ -128,9 +129,8 @@ def uncropped_guides(view: View) -> Iterator[Finding]:
 
 def old_model(view: View) -> Iterator[Finding]:
     """A model that knows no sound, in a joint graph."""
-    for sampler in view.samplers:
-        file = view.model_file(sampler) if sampler.latent.kind == seen.JOINT else None
-        if file is not None and file.family == "LTX-Video":
+    for sampler, file in view.known_models:
+        if sampler.latent.kind == kinds.JOINT and file.family == "LTX-Video":
             yield Finding(
                 "old_model",
                 ERROR,
@@ -148,24 +148,24 @@ def untold_rate(view: View) -> Iterator[Finding]:
     sounds: dict[str, tuple[Node | None, float | None]] = {}
     for sampler in view.samplers:
         root = sampler.latent.root
-        if sampler.latent.kind != seen.JOINT or root is None:
+        if sampler.latent.kind != kinds.JOINT or root is None:
             continue
         if root.id not in sounds:
             audio = view.latent(root, "audio_latent").root
-            empty = audio is not None and audio.kind == seen.EMPTY_AUDIO
+            empty = audio is not None and audio.kind == kinds.EMPTY_AUDIO
             sounds[root.id] = audio, graph.number(audio.id, "frame_rate") if empty else None
         audio, rate = sounds[root.id]
         if rate is None or rate == DEFAULT_RATE:
             continue
-        link = graph.source(sampler.guided_by.id, "positive")
-        if link is None or graph.nodes[link.node].kind == seen.CONDITIONING:
+        conditioning = graph.behind(sampler.guided_by, "positive")
+        if conditioning is None or conditioning.kind == kinds.CONDITIONING:
             continue
-        told = graph.output(link)
+        told = graph.output(graph.source(sampler.guided_by.id, "positive"))
         if not isinstance(told, Conditioning) or told.rate is not None:
             continue
         if rated is None:
-            rated = graph.downstream(node.id for node in graph.of_kind(seen.CONDITIONING))
-        if link.node in rated:
+            rated = graph.downstream(node.id for node in graph.of_kind(kinds.CONDITIONING))
+        if conditioning.id in rated:
             continue  # told by a node whose rate is not known
         yield Finding(
             "untold_rate",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ...measure.ltx import SIGMAS, SIGMAS_STAGE_2, sigmas_text
 from ..doctor.cards import is_nvidia
-from . import view as seen
+from . import kinds
 from .files import FileFacts
 from .fixes import fixes_of
 from .loaders import MODEL_LOADERS, OUR_MODEL_LOADER, TEXT_LOADERS, distilling_loras, names_of
@@ -15,7 +15,7 @@ from .names import shown
 from .prompt_graph import Node
 from .values.evaluate import Unknown
 from .values.schedules import Sigmas, calculated
-from .view import ERROR, WARNING, Finding, Sampler, View, ids_of
+from .view import CFG_INPUTS, ERROR, WARNING, Finding, Sampler, View, ids_of
 
 STAGE_2 = SIGMAS_STAGE_2["2.3"]  # and 2.5's
 _SIGMA_TOLERANCE = 1e-3
@@ -38,7 +38,7 @@ def prefetch_crash(view: View) -> Iterator[Finding]:
         return
     certain = dynamic is True and bool(streams)
     for sampler in view.samplers:
-        if sampler.latent.kind != seen.JOINT:
+        if sampler.latent.kind != kinds.JOINT:
             continue
         family, model = _family(view, sampler), view.model(sampler.guided_by)
         if model.cured or not (family is None or family in _LTX2):
@@ -60,15 +60,15 @@ def no_audio_latent(view: View) -> Iterator[Finding]:
     """An audio+video model without an audio latent, where the host cannot do that."""
     if view.fact("ltxav_needs_audio") is not True:
         return
-    for sampler in view.samplers:
-        if sampler.latent.kind == seen.VIDEO and _family(view, sampler) in _LTX2:
+    for sampler, file in view.known_models:
+        if sampler.latent.kind == kinds.VIDEO and file.family in _LTX2:
             yield Finding(
                 "no_audio_latent",
                 ERROR,
                 "This ComfyUI cannot sample an audio and video model without an audio latent.",
-                f"{view.model_file(sampler).name} is {_family(view, sampler)}; this ComfyUI stops in the first step on "
+                f"{file.name} is {file.family}; this ComfyUI stops in the first step on "
                 "the empty sound that it then assumes. ComfyUI 0.29.0 does that, 0.30.0 no longer.",
-                f"Join {shown(seen.EMPTY_AUDIO)} of the same frames and frame rate with LTXV Concat AV Latent, and "
+                f"Join {shown(kinds.EMPTY_AUDIO)} of the same frames and frame rate with LTXV Concat AV Latent, and "
                 "take the video from LTXV Separate AV Latent behind the sampler; or update ComfyUI.",
                 ids_of(sampler.node, sampler.latent.root),
             )
@@ -107,9 +107,8 @@ def slow_nvfp4(view: View) -> Iterator[Finding]:
 def distilled(view: View) -> Iterator[Finding]:
     """A distilled model sampled with guidance, or with other sigmas than its own."""
     judged: dict[tuple[str, str], str | None] = {}
-    for sampler in view.samplers:
-        file = view.model_file(sampler)
-        evidence = _distilled_by(view, sampler, file) if file is not None and file.family in _LTX2 else None
+    for sampler, file in view.known_models:
+        evidence = _distilled_by(view, sampler, file) if file.family in _LTX2 else None
         if evidence is None:
             continue
         node, cfg = next(((node, cfg) for node, cfg in view.cfgs(sampler.guided_by) if cfg != 1.0), (None, None))
@@ -122,7 +121,7 @@ def distilled(view: View) -> Iterator[Finding]:
                 "picture.",
                 "Set cfg to 1.",
                 ids_of(node, sampler.guided_by, view.model(sampler.guided_by).loader),
-                fixes_of(view.graph, [(node.id, name, 1.0) for name in seen.CFG_INPUTS if name in node.inputs]),
+                fixes_of(view.graph, [(node.id, name, 1.0) for name in CFG_INPUTS if name in node.inputs]),
             )
         # With a LoRA the schedule is a matter of taste and strength.
         maker = _maker_of_sigmas(view, sampler) if file.distilled else None

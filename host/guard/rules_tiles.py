@@ -16,7 +16,7 @@ from ...measure.ltx import SPATIAL, TEMPORAL
 from ...measure.roofline import Clip
 from ...measure.text import gib
 from .fixes import Fix, fixes_of
-from .vaes import DECODE, OWN_TILES, PICTURES, TILED, Use
+from .vaes import DECODE, OWN_TILES, PICTURES, TILED, Use, is_ltx
 from .values.latents import Video
 from .view import INFO, WARNING, Finding, View, ids_of
 
@@ -41,11 +41,11 @@ class Tile(NamedTuple):
 def tiles(view: View) -> Iterator[Finding]:
     """A saved clip that is decoded in tiles of time, in tiles that need too much memory, or in tiles for nothing."""
     for use in view.vaes:
-        if use.task != DECODE or not (use.ltx and use.final) or use.node.kind not in (TILED, *OWN_TILES):
-            continue
         vae = use.file.vae if use.file is not None and use.kind == PICTURES else None
-        if vae is None or vae.family != LTX:
+        if use.node.kind not in (TILED, *OWN_TILES) or vae is None or vae.family != LTX:
             continue  # which one it is decides what there is to say
+        if use.task != DECODE or not is_ltx(view, use) or use.node.id not in view.saved:
+            continue
         name = "latents" if use.node.kind in OWN_TILES else "samples"
         video = view.video(view.graph.source(use.node.id, name))
         if video is None:

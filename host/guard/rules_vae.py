@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ...checkpoint.identify.vae_signatures import LTX, PREVIEW, Vae, refusal
 from .loaders import AUDIO_VAE_LOADERS, OUR_VAE_LOADER
-from .vaes import DECODE, OWN_TILES, PICTURES, SOUND, UPSCALE, UPSCALERS, Use, find_sounds, upscaler_of
+from .vaes import DECODE, OWN_TILES, PICTURES, SOUND, UPSCALE, UPSCALERS, Use, find_sounds, is_ltx, upscaler_of
 from .view import ERROR, WARNING, Finding, View, ids_of
 
 _FULL_VAE = (
@@ -36,7 +36,7 @@ def wrong_vae(view: View) -> Iterator[Finding]:
             continue
         if vae.kind == PREVIEW and vae.family == "LTX-2":
             yield from _preview(view, use)
-        elif use.ltx and (reason := refusal(vae)):
+        elif is_ltx(view, use) and (reason := refusal(vae)):
             yield _foreign(use, vae, reason)
 
 
@@ -65,7 +65,7 @@ def _preview(view: View, use: Use) -> Iterator[Finding]:
             use, ERROR, "A tiled decode with a preview VAE stops, or gives half the size and too few frames, without "
             "an error.", "is a preview decoder by its tensors; to tile, ComfyUI takes its scale for half of what it is",
         )  # fmt: skip
-    elif use.final:
+    elif use.node.id in view.saved:
         yield Finding(
             "preview_vae",
             WARNING,

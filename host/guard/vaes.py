@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from .files import FileFacts
@@ -49,8 +49,7 @@ class _Held(NamedTuple):
 class Use(NamedTuple):
     """A VAE at ``node``, which does ``task`` with it.
 
-    ``kind``: PICTURES or SOUND, what the VAE is for, None if it is not known; ``ltx``: whether the node works on LTX
-    latents; ``final``: whether its picture is saved, not only previewed.
+    ``kind``: PICTURES or SOUND, what the VAE is for, None if it is not known.
     """
 
     node: Node
@@ -58,13 +57,14 @@ class Use(NamedTuple):
     loader: Node
     kind: str | None
     file: FileFacts | None
-    ltx: bool
-    final: bool
 
     @property
     def tiled(self) -> bool:
         """Whether it is a decode in tiles."""
         return "tiled" in self.node.kind.lower()
+
+
+_make_use = partial(tuple.__new__, Use)  # a prompt may have thousands; see links.py
 
 
 def find_uses(view: View) -> list[Use]:
@@ -73,11 +73,6 @@ def find_uses(view: View) -> list[Use]:
     for node in view.graph.nodes.values():
         if "vae" in node.inputs and (task := _task(node.kind)):
             nodes[node.id] = node, task
-    if not nodes:
-        return []
-    final = set()
-    if any(task == DECODE for _, task in nodes.values()):
-        final = view.graph.upstream(node.id for node in view.graph.nodes.values() if _saves(node.kind))
     held: dict[Link, _Held] = {}
     found = []
     for node, task in nodes.values():
@@ -87,8 +82,21 @@ def find_uses(view: View) -> list[Use]:
         if link not in held:
             held[link] = _held(view, view.graph.nodes[link.node])
         if held[link].kind is not None or task == DECODE:  # of an unknown VAE only its decodes are of interest
-            found.append(_use(view, node, task, held[link], node.id in final))
+            found.append(_make_use((node, task, *held[link])))
     return found
+
+
+def is_ltx(view: View, use: Use) -> bool:
+    """Whether the node works on LTX latents."""
+    if use.task != DECODE:
+        return ENCODERS.get(use.node.kind, use.task == UPSCALE)
+    samples = next((name for name in _SAMPLES if name in use.node.inputs), _SAMPLES[0])
+    return view.latent(use.node, samples).ltx
+
+
+def saved_nodes(view: View) -> set[str]:
+    """Those whose pictures are saved, not only previewed, and whatever else is needed for that."""
+    return view.graph.upstream(node.id for node in view.graph.nodes.values() if _saves(node.kind))
 
 
 def find_sounds(view: View) -> Iterator[tuple[Node, Node, str | None]]:
@@ -111,14 +119,6 @@ def upscaler_of(view: View, node: Node) -> tuple[Node | None, str | None]:
 def _held(view: View, loader: Node) -> _Held:
     file = view.file(loader, VAE_LOADERS)
     return _Held(loader, _kind(view, loader, file), file)
-
-
-def _use(view: View, node: Node, task: str, held: _Held, final: bool) -> Use:
-    ltx = ENCODERS.get(node.kind, task == UPSCALE)
-    if task == DECODE:
-        samples = next((name for name in _SAMPLES if name in node.inputs), _SAMPLES[0])
-        ltx = view.latent(node, samples).ltx
-    return Use(node, task, *held, ltx, final)
 
 
 def _kind(view: View, loader: Node, file: FileFacts | None) -> str | None:

@@ -42,6 +42,8 @@ def text_operations(compute: torch.dtype, device: torch.device, backend: str, so
 
     class TextEncoderOperations(operations):
         class Linear(operations.Linear):
+            takes_fp8_rows = True  # its ``forward`` is the other's; see rows.py
+
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 self._full_precision_mm = True

@@ -159,7 +159,7 @@ def load_text_encoder(
     use_branches(clip.patcher)
     decode = "ComfyUI's own"
     if parts.gemma is not None:
-        decode = use_graphs(clip) if graphs else "block by block, graphs are switched off"
+        decode = use_graphs(clip, backend) if graphs else "block by block, graphs are switched off"
     clip.patcher.cached_patcher_init = (_reload, (path, projection, dialect, backend, device, graphs, kind))
     report = TextEncoderReport(
         file=name,

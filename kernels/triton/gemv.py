@@ -17,7 +17,7 @@ a shape: two streams must not multiply by weights of one shape at once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -25,7 +25,8 @@ import triton.language as tl
 
 from ..format import TENSOR_CORE_DTYPES, PackedWeight, block_scale_shape, packed_shape
 from ..reference import MAX_TOKENS
-from .launch import Launcher, bf16_as_bits, part_reader
+from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap, part_reader
+from .quantize_rows import activated
 from .tiles import decode_operand, decode_scale, round_to_bf16_bits
 
 # What the sum is multiplied by besides the global scale: the operands carry 2**-8 (BF16) or 2**-7 (FP16) of their own.
@@ -33,9 +34,10 @@ _UNDO = {torch.bfloat16: 256.0, torch.float16: 128.0}
 _ROWS = 16
 _STEP_WORDS = 16
 # Programs for each multiprocessor, for tiles of 8 and of 16 rows of x, whose sums are more bytes to add up.
-_PROGRAMS = {8: 20, 16: 10}
+_PROGRAMS = {8: 20, 16: 15}
 _FEWEST_STEPS = 3  # of a program
 _MOST_SLICES = 16
+MOST_WEIGHTS = 3  # of a launch
 
 
 @triton.jit
@@ -77,14 +79,21 @@ def _gemv_kernel(
     packed_ptr,
     scale_ptr,
     global_ptr,
+    packed1_ptr,
+    scale1_ptr,
+    global1_ptr,
+    packed2_ptr,
+    scale2_ptr,
+    global2_ptr,
     bias_ptr,
     out_ptr,
     sum_ptr,
     counter_ptr,
     tokens,
     rows,
+    rows1,
+    rows2,
     cols,
-    packed_rows,
     words_per_row,
     scale_cols,
     steps,
@@ -92,17 +101,37 @@ def _gemv_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    GATED: tl.constexpr,
     FULL: tl.constexpr,
     PACKED: tl.constexpr,
     BIAS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Program (p, s): ROWS rows of the weight, ``steps`` steps of K from step s * steps on.
+    """Program (p, s): ROWS rows of a weight, ``steps`` steps of K from step s * steps on; one weight after another.
 
-    ``sum_ptr``: (SPLIT, tokens, rows) fp32 for the slices' sums, ``counter_ptr``: int32 zeros, one a program p. An
-    int16 output receives BF16 bits. FULL: rows and words divide evenly by what the programs take.
+    ``sum_ptr``: (SPLIT, tokens, all rows) fp32 for the slices' sums, twice that many slices if GATED; ``counter_ptr``:
+    int32 zeros, one a program p. An int16 output receives BF16 bits. FULL: rows and words divide evenly by what the
+    programs take. GATED: of two weights alike, the output is GELU of the first product times the second.
     """
-    group = tl.program_id(0) * ROWS // 128
-    first_row = tl.program_id(0) * ROWS % 128 // 4
+    program, gate_ptr = tl.program_id(0), global_ptr
+    before, part, own_rows = 0, 0, rows  # rows of the weights before this one, its number, its rows
+    if WEIGHTS > 1:
+        first = tl.cdiv(rows, 128) * (128 // ROWS)
+        if program >= first:
+            program -= first
+            packed_ptr, scale_ptr, global_ptr, own_rows = packed1_ptr, scale1_ptr, global1_ptr, rows1
+            before += rows
+            part += 1
+    if WEIGHTS > 2:
+        second = tl.cdiv(rows1, 128) * (128 // ROWS)
+        if part == 1 and program >= second:
+            program -= second
+            packed_ptr, scale_ptr, global_ptr, own_rows = packed2_ptr, scale2_ptr, global2_ptr, rows2
+            before += rows1
+            part += 1
+    group = program * ROWS // 128
+    first_row = program * ROWS % 128 // 4
     first_step = tl.program_id(1) * steps
     # Scalar 64-bit bases and 32-bit offsets inside the tile: no vector arithmetic on 64-bit addresses.
     words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + group.to(tl.int64) * (128 * words_per_row)
@@ -114,7 +143,6 @@ def _gemv_kernel(
     word_offset = (row * words_per_row)[:, None] + word_col[None, :]
     # Loaded as (4, R), and with & so that the compiler sees no neighbours: the layout that it gives is the one needed.
     scale_offset = (four // 2 * 256 + (four & 1))[:, None] + (first_row * 8 + number // 4 * 8 + number % 4 * 2)[None, :]
-    row_inside = group * 128 + row < packed_rows
     token = tl.arange(0, TOKENS)
     token_inside = (token < tokens)[:, None]
     x = x_ptr + (token * cols)[:, None]
@@ -125,6 +153,7 @@ def _gemv_kernel(
     if FULL:
         # What is next is loaded before what is here is decoded: the memory does not wait for the arithmetic.
         word, scale = tl.load(words + first_step * 16 + word_offset), tl.load(scales + first_step * 512 + scale_offset)
+        after_the_one_before(OVERLAP, SMALL=False)
         for step in range(first_step, end):
             ahead = tl.minimum(step + 1, end - 1)
             next_word = tl.load(words + ahead * 16 + word_offset)
@@ -132,6 +161,8 @@ def _gemv_kernel(
             acc, bad = _step(acc, bad, x, token_inside, column + step * 128, cols, word, scale, FULL, PACKED)
             word, scale = next_word, next_scale
     else:
+        after_the_one_before(OVERLAP, SMALL=False)
+        row_inside = group * 128 + row < (own_rows + 15) // 16 * 16  # as many as are packed
         for step in range(first_step, end):
             inside = row_inside[:, None] & (step * 16 + word_col < words_per_row)[None, :]
             word = tl.load(words + step * 16 + word_offset, mask=inside, other=0)
@@ -140,32 +171,68 @@ def _gemv_kernel(
             acc, bad = _step(acc, bad, x, token_inside, column + step * 128, cols, word, scale, FULL, PACKED)
     acc = tl.where((tl.max(bad, 0) != 0)[:, None], float("nan"), acc)
     number = group * 128 + row
-    inside = (number < rows)[:, None] & (token < tokens)[None, :]
-    target = token[None, :] * rows + number[:, None]
-    if SPLIT == 1:
-        _finish(acc, out_ptr + target, number, inside, rows, global_ptr, bias_ptr, UNDO, BIAS)
+    inside = (number < own_rows)[:, None] & (token < tokens)[None, :]
+    if GATED:
+        all_rows, counter = rows, program
     else:
-        size = tokens.to(tl.int64) * rows
-        tl.store(sum_ptr + tl.program_id(1) * size + target, acc, mask=inside)
+        all_rows, counter = rows + rows1 + rows2, tl.program_id(0)
+        part = 0
+        number += before
+    target = token[None, :] * all_rows + number[:, None]
+    if SPLIT == 1 and not GATED:
+        acc = _scaled(acc, number, all_rows, global_ptr, bias_ptr, UNDO, BIAS)
+        _store(out_ptr + target, acc, inside)
+    else:
+        size = tokens.to(tl.int64) * all_rows
+        tl.store(sum_ptr + (part * SPLIT + tl.program_id(1)) * size + target, acc, mask=inside)
         tl.debug_barrier()  # all of the program's stores come before its first thread's counting
-        finished = tl.atomic_add(counter_ptr + tl.program_id(0), 1, sem="acq_rel")
-        if finished == SPLIT - 1:
-            acc = tl.zeros((ROWS, TOKENS), tl.float32)
-            for part in tl.static_range(SPLIT):
-                acc += tl.load(sum_ptr + part * size + target, mask=inside, other=0.0, cache_modifier=".cg")
-            _finish(acc, out_ptr + target, number, inside, rows, global_ptr, bias_ptr, UNDO, BIAS)
-            tl.store(counter_ptr + tl.program_id(0), 0)
+        finished = tl.atomic_add(counter_ptr + counter, 1, sem="acq_rel")
+        if finished == SPLIT * (1 + GATED) - 1:
+            acc = _summed(sum_ptr + target, size, inside, SPLIT, ROWS, TOKENS)
+            if GATED:
+                other = _summed(sum_ptr + SPLIT * size + target, size, inside, SPLIT, ROWS, TOKENS)
+                gate = _rounded(_scaled(acc, number, rows, gate_ptr, bias_ptr, UNDO, False), out_ptr.dtype.element_ty)
+                gate = _rounded(activated(gate, "gelu_tanh", False), out_ptr.dtype.element_ty)
+                up = _scaled(other, number, rows, global1_ptr, bias_ptr, UNDO, False)
+                acc = gate * _rounded(up, out_ptr.dtype.element_ty)
+            else:
+                acc = _scaled(acc, number, all_rows, global_ptr, bias_ptr, UNDO, BIAS)
+            _store(out_ptr + target, acc, inside)
+            tl.store(counter_ptr + counter, 0)
 
 
 @triton.jit
-def _finish(acc, target, number, inside, rows, global_ptr, bias_ptr, UNDO: tl.constexpr, BIAS: tl.constexpr):
-    """Sums (R, T) of weight rows ``number`` -> the result at the pointers ``target``."""
+def _summed(pointers, size, inside, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """The sums of all slices, in their order."""
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    for part in tl.static_range(SPLIT):
+        acc += tl.load(pointers + part * size, mask=inside, other=0.0, cache_modifier=".cg")
+    return acc
+
+
+@triton.jit
+def _scaled(acc, number, rows, global_ptr, bias_ptr, UNDO: tl.constexpr, BIAS: tl.constexpr):
+    """Sums (R, T) of weight rows ``number`` -> the products, FP32."""
     acc = acc * (tl.load(global_ptr) * UNDO)
     if BIAS:
         acc += tl.load(bias_ptr + number, mask=number < rows, other=0.0).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
+def _rounded(value, dtype: tl.constexpr):
+    """fp32 -> fp32 of the nearest number of the output's dtype; int16: of BF16, in integers."""
+    if dtype == tl.int16:
+        return (round_to_bf16_bits(value).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _store(target, value, inside):
     if target.dtype.element_ty == tl.int16:
-        acc = round_to_bf16_bits(acc)
-    tl.store(target, acc.to(target.dtype.element_ty), mask=inside)
+        value = round_to_bf16_bits(value)
+    tl.store(target, value.to(target.dtype.element_ty), mask=inside)
 
 
 def plan(shape: tuple[int, int], programs: int) -> tuple[int, int]:
@@ -173,6 +240,86 @@ def plan(shape: tuple[int, int], programs: int) -> tuple[int, int]:
     groups, steps = -(-shape[0] // 128) * (128 // _ROWS), -(-packed_shape(shape)[1] // (4 * _STEP_WORDS))
     splits = [n for n in range(1, _MOST_SLICES + 1) if steps % n == 0 and steps // n >= _FEWEST_STEPS] or [1]
     return _ROWS, next((n for n in splits if groups * n >= programs), splits[-1])
+
+
+class _Product:
+    """The kernel for one to three weights of the same K: ``launch`` computes all their products with x.
+
+    ``gated``: GELU (its tanh form) of the first product times the second, instead of both. ``overlapping``: weights are
+    read while the kernel before ends, so they must not be what it writes.
+    """
+
+    def __init__(
+        self, shapes: tuple[tuple[int, int], ...], dtype, device, config: tuple[int, int] | None,
+        gated: bool = False, overlapping: bool = False,
+    ):  # fmt: skip
+        if dtype not in TENSOR_CORE_DTYPES:
+            raise ValueError(f"the small-input kernel computes in {TENSOR_CORE_DTYPES}; found {dtype}")
+        if len({cols for _, cols in shapes}) != 1 or not 0 < len(shapes) <= MOST_WEIGHTS:
+            raise ValueError(f"found weights {shapes}; expected 1 to {MOST_WEIGHTS} with as many columns each")
+        if gated and (len(shapes) != 2 or shapes[0] != shapes[1]):
+            raise ValueError(f"found weights {shapes}; a gated product takes two of the same shape")
+        self.shapes, self.dtype, self.device, self.gated = shapes, dtype, device, gated
+        self.rows, self.cols = [rows for rows, _ in shapes], shapes[0][1]
+        self.width = self.rows[0] if gated else sum(self.rows)
+        self.groups = sum(-(-rows // 128) for rows in self.rows)
+        on_gpu = device.type == "cuda"
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+        whole = self.groups * 128, self.cols
+        self.divisions = {tile: config or plan(whole, processors * most) for tile, most in _PROGRAMS.items()}
+        self.counters = torch.zeros(self.groups * 8, dtype=torch.int32, device=device)
+        self.as_bits, self.options = bf16_as_bits(dtype, device), overlap(device) if overlapping else {}
+        self.launchers: dict[tuple[int, bool], tuple[Launcher, int]] = {}
+
+    def _launcher(self, tokens: int, bias: bool) -> tuple[Launcher, int]:
+        """-> the kernel, and how many sums it keeps of each element of the output."""
+        tile = next(tile for tile in _PROGRAMS if tokens <= tile)
+        tile_rows, split = self.divisions[tile]
+        words = packed_shape(self.shapes[0])[1] // 4
+        steps = triton.cdiv(triton.cdiv(words, _STEP_WORDS), split)
+        full = words == steps * split * _STEP_WORDS and self.cols % 16 == 0 and all(r % 128 == 0 for r in self.rows)
+        sizes = (*self.rows, 0, 0)[:MOST_WEIGHTS]
+        numbers = (tokens, *sizes, self.cols, words, block_scale_shape(self.shapes[0])[1], steps, _UNDO[self.dtype])
+        flags = tile, tile_rows, split, len(self.rows), self.gated, full, self.device.type == "cuda", bias
+        grid = (self.groups * (128 // tile_rows), split)
+        as_bytes = tuple(2 + 3 * weight for weight in range(MOST_WEIGHTS))
+        options = self.options | {"num_warps": 1, "num_stages": 1}
+        launch = Launcher(_gemv_kernel, grid, (*numbers, *flags, bool(self.options)), self.device, as_bytes, **options)
+        return launch, 0 if split == 1 and not self.gated else split * len(self.rows) if self.gated else split
+
+    def launch(self, x: torch.Tensor, parts: list[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+        """x (M, K), packed, block_scale and global_scale of each weight in turn -> (M, all N)."""
+        tokens = x.shape[0]
+        if tokens > MAX_TOKENS or x.shape[1] != self.cols:
+            raise ValueError(f"found x {tuple(x.shape)}; expected at most {MAX_TOKENS} rows of {self.cols}")
+        if not x.is_contiguous():
+            x = x.contiguous()
+        out = torch.empty((tokens, self.width), dtype=self.dtype, device=self.device)
+        if out.numel() == 0:
+            return out
+        key = (tokens, bias is not None)
+        found = self.launchers.get(key)
+        if found is None:
+            found = self.launchers[key] = self._launcher(*key)
+        launch, kept = found
+        sums = self.counters
+        if kept:
+            sums = torch.empty((kept, tokens, self.width), dtype=torch.float32, device=self.device)
+        bias = parts[2] if bias is None else bias
+        result = out.view(torch.int16) if self.as_bits else out
+        launch(x, *parts, *parts[:3] * (MOST_WEIGHTS - len(self.rows)), bias, result, sums, self.counters)
+        return out
+
+
+def _reader(shape: tuple[int, int], device: torch.device) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """``part_reader``, for scales that are read in pairs."""
+    read = part_reader(shape, device)
+
+    def even(packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        packed, block_scale, global_scale = read(packed, block_scale, global_scale)
+        return packed, block_scale.clone() if block_scale.data_ptr() % 2 else block_scale, global_scale
+
+    return even
 
 
 @functools.cache
@@ -187,29 +334,7 @@ def prepare(
     For M up to ``MAX_TOKENS``. ``config``: (ROWS, SPLIT) instead of ``plan``'s choice. Raises ValueError for a
     dtype that the tensor cores do not take, the function for tensors of another shape.
     """
-    if dtype not in TENSOR_CORE_DTYPES:
-        raise ValueError(f"the small-input kernel computes in {TENSOR_CORE_DTYPES}; found {dtype}")
-    on_gpu = device.type == "cuda"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
-    divisions = {tile: config or plan(shape, processors * most) for tile, most in _PROGRAMS.items()}
-    rows, cols = shape
-    packed_rows, bytes_per_row = packed_shape(shape)
-    words = bytes_per_row // 4
-    counters = torch.zeros(-(-rows // 128) * 8, dtype=torch.int32, device=device)
-    read, as_bits = part_reader(shape, device), bf16_as_bits(dtype, device)
-    launchers: dict[tuple[int, bool], Launcher] = {}
-
-    def launcher(tokens: int, bias: bool) -> Launcher:
-        tile = 8 if tokens <= 8 else 16
-        tile_rows, split = divisions[tile]
-        steps = triton.cdiv(triton.cdiv(words, _STEP_WORDS), split)
-        full = packed_rows % 128 == 0 and words == steps * split * _STEP_WORDS and cols % 16 == 0
-        grid = (triton.cdiv(rows, 128) * (128 // tile_rows), split)
-        sizes = (tokens, rows, cols, packed_rows, words, block_scale_shape(shape)[1], steps, _UNDO[dtype])
-        return Launcher(
-            _gemv_kernel, grid, (*sizes, tile, tile_rows, split, full, on_gpu, bias), device, (2,), num_warps=1,
-            num_stages=1,
-        )  # fmt: skip
+    product, read = _Product((shape,), dtype, device, config), _reader(shape, device)
 
     def run(
         x: torch.Tensor,
@@ -218,27 +343,31 @@ def prepare(
         global_scale: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        packed, block_scale, global_scale = read(packed, block_scale, global_scale)
-        if block_scale.data_ptr() % 2:  # scales are read in pairs
-            block_scale = block_scale.clone()
-        tokens = x.shape[0]
-        if tokens > MAX_TOKENS or x.shape[1] != cols:
-            raise ValueError(f"found x {tuple(x.shape)}; expected at most {MAX_TOKENS} rows of {cols}")
-        if not x.is_contiguous():
-            x = x.contiguous()
-        out = torch.empty((tokens, rows), dtype=dtype, device=device)
-        if out.numel() == 0:
-            return out
-        key = (tokens, bias is not None)
-        launch = launchers.get(key)
-        if launch is None:
-            launch = launchers[key] = launcher(*key)
-        bias = global_scale if bias is None else bias
-        sums, split = counters, divisions[8 if tokens <= 8 else 16][1]
-        if split > 1:
-            sums = torch.empty((split, tokens, rows), dtype=torch.float32, device=device)
-        launch(x, packed, block_scale, global_scale, bias, out.view(torch.int16) if as_bits else out, sums, counters)
-        return out
+        return product.launch(x, read(packed, block_scale, global_scale), bias)
+
+    return run
+
+
+@functools.cache
+def prepare_group(
+    shapes: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    gated: bool = False,
+    config: tuple[int, int] | None = None,
+) -> Callable[..., torch.Tensor]:
+    """Shapes (N, K) of one to three weights with the same K -> function (x (M, K), their parts in turn) -> (M, sum N).
+
+    One launch for all, on the weights where they lie, which must have been there before the kernel before it began:
+    where the GPU can, they are read while that ends. ``gated``, for two weights of one shape: (M, N), GELU of the
+    first product times the second, each rounded as a tensor of ``dtype`` would be. Errors are those of ``prepare``.
+    """
+    product = _Product(shapes, dtype, device, config, gated, True)
+    readers = [_reader(shape, device) for shape in shapes]
+
+    def run(x: torch.Tensor, *parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        found = [tensor for read, part in zip(readers, parts, strict=True) for tensor in read(*part)]
+        return product.launch(x, found, None)
 
     return run
 
@@ -247,3 +376,10 @@ def gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
     """(..., K) bf16 or fp16 x NVFP4 (N, K) -> (..., N) in x's dtype, for at most ``MAX_TOKENS`` rows of x."""
     run = prepare(tuple(weight.shape), x.dtype, x.device)
     return run(x.reshape(-1, x.shape[-1]), *weight.parts, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def gemv_group(x: torch.Tensor, weights: Sequence[PackedWeight], gated: bool = False) -> torch.Tensor:
+    """``one_token.gemv_group``, in one launch, for at most ``MAX_TOKENS`` rows of x."""
+    run = prepare_group(tuple(tuple(weight.shape) for weight in weights), x.dtype, x.device, gated)
+    out = run(x.reshape(-1, x.shape[-1]), *(weight.parts for weight in weights))
+    return out.reshape(*x.shape[:-1], out.shape[1])

@@ -10,12 +10,19 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from ..backends import BF16_CAPABILITY
 from ..format import block_scale_shape, check_parts, packed_shape
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # an older Triton
+    gdc_launch_dependents = gdc_wait = None
+
 # Compiled kernels take all arguments, constants included, since Triton 3.4; its interpreter compiles nothing.
 _DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) and not triton.knobs.runtime.interpret
+_HOPPER = (9, 0)
 _L2_SHARE, _L2_UNKNOWN = 0.8, 48 << 20  # the rest of the cache is for what the matmul reads beside the weight
 
 
@@ -54,6 +61,27 @@ def bf16_as_bits(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype != torch.bfloat16:
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) < BF16_CAPABILITY
+
+
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Options of a ``Launcher`` whose kernel may begin while the one before it ends: none below Hopper."""
+    if gdc_wait is None or device.type != "cuda" or torch.version.cuda is None:
+        return {}
+    return {"launch_pdl": True} if torch.cuda.get_device_capability(device) >= _HOPPER else {}
+
+
+@triton.jit
+def after_the_one_before(OVERLAP: tl.constexpr, SMALL: tl.constexpr = True):
+    """What a kernel launched with ``overlap`` reads that the kernel before it wrote, it reads behind this.
+
+    Each program must come by, whatever it does. What the one before that wrote, and weights, may be read earlier.
+    SMALL: the kernel leaves room on the GPU, so that the next may begin at once; programs of one that fills it would
+    crowd where the first of its own end, and be the last to end there.
+    """
+    if OVERLAP:
+        gdc_wait()
+        if SMALL:
+            gdc_launch_dependents()
 
 
 def store_modifier(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str:

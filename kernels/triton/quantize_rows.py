@@ -20,7 +20,7 @@ _SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
 
 
 @triton.jit
-def _activated(values, ACTIVATION: tl.constexpr, ASSEMBLY: tl.constexpr):
+def activated(values, ACTIVATION: tl.constexpr, ASSEMBLY: tl.constexpr):
     """fp32 numbers -> fp32 of their activation.
 
     GELU's 0.5 (1 + tanh(u)) is the logistic function of 2 u. ASSEMBLY: with the GPU's own exponential and reciprocal,
@@ -76,12 +76,12 @@ def _quantize_rows_kernel(
     on_gpu: tl.constexpr = out_ptr.dtype.element_ty != tl.uint8
     column = tl.arange(0, COLS)
     values = tl.load(source + column, mask=column < cols, other=0.0).to(tl.float32)
-    values = _activated(values, ACTIVATION, on_gpu)
+    values = activated(values, ACTIVATION, on_gpu)
     bits = _largest_bits(values, INT8)
     if not SINGLE:
         for first in range(COLS, cols, COLS):
             more = tl.load(source + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
-            more = _activated(more, ACTIVATION, on_gpu)
+            more = activated(more, ACTIVATION, on_gpu)
             bits = tl.maximum(bits, _largest_bits(more, INT8))
     scale = row_scale(bits.to(tl.float32, bitcast=True), 127.0 if INT8 else 448.0)
     factor = tl.div_rn(1.0, scale)
@@ -90,7 +90,7 @@ def _quantize_rows_kernel(
     if not SINGLE:
         for first in range(COLS, out_cols, COLS):
             more = tl.load(source + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
-            more = to_8_bits(_activated(more, ACTIVATION, on_gpu) * factor, out_ptr.dtype.element_ty, INT8)
+            more = to_8_bits(activated(more, ACTIVATION, on_gpu) * factor, out_ptr.dtype.element_ty, INT8)
             tl.store(target + first + column, more, mask=first + column < out_cols)
 
 

@@ -80,57 +80,64 @@ def decode_words(word, scale_byte, global_scale):
 
 # One word -> eight numbers, two an instruction, in the order of decode_words: the bits of a code, moved to where BF16
 # has its lowest two exponent bits and highest mantissa bit, are its value times 2**-126 (FP16: 2**-14, see
-# decode_words); times the scale, 2**118 (2**7) too large. Subnormal operands count in full.
-_MOVE = """
-{{
+# decode_words); times the scale, 2**118 (2**7) too large. Subnormal operands count in full. For BF16 one product moves
+# a code's sign and the rest of it, six bits further apart than they were, to their places: GPUs multiply beside what
+# they shift and mask with, which is what this waits for. In FP16 the two would meet.
+_BF16 = tl.constexpr("""
+{
+.reg .b32 a, w, z;
+mov.b32 z, 0x80008000;
+and.b32 a, $8, 0x000F000F;
+mul.lo.u32 a, a, 0x1040;
+and.b32 a, a, 0x81C081C0;
+fma.rn.bf16x2 a, a, $9, z;
+mov.b32 {$1, $5}, a;
+and.b32 a, $8, 0x00F000F0;
+mul.lo.u32 a, a, 0x104;
+and.b32 a, a, 0x81C081C0;
+fma.rn.bf16x2 a, a, $9, z;
+mov.b32 {$0, $4}, a;
+shr.u32 w, $8, 8;
+and.b32 a, w, 0x000F000F;
+mul.lo.u32 a, a, 0x1040;
+and.b32 a, a, 0x81C081C0;
+fma.rn.bf16x2 a, a, $9, z;
+mov.b32 {$3, $7}, a;
+and.b32 a, w, 0x00F000F0;
+mul.lo.u32 a, a, 0x104;
+and.b32 a, a, 0x81C081C0;
+fma.rn.bf16x2 a, a, $9, z;
+mov.b32 {$2, $6}, a;
+}
+""")
+_FP16 = tl.constexpr("""
+{
 .reg .b32 a, b;
-shl.b32 a, $8, {odd_low};
-and.b32 a, a, {mask};
+shl.b32 a, $8, 9;
+and.b32 a, a, 0x0E000E00;
 shl.b32 b, $8, 12;
 lop3.b32 a, b, 0x80008000, a, 0xEA;
-{multiply}
-mov.b32 {{$1, $5}}, a;
-shl.b32 a, $8, {even_low};
-and.b32 a, a, {mask};
+mul.f16x2 a, a, $9;
+mov.b32 {$1, $5}, a;
+shl.b32 a, $8, 5;
+and.b32 a, a, 0x0E000E00;
 shl.b32 b, $8, 8;
 lop3.b32 a, b, 0x80008000, a, 0xEA;
-{multiply}
-mov.b32 {{$0, $4}}, a;
-{odd_high} a, $8, {odd_high_by};
-and.b32 a, a, {mask};
+mul.f16x2 a, a, $9;
+mov.b32 {$0, $4}, a;
+shl.b32 a, $8, 1;
+and.b32 a, a, 0x0E000E00;
 shl.b32 b, $8, 4;
 lop3.b32 a, b, 0x80008000, a, 0xEA;
-{multiply}
-mov.b32 {{$3, $7}}, a;
-shr.u32 a, $8, {even_high};
-and.b32 a, a, {mask};
+mul.f16x2 a, a, $9;
+mov.b32 {$3, $7}, a;
+shr.u32 a, $8, 3;
+and.b32 a, a, 0x0E000E00;
 lop3.b32 a, $8, 0x80008000, a, 0xEA;
-{multiply}
-mov.b32 {{$2, $6}}, a;
-}}
-"""
-_BF16 = tl.constexpr(
-    _MOVE.format(
-        odd_low=6,
-        even_low=2,
-        odd_high="shr.u32",
-        odd_high_by=2,
-        even_high=6,
-        mask="0x01C001C0",
-        multiply="{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 a, a, $9, z; }",
-    )
-)
-_FP16 = tl.constexpr(
-    _MOVE.format(
-        odd_low=9,
-        even_low=5,
-        odd_high="shl.b32",
-        odd_high_by=1,
-        even_high=3,
-        mask="0x0E000E00",
-        multiply="mul.f16x2 a, a, $9;",
-    )
-)
+mul.f16x2 a, a, $9;
+mov.b32 {$2, $6}, a;
+}
+""")
 
 
 # One byte -> its value twice, as the factor that _MOVE multiplies by: the byte's bits, moved to where BF16 has its

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 from nvfp4_video.checkpoint.file.header import read_header
 from nvfp4_video.cli import COMMANDS, main
-from nvfp4_video.cli.console import Console, Progress, size
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.support import full_size
 
@@ -112,7 +110,7 @@ def test_the_demo_keeps_its_files_where_asked_and_says_why_comfyui_was_left_out(
     record, kept = demo
     for file in record["files"]:
         assert (kept / f"{file['kind']}.safetensors").stat().st_size == file["file_bytes"]
-    assert "no tests/ folder" in record["comfyui"]["skipped"]
+    assert "No tests/ folder" in record["comfyui"]["skipped"]
 
 
 def test_the_demo_does_not_write_into_a_folder_that_is_in_use(demo, capsys):
@@ -129,7 +127,8 @@ def test_the_demo_s_text_fits_80_columns_and_it_leaves_pictures(tmp_path: Path):
     assert done.stdout.count("identical") >= len(synthetic.KINDS) - 2
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert {path.name for path in (tmp_path / "nvfp4-demo").iterdir()} == {"inspect.png", "verify.png"}
-    assert "Set COMFYUI_PATH" in done.stdout
+    (way,) = [line for line in done.stdout.splitlines() if "COMFYUI_PATH" in line]
+    assert way.endswith("for a clip with sound, sampled there."), "one line says how to get a clip"
     assert "\033" not in done.stdout and "\r" not in done.stderr, "no terminal, no control codes"
 
 
@@ -143,6 +142,15 @@ def test_help_names_every_command_and_each_has_help_of_its_own(capsys):
         assert name in text.split() and "--json" in text
 
 
+def test_every_help_fits_80_columns_and_breaks_no_word(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", ["nvfp4-video"])
+    for words in ([], *([name] for name in COMMANDS)):
+        assert main([*words, "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if len(line) > 80 or line.endswith("-")] == [], words
+
+
 @pytest.mark.parametrize("words", [["--help"], ["inspect", "FILE"], ["plan", "FILE", "--gpu", "RTX 5090"]])
 def test_help_and_what_reads_headers_come_without_loading_torch(words: list[str], tmp_path: Path):
     file = full_size.write(tmp_path / "ltx-2.3.safetensors", full_size.checkpoint("FP8"))
@@ -153,7 +161,7 @@ sys.argv = ["pack", *{words!r}]
 try:
     runpy.run_path({str(ROOT)!r}, run_name="__main__")
 except SystemExit:
-    sys.exit(7 if "torch" in sys.modules else 0)
+    sys.exit(7 if {"torch", "numpy"} & sys.modules.keys() else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -291,96 +299,10 @@ def test_inspect_repair_and_split_work_on_files_of_the_demo(demo, tmp_path: Path
     assert read_header(part["path"]).tensors.keys() == read_header(repaired).tensors.keys()
 
 
-def test_a_table_wraps_its_last_column_and_stays_within_the_width(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    Console().table(["name", "text"], [("a", "word " * 20), ("longer name", "short")], "><")
-    lines = capsys.readouterr().out.splitlines()
-    assert all(len(line) <= 40 for line in lines)
-    assert lines[1].startswith("            a  word word")
-    assert lines[2].startswith(" " * 15 + "word"), "a wrapped cell stays in its column"
-
-
-def test_a_name_that_is_too_long_for_its_column_stands_above_its_row(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    name = "transformer_blocks.2.video_to_audio_attn"
-    Console().table(["layer", "error", "allowed"], [(name, "0.08", "0.11")], "<>>", indent=0)
-    assert capsys.readouterr().out.splitlines() == ["layer", "  error  allowed", name, "   0.08     0.11"]
-
-
-def test_a_quiet_console_writes_nothing_but_errors(capsys):
-    console = Console(quiet=True)
-    console.say("text")
-    console.title("title")
-    console.table(["a"], [("b",)], "<")
-    console.error("a\nb")
-    assert capsys.readouterr() == ("", "error: a b\n")
-
-
-class Terminal(io.StringIO):
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_on_a_terminal_shows_bar_amount_and_note_and_wipes_itself():
-    terminal = Terminal()
-    with Progress(terminal, "Copying", 4_000_000, size) as progress:
-        progress.update(1_000_000, "a.safetensors")
-        line = progress.line()
-    assert line.startswith("Copying  " + "━" * 6 + "─" * 18 + "  1.00 MB / 4.00 MB  a.safetensors  ")
-    assert "/s" in line
-    assert terminal.getvalue().endswith("\r\033[K")
-
-
-def test_progress_keeps_its_numbers_where_there_is_too_little_room(monkeypatch):
-    title = "Quantizing to a-model-with-a-rather-long-name-for-a-terminal_nvfp4.safetensors"
-    progress = Progress(io.StringIO(), title, 29_140_000_000, size)
-    progress.update(12_340_000_000, "transformer_blocks.17.audio_to_video_attn.to_out.0.weight")
-    progress._started -= 60
-    line = progress.line(80)
-    assert len(line) <= 80
-    assert line.startswith("Quantizing to a-") and "12.34 GB / 29.14 GB" in line
-    assert line.endswith(" s left") and " MB/s  60.0 s  " in line
-    assert "==========-----" in progress.line(), "with room enough there is a bar"
-
-
-def test_a_line_with_columns_wraps_below_its_last_column_and_keeps_words_whole(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    Console().say("format   bound\nNVFP4    math-bound in Linears and attention-bound")
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "NVFP4    math-bound in Linears and",
-        "         attention-bound",
-    ]
-    Console().say("words and https://example.org/a-very-long-address-of-a-file.safetensors")
-    assert "https://example.org/a-very-long-address-of-a-file.safetensors" in capsys.readouterr().out
-
-
 def test_an_output_in_a_folder_that_is_not_there_is_refused(demo, tmp_path: Path, capsys):
     words = ["inspect", str(demo[1] / "modelopt.safetensors"), "--picture", str(tmp_path / "typo" / "x.png")]
     assert main(words) == 2
     assert "is not there" in capsys.readouterr().err and not (tmp_path / "typo").exists()
-
-
-def test_progress_of_a_short_step_writes_nothing_into_a_log():
-    log = io.StringIO()
-    with Progress(log, "Copying", 2, str) as progress:
-        progress.update(2)
-    assert log.getvalue() == ""
-
-
-@pytest.mark.host
-def test_the_demo_samples_every_dialect_alike_in_a_real_comfyui(tmp_path: Path):
-    command = [sys.executable, str(ROOT), "demo", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=400)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)["comfyui"]
-    if "skipped" in record:
-        pytest.skip(record["skipped"])
-    ours = [run for run in record["runs"] if run["loader"] == "NVFP4ModelLoader"]
-    assert len(ours) == 6
-    assert all(run["identical"] and run["finite"] for run in ours)
-    assert all(f"{run['kind']}.safetensors: {record['family']}" in run["report"] for run in ours)
 
 
 def test_noise_ends_sharpness_with_1_and_compare_names_what_is_wrong(pictures, tmp_path, capsys):

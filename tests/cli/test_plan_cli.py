@@ -111,3 +111,21 @@ def test_a_message_of_the_pack_names_flags_and_commands_here(files, capsys):
     assert "set --dialect (comfy" in said
     assert main(["inspect", str(files["FP8"])]) == 1
     assert "(`repair` adds them)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_name_of_two_cards_is_said_in_text_and_json(files, capsys):
+    main(["plan", str(files["NVFP4"]), "--gpu", "RTX 3060"])
+    text = " ".join(capsys.readouterr().out.split())
+    said = "RTX 3060 is the name of RTX 3060 12 GB, RTX 3060 8 GB: these are the numbers of RTX 3060 8 GB."
+    assert f"{said} Name the one that you mean, or set --memory" in text
+    _, found = record(capsys, files["NVFP4"], "--gpu", "RTX 3060")
+    assert found["gpu"]["choice"].startswith(said) and found["notes"][0] == found["gpu"]["choice"]
+    main(["plan", str(files["NVFP4"]), "--gpu", "RTX 3060", "--memory", "12"])
+    assert "on RTX 3060 12 GB" in (text := capsys.readouterr().out) and "is the name of" not in text
+
+
+def test_the_cards_are_listed_without_a_file_and_a_plan_without_one_is_refused(capsys):
+    assert main(["plan", "--gpu", "list"]) == 0
+    assert "RTX 5090\n" in capsys.readouterr().out
+    assert main(["plan", "--gpu", "RTX 5090"]) == 2
+    assert "no file was named" in capsys.readouterr().err

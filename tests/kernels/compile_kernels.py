@@ -18,14 +18,18 @@ package.__path__ = [str(Path(__file__).resolve().parents[2])]
 sys.modules["nvfp4_video"] = package
 
 from nvfp4_video.kernels.triton import (  # noqa: E402
+    attend,
     depth_to_space,
     dequantize,
     dequantize_sum,
     gate_heads,
     gemv,
+    gptq,
+    moments,
     norm_rope,
     norm_rows,
     norm_silu,
+    one_token,
     quantize,
     quantize_rows,
     scale_sums,
@@ -76,15 +80,51 @@ def sum_variants(capability: int) -> Iterator[Variant]:
 
 
 def gemv_variants(capability: int) -> Iterator[Variant]:
-    """The kernel for few rows, from the first tensor cores on that take BF16: masks or none, K in one slice or four."""
+    """The kernel for few rows, from the first tensor cores on that take BF16: masks or none, K in one slice or four.
+
+    And for several weights.
+    """
     if capability < 80:
         return
-    tile = {"UNDO": 256.0, "TOKENS": 16, "ROWS": 16, "PACKED": True, "BIAS": True}
+    tile = {"UNDO": 256.0, "TOKENS": 16, "ROWS": 16, "PACKED": True, "BIAS": True, "WEIGHTS": 1, "GATED": False}
+    tile |= {"OVERLAP": False}
     sums = {"sum_ptr": "*fp32", "counter_ptr": "*i32"}
+    for number in (1, 2):
+        sums |= {f"{name}{number}_ptr": POINTERS[f"{name}_ptr"] for name in ("packed", "scale", "global")}
     for dtype in ("*bf16", "*fp16"):
         pointers = POINTERS | sums | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)
         for full, split in ((True, 4), (True, 1), (False, 1)):
             yield f"{dtype} {full} {split}", gemv._gemv_kernel, pointers, tile | {"FULL": full, "SPLIT": split}
+        for weights, gated in ((3, False), (2, True)):
+            group = tile | {"WEIGHTS": weights, "GATED": gated, "BIAS": False, "FULL": True, "SPLIT": 2}
+            group |= {"OVERLAP": capability >= 90}
+            yield f"{dtype} {weights}", gemv._gemv_kernel, pointers, group
+
+
+def one_token_variants(capability: int) -> Iterator[Variant]:
+    """What Gemma's block does between its products for one token."""
+    if capability < 80:
+        return
+    for add, norm in ((False, True), (True, True), (True, False)):
+        pointers = dict.fromkeys(("x", "y", "y_weight", "weight", "x_out", "out"), "*bf16")
+        pointers = {f"{name}_ptr": kind for name, kind in pointers.items()} | {"eps": "fp32"}
+        constants = {"COLS": 4096, "ADD": add, "NORM": norm, "FULL": False, "BITS": False, "OVERLAP": capability >= 90}
+        yield f"add_norm {add} {norm}", one_token._add_norm_kernel, pointers, constants
+    kernel = one_token._place_token_kernel
+    pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "*bf16")
+    pointers |= {"rotation_ptr": "*fp32", "position_ptr": "*i64", "eps": "fp32"}
+    constants = {"HALF": 128, "PAIRS": 128, "FULL": True, "BITS": False, "OVERLAP": capability >= 90}
+    yield "place_token", kernel, pointers, constants
+
+
+def attend_variants(capability: int) -> Iterator[Variant]:
+    kernel = attend._attend_kernel
+    pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "*bf16")
+    pointers |= {"bias_ptr": "*fp32", "share_ptr": "*fp32", "end_ptr": "*fp32", "counter_ptr": "*i32", "scale": "fp32"}
+    constants = {"HEADS": 2, "WIDTH": 256, "COLS": 256, "SLOTS": 32, "PARTS": 16, "BITS": False}
+    constants |= {"OVERLAP": capability >= 90}
+    if capability >= 80:
+        yield "*bf16", kernel, pointers, constants
 
 
 def to_fp8_variants(capability: int) -> Iterator[Variant]:
@@ -191,11 +231,30 @@ def to_pixels_variants(capability: int) -> Iterator[Variant]:
         yield "*fp32", kernel, video_pointers(kernel, "*bf16") | {"out_ptr": "*fp32"}, constants
 
 
+def gptq_variants(capability: int) -> Iterator[Variant]:
+    kernel = gptq._group_kernel
+    pointers = dict.fromkeys([name for name in kernel.arg_names if name.endswith("_ptr")], "*fp32")
+    pointers |= {"packed_ptr": "*u8", "scale_ptr": "*u8", "order_ptr": "*i64"}
+    for again in (False, True):
+        yield str(again), kernel, pointers, {"AGAIN": again, "ROWS": 64}
+
+
+def moments_variants(capability: int) -> Iterator[Variant]:
+    """Blocks of columns, and whole matrices."""
+    for dtype, tile in (("*bf16", 64), ("*fp16", 128)) if capability >= 80 else ():
+        pointers = {"x_ptr": dtype, "gram_ptr": "*fp32", "held_ptr": "*fp32", "turn_ptr": "*i32"}
+        yield dtype, moments._moments_kernel, pointers, {"TILE": tile, "TOKENS": 64}
+
+
 KERNELS = {
     "dequantize": dequantize_variants,
     "quantize": quantize_variants,
     "dequantize_sum": sum_variants,
     "gemv": gemv_variants,
+    "gptq": gptq_variants,
+    "moments": moments_variants,
+    "one_token": one_token_variants,
+    "attend": attend_variants,
     "to_fp8": to_fp8_variants,
     "quantize_rows": rows_variants,
     "scale_sums": scale_sums_variants,

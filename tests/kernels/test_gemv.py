@@ -134,7 +134,7 @@ def test_where_the_kernel_cannot_run_the_weight_is_dequantised(generator):
 def test_programs_multiply_by_any_divisor_until_the_gpu_is_full(shape, split):
     plan = pytest.importorskip("nvfp4_video.kernels.triton.gemv").plan
     assert plan(shape, 132 * 20) == (16, split)  # the fastest of all on an H200, which has 132 multiprocessors
-    assert plan(shape, 132 * 10)[1] <= split and plan(shape, 1) == (16, 1)
+    assert plan(shape, 132 * 15)[1] <= split and plan(shape, 1) == (16, 1)
 
 
 def test_a_program_keeps_three_steps_at_least():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 
 import pytest
@@ -58,6 +59,43 @@ def test_a_card_of_two_sizes_is_told_by_its_memory_and_taken_small_without():
     assert find_gpu("3080").name == "RTX 3080 10 GB"
     assert find_gpu("NVIDIA GeForce RTX 5070 Laptop GPU", 12.8e9).name == "RTX 5070 Laptop 12 GB"
     assert pick_gpu("RTX 3080", memory=12).name == "RTX 3080 12 GB"
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "others"),
+    [
+        ("RTX 3060", "RTX 3060 8 GB", ["RTX 3060 12 GB"]),
+        ("NVIDIA GeForce RTX 3080", "RTX 3080 10 GB", ["RTX 3080 12 GB"]),
+        ("2060", "RTX 2060 6 GB", ["RTX 2060 12 GB"]),
+        ("rtx 4060 ti", "RTX 4060 Ti 8 GB", ["RTX 4060 Ti 16 GB"]),
+        ("5060 Ti", "RTX 5060 Ti 8 GB", ["RTX 5060 Ti 16 GB"]),
+        ("RTX 5070 Laptop GPU", "RTX 5070 Laptop 8 GB", ["RTX 5070 Laptop 12 GB"]),
+        ("RTX 3080 Laptop", "RTX 3080 Laptop 8 GB", ["RTX 3080 Laptop 16 GB"]),
+        ("RTX 3050 Laptop", "RTX 3050 Laptop 4 GB", ["RTX 3050 Laptop 6 GB"]),
+        ("RTX PRO 5000 Blackwell", "RTX PRO 5000 Blackwell 48 GB", ["RTX PRO 5000 Blackwell 72 GB"]),
+        ("H100", "H100 80 GB", ["H100 PCIe (80 GB)", "H100 NVL (94 GB)"]),
+        ("A100", "A100 40 GB", ["A100 80 GB", "A100 80 GB PCIe (80 GB)"]),
+        ("Jetson AGX Orin", "Jetson AGX Orin 32 GB", ["Jetson AGX Orin 64 GB"]),
+    ],
+)
+def test_a_name_of_several_cards_is_said_to_be_one(name, taken, others):
+    found = pick_gpu(name)
+    assert found.name == taken and f"these are the numbers of {taken}" in found.choice
+    assert all(other in found.choice for other in others)
+    assert not pick_gpu(name, memory=12).choice, "the memory tells which"
+
+
+def test_no_name_of_the_table_is_silently_one_of_several():
+    """Each name without its size is either a card's own or said to be that of several."""
+    bare = {re.sub(r" (\d+ GB|PCIe)", "", name) for name in GPUS} - {*GPUS}
+    alone = {name for name in bare if not pick_gpu(name).choice}
+    assert alone == {"Jetson Orin NX"}, "sold in one size here"
+    assert not any(pick_gpu(name).choice for name in GPUS)
+
+
+def test_an_unknown_number_is_answered_with_the_names_that_have_it():
+    with pytest.raises(NoGpuError, match="'RTX 6000' is not in the table.*Quadro RTX 6000.*set `memory_gib`"):
+        pick_gpu("RTX 6000")
 
 
 @pytest.mark.parametrize("name", GPUS)

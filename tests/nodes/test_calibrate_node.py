@@ -107,12 +107,23 @@ def test_layers_that_the_host_keeps_in_fp8_count_too(full, target):
     assert read_calibration(target).tokens == 320
 
 
-def test_the_model_given_has_no_wrapper_and_no_hook_stays_after_a_step(full):
+def test_the_model_given_has_no_wrapper_and_no_hook_stays_after_a_sampling(full):
     given = patcher_of(Diffusion(tiny()))
     patcher = run(given).args[0]
     sample(patcher)
     assert not given.wrappers.get(WrappersMP.DIFFUSION_MODEL, {}).get(KEY)
     assert not any(module._forward_pre_hooks for module in patcher.model.modules())
+
+
+def test_calls_between_two_steps_do_not_count(full, target):
+    patcher = run(patcher_of(Diffusion(tiny()))).args[0]
+    model, wrappers = patcher.model.diffusion_model, patcher.wrappers[WrappersMP.DIFFUSION_MODEL][KEY]
+    for _ in range(4):
+        WrapperExecutor.new_class_executor(model.forward, model, wrappers).execute(torch.randn(1, 40, 64))
+        assert any(module._forward_pre_hooks for module in model.modules())
+        model(torch.randn(1, 500, 64))
+    sample(patcher, steps=0)
+    assert read_calibration(target).tokens == 160
 
 
 def test_a_clean_up_without_a_sampling_writes_nothing(full, target):

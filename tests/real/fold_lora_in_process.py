@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import traceback
 from pathlib import Path
 
 MARK = "facts: "
@@ -143,13 +142,7 @@ def main(folder: Path) -> None:
         load("nvfp4_video.samples.synthetic").write(
             scene.path(SOURCE), SOURCE, scene.state, scene.config, scene.packed
         )
-        paths = write_loras(scene)
-        for topic in (sums, end_to_end, mixed):
-            try:
-                facts[topic.__name__] = topic(scene, paths)
-            except Exception:
-                facts[topic.__name__] = {"failed": traceback.format_exc()}
-            load("comfy.model_management").unload_all_models()
+        facts |= in_process.run_topics((sums, end_to_end, mixed), (), scene, write_loras(scene))
     sys.stdout.write(f"\n{MARK}{json.dumps(facts)}\n")
 
 

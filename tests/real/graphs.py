@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ...checkpoint.identify.signatures import context_width
 
 SIGMAS = "1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0"
-MODEL, LORA, STATS = "model", "lora", "stats"
+MODEL, LORA, STATS, FILM = "model", "lora", "stats", "saved film"
 
 
 def nvfp4_loader(model_name: str, **inputs: str) -> dict:
@@ -64,6 +64,23 @@ def sampling(
             "LoraLoaderModelOnly", model=[MODEL, 0], lora_name=lora_name, strength_model=lora_strength
         )
     return prompt
+
+
+def film(prompt: Mapping[str, dict], video_vae: str, audio_vae: str, frame_rate: float = 25.0) -> dict[str, dict]:
+    """The prompt of ``sampling`` -> the same that decodes its latents by our VAE loader and saves a film with sound."""
+    vaes = {
+        f"{kind} vae": _node("NVFP4VAELoader", vae_name=name, kind=kind, allow_preview=False)
+        for kind, name in (("video", video_vae), ("audio", audio_vae))
+    }
+    return {
+        **prompt,
+        **vaes,
+        "latents": _node("LTXVSeparateAVLatent", av_latent=["sampled", 0]),
+        "pictures": _node("VAEDecode", samples=["latents", 0], vae=["video vae", 0]),
+        "sound": _node("LTXVAudioVAEDecode", samples=["latents", 1], audio_vae=["audio vae", 0]),
+        "film": _node("CreateVideo", images=["pictures", 0], audio=["sound", 0], fps=frame_rate),
+        FILM: _node("SaveVideo", video=["film", 0], filename_prefix="demo", format="auto", codec="auto"),
+    }
 
 
 def stats_of(outputs: Mapping) -> list[dict]:

@@ -3,7 +3,7 @@
 
 usage: <the host's python> in_process.py <empty folder>, in the folder of a ComfyUI checkout
 
-Each function of ``TOPICS`` gets a ``Scene`` and returns what it found; one that fails leaves {"error": traceback}, so
+Each function of ``TOPICS`` gets a ``Scene`` and returns what it found; one that fails leaves {"failed": traceback}, so
 that the others still report. ComfyUI is brought up as its main.py does it, without the server.
 """
 
@@ -14,6 +14,7 @@ import json
 import sys
 import traceback
 import types
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 MARK = "facts: "
@@ -348,20 +349,25 @@ def bring_up_host() -> str:
     return importlib.import_module("comfyui_version").__version__
 
 
+def run_topics(topics: Iterable[Callable[..., object]], names: Collection[str], *given: object) -> dict[str, object]:
+    """What each topic, or each of ``names``, finds; of one that fails {"failed": traceback}."""
+    facts: dict[str, object] = {}
+    for topic in topics:
+        if names and topic.__name__ not in names:
+            continue
+        try:
+            facts[topic.__name__] = topic(*given)
+        except Exception:
+            facts[topic.__name__] = {"failed": traceback.format_exc()}
+        comfy("model_management").unload_all_models()
+    return facts
+
+
 def main(folder: Path, names: list[str]) -> None:
     version = bring_up_host()
     scene = Scene(folder)
-    facts: dict[str, object] = {"version": version, "ltx": scene.ltx}
-    for topic in TOPICS:
-        if names and topic.__name__ not in names:
-            continue
-        if scene.ltx is None and topic not in FOR_ANY_HOST:
-            continue
-        try:
-            facts[topic.__name__] = topic(scene)
-        except Exception:
-            facts[topic.__name__] = {"error": traceback.format_exc()}
-        comfy("model_management").unload_all_models()
+    topics = [topic for topic in TOPICS if scene.ltx is not None or topic in FOR_ANY_HOST]
+    facts = {"version": version, "ltx": scene.ltx} | run_topics(topics, names, scene)
     sys.stdout.write(f"\n{MARK}{json.dumps(facts)}\n")
 
 

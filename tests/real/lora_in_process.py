@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import traceback
 from pathlib import Path
 
 MARK = "facts: "
@@ -333,15 +332,7 @@ def main(folder: Path, names: list[str]) -> None:
         load("nvfp4_video.samples.synthetic").write(
             scene.path("bf16"), "bf16", scene.state, scene.config, scene.packed
         )
-        loras = Loras(scene)
-        for topic in TOPICS:
-            if names and topic.__name__ not in names:
-                continue
-            try:
-                facts[topic.__name__] = topic(scene, loras)
-            except Exception:
-                facts[topic.__name__] = {"failed": traceback.format_exc()}
-            load("comfy.model_management").unload_all_models()
+        facts |= in_process.run_topics(TOPICS, names, scene, Loras(scene))
     sys.stdout.write(f"\n{MARK}{json.dumps(facts)}\n")
 
 

@@ -27,7 +27,7 @@ def all_facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def facts_of(all_facts: dict, topic: str) -> dict:
     if all_facts["unbuildable"]:
         pytest.skip(f"ComfyUI {all_facts['version']} builds LTX's text encoder in its released size only")
-    if topic in ("generation", "windowed", "enhancer") and all_facts["generates"]:
+    if topic in ("generation", "windowed", "fused", "enhancer") and all_facts["generates"]:
         pytest.skip(f"LTX's text encoder writes no text in ComfyUI {all_facts['version']}: {all_facts['generates']}")
     found = all_facts[topic]
     assert "error" not in found, found["error"]
@@ -71,6 +71,15 @@ def test_the_compiler_s_branch_of_the_token_loop_is_taken_with_both_rotations_in
     begun, ended, tokens = found["scopes"]
     assert begun == ended == tokens > 20
     assert found["rotations"] == [[2, 1, 1, 1, small_gemma.HEAD_DIM // 2, 2, 2]]
+
+
+def test_blocks_in_few_launches_give_the_host_s_logits_and_leave_hooked_and_plain_blocks_to_the_host(all_facts: dict):
+    found = facts_of(all_facts, "fused")
+    assert found["obstacle"] == "nothing here multiplies packed weights by one row"  # so the block is one that is known
+    assert found["tokens"]
+    assert found["difference"] < 1e-4 * found["largest"]
+    assert found["ran"] == found["packed"] == list(range(1, small_gemma.BLOCKS - 1))
+    assert found["ran_with_a_hook"] == [block for block in found["packed"] if block != 5]
 
 
 def test_where_nothing_can_be_captured_the_host_keeps_its_own_cache(all_facts: dict):

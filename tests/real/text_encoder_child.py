@@ -227,6 +227,11 @@ def windowed(scene: Scene) -> dict:
     }
 
 
+def fused(scene: Scene) -> dict:
+    """Blocks in few launches."""
+    return pack("tests.real.fused_tokens").fused(scene, logits_of)
+
+
 def logits_of(scene: Scene, clip, seen: list):
     """Logits of every step of the token loop; its tokens are appended to ``seen``."""
     transformer, kept = clip.cond_stage_model.gemma3_12b.transformer, []
@@ -353,7 +358,7 @@ def enhancer(scene: Scene) -> dict:
     return {"equal": texts[0] == texts[1], "text": texts[1]}
 
 
-TOPICS = (conditioning, generation, windowed, text_only, clones, lora, embedding, enhancer)
+TOPICS = (conditioning, generation, windowed, fused, text_only, clones, lora, embedding, enhancer)
 
 
 def main(folder: Path, names: list[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,13 +48,15 @@ class Config:
     head_dim = 16
     sliding_attention = (3, 3, False)
     transformer_type = "gemma3"
+    mlp_activation, rms_norm_add, q_norm, k_norm = "gelu_pytorch_tanh", True, "gemma3", "gemma3"
 
 
 def rope_matrix(rotation: Any) -> torch.Tensor:
     if torch.is_tensor(rotation):
         return rotation
     cos, sin, negative = rotation
-    return torch.stack((cos, negative, sin, cos), -1).unflatten(-1, (2, 2))
+    first, second = cos.chunk(2, -1)
+    return torch.stack((first, negative, sin, second), -1).unflatten(-1, (2, 2))
 
 
 def apply_rope(query: torch.Tensor, key: torch.Tensor, freqs_cis: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,13 +65,18 @@ def apply_rope(query: torch.Tensor, key: torch.Tensor, freqs_cis: Any) -> tuple[
     return tuple((matrix @ x.unsqueeze(-1)).squeeze(-1).transpose(-1, -2).flatten(-2) for x in halves)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
 class RMSNorm(torch.nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, eps: float = 1e-6, add: bool = True):
         super().__init__()
+        self.eps, self.add = eps, add
         self.weight = torch.nn.Parameter(torch.ones(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight)
+        return rms_norm(x, self.weight + 1.0, self.eps)
 
 
 class Attention(torch.nn.Module):
@@ -105,22 +112,38 @@ class Attention(torch.nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2)), kept
 
 
-class Block(torch.nn.Module):
+class MLP(torch.nn.Module):
+    def __init__(self, config: Any, ops: Any):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = ops.Linear(hidden, inner, bias=False), ops.Linear(hidden, inner, bias=False)
+        self.down_proj = ops.Linear(inner, hidden, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(torch.nn.functional.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class TransformerBlockGemma2(torch.nn.Module):
     def __init__(self, config: Any, index: int, ops: Any):
         super().__init__()
-        self.self_attn = Attention(config, ops)
-        self.mlp = ops.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.self_attn, self.mlp = Attention(config, ops), MLP(config, ops)
+        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(config.hidden_size) for _ in range(2))
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = (
+            RMSNorm(config.hidden_size) for _ in range(2)
+        )
         self.sliding_attention = config.sliding_attention[index % len(config.sliding_attention)]
 
-    def forward(self, x, freqs_cis, past_key_value):
+    def forward(self, x, attention_mask=None, freqs_cis=None, optimized_attention=None, past_key_value=None):
         window, mask = self.sliding_attention or None, None
         if x.shape[1] > 1:
             mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
             mask = mask.triu(1 - window) if window else mask
         freqs_cis = freqs_cis[1] if window else freqs_cis[0]
         attend = {"freqs_cis": freqs_cis, "past_key_value": past_key_value}
-        out, kept = self.self_attn(x, **attend, sliding_window=window, attention_mask=mask)
-        return x + out + self.mlp(x + out).tanh(), kept
+        out, kept = self.self_attn(self.input_layernorm(x), **attend, sliding_window=window, attention_mask=mask)
+        between = x + self.post_attention_layernorm(out)
+        out = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(between)))
+        return torch.add(between, out, out=x), kept
 
 
 class Llama2(torch.nn.Module):
@@ -129,7 +152,8 @@ class Llama2(torch.nn.Module):
         self.config = config
         self.graph_dynamic_vbar_blocks = False
         self.embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = torch.nn.ModuleList([Block(config, i, ops) for i in range(config.num_hidden_layers)])
+        blocks = (TransformerBlockGemma2(config, index, ops) for index in range(config.num_hidden_layers))
+        self.layers = torch.nn.ModuleList(blocks)
 
     def get_dynamic_vram__units(self):
         return list(self.layers), []
@@ -140,7 +164,7 @@ class Llama2(torch.nn.Module):
     def compute_freqs_cis(self, position_ids, device):
         steps = torch.arange(self.config.head_dim // 2) / self.config.head_dim
         angles = [position_ids[:, None, :, None] * base**-steps for base in (1e6, 1e4)]
-        return [(angle.cos(), angle.sin(), -angle.sin()) for angle in angles]
+        return [(torch.cat([angle.cos()] * 2, -1), angle.sin(), -angle.sin()) for angle in angles]
 
     def forward(self, x, embeds=None, past_key_values=None):
         return self._run(embeds, past_key_values, lambda *inputs: inputs)
@@ -157,7 +181,7 @@ class Llama2(torch.nn.Module):
         for index, layer in enumerate(self.layers):
             if fixed:
                 past_key_values[index].prepare(count)
-            x, kept[index] = layer(x, freqs_cis, past_key_values[index])
+            x, kept[index] = layer(x=x, freqs_cis=freqs_cis, past_key_value=past_key_values[index])
             if fixed:
                 kept[index].advance(count)
         return x, None, kept
@@ -182,7 +206,8 @@ def install(monkeypatch: Any, form: str) -> ModuleType:
     kind = Llama2 if form == "lists" else CompiledLlama2
     cache = ChangedKV if form == "changed" else FixedKV
     llama.FixedKV, llama.Attention, llama.apply_rope, llama.Gemma3_12B_Config = cache, Attention, apply_rope, Config
-    llama.Llama2_ = kind
+    llama.Llama2_, llama.TransformerBlockGemma2, llama.MLP, llama.RMSNorm = kind, TransformerBlockGemma2, MLP, RMSNorm
+    llama.comfy = SimpleNamespace(ldm=SimpleNamespace(common_dit=SimpleNamespace(rms_norm=rms_norm)))
     if form != "lists":
         llama.rope_matrix = rope_matrix
         prefetch.malloc_graph_enabled = lambda device: True

@@ -20,10 +20,6 @@ FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 GRAPHS = {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(FOLDER.glob("*.json"))}
 INFO = form.node_info(NODES)
 MODEL_FOLDERS = {"checkpoints", "diffusion_models", "text_encoders", "vae", "latent_upscale_models", "loras"}
-FILE_INPUTS = {
-    "model_name", "vae_name", "file_name", "config_from", "text_encoder", "clip_name", "image", "projection",
-    "lora_name",
-}  # fmt: skip
 # What the settings node decides: (node, input) -> its output.
 SETTINGS = {
     ("EmptyLTXVLatentVideo", "width"): "width",
@@ -115,7 +111,7 @@ def check_names(graph: dict) -> None:
 
 def check_value(node_type: str, widget: form.Widget, value: object) -> None:
     where, settings = f"{node_type}.{widget.name} = {value!r}", widget.settings
-    if widget.kind == "COMBO" and widget.name not in FILE_INPUTS:
+    if widget.kind == "COMBO" and widget.name not in form.FILE_INPUTS:
         assert value in settings["options"], where
     elif widget.kind in ("INT", "FLOAT", "FLOAT,INT"):
         assert isinstance(value, int | float) and not isinstance(value, bool), where

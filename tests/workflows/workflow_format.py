@@ -14,6 +14,11 @@ from pathlib import Path
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "core_nodes.json"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
+# Inputs whose choices are the files that are there.
+FILE_INPUTS = {
+    "model_name", "vae_name", "file_name", "config_from", "text_encoder", "clip_name", "image", "projection",
+    "lora_name",
+}  # fmt: skip
 # Nodes that only the front end knows.
 NOTES = {"MarkdownNote", "Note"}
 ENTRY, EXIT = -10, -20  # the ends of a subgraph, as node ids

@@ -17,12 +17,13 @@ UNKNOWN: tuple = ()
 PLAIN = frozenset((str, int, float, bool, type(None)))  # the types of nearly all values that are no links
 _LONGEST_NUMBER = 40
 _MOST_FILES = 16  # pictures and films whose headers are read, of one prompt
-# What goes wrong with wild numbers in any of the formulas.
-_FORMULA_ERRORS = (ArithmeticError, ValueError, TypeError, KeyError, IndexError, AttributeError)
-
 
 class Unknown(Exception):
     """A formula lacks something."""
+
+
+# With it, what goes wrong with wild numbers in any of the formulas.
+_FORMULA_ERRORS = (Unknown, ArithmeticError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
 class _Wanted(Exception):
@@ -68,7 +69,8 @@ class Given:
 
     def maybe(self, name: str) -> Any:
         """The value of an input, None if it is absent or unknown."""
-        return self._values.of_input(self.node, name)
+        given = self.node.inputs.get(name)
+        return given if type(given) in PLAIN else self._values.of(given)
 
     def value(self, name: str) -> Any:
         """The value of an input."""
@@ -126,6 +128,8 @@ def link_or_literal(given: Any) -> tuple[Link | None, Any]:
 
 def as_number(value: Any) -> int | float | None:
     """A value -> the number it is or spells, None for none or one that nobody can mean."""
+    if type(value) is int:  # nearly always
+        return value if -MOST <= value <= MOST else None
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -157,22 +161,26 @@ class Values:
         """The value on a link, None if it is unknown."""
         if link is None:
             return None
-        if link.node not in self._outputs:
-            if link.node not in self._nodes:
+        name, slot = link
+        if name not in self._outputs:
+            if name not in self._nodes:
                 return None
-            self._evaluate(link.node)
-        return self._output(link)
+            self._evaluate(name)
+        outputs = self._outputs[name]
+        return outputs[slot] if 0 <= slot < len(outputs) else None
 
     def chosen(self, link: Link) -> Link | None:
         """The link that an output hands on, None where it does not or of which it is unknown."""
-        if link.node not in self._chosen:
-            node = self._nodes.get(link.node)
-            if node is None or node.kind not in self._choices:
+        name, slot = link
+        chosen = self._chosen.get(name)
+        if chosen is None:
+            node = self._nodes.get(name)
+            choice = self._choices.get(node.kind) if node is not None else None
+            if choice is None:
                 return None
-            self._choose(node)
-        chosen = self._chosen[link.node]
-        found = chosen[link.slot] if 0 <= link.slot < len(chosen) else None
-        return found if isinstance(found, Link) else None
+            chosen = self._choose(Given(node, self), choice)
+        found = chosen[slot] if 0 <= slot < len(chosen) else None
+        return found if type(found) is Link else None
 
     def file(self, kind: str, name: str) -> Any:
         """What a reader says of a file; of a prompt that names many, the first few are looked at."""
@@ -183,19 +191,29 @@ class Values:
             self._files[key] = self._readers[kind](name)
         return self._files[key]
 
-    def of_input(self, node: Node, name: str) -> Any:
-        """The value of an input; within a formula, ``_Wanted`` for what has to be evaluated before."""
-        given = node.inputs.get(name)
-        if type(given) in PLAIN:
-            return given
-        link, literal = link_or_literal(given)
-        if link is None:
-            return literal
-        if link.node in self._outputs:
-            return self._output(link)
-        if link.node not in self._nodes:
+    def read(self, given: Any) -> Any:
+        """The value of an input as it was sent."""
+        try:
+            return self.of(given)
+        except _Wanted as wanted:
+            self._evaluate(*wanted.args)
+            return self.of(given)
+
+    def of(self, given: Any) -> Any:
+        """As ``read``, within a formula: ``_Wanted`` for what has to be evaluated before."""
+        if type(given) is list and len(given) == 2 and type(given[0]) is str and type(given[1]) is int:
+            name, slot = given  # nearly always
+        else:
+            link, literal = link_or_literal(given)
+            if link is None:
+                return literal
+            name, slot = link
+        outputs = self._outputs.get(name)
+        if outputs is not None:
+            return outputs[slot] if 0 <= slot < len(outputs) else None
+        if name not in self._nodes:
             return None
-        raise _Wanted(link.node)
+        raise _Wanted(name)
 
     def stored(self, name: object) -> Link | None:
         """What a SetNode keeps under a name; the first of two that share one, as the front end resolves them."""
@@ -214,55 +232,58 @@ class Values:
 
     def _evaluate(self, start: str) -> None:
         """Evaluate a node and what it needs: one that lacks something waits until that is there."""
-        waiting, open_ = [start], {start}
+        waiting, open_ = [Given(self._nodes[start], self)], {start}
         while waiting:
-            node = waiting[-1]
+            given = waiting[-1]
+            node = given.node.id
             if node not in self._outputs:
                 try:
-                    self._outputs[node] = self._formula(self._nodes[node])
+                    self._outputs[node] = self._formula(given)
                 except _Wanted as wanted:
                     (needed,) = wanted.args
                     if needed in open_:
                         self._outputs[needed] = UNKNOWN  # it needs itself
                     else:
-                        waiting.append(needed)
+                        waiting.append(Given(self._nodes[needed], self))
                         open_.add(needed)
                     continue
             waiting.pop()
             open_.discard(node)
 
-    def _formula(self, node: Node) -> tuple:
+    def _formula(self, given: Given) -> tuple:
+        kind = given.node.kind
         try:
-            if (choice := self._choices.get(node.kind)) is not None:
-                return self._pass_on(node, choice)
-            row = self._rows.get(node.kind)
-            return tuple(map(_meant, row.outputs(Given(node, self)))) if row is not None else UNKNOWN
-        except (Unknown, *_FORMULA_ERRORS):
+            if (choice := self._choices.get(kind)) is not None:
+                return self._pass_on(given, choice)
+            row = self._rows.get(kind)
+            return tuple(map(_meant, row.outputs(given))) if row is not None else UNKNOWN
+        except _FORMULA_ERRORS:
             return UNKNOWN
 
-    def _choose(self, node: Node) -> None:
-        """Find what a node hands on, without what that carries."""
-        while node.id not in self._chosen:
+    def _choose(self, given: Given, choice: Choice) -> list[Link | Bundle | _Literal | None]:
+        """What a node hands on, without what that carries."""
+        while True:
             try:
-                self._choice_of(node, self._choices[node.kind])
+                return self._choice_of(given, choice)
             except _Wanted as wanted:
                 self._evaluate(*wanted.args)
-            except (Unknown, *_FORMULA_ERRORS):
-                self._chosen[node.id] = []
+            except _FORMULA_ERRORS:
+                self._chosen[given.node.id] = []
 
-    def _choice_of(self, node: Node, choice: Choice) -> list[Link | Bundle | _Literal | None]:
+    def _choice_of(self, given: Given, choice: Choice) -> list[Link | Bundle | _Literal | None]:
         """What a node hands on, an entry for each output."""
+        node = given.node
         known = self._chosen.get(node.id)
         if known is None:
-            found = choice.chosen(Given(node, self))
-            if isinstance(found, str):
-                found = as_link(node.inputs.get(found)) or _Literal(self.of_input(node, found))
+            found = choice.chosen(given)
+            if type(found) is str:
+                found = given.link(found) or _Literal(given.maybe(found))
             known = self._chosen[node.id] = found if type(found) is list else [found]
         return known
 
-    def _pass_on(self, node: Node, choice: Choice) -> tuple:
+    def _pass_on(self, given: Given, choice: Choice) -> tuple:
         outputs: list[Any] = []
-        for found in self._choice_of(node, choice):
+        for found in self._choice_of(given, choice):
             if type(found) is _Literal:
                 found = _meant(found.value)
             elif type(found) is Link:

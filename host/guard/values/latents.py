@@ -307,6 +307,8 @@ LATENTS = {
     "LTXDirectorGuide": Row(_directed, f"{_DIRECTOR} ltx_director_guide.py"),
     "LTXVAudioVideoMask": Row(_masked, _KJ),
 }
+# Those that make latents of a `batch_size`, of 1 where they do not say; others hand on one that they are given.
+BATCHED = ("EmptyLTXVLatentVideo", "LTXVImgToVideo", "LTXVEmptyLatentAudio")
 # Those that put guides behind a clip.
 GUIDING = (
     "LTXVAddGuide", "LTXVAddLatentGuide", "LTXAddVideoICLoRAGuide", "LTXAddVideoICLoRAGuideAdvanced",

@@ -205,10 +205,10 @@ NUMBERS = {
 }
 
 
-def _only_link(given: Given) -> str | None:
-    for name, value in given.node.inputs.items():
-        if as_link(value) is not None:
-            return name
+def _only_link(given: Given) -> Link | None:
+    for value in given.node.inputs.values():
+        if (link := as_link(value)) is not None:
+            return link
     return None
 
 

@@ -51,7 +51,9 @@ def model_of(clip: SimpleNamespace):
 def test_tokens_are_the_host_s_with_its_decode_buffers_and_without(llama, clip, monkeypatch):
     wanted = token_loops.generate(model_of(clip), PROMPT, 20)
     monkeypatch.setattr(text_decode, "_obstacle", lambda *device: "")
-    assert text_decode.use_graphs(clip) == "a CUDA graph a block, where the block stays on the GPU"
+    report, own = text_decode.use_graphs(clip).split("; its passes are ComfyUI's own, ")
+    assert report == "a CUDA graph a block, where the block stays on the GPU"
+    assert own == "this ComfyUI's block is not one that this pack knows"
     cache = text_decode._classes()[0]
     assert all(isinstance(one, cache) for one in model_of(clip).init_kv_cache(1, 8, torch.device("cpu"), torch.float32))
     assert len(set(wanted)) > 3

@@ -12,6 +12,7 @@ import server
 import torch
 from nvfp4_video.host.doctor import probe, trials
 from nvfp4_video.tests.support.modules import offer, withhold
+from nvfp4_video.tests.support.other_packs import HOST, PACK, Nested, of
 
 # The block prefetch, as its three ages have it: the stream is waited for, waited for if there is one, or elsewhere.
 
@@ -91,21 +92,6 @@ def test_a_host_without_ltx2_does_not_crash_in_it(monkeypatch):
 # Noise for joint audio and video, as the host makes it, and as packs written before LTX-2 do.
 
 
-class Nested:
-    """As much of the host's NestedTensor as noise is made of; its size is the first part's, as the host's is."""
-
-    is_nested = True
-
-    def __init__(self, tensors):
-        self.tensors = list(tensors)
-
-    def unbind(self):
-        return self.tensors
-
-    def size(self):
-        return self.tensors[0].size()
-
-
 def makes_both(latent, seed, noise_inds=None):
     generator = torch.manual_seed(seed)
     parts = latent.unbind() if latent.is_nested else [latent]
@@ -127,15 +113,6 @@ def calls_another(latent, seed, noise_inds=None):
 
 def takes_nothing(latent):
     return latent
-
-
-HOST, PACK = "/srv/ComfyUI/comfy/sample.py", "/srv/ComfyUI/custom_nodes/ComfyUI_Old/modules/rng.py"
-
-
-def of(path, function):
-    """The function as one of that file."""
-    code = function.__code__.replace(co_filename=path)
-    return type(function)(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from nvfp4_video.checkpoint.identify.vae_signatures import AUDIO, LTX, VIDEO, Vae
 from nvfp4_video.host.guard import check as guard
-from nvfp4_video.host.guard import prompt_graph
+from nvfp4_video.host.guard import kinds, prompt_graph
 from nvfp4_video.host.guard import view as seen
 from nvfp4_video.host.guard.files import FileFacts
 from nvfp4_video.host.guard.loaders import MODEL_LOADERS, names_of
@@ -79,7 +79,7 @@ def known(graph: dict[str, Any]) -> dict[str, bool]:
     view = View(PromptGraph(prompt_of(graph)), HEALTHY)
     first = [sampler for sampler in view.samplers if _begins(view, sampler)]
     videos = [view.sampled(sampler) for sampler in first]
-    rated = view.graph.of_kind(seen.CONDITIONING, seen.EMPTY_AUDIO, *seen.FILMS)
+    rated = view.graph.of_kind(kinds.CONDITIONING, kinds.EMPTY_AUDIO, *kinds.FILMS)
     return {
         "model": all(
             (loader := view.model(sampler.guided_by).loader) is not None and names_of(loader.kind, MODEL_LOADERS)
@@ -87,14 +87,14 @@ def known(graph: dict[str, Any]) -> dict[str, bool]:
         ),
         "size": bool(first) and all(video is not None and video.width and video.height for video in videos),
         "length": bool(first) and all(video is not None and video.length for video in videos),
-        "rate": all(view.graph.number(node.id, seen.FILMS.get(node.kind, "frame_rate")) is not None for node in rated),
+        "rate": all(view.graph.number(node.id, kinds.FILMS.get(node.kind, "frame_rate")) is not None for node in rated),
     }
 
 
 def _begins(view: View, sampler: seen.Sampler) -> bool:
     """Whether a sampler's video does not come from another sampler."""
     root = sampler.latent.root
-    if sampler.latent.kind == seen.JOINT and root is not None:
+    if sampler.latent.kind == kinds.JOINT and root is not None:
         root = view.latent(root, "video_latent").root
     return root is not None
 

@@ -41,9 +41,10 @@ def host(monkeypatch):
         whole |= {name: torch.empty(values.shape, dtype=torch.bfloat16) for name, values in meant.plain.items()}
 
         def detected(state_dict, unet_key_prefix, use_base_if_no_match=False, metadata=None):
-            config = comfy.model_detection._Config({})
-            config.quant_config = comfy.model_detection.utils.detect_layer_quantization(state_dict, unet_key_prefix)
-            config.get_model = lambda state_dict, prefix="", device=None: comfy.model_detection._Model(
+            stub = vars(comfy.model_detection)  # names that only the stub has
+            config = stub["_Config"]({})
+            config.quant_config = stub["utils"].detect_layer_quantization(state_dict, unet_key_prefix)
+            config.get_model = lambda state_dict, prefix="", device=None: stub["_Model"](
                 config, whole, "", config.custom_operations, device
             )
             return config
