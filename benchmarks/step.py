@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time a denoising step of the whole LTX-2.3 DiT in a real ComfyUI: stock BF16, stock NVFP4 and this pack, side by
-side, the pack also with `fp8` compute, in all steps or not in the first and last, without CUDA graphs, with attention
-by trial, and compiled by ComfyUI's TorchCompileModel (--rows).
+side, the pack also with `int8` and `fp8` compute, in all steps or not in the first and last, without CUDA graphs, with
+attention by trial, and compiled by ComfyUI's TorchCompileModel (--rows).
 
 One process holds all models on the GPU. The weights are random, the tensor names and shapes the released ones,
 the quantised layers those of the published files (every Linear of all blocks but the first and last two). ComfyUI is
@@ -44,13 +44,14 @@ ROWS = {
     "fp8-attention": "ours NVFP4, fp8, attention auto",
     "fp8-apart": "ours NVFP4, fp8, attention auto, blocks as the host's",
     "fp8-schedule": "ours NVFP4, fp8, first and last step bf16",
+    "int8": "ours NVFP4, int8, attention auto",
     "bf16-compiled": "stock BF16, compiled",
     "ours-compiled": "ours NVFP4, compiled",
     "fp8-compiled": "ours NVFP4, fp8, compiled",
 }
 EQUAL = (("stock", "ours"), ("ours-eager", "ours"), ("fp8-eager", "fp8"))  # rows whose latents must have the same bits
 # Rows compared with `ours` by relative error.
-ROUNDED = {"fp8", "fp8-schedule", "ours-attention", "fp8-attention", "fp8-apart"}
+ROUNDED = {"fp8", "fp8-schedule", "ours-attention", "fp8-attention", "fp8-apart", "int8"}
 MARKER = json.dumps({"format": "nvfp4"}).encode()
 STARTED = time.perf_counter()
 
@@ -118,8 +119,8 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
         return comfy.sd.load_diffusion_model(str(path))
     from nvfp4_video.host.load import model as load
 
-    compute = "fp8" if row.startswith("fp8") else "bf16"
-    attention = "auto" if row.endswith(("-attention", "-apart")) else "host"
+    compute = row.partition("-")[0] if row.startswith(("fp8", "int8")) else "bf16"
+    attention = "auto" if row.endswith(("-attention", "-apart")) or row == "int8" else "host"
     patcher, report = load.load_model(
         str(path), compute, backend=options.backend, disable_dynamic=options.no_dynamic, attention=attention
     )

@@ -260,7 +260,7 @@ def use_attention(patcher: Any, choice: str, mode: str = "bf16") -> str:
     if choice not in choices():
         raise PackError(f"attention: there is no {choice!r} here; there are {', '.join(choices())}")
     if choice == BY_COMPUTE:
-        choice = AUTO if mode in ("fp8", "fp4") else HOST
+        choice = HOST if mode == "bf16" else AUTO
     device, options = patcher.load_device, patcher.model_options.setdefault("transformer_options", {})
     if choice == HOST:
         return "ComfyUI's own"

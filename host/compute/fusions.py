@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What neighbouring layers of a loaded LTX model in FP8 mode can do together: one pass over memory less each time.
+"""What neighbouring layers of a loaded LTX model in FP8 or INT8 mode can do together: one pass over memory less each.
 
 * to_q, to_k and to_v of an attention take the same tensor: it is quantised once.
 * GELU before the second Linear of the feed-forward is computed while that Linear quantises its input.
 * The norm and rotation of q and k are one pass, the gates of heads come with the next Linear's rows
   (fused_attention.py); gated addition, norm, modulation and rows for the next Linears are one (fused_block.py).
 
-The first changes no bit, the others leave out roundings between. A model without a layer in FP8 mode is the host's bit
-for bit as long as its attention is the host's; where another was chosen, it has the last of the three without rows.
-Only LTX's own classes are prepared, whose source is one of those that this pack was written after, and whoever replaced
-a ``forward`` or hooked a layer gets what he would without: each call looks. Classes are set on the model's own modules;
-nothing of the host is patched.
+Rows that another kernel makes are FP8's alone. The first changes no bit, the others leave out roundings between. Models
+without a layer in FP8 or INT8 mode are the host's bit for bit as long as their attention is the host's; where another
+was chosen, they have the last of the three without rows. Only LTX's own classes are prepared, whose source is one of
+those that this pack was written after, and whoever replaced a ``forward`` or hooked a layer gets what he would without:
+each call looks. Classes are set on the model's own modules; nothing of the host is patched.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .. import residency
 from .fused_attention import EXACT, attention_class, is_apart
 from .fused_block import block_class
 from .matmul import rows_for
+from .modes import EIGHT_BITS
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")
 # ``fingerprint`` of what the classes here stand for, in ComfyUI 0.33 and in 0.38.
@@ -47,7 +48,7 @@ def fuse(model: torch.nn.Module, linear: type) -> str:
     """
     release(model)
     modes = {module.__dict__.get("nvfp4_mode") for module in model.modules() if isinstance(module, linear)}
-    exact = "fp8" not in modes
+    exact = modes.isdisjoint(EIGHT_BITS)
     if exact and ("bf16" not in modes or "fp4" in modes):
         return ""
     host, av = _host("model"), _host("av_model")
@@ -59,7 +60,7 @@ def fuse(model: torch.nn.Module, linear: type) -> str:
     for module in model.modules():
         if type(module) is attention:
             layers = [getattr(module, name, None) for name in _PROJECTIONS]
-            if all(_in_fp8(layer, linear) for layer in layers):
+            if len(kinds := {_in_8_bits(layer, linear) for layer in layers}) == 1 and all(kinds):
                 shared, owns = SharedRows(), tuple(layer.__dict__ for layer in layers)
                 for place, own in enumerate(owns):
                     own["_nvfp4_shared"], own["_nvfp4_sharers"] = (shared, place), owns
@@ -67,7 +68,7 @@ def fuse(model: torch.nn.Module, linear: type) -> str:
                 _become(module, attention_class(attention, host), exact)
         elif type(module) is block and not reason:
             _become(module, block_class(block, av), exact)
-        elif (fused := _feed_forward(type(module))) is not None and _in_fp8(module.net[2], linear):
+        elif (fused := _feed_forward(type(module))) is not None and _in_8_bits(module.net[2], linear):
             module.__class__ = fused
     if exact:
         return "" if reason else "norms, modulations and rotations, where attention is not ComfyUI's own"
@@ -118,8 +119,10 @@ def fingerprint(*parts: Callable | type) -> str:
     return digest.hexdigest()[:16]
 
 
-def _in_fp8(layer: object, linear: type) -> bool:
-    return isinstance(layer, linear) and layer.__dict__.get("nvfp4_mode") == "fp8"
+def _in_8_bits(layer: object, linear: type) -> str:
+    """Which of EIGHT_BITS a layer computes in, or an empty string."""
+    mode = layer.__dict__.get("nvfp4_mode") if isinstance(layer, linear) else ""
+    return mode if mode in EIGHT_BITS else ""
 
 
 def _host(name: str) -> ModuleType | None:

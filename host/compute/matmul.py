@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A packed weight on the device and an input -> their product; which kernel computes it follows from the rows.
 
-Few rows go to the fused kernel, many of a layer in FP8 mode to the FP8 tensor cores, the rest is multiplied by the
-weight dequantised on the device. Called a thousand times a step: what depends on the layer alone is prepared once.
+Few rows go to the fused kernel, many of a layer in FP8 or INT8 mode to the tensor cores for it, the rest is multiplied
+by the weight dequantised on the device. Called a thousand times a step: what depends on the layer alone is prepared
+once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ...kernels import dispatch, reference
 from ...kernels.format import FP8Rows, PackedWeight
 from .. import residency
 from . import lora
-from .card import fp8_min_tokens, gpu_of
+from .card import gpu_of, min_tokens
+from .modes import EIGHT_BITS
 from .rows import shared_rows, takes_rows
 
 LAYOUT = "TensorCoreNVFP4Layout"
@@ -68,7 +70,7 @@ def multiply(
             functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
     few, many, least, dequantize = functions[4:]
     if type(input) is FP8Rows:
-        if many is not None:
+        if many is not None and mode == "fp8":
             return many(input, packed, params.block_scale, params.scale, bias)
         input = input.plain()
     if few is not None or many is not None:
@@ -98,7 +100,7 @@ def multiply_with_lora(
 ) -> torch.Tensor:
     """As ``multiply`` with the layer's branch: few rows get it beside their product, many are multiplied by the sum.
 
-    The sum is made while the weight is decoded, or converted to E4M3, whose rounding the change then shares: 2 N K R
+    The sum is made while the weight is decoded, or converted to 8 bits, whose rounding the change then shares: 2 N K R
     FLOPs whatever the rows, where a branch costs 2 T (N + K) R in BF16 and a pass over the output.
     """
     branch, cols, is_rows = own["nvfp4_lora"], input.shape[-1] if len(input.shape) else 0, type(input) is FP8Rows
@@ -106,10 +108,10 @@ def multiply_with_lora(
     params, shape = weight._params, tuple(weight._params.orig_shape)
     in_weight = _in_weight(shape, rows)
     down, up = lora.factors(branch, input, backend)
-    many = None
-    if in_weight and own.get("nvfp4_mode") == "fp8" and not torch.compiler.is_compiling():
-        if rows >= least_rows(shape, device):
-            many = dispatch.prepare("linear_fp8_sum", shape, input.dtype, device, backend)
+    many, mode = None, own.get("nvfp4_mode")
+    if in_weight and mode in EIGHT_BITS and not torch.compiler.is_compiling():
+        if rows >= least_rows(shape, device, mode):
+            many = dispatch.prepare(f"linear_{mode}_sum", shape, input.dtype, device, backend)
     if many is not None:
         parts = weight._qdata, params.block_scale, params.scale, up, down, branch.peak
         return many(input, *parts, bias, activation, None if is_rows else shared_rows(own))
@@ -142,16 +144,17 @@ def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: to
     """
     mode = own.get("nvfp4_mode")
     few = dispatch.prepare("gemv", shape, dtype, device, backend)
-    many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if mode == "fp8" else None
-    least, any_number = least_rows(tuple(shape), device), dispatch.prepare("dequantize", shape, dtype, device, backend)
+    many = dispatch.prepare(f"linear_{mode}", shape, dtype, device, backend) if mode in EIGHT_BITS else None
+    least = 0 if many is None else least_rows(tuple(shape), device, mode)
+    any_number = dispatch.prepare("dequantize", shape, dtype, device, backend)
     return dtype, device, backend, mode, few, many, least, any_number
 
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def least_rows(shape: tuple[int, int], device: torch.device) -> int:
-    """From how many rows on a layer in FP8 mode computes in FP8; a compiled graph has the number."""
-    return fp8_min_tokens(shape, gpu_of(device))
+def least_rows(shape: tuple[int, int], device: torch.device, mode: str = "fp8") -> int:
+    """From how many rows on a layer in FP8 or INT8 mode computes so; a compiled graph has the number."""
+    return min_tokens(shape, gpu_of(device), mode)
 
 
 def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> torch.Tensor:
@@ -159,8 +162,10 @@ def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> to
     weight = packed, params.block_scale, params.scale, *params.orig_shape
     cols = input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") == "fp8" and rows >= least_rows(tuple(params.orig_shape), input.device):
-        return torch.ops.nvfp4_video.linear_fp8(input, *weight, bias, backend)
+    mode = own.get("nvfp4_mode")
+    if mode in EIGHT_BITS and rows >= least_rows(tuple(params.orig_shape), input.device, mode):
+        multiply = torch.ops.nvfp4_video.linear_fp8 if mode == "fp8" else torch.ops.nvfp4_video.linear_int8
+        return multiply(input, *weight, bias, backend)
     if 0 < rows <= reference.MAX_TOKENS:
         return torch.ops.nvfp4_video.gemv(input, *weight, bias, backend)
     decoded = torch.ops.nvfp4_video.dequantize(*weight, input.dtype, backend)

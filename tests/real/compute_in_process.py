@@ -3,8 +3,8 @@
 
 usage: <the host's python> compute_in_process.py <empty folder>, in the folder of a ComfyUI checkout
 
-A CPU has no FP8 or FP4 tensor cores: both are declared to run, FP8 is then computed in FP32 by the torch backend, for
-any number of tokens, and FP4 by the host, which on a CPU is weight-only.
+A CPU has no FP8, INT8 or FP4 tensor cores: they are declared to run, the first two are then computed by the torch
+backend, for any number of tokens, and FP4 by the host, which on a CPU is weight-only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def modes_of(patcher) -> dict[str, int]:
 
 def sampled(scene, counts: dict, patcher) -> tuple:
     """Latents, and how often each kind of computation was entered."""
-    counts.update(fp8=0, host=0)
+    counts.update(fp8=0, int8=0, host=0)
     out = scene.sample(patcher)
     return out, dict(counts)
 
@@ -42,19 +42,20 @@ def sampled(scene, counts: dict, patcher) -> tuple:
 def facts_of(scene) -> dict:
     matmul, fp8, compute = load("host.compute.matmul"), load("kernels.fp8"), load("host.compute.modes")
     dispatch = load("kernels.dispatch")
-    counts = {"fp8": 0, "host": 0}
-    fp8.obstacle = lambda device: ""
+    counts = {"fp8": 0, "int8": 0, "host": 0}
+    fp8.obstacle = load("kernels.int8").obstacle = lambda device: ""
     compute._fp4_obstacle = lambda device: ""
-    matmul.least_rows = lambda shape, device: 1
+    matmul.least_rows = lambda *_: 1
     prepare = dispatch.prepare
 
     def counted(operation, *arguments):
         run = prepare(operation, *arguments)
-        if operation != "linear_fp8":
+        mode = operation.removeprefix("linear_")
+        if mode not in ("fp8", "int8"):
             return run
 
         def call(*given):
-            counts["fp8"] += 1
+            counts[mode] += 1
             return run(*given)
 
         return call
@@ -65,6 +66,7 @@ def facts_of(scene) -> dict:
     for name, options in {
         "bf16": {},
         "fp8": {"compute": "fp8"},
+        "int8": {"compute": "int8"},
         "fp8 with to_out kept": {"compute": "fp8", "layer_compute": "to_out=bf16"},
         "fp4": {"compute": "fp4"},
         "auto": {"compute": "auto"},
