@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import PurePath
 
@@ -32,15 +33,25 @@ OUTPUT_FOLDERS = {
     REST: "checkpoints",
 }
 
-
 # Folder of models -> folder below output/ whose files ComfyUI lists with it, for a file like one of that folder.
 LIKE_FOLDERS = {"diffusion_models": "diffusion_models", "checkpoints": "checkpoints", "text_encoders": "clip"}
+# Parts of a file's name that tell how its weights are stored, not which model it is.
+_FORMATS = re.compile(
+    r"(nvfp4|mxfp[48]|(bf|b|fp?)(4|8|16|32)|int8|e4m3fn?|e5m2)?(scaled|mixed|comfy|transformer|only|model|v\d)?"
+)
+_PACKED = re.compile(r"nvfp4|fp4|int8|mxfp[48]|gguf")
 
 
 def file_names(folders: Iterable[str]) -> list[str]:
     """Safetensors files of the model folders, each name once, in the folders' order."""
     names = dict.fromkeys(name for folder in folders for name in folder_paths.get_filename_list(folder))
     return [name for name in names if name.lower().endswith(SUFFIXES)]
+
+
+def source_of(name: str, folders: Iterable[str]) -> str | None:
+    """A file that may not be there -> one in the folders that is the same model by its name, and not packed."""
+    model = _model(name)
+    return next((other for other in file_names(folders) if not _packed(other) and _model(other) == model), None)
 
 
 def file_path(name: str, folders: Iterable[str]) -> str:
@@ -133,6 +144,17 @@ def output_like(source: str, name: str, ending: str) -> str:
     return os.path.join(folder, f"{_output_name(source, name)}_{ending}.safetensors")
 
 
+def output_written(name: str) -> str:
+    """A path below the output folder, as the functions above give it, -> the whole path of the file that is there.
+
+    Raises CheckpointError for one that leads out of the folder, FileNotFoundError where there is no such file.
+    """
+    path = os.path.join(output_folder(), _output_name("", name))
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{name} is not below ComfyUI's output folder; was it written, and not only estimated?")
+    return path
+
+
 def _output_name(source: str, name: str) -> str:
     """The user's ``name``, or that of the checkpoint ``source``. CheckpointError for one that leads elsewhere."""
     name = name.strip() or plain_name(source) or PurePath(source).stem
@@ -157,3 +179,16 @@ def progress() -> Callable[[int, int], None]:
         bar.update_absolute(done, total)
 
     return on_step
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[-_. ]+", PurePath(name.replace("\\", "/")).stem.lower())
+
+
+def _model(name: str) -> list[str]:
+    """What of a file's name tells the model."""
+    return [word for word in _words(name) if not _FORMATS.fullmatch(word)]
+
+
+def _packed(name: str) -> bool:
+    return any(_PACKED.match(word) for word in _words(name))

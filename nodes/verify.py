@@ -49,6 +49,10 @@ class NVFP4Verify(io.ComfyNode):
                     tooltip="A calibration file of the source: layers are judged by their outputs.", optional=True,
                     advanced=True,
                 ),
+                io.String.Input(
+                    "written", default="", optional=True, force_input=True,
+                    tooltip="In place of file_name: the output `file` of NVFP4 Quantize, once it is written.",
+                ),
             ],
             outputs=[
                 io.Boolean.Output("ok", display_name="ok", tooltip="Whether nothing is wrong."),
@@ -65,13 +69,17 @@ class NVFP4Verify(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, file_name, source, on_finding, dialect=AUTO, calibration=NO_CALIBRATION) -> str:
+    def fingerprint_inputs(
+        cls, file_name, source, on_finding, dialect=AUTO, calibration=NO_CALIBRATION, written=""
+    ) -> str:
         names = file_name, source, None if calibration == NO_CALIBRATION else calibration
         return fingerprint(names, FOLDERS, on_finding, dialect)
 
     @classmethod
-    def execute(cls, file_name, source, on_finding, dialect=AUTO, calibration=NO_CALIBRATION) -> io.NodeOutput:
-        path = file_path(file_name, FOLDERS)
+    def execute(
+        cls, file_name, source, on_finding, dialect=AUTO, calibration=NO_CALIBRATION, written=""
+    ) -> io.NodeOutput:
+        path = files.output_written(written) if written else file_path(file_name, FOLDERS)
         found = verify(
             path, file_path(source, FOLDERS), dialect=dialect, plain_source=True, loras=files.folded_loras(path),
             calibration=None if calibration == NO_CALIBRATION else file_path(calibration, FOLDERS),

@@ -36,11 +36,15 @@ LINES = {
     "6 LTX-2.3 distilled, made from FP8": "quantized from the FP8 checkpoint on the first run",
     "7 Make an NVFP4 file": "inspect, plan, quantize, split",
     "8 FP8 against NVFP4": "same seeds, both formats, cards and films side by side",
+    "9 Make a calibrated NVFP4 file": "sample, collect, quantize, verify",
 }
 # The graph without its note, on a canvas of its size, as a data URL.
 DRAW = """async () => {
   const { canvas } = app;
   const boxes = app.graph.nodes.filter((node) => node.type !== 'MarkdownNote').map((node) => node.boundingRect);
+  boxes.push(...app.graph.groups.map((group) => [...group.pos, ...group.size]));
+  boxes.push(...[...app.graph.reroutes.values()].map(({ pos }) => [pos[0] - 8, pos[1] - 8, 16, 16]));
+  canvas.show_info = false;
   const left = Math.min(...boxes.map((box) => box[0])), top = Math.min(...boxes.map((box) => box[1]));
   const right = Math.max(...boxes.map((box) => box[0] + box[2]));
   const bottom = Math.max(...boxes.map((box) => box[1] + box[3]));

@@ -102,11 +102,15 @@ const tone = (word) => h("span", { class: "nd-tone" }, word);
 const icon = (name) => h("i", { class: ICONS[name] ?? ICONS.unknown, "aria-hidden": "true" });
 
 /** What a finding's `fixes` do, in short: "length = 121, frames_number = 121". */
-export const fixText = (fixes) => [...new Set(fixes.map(({ input, value }) => `${input} = ${value}`))].join(", ");
+const fixText = (fixes) => [...new Set(fixes.map(({ input, value }) => `${input} = ${value}`))].join(", ");
+
+/** What the button of a finding with `fixes` says. */
+export const fixLabel = ({ fixes, action }, text) =>
+  action ? text(`action.${action}`) : text("apply", { what: fixText(fixes) });
 
 /**
  * The panel. `actions`: refresh(), jump(nodeId), nodeTitle(nodeId) -> string, or null if the graph lacks the node,
- * apply(fixes) of a finding.
+ * apply(finding), which sets its fixes.
  *
  * Returns `.element`; `.show({report, findings, reading, problem}, text)`, the first three as the routes answer them or
  * null, `problem` a sentence that replaces the findings, `text` of texts.js; and `.tell(sentence, busy)`, the status line.
@@ -186,9 +190,8 @@ function findingCard(finding, text, actions) {
     );
   });
   const fixes = finding.fixes ?? [];
-  const apply = () => actions.apply(fixes);
-  const label = text("apply", { what: fixText(fixes) });
-  const fix = h("button", { type: "button", click: apply }, h("i", { class: "pi pi-wrench", "aria-hidden": "true" }), label);
+  const tool = h("i", { class: "pi pi-wrench", "aria-hidden": "true" });
+  const fix = h("button", { type: "button", click: () => actions.apply(finding) }, tool, fixLabel({ ...finding, fixes }, text));
   return h(
     "li",
     { class: `nd-card nd-${finding.severity}` },

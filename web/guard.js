@@ -6,7 +6,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { createPanel, fixText } from "./doctor.js";
+import { createPanel, fixLabel } from "./doctor.js";
 import { applyFixes, jump, nodeTitle } from "./graph.js";
 import { request, setting, texts } from "./host.js";
 import { dismissToast, showToast } from "./toast.js";
@@ -76,12 +76,13 @@ async function onFindings(event) {
 }
 
 function notify(findings, text) {
-  const [{ severity, title, remedy, fixes = [] }] = findings;
+  const [finding] = findings;
+  const { severity, title, remedy, fixes = [] } = finding;
   const kind = SEVERITIES.includes(severity) ? severity : "warning";
   const more = findings.length > 1 ? ` ${text("more", { count: findings.length - 1 })}` : "";
   const plain = (sentence) => String(sentence ?? "").replaceAll("`", "");
   const actions = [[text("details"), openPanel]];
-  if (fixes.length) actions.unshift([text("apply", { what: fixText(fixes) }), () => apply(fixes)]);
+  if (fixes.length) actions.unshift([fixLabel(finding, text), () => apply(finding)]);
   showToast({
     id: PANEL,
     kind,
@@ -93,11 +94,12 @@ function notify(findings, text) {
   });
 }
 
-/** Set what a finding says, and look at the workflow again. */
-async function apply(fixes) {
+/** Set what a finding says, and look at the workflow again; where it has an action, which is to run, queue it instead. */
+async function apply({ fixes, action }) {
   const text = await texts();
   if (!applyFixes(fixes)) return panel.tell(text("notApplied"));
-  await refresh();
+  if (action) await app.queuePrompt(0, 1);
+  else await refresh();
   panel.tell(text("applied"));
 }
 

@@ -23,6 +23,7 @@ from ...checkpoint.write.calibration import is_calibration_file, model_identity,
 from ...checkpoint.write.recipes import AUTO, find_recipe, select
 from ...measure.moments import Collector, block_width
 from ...measure.text import size_text
+from ..show import tell_files
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,13 @@ class Session:
             return
         self._ran = False
         self.prompts += 1
+        new = not self.target.exists()
         write_calibration(
             self.target, self.collector.moments, self.collector.inputs, model=self.model, recipe=self.recipe,
             prompts=self.prompts, overwrite=True,
         )  # fmt: skip
+        if new:
+            tell_files()
         seen = max(found.tokens + found.held_tokens for found in self.collector.moments.values())
         logger.info(
             "Calibration: %d samplings, %d of %d layers reached, up to %s tokens, in %s.",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cures that are a value: which widget of which node takes which one. The front end's Apply button sets them.
+"""Cures that are values: which widget of which node takes which one. The front end's Apply button sets them.
 
 A fix is offered only where every value of it can be set: on a widget of the node itself, or on the one primitive node
 that an input is linked to. What is computed from other values has none.
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from .prompt_graph import PromptGraph
 
+Value = float | str | bool
 _PRIMITIVES = ("PrimitiveInt", "PrimitiveFloat")  # ComfyUI's, with one widget `value`
 
 
@@ -20,23 +21,27 @@ class Fix(NamedTuple):
 
     node: str
     input: str
-    value: float
+    value: Value
 
 
-def fixes_of(graph: PromptGraph, wanted: Iterable[tuple[str, str, float]]) -> tuple[Fix, ...]:
+def fixes_of(graph: PromptGraph, wanted: Iterable[tuple[str, str, Value]]) -> tuple[Fix, ...]:
     """(node, input, value) of a cure -> the widgets that must change; empty if one of the values has no widget."""
     found: dict[tuple[str, str], Fix] = {}
     for node, name, value in wanted:
-        if graph.number(node, name) == value:
+        number = not isinstance(value, (str, bool))
+        if number and graph.number(node, name) == value:
             continue
         link = graph.source(node, name)
-        if link is not None and graph.nodes[link.node].kind in _PRIMITIVES:
+        if number and link is not None and graph.nodes[link.node].kind in _PRIMITIVES:
             node, name = link.node, "value"
-        if not _settable(graph, node, name) or found.setdefault((node, name), fix := Fix(node, name, value)) != fix:
+        settable = _is_like(graph.nodes[node].inputs.get(name), value)
+        if not settable or found.setdefault((node, name), fix := Fix(node, name, value)) != fix:
             return ()
     return tuple(found.values())
 
 
-def _settable(graph: PromptGraph, node: str, name: str) -> bool:
-    given = graph.nodes[node].inputs.get(name)
+def _is_like(given: object, value: Value) -> bool:
+    """Whether an input has a value of its own, of the kind of this one."""
+    if isinstance(value, (str, bool)):
+        return isinstance(given, type(value))
     return isinstance(given, (int, float)) and not isinstance(given, bool)

@@ -8,6 +8,7 @@ does not tell give no finding.
 from __future__ import annotations
 
 from .rules_clip import audio_length, frame_rates, frames, size
+from .rules_files import unmade
 from .rules_host import audio_dtype, replaced_noise, replaced_sampling
 from .rules_joint import batches, old_model, swapped_streams, uncropped_guides, untold_rate
 from .rules_model import distilled, no_audio_latent, prefetch_crash, slow_nvfp4
@@ -15,7 +16,7 @@ from .rules_tiles import tiles
 from .rules_vae import confused_vaes, other_versions, wrong_vae
 
 RULES = (
-    prefetch_crash, no_audio_latent, old_model, wrong_vae, confused_vaes, other_versions, swapped_streams, batches,
-    uncropped_guides, slow_nvfp4, distilled, frames, size, frame_rates, untold_rate, audio_length, tiles,
+    unmade, prefetch_crash, no_audio_latent, old_model, wrong_vae, confused_vaes, other_versions, swapped_streams,
+    batches, uncropped_guides, slow_nvfp4, distilled, frames, size, frame_rates, untold_rate, audio_length, tiles,
     replaced_noise, replaced_sampling, audio_dtype,
 )  # fmt: skip

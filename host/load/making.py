@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
@@ -26,11 +25,6 @@ from ..show import tell, tell_files, telling
 logger = logging.getLogger(__name__)
 
 SETTINGS = QuantizeSettings(only_model=True)
-# Parts of a file's name that tell how its weights are stored, not which model it is.
-_FORMATS = re.compile(
-    r"(nvfp4|mxfp[48]|[bf]p?(4|8|16|32)|int8|e4m3fn?|e5m2)?(scaled|mixed|comfy|transformer|only|model|v\d)?"
-)
-_PACKED = re.compile(r"nvfp4|fp4|int8|mxfp[48]|gguf")
 
 
 def nvfp4_of(node: type[io.ComfyNode], name: str, folders: Iterable[str]) -> str:
@@ -64,23 +58,10 @@ def missing(name: str, folders: Iterable[str]) -> str:
     """What to say of a file that is in none of the folders: where it would lie, and what it can be made from."""
     folders = tuple(folders)
     text = f"{name} is in none of {', '.join(f'models/{folder}' for folder in folders)}"
-    same = [other for other in files.file_names(folders) if not _packed(other) and _model(other) == _model(name)]
-    if not same:
+    source = files.source_of(name, folders)
+    if source is None:
         return f"{text}; put it into one of them, then press R"
     return (
-        f"{text}, but {same[0]} is, the same model by its name: choose that and switch `make_nvfp4` on. "
+        f"{text}, but {source} is, the same model by its name: choose that and switch `make_nvfp4` on. "
         "The NVFP4 file is then written once, which takes minutes, and found again ever after"
     )
-
-
-def _words(name: str) -> list[str]:
-    return re.split(r"[-_. ]+", PurePath(name.replace("\\", "/")).stem.lower())
-
-
-def _model(name: str) -> list[str]:
-    """What of a file's name tells the model."""
-    return [word for word in _words(name) if not _FORMATS.fullmatch(word)]
-
-
-def _packed(name: str) -> bool:
-    return any(_PACKED.match(word) for word in _words(name))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import server
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
@@ -98,6 +99,14 @@ def test_samplings_add_up_in_a_file_that_the_quantiser_takes(full, target, stub_
         "full.safetensors", WHOLE, "calibrated", False, False, False, "", False, calibration="inputs.safetensors"
     )
     assert "inputs.safetensors has 2 of 20 layers" in result.args[1]
+
+
+def test_front_ends_are_told_of_a_new_file_once_and_not_when_it_grows(full, target):
+    patcher = run(patcher_of(Diffusion(tiny()))).args[0]
+    for _ in range(2):
+        sample(patcher)
+    assert target.is_file()
+    assert [event for event, _ in server.PromptServer.instance.sent].count("nvfp4.files") == 1
 
 
 def test_layers_that_the_host_keeps_in_fp8_count_too(full, target):

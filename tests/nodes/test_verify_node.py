@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import comfy.model_management as management
@@ -12,7 +13,7 @@ import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
-from nvfp4_video.host import show
+from nvfp4_video.host import files, show
 from nvfp4_video.nodes.verify import REPORT, STOP, NVFP4Verify
 from nvfp4_video.tests.support.files import load, metadata
 from nvfp4_video.tests.support.node_runs import watch_bars
@@ -126,3 +127,15 @@ def test_its_inputs_list_models_and_checkpoints_and_changes_are_noticed(folder, 
     source = folder / "full.safetensors"
     source.write_bytes(source.read_bytes() + b" ")
     assert NVFP4Verify.fingerprint_inputs(**WIDGETS) != first
+
+
+def test_a_file_that_another_node_has_just_written_takes_the_place_of_the_chosen_one(folder):
+    output = Path(files.output_folder())
+    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "full_nvfp4.safetensors", output / "checkpoints" / "made.safetensors")
+    ok, text, _ = run(file_name="full.safetensors", written="checkpoints/made.safetensors").args
+    assert ok is True and text.startswith("made.safetensors against full.safetensors: as good as its format allows")
+    with pytest.raises(FileNotFoundError, match=r"checkpoints/other.safetensors is not below ComfyUI's output folder"):
+        run(written="checkpoints/other.safetensors")
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        run(written="../models/checkpoints/full_nvfp4.safetensors")

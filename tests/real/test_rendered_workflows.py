@@ -16,16 +16,19 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from nvfp4_video.checkpoint.write.calibration import read_calibration
 from nvfp4_video.measure.ltx import audio_latents, mel_frames
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.real import graphs, small_files
 from nvfp4_video.tests.real.harness import PACK, ComfyUI, run_in_host, small_model
-from nvfp4_video.tests.workflows.workflow_format import api_prompt
+from nvfp4_video.tests.workflows.workflow_files import CALIBRATION, STEM
+from nvfp4_video.tests.workflows.workflow_format import ALWAYS, api_prompt
 from PIL import Image
 
 WIDTH, HEIGHT, FRAMES, FPS = 192, 128, 17, 24
 CLIPS = sorted(path.stem for path in (PACK / "workflows").glob("*LTX*.json"))
 IMAGE_TO_VIDEO, SILENT, MAKE = "3 LTX-2.3 image to video", "5 LTX-2.3 without sound", "7 Make an NVFP4 file"
+CALIBRATE = "9 Make a calibrated NVFP4 file"
 TEXT_ENCODERS = ("NVFP4TextEncoderLoader", "CLIPLoader")
 MADE = "ltx-2.3-22b-distilled-fp8_nvfp4.safetensors"
 RATE = 48_000
@@ -87,9 +90,15 @@ def files(host: ComfyUI) -> dict:
     return config
 
 
-def small_clip(name: str, config: dict, info: dict, frames: int = FRAMES) -> dict:
-    """A template -> the API prompt of a small clip, with seeded conditioning in place of encoded text."""
-    prompt = api_prompt(json.loads((PACK / "workflows" / f"{name}.json").read_text("utf-8")), info)
+def small_clip(name: str, config: dict, info: dict, frames: int = FRAMES, unmute: bool = False) -> dict:
+    """A template -> the API prompt of a small clip, with seeded conditioning in place of encoded text.
+
+    ``unmute``: what is muted there runs too.
+    """
+    graph = json.loads((PACK / "workflows" / f"{name}.json").read_text("utf-8"))
+    for node in graph["nodes"] if unmute else ():
+        node["mode"] = ALWAYS
+    prompt = api_prompt(graph, info)
     for node, entry in list(prompt.items()):
         if entry["class_type"] == "NVFP4DistilledSettings":
             entry["inputs"] |= {"width": WIDTH, "height": HEIGHT, "frames": frames, "seconds": 0.0, "fps": FPS}
@@ -99,7 +108,7 @@ def small_clip(name: str, config: dict, info: dict, frames: int = FRAMES) -> dic
                 "inputs": {"seed": int(node.rpartition(":")[2]), "tokens": 32, "dim": graphs.context_width(config)},
             }
         elif entry["class_type"] in TEXT_ENCODERS:
-            del prompt[node]
+            prompt[node] = {"class_type": "StandInTextEncoder", "inputs": {}}
     return prompt
 
 
@@ -139,9 +148,11 @@ def test_the_template_renders_a_video_file_with_synced_sound(host: ComfyUI, file
     assert f"{WIDTH}x{HEIGHT}, {FRAMES} frames at {FPS} fps" in text
     guard = "".join(outputs[node_of(prompt, "NVFP4LaunchGuard")]["text"])
     assert "error" not in guard.lower(), guard
-    reports = {"".join(outputs[node]["text"]) for node, entry in prompt.items() if entry["class_type"] == "PreviewAny"}
+    model = node_of(prompt, "NVFP4ModelLoader")
+    shown = [node for node, entry in prompt.items() if entry["class_type"] == "PreviewAny"]
+    reports = {"".join(outputs[node]["text"]) for node in shown if prompt[node]["inputs"]["source"][0] == model}
     (report,) = reports  # on the canvas and in the subgraph
-    loaded = prompt[node_of(prompt, "NVFP4ModelLoader")]["inputs"]
+    loaded = prompt[model]["inputs"]
     assert "comfy" in report and (MADE if loaded["make_nvfp4"] else loaded["model_name"]) in report
     sharpness = "".join(outputs[node_of(prompt, "NVFP4Sharpness")]["text"])
     assert f"{FRAMES}" in sharpness
@@ -155,6 +166,46 @@ def test_the_picture_of_image_to_video_is_the_first_frame_and_changes_the_clip(h
     without = read(render(host, prompt)[1])
     changes = [np.abs(a.astype(int) - b).mean() for a, b in zip(with_picture.frames, without.frames, strict=True)]
     assert changes[0] > 1
+
+
+def test_the_text_encoder_writes_the_prompt_out_when_that_is_switched_on_and_only_then(host: ComfyUI, files: dict):
+    prompt = small_clip("1 LTX-2.5 text to video", files, host.get("/object_info"))
+    switch = node_of(prompt, "ComfySwitchNode")
+    (seen,) = [node for node, entry in prompt.items() if entry["inputs"].get("source") == [switch, 0]]
+    writer = node_of(prompt, "TextGenerateLTX2Prompt")
+    wished = prompt[writer]["inputs"]["prompt"]
+    kept = {node: prompt[node] for node in (switch, seen, writer, prompt[writer]["inputs"]["clip"][0])}
+    texts = []
+    for enhance in (False, True):
+        kept[switch]["inputs"]["switch"] = enhance
+        texts += host.queue(kept)["outputs"][seen]["text"]
+    assert texts[0] == wished
+    assert texts[1].startswith("written out: ") and wished in texts[1]
+
+
+def test_what_two_clips_collect_makes_a_calibrated_file_that_is_in_order_by_its_outputs(host: ComfyUI, files: dict):
+    info, output = host.get("/object_info"), host.base / "output"
+    prompt = small_clip(CALIBRATE, files, info)
+    (watch,) = [node for node, entry in prompt.items() if entry["class_type"] == "NVFP4Calibrate"]
+    assert "LoraLoaderModelOnly" not in {entry["class_type"] for entry in prompt.values()}
+    for seed in (42, 43):
+        prompt[node_of(prompt, "RandomNoise")]["inputs"]["noise_seed"] = seed
+        assert len(read(render(host, prompt)[1]).frames) == FRAMES
+    assert read_calibration(output / "checkpoints" / CALIBRATION).prompts == 2
+    again = small_clip(CALIBRATE, files, host.get("/object_info"), unmute=True)
+    again[node_of(again, "RandomNoise")]["inputs"]["noise_seed"] = 43
+    made, judged = node_of(again, "NVFP4Quantize"), node_of(again, "NVFP4Verify")
+    assert watch in again
+    # 72 layers instead of 168, which take a CPU minutes; a tenth more of a file of VAEs would spare all of them.
+    again[made]["inputs"] |= {"protect_cross_attention": True, "budget": "smallest"}
+    outputs = host.queue(again)["outputs"]
+    assert "layers took GPTQ" in outputs[made]["text"][0]
+    path = output / "checkpoints" / f"{STEM}-calibrated_nvfp4.safetensors"
+    verdict = f"{path.name} against {small_files.FP8}: as good as its format allows"
+    assert path.is_file() and outputs[judged]["text"][0].startswith(verdict)
+    assert "outputs" in outputs[judged]["text"][0]
+    assert read_calibration(output / "checkpoints" / CALIBRATION).prompts == 2, "what was sampled is not sampled again"
+    assert path.name in str(host.get("/object_info/NVFP4ModelLoader"))
 
 
 def test_the_comparison_writes_three_cards_and_three_films_of_both_clips_side_by_side(host: ComfyUI, files: dict):

@@ -23,6 +23,7 @@ VUE = {"Comfy.VueNodes.Enabled": True}
 ORIGIN = "custom_nodes.nvfp4-video"
 MESSAGE = "ltx-2.3.safetensors: it holds NVFP4 weights, but nothing says in which layout; set `dialect`"
 JOB = {"prompt_id": "job"}
+WIDGET = "app.rootGraph.getNodeById({node}).widgets.find((widget) => widget.name === 'model_name')"
 SMALL = {"width": 1280, "height": 800}
 
 renderers = pytest.mark.parametrize("settings", [{}, VUE], ids=["classic", "vue"])
@@ -30,16 +31,18 @@ renderers = pytest.mark.parametrize("settings", [{}, VUE], ids=["classic", "vue"
 
 @pytest.fixture
 def visit(enter) -> Callable:
-    """visit(settings, check) -> page with the workflow; ``check``: what /nvfp4/check answers."""
+    """visit(settings, check, prompt) -> page with the workflow; what /nvfp4/check and /prompt answer."""
 
-    def start(settings: dict | None = None, check: Callable | dict | None = None) -> DoctorPage:
+    def start(
+        settings: dict | None = None, check: Callable | dict | None = None, prompt: Callable | None = None
+    ) -> DoctorPage:
         definitions = node_definitions(WORKFLOW)
         for name, definition in definitions.items():
             if name.startswith("NVFP4"):
                 definition |= {"python_module": ORIGIN, "display_name": "NVFP4 Model Loader"}
         routes = {
             "/nvfp4/report": ANSWERS["report"] | {"findings": []}, "/nvfp4/check": check or {"findings": []},
-            "/prompt": JOB | {"number": 1, "node_errors": {}}, "/nvfp4/reports": {"reports": {}},
+            "/prompt": prompt or JOB | {"number": 1, "node_errors": {}}, "/nvfp4/reports": {"reports": {}},
         }  # fmt: skip
         page, server = enter(definitions, settings, routes)
         page.page.set_viewport_size(SMALL)
@@ -165,3 +168,26 @@ def test_a_widget_that_is_not_there_any_more_changes_nothing(visit):
     page.button("Apply").click()
     page.panel.get_by_text("The open workflow has no such widget").wait_for()
     assert length(page) == 120
+
+
+@renderers
+def test_a_missing_file_is_made_and_the_workflow_queued_by_one_button_which_can_be_undone(visit, settings):
+    queued = []
+
+    def prompt(body: dict) -> dict:
+        queued.append(body["prompt"]["2"]["inputs"])
+        return JOB | {"number": 1, "node_errors": {}}
+
+    page = visit(settings, prompt=prompt)
+    model = f"{WIDGET.format(node=2)}.value"
+    before = page.page.evaluate(model)
+    fixes = [{"node": "2", "input": "model_name", "value": "source.safetensors"}]
+    page.find([CRASH | {"id": "unmade", "fixes": fixes, "action": "make"}])
+    page.toasts().get_by_role("button", name="Make the NVFP4 file and run").click()
+    page.toasts().wait_for(state="detached")
+    page.page.wait_for_function(f"() => {model} === 'source.safetensors'")
+    page.page.wait_for_timeout(1000)
+    assert [inputs["model_name"] for inputs in queued] == ["source.safetensors"]
+    page.page.locator("#graph-canvas").focus()
+    page.page.keyboard.press("Control+z")
+    page.page.wait_for_function(f"(before) => {model} === before", arg=before)

@@ -2,7 +2,7 @@
 """comfy-lint, which checks prompts against /object_info, finds nothing in those of workflows/api/.
 
 It runs without a server: the host's nodes as recorded, the pack's own from their schemas. Three things it cannot read
-are written so that it can: files have no list of choices, an input that takes several types takes any, and what a
+are written so that it can: files have no list of choices, a socket that takes several types takes any, and what a
 choice brings along (SaveVideo's `format.codec`) is an input like the others.
 """
 
@@ -23,7 +23,7 @@ PROMPTS = sorted((ROOT / "workflows" / "api").glob("*.json"))
 
 def readable(prompts: list[dict]) -> dict[str, dict]:
     """/object_info of the nodes, with the inputs that these prompts give them, as comfy-lint reads it."""
-    known = form.node_info(NODES)
+    known = {kind: form.matched(node, "*") for kind, node in form.node_info(NODES).items()}
     for prompt in prompts:
         for entry in prompt.values():
             inputs = known[entry["class_type"]]["input"]

@@ -12,13 +12,14 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from .workflow_format import ENTRY, EXIT, NOTES, Widget, inputs_of, is_widget, widgets_of
+from .workflow_format import ALWAYS, ENTRY, EXIT, NOTES, Widget, inputs_of, is_widget, matched, widgets_of
 
 FRONTEND, HOST = "1.49.6", "0.33.0"
 TITLE, SLOT, WIDGET, PAD = 30, 20, 24, 20
 TALL = 80  # a text field of several lines
-GROUP_COLOR, GROUP_TITLE = "#3f789e", 50
+GROUP_COLOR, GROUP_TITLE = "#8fbfe0", 50
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,18 @@ class Sheet:
         colors: tuple[str, str] | None = None,
         text_height: int = TALL,
         control: str = "fixed",
+        mode: int = ALWAYS,
+        match: str = "",
         **inputs: object,
     ) -> Node:
         """A node at its upper left corner. ``inputs``: widget values, and an Out for what is linked.
 
         ``room``: height for what the node shows after it has run. ``models``: (name, address, folder) of files that the
-        front end offers to download. KeyError for an input that the node does not have.
+        front end offers to download. ``mode``: ALWAYS, MUTED or BYPASSED. ``match``: the type of sockets that take any
+        one. KeyError for an input that the node does not have.
         """
-        info = self.info[kind]
-        extras = {"models": models, "colors": colors, "control": control}
+        info = matched(self.info[kind], match) if match else self.info[kind]
+        extras = {"models": models, "colors": colors, "control": control, "mode": mode}
         node = Node(self.first + len(self.nodes), kind, info, at, wide, 0, title, inputs, extras)
         node.widgets = list(widgets_of(info, inputs))
         unknown = inputs.keys() - {entry[0] for entry in node.sockets} - {widget.name for widget in node.widgets}
@@ -201,7 +205,7 @@ class Sheet:
     def _node(self, node: Node, links: Sequence[Sequence], order: int) -> dict:
         saved: dict[str, object] = {
             "id": node.id, "type": node.kind, "pos": list(node.at), "size": [node.width, node.height],
-            "flags": {}, "order": order, "mode": 0,
+            "flags": {}, "order": order, "mode": node.extras.get("mode", ALWAYS),
         }  # fmt: skip
         incoming = {link[4]: link[0] for link in links if link[3] == node.id}
         saved["inputs"] = []
@@ -288,7 +292,7 @@ class Subgraph(Sheet):
         }
         return self.kind
 
-    def stand(self, sheet: Sheet, at: tuple[int, int], wide: int, **given: object) -> Node:
+    def stand(self, sheet: Sheet, at: tuple[int, int], wide: int, **given: Any) -> Node:
         """Put it on a sheet, its widgets with their values unless ``given`` has others; the rest as ``add``."""
         return sheet.add(self.define(sheet), at, wide, **(self.values | given))
 

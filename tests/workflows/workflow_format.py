@@ -8,20 +8,22 @@ host's nodes recorded in ``data/core_nodes.json`` by make_workflows.py, for the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "core_nodes.json"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
+MATCH = "COMFY_MATCHTYPE_V3"  # the type of a socket that takes the type of what is linked to it
 # Inputs whose choices are the files that are there.
 FILE_INPUTS = {
     "model_name", "vae_name", "file_name", "config_from", "text_encoder", "clip_name", "image", "projection",
-    "lora_name",
+    "lora_name", "calibration", "source",
 }  # fmt: skip
 # Nodes that only the front end knows.
 NOTES = {"MarkdownNote", "Note"}
 ENTRY, EXIT = -10, -20  # the ends of a subgraph, as node ids
+ALWAYS, MUTED, BYPASSED = 0, 2, 4  # whether a node runs: Ctrl + M mutes, Ctrl + B bypasses
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,15 @@ def inputs_of(info: Mapping) -> Iterator[tuple[str, str, Mapping, bool]]:
             if isinstance(kind, list):
                 kind, settings = "COMBO", settings | {"options": kind}
             yield name, kind, settings, part == "optional"
+
+
+def matched(info: Mapping, kind: str) -> dict:
+    """/object_info of one node with this type for its sockets that take any one, as the front end saves it."""
+    inputs = {
+        part: {name: [kind, {"forceInput": True}] if spec[0] == MATCH else spec for name, spec in specs.items()}
+        for part, specs in info["input"].items()
+    }
+    return {**info, "input": inputs, "output": [kind if found == MATCH else found for found in info["output"]]}
 
 
 def is_widget(kind: str, settings: Mapping) -> bool:
@@ -106,7 +117,8 @@ def stored_values(node: Mapping, info: Mapping) -> dict[str, object]:
 def api_prompt(graph: Mapping, info: Mapping, titles: bool = False) -> dict[str, dict]:
     """A saved graph and /object_info -> what the front end sends to /prompt; ``titles`` as in its API export.
 
-    A subgraph is unfolded: its nodes have the ids ``<where it stands>:<node in it>``.
+    A subgraph is unfolded: its nodes have the ids ``<where it stands>:<node in it>``. A muted node is left out with the
+    links that begin there; a bypassed one hands on, for each output, its first input of that type.
     """
     definitions = {definition["id"]: definition for definition in graph.get("definitions", {}).get("subgraphs", [])}
     prompt: dict[str, dict] = {}
@@ -131,12 +143,16 @@ def _unfold_nodes(nodes, links, prefix, given, definitions, info, titles, prompt
         _, origin, slot, *_ = by_link[number]
         if origin == ENTRY:
             return given[slot]
-        return outputs[origin][slot] if origin in outputs else [f"{prefix}{origin}", slot]
+        return outputs[origin].get(slot) if origin in outputs else [f"{prefix}{origin}", slot]
 
     for node in sorted(nodes, key=lambda node: node["order"]):
         if node["type"] in NOTES:
             continue
+        if node["mode"] != ALWAYS:
+            outputs[node["id"]] = _handed_on(node, source) if node["mode"] == BYPASSED else {}
+            continue
         linked = {entry["name"]: source(entry["link"]) for entry in node["inputs"] if entry["link"] is not None}
+        linked = {name: found for name, found in linked.items() if found is not None}
         if node["type"] in definitions:
             inner = definitions[node["type"]]
             values = iter(node["widgets_values"])
@@ -154,3 +170,9 @@ def _unfold_nodes(nodes, links, prefix, given, definitions, info, titles, prompt
             entry["_meta"] = {"title": node.get("title") or info[node["type"]].get("display_name") or node["type"]}
         prompt[f"{prefix}{node['id']}"] = entry
     return {link[4]: source(link[0]) for link in links if link[3] == EXIT}
+
+
+def _handed_on(node: Mapping, source: Callable[[int], object]) -> dict[int, object]:
+    """A bypassed node -> its output slot -> what comes in at its first input of that type."""
+    came = {entry["type"]: source(entry["link"]) for entry in reversed(node["inputs"]) if entry["link"] is not None}
+    return {slot: came.get(output["type"]) for slot, output in enumerate(node["outputs"])}

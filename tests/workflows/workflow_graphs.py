@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 
 from . import workflow_notes as notes
 from .workflow_builder import TITLE, Node, Sheet, Subgraph
-from .workflow_files import DISTILLED_FP8, LTX_23, LTX_23_FP8, LTX_25
+from .workflow_files import CALIBRATION, DISTILLED_FP8, LTX_23, LTX_23_FP8, LTX_25, STEM, TO_CALIBRATE, Choice
+from .workflow_format import ALWAYS, MUTED
 from .workflow_notes import flow
 from .workflow_parts import (
     AUDIO_ROW,
     BUS,
     CHOICES_WIDE,
+    DECODE,
     GAP,
     LANE,
     LATENTS,
@@ -24,16 +26,64 @@ from .workflow_parts import (
     SIZE_ROW,
     TALL,
     VIDEO_ROW,
-    clip,
+    VIDEO_WIDE,
+    decoded,
     files,
+    first_frame,
     guided,
     latents,
     noise,
     prompts,
+    sampling,
+    second_stage,
     up,
 )
 
 LARGE = (1280, 704)
+
+
+def clip(
+    name: str,
+    info: Mapping[str, Mapping],
+    note: tuple[str, str],
+    choice: Choice,
+    *,
+    size: tuple[int, int] = (768, 512),
+    stages: str = "one stage",
+    audio: bool = True,
+    image: bool = False,
+    sampler: str = "euler",
+    positive: str = POSITIVE,
+) -> Sheet:
+    """A whole workflow: the note, a subgraph from files to the video, the video that is saved."""
+    sheet = Sheet(name, info)
+    inner = Subgraph(note[0].removeprefix("NVFP4 Video: "), info)
+    build = files(inner, choice, audio, size, stages, image, positive)
+    positive_out, negative_out = prompts(build)
+    video, sound = latents(build)
+    if build.picture:
+        video = first_frame(build, video)
+    guider, steps = sampling(build, positive_out, negative_out, video, sound, sampler, choice.version)
+    x = DECODE[0] + build.right
+    if stages == "two stages":
+        steps = second_stage(build, guider, steps, sampler)
+        x += 1500
+    inner.leave("video", decoded(build, steps, x)["VIDEO"])
+    inner.leave("report", build.report)
+    tall, x, linked = 400 if image else TALL, NOTE_WIDE + GAP, {}
+    sheet.note((0, 0), (NOTE_WIDE, tall), note[0], flow(note[1]))
+    if image:
+        at = 0, tall + GAP + TITLE
+        loaded = sheet.add("LoadImage", at, NOTE_WIDE, "First frame", room=300, image="example.png")
+        linked = {"image": loaded["IMAGE"].via((x - GAP // 2, tall + GAP), (x - GAP // 2, 30))}
+    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE, text_height=220, **linked)
+    x += CHOICES_WIDE + GAP
+    prefix = f"video/ltx{choice.version.replace('.', '')}_nvfp4"
+    saved = sheet.add("SaveVideo", (x, 0), VIDEO_WIDE, room=350, video=shown["video"], filename_prefix=prefix)
+    y = saved.bottom + GAP
+    report = shown["report"].via(*up(x - GAP // 2, 60, y))
+    sheet.add("PreviewAny", (x, y), VIDEO_WIDE, "What was loaded", room=TALL - y - 46, source=report)
+    return sheet
 
 
 def ltx25(name: str, info: Mapping[str, Mapping]) -> Sheet:
@@ -89,9 +139,9 @@ def make_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
         inner.leave(name, out)
     _note(sheet, notes.MAKE)
     x = NOTE_WIDE + GAP
-    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE)
-    x += CHOICES_WIDE + GAP
-    wide, picture = 258, 400
+    shown = inner.stand(sheet, (x, 0), 400)
+    x += 400 + GAP
+    wide, picture = 245, 400
     right, above, between, y = x + wide + GAP, -45, picture + 70, picture + 20 + 2 * TITLE + GAP
     report = shown["report"].via(*up(x - GAP // 2, 80, y))
     sheet.add("PreviewImage", (x, 0), wide, "What is in the file", room=picture, images=shown["in the file"])
@@ -141,22 +191,82 @@ def ab_fp8_vs_nvfp4(name: str, info: Mapping[str, Mapping]) -> Sheet:
     for number, seed in enumerate(seeds, 1):
         inner.leave(f"card {number}", seed["card"])
         inner.leave(f"video {number}", seed["video"])
-    _note(sheet, notes.COMPARE)
-    x = NOTE_WIDE + GAP
-    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE - GAP, text_height=220)
-    x += CHOICES_WIDE
+    note_wide, wide = 330, 370
+    _note(sheet, notes.COMPARE, note_wide)
+    x = note_wide + GAP
+    shown = inner.stand(sheet, (x, 0), wide, text_height=220)
+    x += wide + GAP
     for number in (1, 2, 3):
         _pair(sheet, shown, number, x)
     return sheet
 
 
+def calibrate(name: str, info: Mapping[str, Mapping]) -> Sheet:
+    """Clips of the source as ever, watched by NVFP4 Calibrate; below, muted, what makes the file and judges it."""
+    sheet, inner = Sheet(name, info), Subgraph("Sample and collect", info)
+    build = files(inner, TO_CALIBRATE, True, (768, 512), "one stage", False, POSITIVE, collect=True)
+    positive, negative = prompts(build)
+    video, sound = latents(build)
+    _, steps = sampling(build, positive, negative, video, sound, "euler", "2.3")
+    inner.leave("video", decoded(build, steps, DECODE[0])["VIDEO"])
+    inner.leave("report", build.report)
+    left, wide, x, y = 380, 400, (440, 880, 1200), (0, 556)
+    sheet.note((0, -50), (left, y[1] + 300), notes.CALIBRATE[0], flow(notes.CALIBRATE[1]))
+    shown = inner.stand(sheet, (x[0], y[0]), wide, text_height=160)
+    second = _quantize_and_verify(info).stand(sheet, (x[0], y[1]), wide, mode=MUTED)
+    film = sheet.add(
+        "SaveVideo", (x[1], y[0]), 290, "A clip of the source", room=300, video=shown["video"],
+        filename_prefix="nvfp4/calibration",
+    )  # fmt: skip
+    above = {row: ((x[0] + wide + 22, at - 38), (x[2] - 15, at - 38)) for row, at in enumerate(y)}
+    told = shown["report"].via(*above[0])
+    texts = [
+        sheet.add("PreviewAny", at, across, title, room=room, source=source, mode=mode)
+        for at, across, title, room, source, mode in (
+            ((x[2], y[0]), 210, "What is collected", 370, told, ALWAYS),
+            ((x[1], y[1]), 290, "What was made", 200, second["report"], MUTED),
+            ((x[2], y[1]), 210, "Is it right", 200, second["verdict"].via(*above[1]), MUTED),
+        )
+    ]
+    sheet.group("1. Collect: Run, with four to eight prompts", shown, film, texts[0])
+    sheet.group("2. Then quantize and verify: unmute (Ctrl + M), Run", second, *texts[1:])
+    return sheet
+
+
+def _quantize_and_verify(info: Mapping[str, Mapping]) -> Subgraph:
+    """The calibrated file of a checkpoint, and whether it is in order."""
+    inner = Subgraph("Quantize and verify", info, first=201)
+    name = inner.enter("checkpoint", "COMBO", DISTILLED_FP8[0])
+    calibration = inner.enter("calibration", "COMBO", CALIBRATION)
+    choices = (
+        ("lora", "LoRA", "COMBO", "none"), ("lora_strength", "LoRA strength", "FLOAT", 1.0),
+        ("budget", "budget", "STRING", "balanced"), ("name", "name", "STRING", f"{STEM}-calibrated"),
+        ("contents", "contents", "COMBO", "whole checkpoint"),
+    )  # fmt: skip
+    given = {own: inner.enter(outside, kind, value) for own, outside, kind, value in choices}
+    made = inner.add(
+        "NVFP4Quantize", (0, 0), 440, room=120, models=[DISTILLED_FP8], file_name=name, quality="calibrated",
+        calibration=calibration, **given,
+    )  # fmt: skip
+    inner.group("1. Quantize", made)
+    name, calibration = (out.via((-80, 1000), *up(500, 1000, 100)) for out in (name, calibration))
+    judged = inner.add(
+        "NVFP4Verify", (560, 0), 440, room=300, models=[DISTILLED_FP8], file_name=name, source=name,
+        calibration=calibration, written=made["file"],
+    )  # fmt: skip
+    inner.group("2. Verify", judged)
+    inner.leave("report", made["report"])
+    inner.leave("verdict", judged["report"])
+    return inner
+
+
 def _pair(sheet: Sheet, shown: Node, number: int, x: int) -> None:
     """The card and the film of one seed in a column; links run above the cards and between the rows."""
-    wide, card = 200, 300
-    at, between = x + (number - 1) * (wide + 20), card + 44 + GAP // 2
+    wide, card = 210, 300  # the least width of a node that saves
+    at, between = x + (number - 1) * (wide + 12), card + 44 + GAP // 2
     ways: tuple = ((), ())
     if number > 1:
-        ways = ((x - 25, -45), (at - 10, -45)), (*up(x - 15, 160, between), (at - 10, between))
+        ways = ((x - 25, -45), (at - 6, -45)), (*up(x - 15, 160, between), (at - 6, between))
     prefix = f"nvfp4/fp8_vs_nvfp4_{number}"
     sheet.add(
         "SaveImage", (at, 0), wide, f"Card {number}", room=card - 6, filename_prefix=prefix,
@@ -169,8 +279,8 @@ def _pair(sheet: Sheet, shown: Node, number: int, x: int) -> None:
     )  # fmt: skip
 
 
-def _note(sheet: Sheet, note: tuple[str, str]) -> None:
-    sheet.note((0, 0), (NOTE_WIDE, TALL), note[0], flow(note[1]))
+def _note(sheet: Sheet, note: tuple[str, str], wide: int = NOTE_WIDE) -> None:
+    sheet.note((0, 0), (wide, TALL), note[0], flow(note[1]))
 
 
 def _one_seed(info: Mapping[str, Mapping]) -> Subgraph:
@@ -221,4 +331,5 @@ WORKFLOWS: dict[str, Callable[[str, Mapping[str, Mapping]], Sheet]] = {
     "6 LTX-2.3 distilled, made from FP8": distilled,
     "7 Make an NVFP4 file": make_nvfp4,
     "8 FP8 against NVFP4": ab_fp8_vs_nvfp4,
+    "9 Make a calibrated NVFP4 file": calibrate,
 }

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 import re
 
-from .workflow_files import DISTILLED_FP8, GIGABYTES, HUB, LTX_23, LTX_23_FP8, LTX_25, Choice, File
+from .workflow_files import (
+    DISTILLED_FP8,
+    DISTILLED_LORA,
+    GEMMA_3,
+    GIGABYTES,
+    HUB,
+    LTX_23,
+    LTX_23_FP8,
+    LTX_25,
+    Choice,
+    File,
+)
 
 # A line that begins a paragraph, a list item, a heading or a row of a table.
 _BEGINS = re.compile(r"(-|\d+\.|#+|\|) ?")
@@ -92,6 +103,8 @@ LTX25 = (
 - The transformer says nowhere in its header that it is NVFP4, and stock ComfyUI stops at its first layer. NVFP4 Model
   Loader knows Lightricks' header. For a copy without it set `dialect` to `comfy`.
 - The video VAE is the full one, a diffusion decoder.
+- **enhance prompt** lets the text encoder write your prompt out first, which takes a minute or two; nothing more is
+  downloaded. ComfyUI's own template has a second, smaller Gemma for that.
 - **Not run with the released files**: none can be had where this pack was built.
 """,
         step=64,
@@ -213,6 +226,46 @@ comparison card and a film of both side by side.
 
 *compute* is how B computes; the FP8 layers of A take ComfyUI's own path. *seed* is that of the first pair. On a card
 that cannot hold both models ComfyUI swaps them, which takes time but changes nothing in the clips.
+
+The template's thumbnail is a picture of this graph.
+""",
+)
+CALIBRATE = (
+    "NVFP4 Video: make a calibrated NVFP4 file",
+    f"""
+An NVFP4 file, rounded so that what its layers **put out** changes least: for that the source is watched while it
+samples your own prompts. Same size, same speed. Every part but the text encoder comes from one file, Lightricks'
+distilled LTX-2.3 in FP8.
+
+### Steps
+
+1. {DOWNLOAD}
+2. **Collect**: write a **prompt** of the kind that you use, press **Run**; change it, Run again. Four to eight clips
+   are enough. The calibration file is written, and grows, at the end of each one.
+3. **Quantize and verify**: hold Ctrl and draw around the three boxes of group 2, press **Ctrl + M** to unmute them,
+   then **Run**.
+4. *Is it right* says whether the file is in order, and the error of its outputs. It is in all loaders' lists at once.
+
+{_table(DISTILLED_FP8, GEMMA_3)}
+
+### Good to know
+
+- Another checkpoint: choose it in both groups, and its `_calibration` file in the second. BF16 is the better source.
+- After a restart of ComfyUI collecting begins anew and stops at the file that is there: mute group 1 to use that, or
+  switch *overwrite* on in NVFP4 Calibrate.
+- **budget**: `balanced` spends a tenth more bytes on the layers that gain most; empty, every layer of the recipe is
+  NVFP4; `24gb-card`, or a size such as `20GB`.
+- **memory_gb**: with more of it columns are compared in wider blocks, which is better. 3.5 GB for blocks of 128.
+- Quantizing takes minutes on a GPU and can be cancelled; it continues.
+
+### With a LoRA folded in
+
+Open *Sample and collect*, un-bypass *LoRA to fold in* (Ctrl + B), choose it and its strength; set the same *LoRA* and
+*LoRA strength* in group 2. So Lightricks' dev checkpoint with its distilled LoRA
+([{DISTILLED_LORA[0]}]({DISTILLED_LORA[1]}), {GIGABYTES[DISTILLED_LORA]:g} GB, models/loras) at 0.5 becomes one
+distilled file. Collect anew after every change of the LoRA.
+
+What calibration is worth for LTX has not been measured; on a text model it takes 40 % and more off the outputs' error.
 
 The template's thumbnail is a picture of this graph.
 """,

@@ -8,12 +8,11 @@ lanes and in a bus below the latents, so that none passes behind a node.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .workflow_builder import TITLE, Node, Out, Sheet, Subgraph
+from .workflow_builder import Node, Out, Subgraph
 from .workflow_files import Choice
-from .workflow_notes import flow
+from .workflow_format import ALWAYS, BYPASSED
 
 POSITIVE = (
     "A lighthouse keeper in a yellow raincoat stands on a rocky shore at dusk and lights an old brass lantern. Waves "
@@ -30,13 +29,14 @@ NEGATIVE = "blurry, low quality, still frame, watermark, subtitles, distorted so
 GREEN, RED = ("#232", "#353"), ("#322", "#533")
 
 # What stands on the canvas: width of note, subgraph and video, side by side, GAP apart; a picture is below the note.
-NOTE_WIDE, CHOICES_WIDE, VIDEO_WIDE, GAP = 430, 400, 500, 40
+NOTE_WIDE, CHOICES_WIDE, VIDEO_WIDE, GAP = 430, 480, 440, 40
 TALL = 680
 # In the subgraph, columns: x and width of their nodes. What stands right of the latents moves on where a picture comes
 # in between.
 FILES, CHOICES, LATENTS = (0, 380), (470, 420), (990, 320)
 SAMPLING, SAMPLER, DECODE = (1410, 320), (1830, 260), (2550, 260)
 COLUMN = 420
+WRITER = 2 * COLUMN  # what the columns right of the files move for what writes the prompt
 # Rows: y of their first nodes. VAEs and decoders share rows, so that the links between them run straight.
 MODEL_ROW, SEED_ROW, TEXT_ROW, SIZE_ROW, PICTURE_ROW, VIDEO_ROW, AUDIO_ROW = -990, -220, -180, 240, 980, 1000, 1290
 PICTURE = 500  # height of the row that a picture takes
@@ -48,7 +48,8 @@ BUS = 828  # below the latents
 class Build:
     """A clip while it is built: what the files give, the settings, and where things stand.
 
-    ``audio_vae`` is None where the clip does without; ``right`` and ``down`` move what follows a picture.
+    ``audio_vae`` is None where the clip does without; ``right`` and ``down`` move what follows a picture, ``aside`` all
+    but the files, to make room for what writes the prompt.
     """
 
     sheet: Subgraph
@@ -62,10 +63,16 @@ class Build:
     prompt: Out
     report: Out
     picture: Out | None = None
+    enhance: Out | None = None
     rival: Out | None = None
     right: int = 0
     down: int = 0
+    aside: int = 0
     group: int = 0
+
+    def column(self, place: tuple[int, int]) -> tuple[int, int]:
+        """CHOICES or LATENTS -> x and width there."""
+        return place[0] + self.aside, place[1]
 
     def frame(self, title: str, *nodes: Node) -> None:
         """The next group, numbered."""
@@ -78,67 +85,29 @@ def up(x: int, *rows: int) -> tuple[tuple[int, int], ...]:
     return tuple((x, y) for y in rows)
 
 
-def clip(
-    name: str,
-    info: Mapping[str, Mapping],
-    note: tuple[str, str],
-    choice: Choice,
-    *,
-    size: tuple[int, int] = (768, 512),
-    stages: str = "one stage",
-    audio: bool = True,
-    image: bool = False,
-    sampler: str = "euler",
-    positive: str = POSITIVE,
-) -> Sheet:
-    """A whole workflow: the note, a subgraph from files to the video, the video that is saved."""
-    sheet = Sheet(name, info)
-    inner = Subgraph(note[0].removeprefix("NVFP4 Video: "), info)
-    build = files(inner, choice, audio, size, stages, image, positive)
-    positive_out, negative_out = prompts(build)
-    video, sound = latents(build)
-    if build.picture:
-        video = first_frame(build, video)
-    guider, steps = sampling(build, positive_out, negative_out, video, sound, sampler, choice.version)
-    x = DECODE[0] + build.right
-    if stages == "two stages":
-        steps = second_stage(build, guider, steps, sampler)
-        x += 1500
-    inner.leave("video", decoded(build, steps, x)["VIDEO"])
-    inner.leave("report", build.report)
-    tall, x, linked = 400 if image else TALL, NOTE_WIDE + GAP, {}
-    sheet.note((0, 0), (NOTE_WIDE, tall), note[0], flow(note[1]))
-    if image:
-        at = 0, tall + GAP + TITLE
-        loaded = sheet.add("LoadImage", at, NOTE_WIDE, "First frame", room=300, image="example.png")
-        linked = {"image": loaded["IMAGE"].via((x - GAP // 2, tall + GAP), (x - GAP // 2, 30))}
-    shown = inner.stand(sheet, (x, 0), CHOICES_WIDE, text_height=220, **linked)
-    x += CHOICES_WIDE + GAP
-    prefix = f"video/ltx{choice.version.replace('.', '')}_nvfp4"
-    saved = sheet.add("SaveVideo", (x, 0), VIDEO_WIDE, room=350, video=shown["video"], filename_prefix=prefix)
-    y = saved.bottom + GAP
-    report = shown["report"].via(*up(x - GAP // 2, 60, y))
-    sheet.add("PreviewAny", (x, y), VIDEO_WIDE, "What was loaded", room=TALL - y - 46, source=report)
-    return sheet
-
-
 def files(
     sheet: Subgraph, choice: Choice, audio: bool, size: tuple[int, int], stages: str, image: bool, positive: str,
-    rival: bool = False,
+    rival: bool = False, collect: bool = False,
 ) -> Build:  # fmt: skip
     """Loaders, guard, seed, settings, and the picture to start from; what a user chooses comes in from outside.
 
-    ``rival``: the same checkpoint is loaded once more, as it is.
+    ``rival``: the same checkpoint is loaded once more, as it is. ``collect``: it is loaded as it is, with a bypassed
+    LoRA, and calibrated.
     """
     prompt = sheet.enter("prompt", "STRING", positive, multiline=True)
+    # As in ComfyUI's own templates, off until it is wanted; those of 2.5 have a second, smaller text encoder for it.
+    enhance = sheet.enter("enhance prompt", "BOOLEAN", False) if choice.version == "2.5" else None
+    aside = WRITER if enhance else 0
     picture = sheet.enter("image", "IMAGE") if image else None
     card = sheet.enter("card", "COMBO", "as set")
     wishes = {name: sheet.enter(name, "INT", value) for name, value in zip(("width", "height"), size, strict=True)}
     wishes |= {name: sheet.enter(name, "FLOAT", value) for name, value in (("seconds", 5.0), ("fps", 24.0))}
-    seed, compute = sheet.enter("seed", "INT", 42), sheet.enter("compute", "COMBO", "bf16")
+    seed = sheet.enter("seed", "INT", 42)
+    compute = "bf16" if collect else sheet.enter("compute", "COMBO", "bf16")
     name = sheet.enter("checkpoint" if choice.make else "model", "COMBO", choice.model[0])
-    lora_name = sheet.enter("LoRA", "COMBO", choice.lora[0]) if choice.lora else None
-    loaders = [_model(sheet, choice, MODEL_ROW, name, compute, choice.make)]
+    lora_name = sheet.enter("LoRA", "COMBO", choice.lora[0]) if choice.lora and not collect else None
+    memory = sheet.enter("memory_gb", "FLOAT", 2.0) if collect else None
+    loaders = [_model(sheet, choice, MODEL_ROW, name, compute, choice.make and not collect)]
     text, vae_names = _text_encoder(sheet, choice, name)
     loaders.append(text)
     upscaler = None
@@ -162,21 +131,30 @@ def files(
         "NVFP4DistilledSettings", (FILES[0], SIZE_ROW), FILES[1], room=100, stages=stages, version=choice.version,
         card=card, **wishes,
     )  # fmt: skip
-    x, wide = CHOICES
+    x, wide = CHOICES[0] + aside, CHOICES[1]
     report = sheet.add(
         "PreviewAny", (x, MODEL_ROW), wide, "Model report", room=110, source=loaders[0]["report"]
     )  # fmt: skip
-    used, checks, lora = loaders[0]["MODEL"], [report], None
+    used, checks, lora, lane = loaders[0]["MODEL"], [report], None, MODEL_ROW + 270
     if choice.lora:
         lora = sheet.add(
-            "LoraLoaderModelOnly", (x, MODEL_ROW + 310), wide, "Distilled LoRA", models=[choice.lora], model=used,
-            lora_name=lora_name.via(*((to, MODEL_ROW + 270) for to in (-60, x - 40))), strength_model=0.5,
+            "LoraLoaderModelOnly", (x, lane + 40), wide, "LoRA to fold in" if collect else "Distilled LoRA",
+            models=[choice.lora], model=used, strength_model=0.5, mode=BYPASSED if collect else ALWAYS,
+            lora_name=choice.lora[0] if collect else lora_name.via(*((to, lane) for to in (-60, x - 40))),
         )  # fmt: skip
-        used, (x, wide) = lora["MODEL"], LATENTS
-    guard = sheet.add("NVFP4LaunchGuard", (x, MODEL_ROW + 310), wide, room=100, model=used)
+        used, (x, wide) = lora["MODEL"], (LATENTS[0] + aside, LATENTS[1])
+    if collect:
+        guard = sheet.add(
+            "NVFP4Calibrate", (x, lane + 40), wide, room=80, models=[choice.model], model=used,
+            file_name=name.via(*((to, lane) for to in (-60, x - 40))),
+            memory_gb=memory.via(*((to, lane) for to in (-60, x - 40))),
+        )  # fmt: skip
+    else:
+        guard = sheet.add("NVFP4LaunchGuard", (x, lane + 40), wide, room=100, model=used)
+    told = guard["report"] if collect else loaders[0]["report"]
     build = Build(
         sheet, guard["MODEL"], text["CLIP"], vaes[0]["VAE"], vaes[1]["VAE"] if audio else None, upscaler, settings,
-        noise["NOISE"], prompt, loaders[0]["report"], down=down,
+        noise["NOISE"], prompt, told, right=aside, down=down, aside=aside, enhance=enhance,
     )  # fmt: skip
     guards = [guard]
     if rival:
@@ -186,11 +164,11 @@ def files(
         build.rival = guards[-1]["MODEL"]
     build.frame("Models and text encoder" if rival else "Model and text encoder", *loaders)
     if lora:
-        build.frame("What makes it a distilled model", lora)
+        build.frame("A LoRA to fold in (bypassed)" if collect else "What makes it a distilled model", lora)
     build.frame("Seed", noise)
     build.frame("Size, length, frame rate", settings)
     if picture:
-        build.right = COLUMN
+        build.right += COLUMN
         pressed = sheet.add(
             "LTXVPreprocess", (CHOICES[0], PICTURE_ROW), CHOICES[1], img_compression=18,
             image=picture.via(*((to, PICTURE_ROW + 14) for to in (-60, CHOICES[0] - 40))),
@@ -200,7 +178,7 @@ def files(
     build.frame("VAEs" if audio else "VAE", *vaes)
     if lora:
         build.frame("Report", *checks)
-        build.frame("Check", *guards)
+        build.frame("Collect" if collect else "Check", *guards)
     else:
         build.frame("Report, check", *checks, *guards)
     return build
@@ -238,11 +216,14 @@ def _text_encoder(sheet: Subgraph, choice: Choice, checkpoint: Out) -> tuple[Nod
 
 def prompts(build: Build) -> tuple[Out, Out]:
     """-> positive and negative conditioning with the frame rate."""
-    x, wide = CHOICES
+    x, wide = build.column(CHOICES)
     positive = build.prompt.via((-60, -100), (x - 40, -100))
+    clip = build.text
+    if build.enhance:
+        positive, clip = written(build), clip.via((CHOICES[0] - 40, -190), (x - 40, -190))
     prompts = [
         build.sheet.add(
-            "CLIPTextEncode", (x, TEXT_ROW + y), wide, title, colors=colors, text_height=tall, clip=build.text,
+            "CLIPTextEncode", (x, TEXT_ROW + y), wide, title, colors=colors, text_height=tall, clip=clip,
             text=text,
         )  # fmt: skip
         for y, title, colors, tall, text in (
@@ -251,7 +232,7 @@ def prompts(build: Build) -> tuple[Out, Out]:
         )
     ]
     build.frame("Prompt", *prompts)
-    x, wide = LATENTS
+    x, wide = build.column(LATENTS)
     rated = build.sheet.add(
         "LTXVConditioning", (x, TEXT_ROW + 120), wide, positive=prompts[0]["CONDITIONING"],
         negative=prompts[1]["CONDITIONING"], frame_rate=build.settings["fps"].via((x - 60, LANE - 25)),
@@ -260,9 +241,30 @@ def prompts(build: Build) -> tuple[Out, Out]:
     return rated["positive"], rated["negative"]
 
 
+def written(build: Build) -> Out:
+    """The user's prompt, or the one that the text encoder makes of it where that is switched on."""
+    sheet, (x, wide), y = build.sheet, CHOICES, -640
+    # The numbers of ComfyUI's own template for LTX-2.5.
+    mode = {"max_length": 600, "sampling_mode": "on", "sampling_mode.repetition_penalty": 1.15}
+    writer = sheet.add(
+        "TextGenerateLTX2Prompt", (x, y), wide, clip=build.text,
+        prompt=build.prompt.via(*((to, -100) for to in (-60, x - 30))), **mode,
+    )  # fmt: skip
+    x += wide + 80
+    chosen = sheet.add(
+        "ComfySwitchNode", (x, -320), 240, match="STRING", on_true=writer["generated_text"],
+        switch=build.enhance.via((-60, -80), (x - 30, -80)), on_false=build.prompt.via((-60, -100), (x - 40, -100)),
+    )  # fmt: skip
+    build.frame("Prompt enhancer", writer, chosen)
+    x, wide = build.column(CHOICES)
+    seen = sheet.add("PreviewAny", (x, -410), wide, "Prompt as used", room=96, source=chosen["output"])
+    build.frame("Prompt as used", seen)
+    return chosen["output"]
+
+
 def latents(build: Build) -> tuple[Out, Out | None]:
     """-> the empty latents of picture and sound."""
-    (x, wide), settings = LATENTS, build.settings
+    (x, wide), settings = build.column(LATENTS), build.settings
     video = build.sheet.add(
         "EmptyLTXVLatentVideo", (x, SIZE_ROW + 120), wide, width=settings["width"], height=settings["height"],
         length=settings["frames"],
@@ -295,7 +297,7 @@ def first_frame(build: Build, video: Out) -> Out:
 def guided(build: Build, at: tuple[int, int], version: str, model: Out, positive: Out, negative: Out) -> Node:
     """The guider at cfg 1; LTX-2.5's has one for the picture and one for the sound."""
     x, wide = at[0], SAMPLING[1]
-    cfg = build.settings["cfg"].via((LATENTS[0] - 30, LANE), (x - 50, LANE))
+    cfg = build.settings["cfg"].via((build.column(LATENTS)[0] - 30, LANE), (x - 50, LANE))
     scales = {"video_cfg": cfg, "audio_cfg": cfg} if version == "2.5" else {"cfg": cfg}
     kind = "LTXVDualCFGGuider" if version == "2.5" else "CFGGuider"
     return build.sheet.add(kind, at, wide, model=model, positive=positive, negative=negative, **scales)
@@ -320,9 +322,10 @@ def sampling(
         latent = joined["latent"]
         nodes.append(joined)
     x, wide = SAMPLER[0] + build.right, SAMPLER[1]
+    sigmas = settings["sigmas"].via((build.column(LATENTS)[0] - 30, LANE + 25))
     steps = sheet.add(
         "SamplerCustomAdvanced", (x, LANE - 49), wide, noise=noise(build, x), guider=guider["GUIDER"],
-        sampler=choice["SAMPLER"], sigmas=settings["sigmas"].via((LATENTS[0] - 30, LANE + 25)), latent_image=latent,
+        sampler=choice["SAMPLER"], sigmas=sigmas, latent_image=latent,
     )  # fmt: skip
     build.frame("Sampling: 8 steps, cfg 1", *nodes, steps)
     return guider, steps["output"]
@@ -330,7 +333,7 @@ def sampling(
 
 def second_stage(build: Build, guider: Node, steps: Out, sampler: str) -> Out:
     """Latent of the first stage -> twice as wide and high, three more steps; the sound goes along."""
-    sheet, x = build.sheet, SAMPLER[0] + 360
+    sheet, x = build.sheet, SAMPLER[0] + build.right + 360
     parts = sheet.add("LTXVSeparateAVLatent", (x, LANE + 75), 260, av_latent=steps)
     x += COLUMN
     larger = sheet.add(

@@ -209,7 +209,7 @@ def test_check_answers_with_findings_and_keeps_nothing(host):
     status, found = answer(routes.post_check(request(json.dumps({"prompt": clip()}).encode())))
     assert status == 200
     assert [finding["id"] for finding in found["findings"]] == ["prefetch_crash"]
-    assert set(found["findings"][0]) == {"id", "severity", "title", "why", "remedy", "nodes", "fixes"}
+    assert set(found["findings"][0]) == {"id", "severity", "title", "why", "remedy", "nodes", "action", "fixes"}
     assert host.sent == []
     assert found["reading"] | {"text": ""} == {
         "shape": "API prompt", "place": "prompt", "nodes": 13, "understood": 13, "unknown": [], "text": "",

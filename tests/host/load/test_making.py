@@ -84,6 +84,7 @@ def test_another_file_under_the_name_is_neither_loaded_nor_replaced(full: Path, 
     [
         ("ltx-2.3-22b-distilled-fp8.safetensors", "ltx-2.3-22b-distilled_nvfp4.safetensors"),
         ("ltx-2.3-22b-distilled.safetensors", "sub/ltx-2.3-22b-distilled-nvfp4.safetensors"),
+        ("ltx-2.3-22b-dev-bf16.safetensors", "ltx-2.3-22b-dev-nvfp4.safetensors"),
         ("sulphur_distil_fp8mixed.safetensors", "sulphur_distil_nvfp4.safetensors"),
         ("wan2.2_high_fp8_e4m3fn_scaled.safetensors", "wan2.2_high_nvfp4_mixed.safetensors"),
     ],

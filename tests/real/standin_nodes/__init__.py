@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import types
 
 import torch
 
@@ -82,6 +83,39 @@ class StandInLatentStats:
         return {"ui": {"text": (text,)}, "result": (text,)}
 
 
+class _Writer:
+    """What TextGenerateLTX2Prompt asks of a CLIP; its tokens are the text itself."""
+
+    def __init__(self):
+        self.tokenizer = types.SimpleNamespace(clip_name="gemma4")
+
+    def tokenize(self, text: str, **_: object) -> str:
+        return text
+
+    def generate(self, tokens: str, **_: object) -> str:
+        return tokens
+
+    def decode(self, tokens: str) -> str:
+        return f"written out: {tokens}"
+
+
+class StandInTextEncoder:
+    """In the place of a text encoder that writes prompts."""
+
+    CATEGORY = "NVFP4/tests"
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        """Nothing."""
+        return {"required": {}}
+
+    def make(self):
+        """-> the CLIP."""
+        return (_Writer(),)
+
+
 def _stats(stream: torch.Tensor) -> dict:
     return {
         "shape": list(stream.shape),
@@ -92,4 +126,5 @@ def _stats(stream: torch.Tensor) -> dict:
     }
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (StandInConditioning, StandInAudioLatent, StandInLatentStats)}
+_NODES = (StandInConditioning, StandInAudioLatent, StandInLatentStats, StandInTextEncoder)
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
