@@ -204,7 +204,7 @@ def _quantize(weight: torch.Tensor, passes: tuple[Feedback, ...], global_scale: 
     step = max(min(together // height, -(-count // max(torch.get_num_threads(), 2)) if on_cpu else count), 1)
 
     def work(piece: tuple[int, int]) -> None:
-        row, block = (slice(start, start + size) for start, size in zip(piece, (height, step), strict=True))
+        row, block = slice(piece[0], min(piece[0] + height, rows)), slice(piece[1], piece[1] + step)
         order = passes[0].order[block].unsqueeze(2)
         columns = weight[row].unflatten(1, (count, width))[:, block].permute(1, 2, 0)
         columns = columns.gather(1, order.expand_as(columns))

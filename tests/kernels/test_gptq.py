@@ -137,7 +137,9 @@ def test_a_weight_in_pieces_and_a_second_time_gives_the_same_bytes(generator):
     assert torch.equal(whole.block_scale[128:].view(torch.uint8), half.block_scale.view(torch.uint8))
 
 
-@pytest.mark.parametrize(("rows", "cols", "width"), ((1, 16, 16), (129, 40, 32), (17, 144, 128), (3, 20, 32)))
+@pytest.mark.parametrize(
+    ("rows", "cols", "width"), ((1, 16, 16), (129, 40, 32), (17, 144, 128), (3, 20, 32), (1030, 16, 16), (1030, 32, 16))
+)
 def test_odd_shapes_have_the_layout_of_the_reference_and_zero_padding(rows, cols, width, generator):
     weight, hessian = torch.randn(rows, cols, generator=generator), gram(correlated(400, cols, generator), width)
     record, plain = gptq.quantize(weight, gptq.feedback(hessian, 0.1), scale_of(weight)), reference.quantize(weight)
