@@ -4,13 +4,14 @@
 usage: python benchmarks/clip.py [--comfyui DIR] [--rows ROW,...] [--sizes WxH,...] [--reps N] [--layers N] [--limit S]
 
 Rows: stock ComfyUI with LTX-2.3 in BF16, in scaled FP8 and in NVFP4, its own VAEs; ours with `bf16` and `decode` =
-exact, ours with `fp8` and `decode` = fast, the audio VAE through our loader. Names and shapes are the released ones,
-the numbers random. The BF16 and FP8 weights go to ComfyUI's loader from memory, where all blocks share those of one (67
-GB of numbers would take longer than all the rest; on the GPU each block has its own); NVFP4 and the VAEs come from
-files, which the rows share. The text conditioning is given, no model is loaded or unloaded in a clip: what is timed is
-what a second prompt of a session takes, all models being on the GPU. Each row's first clip, of 3 steps, is not counted;
-then rows take turns, in another order each time. "frames" ends when all pixels lie in host memory. `--tiny --cpu` tries
-the script on a machine without a GPU.
+exact; ours with `bf16` and attention by trial, with `int8` and with `fp8`, these with `decode` = fast; the audio VAE of
+all of ours through our loader. Names and shapes are the released ones, the numbers random. The BF16 and FP8 weights go
+to ComfyUI's loader from memory, where all blocks share those of one (67 GB of numbers would take longer than all the
+rest; on the GPU each block has its own); NVFP4 and the VAEs come from files, which the rows share. The text
+conditioning is given, no model is loaded or unloaded in a clip: what is timed is what a second prompt of a session
+takes, all models being on the GPU. Each row's first clip, of 3 steps, is not counted; then rows take turns, in another
+order each time. "frames" ends when all pixels lie in host memory. `--tiny --cpu` tries the script on a machine without
+a GPU.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ ROWS = {
     "stock-fp8": "stock FP8",
     "stock": "stock NVFP4",
     "ours": "ours bf16, decode exact",
+    "ours-attention": "ours bf16, attention auto, decode fast",
+    "int8": "ours int8, decode fast",
     "fp8": "ours fp8, decode fast",
 }
 STOCK = ("bf16", "stock-fp8", "stock")
@@ -98,10 +101,13 @@ def load_model(row: str, made: dict[str, Any], config: Mapping, options: Namespa
         return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata, disable_dynamic=off), ""
     if row == "stock":
         return comfy.sd.load_diffusion_model(str(made["nvfp4"]), disable_dynamic=options.no_dynamic), ""
+    from nvfp4_video.host.compute.modes import EIGHT_BITS
     from nvfp4_video.host.load import model
 
-    compute, more = "fp8" if row == "fp8" else "bf16", {"disable_dynamic": options.no_dynamic}
-    patcher, report = model.load_model(str(made["nvfp4"]), compute, backend=options.backend, **more)
+    compute = row if row in EIGHT_BITS else "bf16"
+    more = {"backend": options.backend, "disable_dynamic": options.no_dynamic}
+    more |= {"attention": "auto"} if row == "ours-attention" else {}
+    patcher, report = model.load_model(str(made["nvfp4"]), compute, **more)
     return patcher, str(report)
 
 
@@ -171,9 +177,10 @@ def compare(latents: Mapping[str, list]) -> list[str]:
     if {"stock", "ours"} <= latents.keys():
         equal = all(map(torch.equal, latents["stock"], latents["ours"]))
         found.append(f"latents of {ROWS['ours']} and {ROWS['stock']}: {'the same bits' if equal else 'DIFFERENT'}")
-    if {"fp8", "ours"} <= latents.keys():
-        video, audio = (step.relative_error(a, b) for a, b in zip(latents["fp8"], latents["ours"], strict=True))
-        found.append(f"latents of {ROWS['fp8']} against {ROWS['ours']}: video {video:.2e}, audio {audio:.2e}")
+    base = next((row for row in ("ours", "ours-attention") if row in latents), "")
+    for row in latents.keys() - {*STOCK, base} if base else ():
+        video, audio = (step.relative_error(a, b) for a, b in zip(latents[row], latents[base], strict=True))
+        found.append(f"latents of {ROWS[row]} against {ROWS[base]}: video {video:.2e}, audio {audio:.2e}")
     return found
 
 
@@ -238,7 +245,7 @@ def run(options: Namespace, facts: dict[str, Any], folder: Path) -> dict[str, An
 
     for row in _possible(options.rows):
         patcher, report = load_model(row, made, config, options)
-        decode = "stock" if row in STOCK else "fast" if row == "fp8" else "exact"
+        decode = "stock" if row in STOCK else "exact" if row == "ours" else "fast"
         vaes = [load_vae(made["video"], "video", decode), load_vae(made["audio"], "audio", _sound(decode))]
         models[row], result["reports"][ROWS[row]] = (patcher, *vaes), report
         first = render(models[row], options.sizes[0], config, options, steps=FIRST_STEPS)
@@ -263,12 +270,14 @@ def _sound(decode: str) -> str:
 def _possible(rows: Collection[str]) -> list[str]:
     """The rows that can run on this device; says which cannot, and why."""
     import comfy.model_management
-    from nvfp4_video.host.compute.modes import obstacle
+    from nvfp4_video.host.compute.modes import EIGHT_BITS, obstacle
 
-    reason = obstacle("fp8", comfy.model_management.get_torch_device())
-    if reason and "fp8" in rows:
-        say(f"{ROWS['fp8']}: not run, {reason}")
-    return [row for row in rows if row != "fp8" or not reason]
+    device, found = comfy.model_management.get_torch_device(), list(rows)
+    for row in set(EIGHT_BITS) & set(rows):
+        if reason := obstacle(row, device):
+            say(f"{ROWS[row]}: not run, {reason}")
+            found.remove(row)
+    return found
 
 
 def main() -> int:

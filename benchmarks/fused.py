@@ -106,6 +106,15 @@ def cases(tokens: int, sets: int) -> dict[str, Case]:
         lambda q, k, w, rotation: fused.norm_rope([(q, w), (k, w)], rotation, 1e-5), rope_apart,
         [(*x(2), _tensor(COLS), rotation()) for _ in range(sets)], 12 * COLS,
     )  # fmt: skip
+    found["norm of q"] = (
+        lambda q, w: fused.norm_rope([(q, w)], None, 1e-5),
+        lambda q, w: torch.nn.functional.rms_norm(q, (COLS,), w, 1e-5), [(*x(), _tensor(COLS)) for _ in range(sets)],
+        4 * COLS,
+    )  # fmt: skip
+    found["norm, modulation, rows and their tensor"] = (
+        lambda x, one: fused.norm_rows(x, None, [Want(one, 1, 0, True, True)]), norm_apart,
+        [(*x(), ada(1)) for _ in range(sets)], 5 * COLS,
+    )  # fmt: skip
     return found
 
 

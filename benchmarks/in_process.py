@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -18,7 +19,7 @@ from nvfp4_video.host.bench.session import FRAME_RATE, end_of_node, latent_shape
 from nvfp4_video.measure.ltx import SIGMAS  # noqa: E402
 
 __all__ = [
-    "FRAME_RATE", "SIGMAS", "add_options", "begin", "compiled", "end_of_node", "latent_shapes", "launch_cost",
+    "FRAME_RATE", "Phases", "SIGMAS", "add_options", "begin", "compiled", "end_of_node", "latent_shapes", "launch_cost",
     "parse_options", "sample", "save", "start_host", "without_fused_blocks", "without_graphs",
 ]  # fmt: skip
 
@@ -77,6 +78,54 @@ def parse_options(parser: argparse.ArgumentParser, rows: Collection[str]) -> arg
     if unknown := set(options.rows) - {*rows}:
         parser.error(f"unknown rows {', '.join(sorted(unknown))}; expected some of {', '.join(rows)}")
     return options
+
+
+class Phases:
+    """GPU milliseconds of each step before, in and behind the blocks: a context, with ``step`` as ``sample``'s on_step.
+
+    Each step starts on a GPU at rest, so what it takes before the blocks is mostly waiting for the CPU.
+    """
+
+    def __init__(self):
+        self.events: list[Any] = []
+
+    def __enter__(self) -> Phases:
+        from comfy.ldm.lightricks import av_model
+
+        self.model, self.kept = av_model.LTXAVModel, av_model.LTXAVModel._process_transformer_blocks
+
+        def marked(model, *args, **kwargs):
+            self._mark()
+            out = self.kept(model, *args, **kwargs)
+            self._mark()
+            return out
+
+        self.model._process_transformer_blocks = marked
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.model._process_transformer_blocks = self.kept
+
+    def _mark(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            self.events.append(torch.cuda.Event(enable_timing=True))
+            self.events[-1].record()
+
+    def step(self, done: int) -> None:
+        """The end of a step, the GPU at rest."""
+        self._mark()
+
+    def medians(self, skip: int = 3) -> dict[str, float]:
+        """{phase: ms}, of a sampling with one call of the model a step, but for its first steps; {} without a GPU."""
+        if self.events:
+            self.events[-1].synchronize()
+        ends = self.events[2::3]
+        triples = [(end, *self.events[3 * i + 3 : 3 * i + 6]) for i, end in enumerate(ends[:-1])][skip:]
+        names = ("before the blocks ms", "blocks ms", "behind them ms")
+        each = [[a.elapsed_time(b) for a, b in itertools.pairwise(one)] for one in triples]
+        return {name: statistics.median(column) for name, column in zip(names, zip(*each, strict=True), strict=False)}
 
 
 def launch_cost(patcher: Any, layers: list[str], rounds: int = 5) -> float:

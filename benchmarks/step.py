@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time a denoising step of the whole LTX-2.3 DiT in a real ComfyUI: stock BF16, stock NVFP4 and this pack, side by
-side, the pack also with `fp8` compute, in all steps or not in the first and last, without CUDA graphs, with attention
-by trial, and compiled by ComfyUI's TorchCompileModel (--rows).
+side, the pack also with `int8` and `fp8` compute, in all steps or not in the first and last, without CUDA graphs, with
+attention by trial, and compiled by ComfyUI's TorchCompileModel (--rows).
 
 One process holds all models on the GPU. The weights are random, the tensor names and shapes the released ones,
 the quantised layers those of the published files (every Linear of all blocks but the first and last two). ComfyUI is
@@ -16,6 +16,7 @@ joint audio and video. `--tiny --cpu` tries the script on a machine without a GP
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -43,13 +44,14 @@ ROWS = {
     "fp8-attention": "ours NVFP4, fp8, attention auto",
     "fp8-apart": "ours NVFP4, fp8, attention auto, blocks as the host's",
     "fp8-schedule": "ours NVFP4, fp8, first and last step bf16",
+    "int8": "ours NVFP4, int8, attention auto",
     "bf16-compiled": "stock BF16, compiled",
     "ours-compiled": "ours NVFP4, compiled",
     "fp8-compiled": "ours NVFP4, fp8, compiled",
 }
 EQUAL = (("stock", "ours"), ("ours-eager", "ours"), ("fp8-eager", "fp8"))  # rows whose latents must have the same bits
 # Rows compared with `ours` by relative error.
-ROUNDED = {"fp8", "fp8-schedule", "ours-attention", "fp8-attention", "fp8-apart"}
+ROUNDED = {"fp8", "fp8-schedule", "ours-attention", "fp8-attention", "fp8-apart", "int8"}
 MARKER = json.dumps({"format": "nvfp4"}).encode()
 STARTED = time.perf_counter()
 
@@ -117,8 +119,8 @@ def load_row(row: str, path: Path, keys: Mapping[str, list[int]], config: Mappin
         return comfy.sd.load_diffusion_model(str(path))
     from nvfp4_video.host.load import model as load
 
-    compute = "fp8" if row.startswith("fp8") else "bf16"
-    attention = "auto" if row.endswith(("-attention", "-apart")) else "host"
+    compute = row.partition("-")[0] if row.startswith(("fp8", "int8")) else "bf16"
+    attention = "auto" if row.endswith(("-attention", "-apart")) or row == "int8" else "host"
     patcher, report = load.load_model(
         str(path), compute, backend=options.backend, disable_dynamic=options.no_dynamic, attention=attention
     )
@@ -214,6 +216,7 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
     for name in names:
         in_process.sample(patchers[name], size, config, frames, seed=0, steps=2)
     steps: dict[str, list[list[float]]] = {name: [] for name in names}
+    phases: dict[str, dict[str, float]] = {}
     latents, errors = [], []
     for rep in range(options.reps):
         if rep and time.perf_counter() - STARTED > options.limit:
@@ -221,8 +224,13 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
             break
         outputs = {}
         for name in names[rep % len(names) :] + names[: rep % len(names)]:
-            taken, outputs[name] = in_process.sample(patchers[name], size, config, frames, seed=1 + rep)
+            found = in_process.Phases()
+            with contextlib.nullcontext() if name.endswith("-compiled") else found:
+                taken, outputs[name] = in_process.sample(
+                    patchers[name], size, config, frames, seed=1 + rep, on_step=found.step
+                )
             steps[name].append(taken)
+            phases[name] = {} if name.endswith("-compiled") else found.medians()
             say(f"{size} repetition {rep + 1}, {ROWS[name]}: {statistics.median(taken):.4f} s a step")
         for first, second in EQUAL:
             if {first, second} <= outputs.keys():
@@ -240,6 +248,7 @@ def measure_size(size: str, patchers: Mapping[str, Any], config: Mapping, option
         each = [statistics.median(one) for one in taken]
         row: dict[str, Any] = {"size": size, "tokens": video[2] * video[3] * video[4], "row": ROWS[name]}
         row |= {"step s": medians[name], "lowest": min(each), "highest": max(each), "repetitions": len(each)}
+        row |= phases[name]
         row |= {f"x {ROWS[base]}": medians[name] / medians[base] for base in ("bf16", "stock") if base in medians}
         rows.append(row)
     return {"rows": rows, "latents": latents, "errors": errors}

@@ -47,6 +47,20 @@ def _triton_obstacle(device: torch.device) -> str:
     return ""
 
 
+def tensor_core_obstacle(device: torch.device, kind: str, least: tuple[int, int], function: str) -> str:
+    """Why Triton's rows in 8 bits and torch's ``function`` cannot meet on tensor cores of ``device``, or ""."""
+    if device.type != "cuda" or not torch.version.cuda:
+        return f"{kind} tensor cores are those of an NVIDIA GPU, the model is on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < least:
+        needed, found = (".".join(map(str, one)) for one in (least, capability))
+        return f"{kind} needs compute capability {needed}, {torch.cuda.get_device_name(device)} has {found}"
+    if not hasattr(torch, function):
+        return f"torch {torch.__version__} has no torch.{function}; update torch"
+    backend, reason = pick_backend(device)
+    return "" if backend == "triton" else reason
+
+
 def _describe(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import cpu_quantize, fp8, reference
+from . import cpu_quantize, fp8, int8, int8_reference, reference
 from .backends import BF16_CAPABILITY, pick_backend, triton_module
 from .format import FP8, TENSOR_CORE_DTYPES, PackedWeight, block_scale_shape, packed_shape
 
@@ -38,6 +38,8 @@ def prepare(
       (fp8.SharedRows, place)
     * ``linear_fp8_sum``  (x, packed, block_scale, global_scale, up, down, peak (R,), bias, activation, shared): the
       same with the weight of ``reference.to_fp8_sum``; None for FP32
+    * ``linear_int8``, ``linear_int8_sum``  the same two in INT8, for no FP8Rows; the latter for any dtype, without use
+      for ``peak``; Triton's for 17 rows of x and more
     * ``unpack_factors``  (down, down_scale, up, up_scale) -> (down, up) in ``dtype``
 
     Raises ValueError for a backend or dtype that cannot be; a function, for tensors of another shape.
@@ -99,22 +101,36 @@ def _sound(fused: Callable, dtype: torch.dtype, device: torch.device) -> bool:
 
 def _linear_fp8(shape, dtype, device, in_triton: bool):
     """The torch backend computes in FP32 what the tensor cores would."""
-    if in_triton:
-        return fp8.prepare(shape, dtype, device)
-    return lambda x, packed, block_scale, global_scale, bias=None, activation="", shared=None: reference.linear_fp8(
-        x, PackedWeight(packed, block_scale, global_scale, shape), bias, activation
-    )
+    return fp8.prepare(shape, dtype, device) if in_triton else _plain(reference.linear_fp8, shape)
 
 
 def _linear_fp8_sum(shape, dtype, device, in_triton: bool):
     if dtype not in TENSOR_CORE_DTYPES:
         return None
-    if in_triton:
-        return fp8.prepare_sum(shape, dtype, device)
+    return fp8.prepare_sum(shape, dtype, device) if in_triton else _plain_sum(reference.linear_fp8_sum, shape)
 
+
+def _linear_int8(shape, dtype, device, in_triton: bool):
+    return int8.prepare(shape, dtype, device) if in_triton else _plain(int8_reference.linear_int8, shape)
+
+
+def _linear_int8_sum(shape, dtype, device, in_triton: bool):
+    if not in_triton:
+        return _plain_sum(int8_reference.linear_int8_sum, shape)
+    return int8.prepare_sum(shape, dtype, device, _dequantize_sum(shape, dtype, device, True))
+
+
+def _plain(linear: Callable[..., torch.Tensor], shape: tuple[int, int]) -> Callable[..., torch.Tensor]:
+    def run(x, packed, block_scale, global_scale, bias=None, activation="", shared=None):
+        return linear(x, PackedWeight(packed, block_scale, global_scale, shape), bias, activation)
+
+    return run
+
+
+def _plain_sum(linear: Callable[..., torch.Tensor], shape: tuple[int, int]) -> Callable[..., torch.Tensor]:
     def run(x, packed, block_scale, global_scale, up, down, peak, bias=None, activation="", shared=None):
         weight = PackedWeight(packed, block_scale, global_scale, shape)
-        return reference.linear_fp8_sum(x, weight, up, down, peak, bias, activation)
+        return linear(x, weight, up, down, peak, bias, activation)
 
     return run
 
@@ -131,6 +147,8 @@ _PREPARERS = {
     "gemv": _gemv,
     "linear_fp8": _linear_fp8,
     "linear_fp8_sum": _linear_fp8_sum,
+    "linear_int8": _linear_int8,
+    "linear_int8_sum": _linear_int8_sum,
     "unpack_factors": _unpack_factors,
 }
 
@@ -206,6 +224,18 @@ def linear_fp8(
     return _prepared("linear_fp8", weight, x.dtype, backend)(x, *weight.parts, bias)
 
 
+def linear_int8(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """(..., K) float x NVFP4 (N, K) + (N,) -> (..., N) in x's dtype, both operands as rows in INT8.
+
+    Triton's takes 17 rows of x and more.
+    """
+    if torch.compiler.is_compiling():
+        return _ops.linear_int8(x, *weight.parts, *weight.shape, bias, backend)
+    return _prepared("linear_int8", weight, x.dtype, backend)(x, *weight.parts, bias)
+
+
 def quantize(
     weight: torch.Tensor,
     global_scale: torch.Tensor | None = None,
@@ -272,3 +302,4 @@ _define(
 )
 _define_linear("gemv", gemv)
 _define_linear("linear_fp8", linear_fp8)
+_define_linear("linear_int8", linear_int8)

@@ -74,15 +74,17 @@ class PackedWeight:
 
 @dataclass(frozen=True, eq=False)
 class FP8Rows:
-    """A tensor of ``shape`` (..., K) that exists only as E4M3 with a scale a row, for the products that take it so.
+    """A tensor of ``shape`` (..., K) as E4M3 with a scale a row, for the products that take it so.
 
     ``quantized`` (M, K) e4m3, ``scale`` (M, 1) fp32; K is a multiple of 16, and M the product of the other sizes.
+    ``kept``: the tensor itself, where somebody needs it too.
     """
 
     quantized: torch.Tensor
     scale: torch.Tensor
     shape: torch.Size
     dtype: torch.dtype = torch.bfloat16
+    kept: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +93,8 @@ class FP8Rows:
 
     def plain(self) -> torch.Tensor:
         """-> (..., K) of ``dtype``, for whoever cannot multiply E4M3."""
+        if self.kept is not None:
+            return self.kept
         return (self.quantized.float() * self.scale).to(self.dtype).view(self.shape)
 
 

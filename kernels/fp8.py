@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from .backends import FP8_CAPABILITY, pick_backend, triton_module
+from .backends import FP8_CAPABILITY, tensor_core_obstacle, triton_module
 from .errors import first_line
-from .format import FP8, FP8Rows, round_up
+from .format import FP8, FP8Rows
 from .reference import ACTIVATIONS
 
 # On: sums stay in the tensor core's short accumulator instead of going to FP32 every 128 products. On an H200 that
@@ -29,18 +29,7 @@ def obstacle(device: torch.device) -> str:
 
     Behind the capability a tiny product is computed: which torch builds have row-wise scaling for which GPU differs.
     """
-    if device.type != "cuda" or not torch.version.cuda:
-        return f"FP8 tensor cores are those of an NVIDIA GPU, the model is on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FP8_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        return f"FP8 needs compute capability 8.9, {name} has {capability[0]}.{capability[1]}"
-    if not hasattr(torch, "_scaled_mm"):
-        return f"torch {torch.__version__} has no torch._scaled_mm; update torch"
-    backend, reason = pick_backend(device)
-    if backend != "triton":
-        return reason
-    return _failure_of_a_trial(device)
+    return tensor_core_obstacle(device, "FP8", FP8_CAPABILITY, "_scaled_mm") or _failure_of_a_trial(device)
 
 
 def _failure_of_a_trial(device: torch.device) -> str:
@@ -102,7 +91,16 @@ class SharedRows:
 
 def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
     """(N, K), dtype and device of x -> the function ``linear_fp8`` that dispatch.prepare describes, on tensor cores."""
-    convert, product = triton_module("to_fp8").prepare(shape, device), _product(shape, dtype, device)
+    return converting(triton_module("to_fp8").prepare(shape, device), _product(shape, dtype, device))
+
+
+def prepare_sum(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    """The same for ``linear_fp8_sum``, whose factors are of x's dtype."""
+    return converting_sum(triton_module("to_fp8_sum").prepare(shape, dtype, device), _product(shape, dtype, device))
+
+
+def converting(convert: Callable[..., tuple], product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A weight's conversion and a function of ``by_rows`` -> function of x, a packed weight's parts, bias and so on."""
 
     def run(x, packed, block_scale, global_scale, bias=None, activation="", shared=None):
         return product(x, *convert(packed, block_scale, global_scale), bias, activation, shared)
@@ -110,9 +108,8 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     return run
 
 
-def prepare_sum(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
-    """The same for ``linear_fp8_sum``, whose factors are of x's dtype."""
-    convert, product = triton_module("to_fp8_sum").prepare(shape, dtype, device), _product(shape, dtype, device)
+def converting_sum(convert: Callable[..., tuple], product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same of a weight and the factors of its change, up, down and peak, which come behind ``global_scale``."""
 
     def run(x, packed, block_scale, global_scale, up, down, peak, bias=None, activation="", shared=None):
         weight, scale = convert(packed, block_scale, global_scale, up, down, peak)
@@ -122,25 +119,43 @@ def prepare_sum(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 
 
 def _product(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
-    """(N, K), dtype and device of x -> function (x, weight, its row scales, bias, activation, shared) -> (..., N)."""
-    rows, cols = shape
-    rounders = {kind: triton_module("quantize_rows").prepare(cols, dtype, device, kind) for kind in ACTIVATIONS}
-    flat = {kind: lambda x, run=run: run(x if x.ndim == 2 else x.reshape(-1, cols)) for kind, run in rounders.items()}
-    added = round_up(rows, 16) - rows
+    rows, added = shape[0], -shape[0] % 16
 
-    def product(x, weight, weight_scale, bias, activation, shared):
+    def multiply(quantized, scale, weight, weight_scale, bias):
         if bias is not None:
             bias = bias if bias.dtype == torch.bfloat16 else bias.to(torch.bfloat16)
             bias = torch.nn.functional.pad(bias, (0, added)) if added else bias
+        out = scaled_mm(quantized, scale, weight, weight_scale, bias)
+        out = out[:, :rows] if added else out
+        return out if dtype == torch.bfloat16 else out.to(dtype)
+
+    return by_rows(shape, dtype, device, multiply)
+
+
+def by_rows(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    multiply: Callable[..., torch.Tensor],
+    codes: torch.dtype = FP8,
+) -> Callable[..., torch.Tensor]:
+    """(N, K), dtype and device of x -> function (x, weight, its row scales, bias, activation, shared) -> (..., N).
+
+    ``multiply`` (rows in ``codes``, their scales, weight, its row scales, bias) -> (M, N) in ``dtype``.
+    """
+    rows, cols = shape
+    rounding = triton_module("quantize_rows").prepare
+    rounders = {kind: rounding(cols, dtype, device, kind, codes) for kind in ACTIVATIONS}
+    flat = {kind: lambda x, run=run: run(x if x.ndim == 2 else x.reshape(-1, cols)) for kind, run in rounders.items()}
+
+    def product(x, weight, weight_scale, bias, activation, shared):
         if type(x) is FP8Rows:
             quantized, scale = x.quantized, x.scale
         elif shared is None or activation:
             quantized, scale = flat[activation](x)
         else:
             quantized, scale = shared[0].get(shared[1], x, flat[activation])
-        out = scaled_mm(quantized, scale, weight, weight_scale, bias)
-        out = out[:, :rows] if added else out
-        out = out if dtype == torch.bfloat16 else out.to(dtype)
+        out = multiply(quantized, scale, weight, weight_scale, bias)
         return out if len(x.shape) == 2 else out.reshape(*x.shape[:-1], rows)
 
     return product

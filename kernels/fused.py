@@ -50,12 +50,16 @@ class Add(NamedTuple):
 
 
 class Want(NamedTuple):
-    """A tensor made of the stream's norm: times 1 + parameter ``scale``, plus ``shift``; ``quantize``: rows in FP8."""
+    """A tensor made of the stream's norm: times 1 + parameter ``scale``, plus ``shift``.
+
+    ``quantize``: rows in FP8, with ``keep`` the BF16 tensor beside them.
+    """
 
     ada: Ada | None = None
     scale: int = 0
     shift: int = 0
     quantize: bool = False
+    keep: bool = False
 
 
 def fits(x: torch.Tensor) -> bool:
@@ -93,7 +97,8 @@ def _as_wanted(values: torch.Tensor, want: Want) -> torch.Tensor:
 
 
 def _in_fp8(values: torch.Tensor, want: Want, x: torch.Tensor) -> FP8Rows:
-    return FP8Rows(*quantize_rows(_modulated(values, want)), x.shape)
+    kept = _as_wanted(values, want).view(x.shape) if want.keep else None
+    return FP8Rows(*quantize_rows(_modulated(values, want)), x.shape, kept=kept)
 
 
 def gate_heads(x: torch.Tensor, logits: torch.Tensor, quantize: bool) -> torch.Tensor | FP8Rows:
@@ -106,19 +111,21 @@ def gate_heads(x: torch.Tensor, logits: torch.Tensor, quantize: bool) -> torch.T
 
 
 def norm_rope(
-    tensors: Sequence[tuple[torch.Tensor, torch.Tensor]], rotation: torch.Tensor, eps: float
+    tensors: Sequence[tuple[torch.Tensor, torch.Tensor]], rotation: torch.Tensor | None, eps: float
 ) -> list[torch.Tensor]:
     """One or two of ((B, T, H * D) bf16, weight of its norm (H * D)) -> the same, normalised and rotated.
 
     ``rotation``: (1 or B, T, H, D / 2, 2, 2) bf16 without gaps; element i of a head's first half and element i of its
-    second are multiplied by matrix i. The norm spans all heads.
+    second are multiplied by matrix i. The norm spans all heads. None: no rotation.
     """
-    if pick_backend(rotation.device)[0] == "triton":
+    if pick_backend(tensors[0][0].device)[0] == "triton":
         return triton_module("norm_rope").norm_rope(tensors, rotation, eps)
     found = []
     for x, weight in tensors:
         values = x.float()
         values = values / (values.square().mean(-1, keepdim=True) + eps).sqrt() * weight.float()
-        halves = values.unflatten(-1, (rotation.shape[2], 2, -1)).transpose(-1, -2).unsqueeze(-1)
-        found.append((rotation.float() @ halves).squeeze(-1).transpose(-1, -2).flatten(2).to(x.dtype))
+        if rotation is not None:
+            halves = values.unflatten(-1, (rotation.shape[2], 2, -1)).transpose(-1, -2).unsqueeze(-1)
+            values = (rotation.float() @ halves).squeeze(-1).transpose(-1, -2).flatten(2)
+        found.append(values.to(x.dtype))
     return found

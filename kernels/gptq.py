@@ -199,8 +199,9 @@ def _quantize(weight: torch.Tensor, passes: tuple[Feedback, ...], global_scale: 
     scales = torch.zeros((len(codes), count, width // BLOCK), dtype=FP8, device=weight.device)
     on_cpu = weight.device.type == "cpu"
     most, together = _PIECES["cpu" if on_cpu else "gpu"]
-    height = max(min(rows, most), 1)
-    step = max(min(together // height, -(-count // torch.get_num_threads()) if on_cpu else count), 1)
+    # At least two pieces: torch's own threads, which a single one would get, meet after every operation.
+    height = max(min(-(-rows // 2) if on_cpu and count == 1 else rows, most), 1)
+    step = max(min(together // height, -(-count // max(torch.get_num_threads(), 2)) if on_cpu else count), 1)
 
     def work(piece: tuple[int, int]) -> None:
         row, block = (slice(start, start + size) for start, size in zip(piece, (height, step), strict=True))

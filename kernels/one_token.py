@@ -89,10 +89,10 @@ def place_token(
 
 def prepare_attend(
     heads: int, cache: tuple[int, int, int], scale: float, device: torch.device
-) -> Callable[..., torch.Tensor]:
+) -> Callable[..., torch.Tensor] | None:
     """Heads of the query, (slots, G, D) of the cache -> function (query, key, value, bias) -> as ``attend``.
 
-    It keeps a tensor on the device.
+    It keeps a tensor on the device. None where more heads share one of the cache than the kernel can take.
     """
     if pick_backend(device)[0] == "triton":
         return triton_module("attend").prepare(heads, cache, scale, device)

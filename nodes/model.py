@@ -34,9 +34,11 @@ class NVFP4ModelLoader(io.ComfyNode):
                     "compute",
                     options=list(COMPUTE_MODES),
                     default="bf16",
-                    tooltip="bf16: weight-only, exact. fp8: weights and activations in FP8 (compute capability 8.9 and "
-                    "up). fp4: both in FP4, by ComfyUI's own kernels (10.0 and up, CUDA 13). auto: the fastest of "
-                    "these that runs here. Sensitive layers stay weight-only; the report says how many and why.",
+                    tooltip="bf16: weight-only, exact. int8: weights and activations in INT8, for GPUs without FP8 "
+                    "(compute capability 7.5 and up); activations with outlier channels lose more in it than in FP8. "
+                    "fp8: both in FP8 (8.9 and up). fp4: both in FP4, by ComfyUI's own kernels (10.0 and up, CUDA "
+                    "13). auto: the fastest of these but int8 that runs here. Sensitive layers stay weight-only; the "
+                    "report says how many and why.",
                 ),
                 io.Combo.Input(
                     "dialect",
@@ -69,9 +71,9 @@ class NVFP4ModelLoader(io.ComfyNode):
                     default=BY_COMPUTE,
                     optional=True,
                     tooltip="by compute mode: ComfyUI's own for bf16, whose result is then exactly ComfyUI's, and auto "
-                    "for fp8 and fp4. auto: torch's kernels are compared and timed on this GPU in the first step, and "
-                    "the fastest accurate one is kept for each shape. host: ComfyUI's own. sdpa and the others: that "
-                    "one.",
+                    "for the other modes. auto: torch's kernels are compared and timed on this GPU in the first step, "
+                    "and the fastest accurate one is kept for each shape. host: ComfyUI's own. sdpa and the others: "
+                    "that one.",
                     advanced=True,
                 ),
                 io.Boolean.Input(

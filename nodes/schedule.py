@@ -16,8 +16,8 @@ class NVFP4ComputeSchedule(io.ComfyNode):
             display_name="NVFP4 Compute Schedule",
             category="NVFP4",
             description="Has some steps of a sampling compute more exactly than the rest, on the same bytes: bf16 "
-            "where an image is laid out or finished, fp8 or fp4 between. For models of the NVFP4 Model Loader with "
-            "compute fp8, fp4 or auto.",
+            "where an image is laid out or finished, int8, fp8 or fp4 between. For models of the NVFP4 Model Loader "
+            "with compute int8, fp8, fp4 or auto.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that gets a schedule; it is not changed itself."),
                 io.Combo.Input(
@@ -29,15 +29,15 @@ class NVFP4ComputeSchedule(io.ComfyNode):
                 io.String.Input(
                     "ranges",
                     default="0.95-1=bf16, 0-0.45=bf16",
-                    tooltip="With by sigma: FROM-TO=MODE, separated by commas, MODE bf16, fp8 or fp4; the first that "
-                    "holds a step's sigma counts. A layer never computes less exactly than it was loaded to.",
+                    tooltip="With by sigma: FROM-TO=MODE, separated by commas, MODE bf16, int8, fp8 or fp4; the first "
+                    "that holds a step's sigma counts. A layer never computes less exactly than it was loaded to.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with that schedule."),
                 io.String.Output("report", display_name="report", tooltip="Which steps compute how."),
             ],
-            search_aliases=["nvfp4", "compute", "schedule", "fp8", "fp4", "bf16", "precision", "steps"],
+            search_aliases=["nvfp4", "compute", "schedule", "int8", "fp8", "fp4", "bf16", "precision", "steps"],
         )
 
     @classmethod

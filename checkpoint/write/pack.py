@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 DAMPINGS = (0.005, 0.02, 0.08, 0.3)
 _TRIAL_PIECES = 3  # of 128 rows, evenly spread
-_TRIAL_THIRD = 3  # of those rows, one in so many
+_TRIAL_EVERY = 3  # of those rows, one in so many is tried
 _TRIAL_ELEMENTS = 2**26  # of the Gram matrices that are factored at once
 Pack = Callable[[torch.Tensor], PackedWeight]
 Made = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -130,7 +130,7 @@ def _error(record: PackedWeight, values: torch.Tensor, moments: Moments) -> torc
 
 def _best_damping(rows: FloatRows, global_scale: torch.Tensor, moments: Moments) -> gptq.Feedback:
     """Of the dampings, the one whose rounding of some rows is least off on held-out tokens. ValueError."""
-    sample = torch.cat(list(trial_rows(rows)))[::_TRIAL_THIRD]
+    sample = torch.cat(list(trial_rows(rows)))[::_TRIAL_EVERY]
     many = max(min(_TRIAL_ELEMENTS // moments.gram.numel(), len(DAMPINGS)), 1)
     best, least = None, float("inf")
     for start in range(0, len(DAMPINGS), many):

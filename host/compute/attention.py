@@ -8,6 +8,9 @@ cuDNN takes half the time at LTX's sizes, on an L40S the same. ``Attention`` sta
 A trial runs each candidate on the tensors of the first call of a shape, drops those whose result differs from torch's
 own by more than rounding to BF16 explains or that cannot run, times the others in turn, and keeps the fastest for this
 shape and GPU as long as the process lives. All of it happens outside the host's recording of allocations.
+
+What counts is the GPU's time, and a little the CPU's: it is felt only in steps that wait for the CPU, and not once
+their blocks are replayed as graphs.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +45,9 @@ _WORTH = 0.97  # of the host's time: a smaller gain is noise
 _HOPELESS = 1.3  # times the fastest in the first round: not timed again
 _ROUNDS = 3
 _SHORT_MS = 1.0  # calls shorter than this are timed ten at a time
+_CPU_SHARE = 0.1  # of the CPU's time for a call that is added to the GPU's
+_CYCLES = 3e9  # of a second, more than any GPU has
+_LONGEST_WAIT = 0.1  # seconds
 _MOST_SHAPES = 256
 _MOST_BATCH = 2**15  # the host splits larger ones, for a fault in torch's kernels
 
@@ -124,6 +131,11 @@ class Attention:
                 trial = _trials[shape] = _try_all(function, args, kwargs)
             logger.info("attention %s", trial)
         return trial.winner
+
+
+def is_chosen(options: Mapping | None) -> bool:
+    """Whether a call's options ask for an attention of this pack's, whose rounding is not the host's."""
+    return options is not None and isinstance(options.get(OVERRIDE), Attention)
 
 
 def _is_gpu(device: torch.device) -> bool:
@@ -218,16 +230,25 @@ def _norm(tensor: torch.Tensor) -> float:
 
 
 def _milliseconds(call: Callable, calls: int, device: torch.device) -> float:
-    """Time of one call on the current stream, on which nothing else is queued then."""
+    """GPU time of one call, with nothing else on the device, and ``_CPU_SHARE`` of what the CPU takes to queue it.
+
+    The GPU first waits until the CPU has queued all ``calls``; short ones would else be timed by the CPU's speed.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     stream = torch.cuda.current_stream(device)
-    stream.synchronize()
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    call()
+    queued = time.perf_counter() - begun
+    torch.cuda.synchronize(device)
+    if hasattr(torch.cuda, "_sleep"):
+        torch.cuda._sleep(int(min(2 * calls * queued, _LONGEST_WAIT) * _CYCLES))
     start.record(stream)
     for _ in range(calls):
         call()
     end.record(stream)
     end.synchronize()
-    return start.elapsed_time(end) / calls
+    return start.elapsed_time(end) / calls + _CPU_SHARE * queued * 1e3
 
 
 def use_attention(patcher: Any, choice: str, mode: str = "bf16") -> str:
@@ -239,7 +260,7 @@ def use_attention(patcher: Any, choice: str, mode: str = "bf16") -> str:
     if choice not in choices():
         raise PackError(f"attention: there is no {choice!r} here; there are {', '.join(choices())}")
     if choice == BY_COMPUTE:
-        choice = AUTO if mode in ("fp8", "fp4") else HOST
+        choice = HOST if mode == "bf16" else AUTO
     device, options = patcher.load_device, patcher.model_options.setdefault("transformer_options", {})
     if choice == HOST:
         return "ComfyUI's own"

@@ -61,7 +61,7 @@ def use_graphs(patcher: Any) -> str:
 def _is_out_of_question(model: torch.nn.Module, device: torch.device) -> bool:
     """Whether it is no audio and video transformer of LTX, or not on an NVIDIA GPU."""
     nvidia = device.type == "cuda" and torch.version.cuda is not None
-    return not nvidia or type(model) is not graph_key.host_class("LTXAVModel")
+    return not nvidia or not graph_key.is_host_s(model, "LTXAVModel")
 
 
 def obstacle(model: torch.nn.Module, device: torch.device) -> str:
@@ -140,7 +140,7 @@ class Blocks:
 
     def __init__(self, model: torch.nn.Module):
         self.blocks = model.transformer_blocks
-        self.module = type(model).__module__
+        self.module = type(model).__dict__.get("host_class", type(model)).__module__
         self.plans: dict[tuple, graph_plan.Plan] = {}
         self.waits_for_cpu: set[tuple] = set()
         self.counts: Counter[str] = Counter()

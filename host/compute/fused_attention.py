@@ -19,20 +19,25 @@ import torch
 from ...kernels import fused
 from ...kernels.format import FP8Rows
 from .. import residency
+from .attention import is_chosen
 from .graph_key import SCHEDULED
-from .rows import takes_rows
+from .matmul import rows_for
+
+EXACT = "_nvfp4_exact"  # a module of a model that promises the host's own bits
 
 
 def is_apart(module: torch.nn.Module, options: Mapping | None = None) -> bool:
     """Whether a call now is one of those the host's own code is for: compiled, with gradients, or of a patched class.
 
     ``module`` is of a class that this pack derived from the host's, whose ``forward`` somebody may have exchanged;
-    ``options``: the call's, in which a schedule may ask for the exact mode.
+    ``options``: the call's. A model without a layer in FP8 mode, and a step that a schedule has in the exact mode, are
+    the host's as long as their attention is: with another they differ from it by rounding already.
     """
     own = type(module)
+    exact = module.__dict__.get(EXACT, False) or (options is not None and options.get(SCHEDULED) == "bf16")
     return (
         own.host_class.forward is not own.host_forward
-        or (options is not None and options.get(SCHEDULED) == "bf16")
+        or (exact and not is_chosen(options))
         or torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or bool(getattr(comfy.model_management, "in_training", False))
@@ -46,14 +51,16 @@ def attention_class(found: type, host: ModuleType) -> type:
     class FusedAttention(found):
         host_class, host_forward = found, found.forward
 
-        def accepts(self) -> tuple[bool, bool]:
-            """Whether the tensor for q and the gates, and that for k and v, may come as rows."""
+        def accepts(self, rows: int, others: int, device: torch.device) -> tuple[bool, bool, bool]:
+            """Whether the ``rows`` for q may come in FP8, whether the gates need their tensor too, and as the first
+            for the ``others`` for k and v."""
             if residency.taken_over(self.__dict__) or is_apart(self):
-                return False, False
+                return False, False, False
             gates = self.to_gate_logits
             return (
-                takes_rows(self.to_q) and (gates is None or takes_rows(gates)),
-                takes_rows(self.to_k) and takes_rows(self.to_v),
+                rows_for(self.to_q, rows, device),
+                gates is not None and not rows_for(gates, rows, device),
+                rows_for(self.to_k, others, device) and rows_for(self.to_v, others, device),
             )
 
         def forward(self, x, context=None, mask=None, pe=None, k_pe=None, transformer_options={}):  # noqa: B006
@@ -61,6 +68,8 @@ def attention_class(found: type, host: ModuleType) -> type:
                 return super().forward(x, context, mask, pe, k_pe, transformer_options)
             q, source = self.to_q(x), x if context is None else context
             k, v = self.to_k(source), self.to_v(source)
+            if type(x) is FP8Rows and x.kept is not None:
+                x = x.kept
             gates = None if self.to_gate_logits is None else self.to_gate_logits(x)
             del source
             if context is None and transformer_options.get("stg_skip_self_attn", False):
@@ -78,18 +87,19 @@ def _normed(attn: Any, host: ModuleType, q, k, pe, k_pe) -> tuple[torch.Tensor, 
     """The norms of q and k, and their rotations if there are any."""
     other = pe if k_pe is None else k_pe
     weights = _weight(attn.q_norm, q), _weight(attn.k_norm, k)
-    if pe is None or any(weight is None for weight in weights) or not (_rotates(pe, q) and _rotates(other, k)):
+    if any(weight is None for weight in weights) or not (_rotates(pe, q) and _rotates(other, k)):
         q, k = attn.q_norm(q), attn.k_norm(k)
         if pe is None:
             return q, k
         if k_pe is None and q.shape == k.shape:
             return host.apply_rotary_emb_qk(q, k, pe)
         return host.apply_rotary_emb(q, pe), host.apply_rotary_emb(k, other)
-    if other is pe and q.shape == k.shape and attn.q_norm.eps == attn.k_norm.eps:
-        return tuple(fused.norm_rope([(q, weights[0]), (k, weights[1])], pe[0], attn.q_norm.eps))
+    turns = None if pe is None else pe[0], None if pe is None else other[0]
+    if turns[0] is turns[1] and q.shape == k.shape and attn.q_norm.eps == attn.k_norm.eps:
+        return tuple(fused.norm_rope([(q, weights[0]), (k, weights[1])], turns[0], attn.q_norm.eps))
     return (
-        fused.norm_rope([(q, weights[0])], pe[0], attn.q_norm.eps)[0],
-        fused.norm_rope([(k, weights[1])], other[0], attn.k_norm.eps)[0],
+        fused.norm_rope([(q, weights[0])], turns[0], attn.q_norm.eps)[0],
+        fused.norm_rope([(k, weights[1])], turns[1], attn.k_norm.eps)[0],
     )
 
 
@@ -102,8 +112,10 @@ def _weight(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     return weight if weight is not None and weight.is_floating_point() and weight.shape == x.shape[-1:] else None
 
 
-def _rotates(pe: tuple, x: torch.Tensor) -> bool:
-    """Whether ``fused.norm_rope`` takes these matrices for x (B, T, C): split halves, one a pair and token."""
+def _rotates(pe: tuple | None, x: torch.Tensor) -> bool:
+    """Whether ``fused.norm_rope`` takes these matrices for x (B, T, C): none, or split halves, one a pair and token."""
+    if pe is None:
+        return True
     rotation, split = pe
     return (
         bool(split)
@@ -142,7 +154,7 @@ def _projected(attn: Any, out: torch.Tensor, gates: torch.Tensor | None) -> torc
     direct = (
         len(layers) == 2
         and type(layers[1]) is torch.nn.Dropout
-        and takes_rows(layers[0])
+        and rows_for(layers[0], out.numel() // out.shape[-1], out.device)
         and not any(residency.taken_over(module.__dict__) for module in (attn.to_out, layers[1]))
     )
     out = fused.gate_heads(out, gates, direct)

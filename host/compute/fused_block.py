@@ -18,7 +18,6 @@ import torch
 from ...kernels import fused
 from ...kernels.format import FP8Rows
 from ...kernels.fused import Ada, Add, Want
-from . import matmul
 from .fused_attention import is_apart
 
 _ARGUMENTS = frozenset((
@@ -125,8 +124,7 @@ class _Stream:
     """One of the two residual streams, and what is still to be added to it."""
 
     def __init__(self, x: torch.Tensor):
-        self.x, self.waiting = x, None
-        self.many = x.numel() // x.shape[-1] >= matmul.least_rows((x.shape[-1],) * 2, x.device)
+        self.x, self.waiting, self.rows = x, None, x.numel() // x.shape[-1]
 
     def add(self, y: torch.Tensor, gate: Ada | None, at: int = 0) -> None:
         """``y``, gated, with the next pass."""
@@ -141,8 +139,8 @@ class _Stream:
         return fused.norm_rows(self.x, add, wants, norm=bool(wants)) if wants or add is not None else []
 
 
-def _accepts(attn: Any) -> tuple[bool, bool]:
-    return attn.accepts() if hasattr(attn, "accepts") else (False, False)
+def _accepts(attn: Any, rows: int, others: int, device: torch.device) -> tuple[bool, bool, bool]:
+    return attn.accepts(rows, others, device) if hasattr(attn, "accepts") else (False, False, False)
 
 
 def _run(block: Any, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,17 +157,22 @@ def _run(block: Any, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
                 {"pe": given["a_pe"]})  # fmt: skip
 
     to_video, to_audio, hidden = block.audio_to_video_attn, block.video_to_audio_attn, None
-    wants = [Want(audio.cross, 0, 1, _accepts(to_video)[1] and a.many)] if run_a2v else []
-    wants += [Want(audio.cross, 2, 3, _accepts(to_audio)[0] and a.many)] if run_v2a else []
+    device, wants = v.x.device, []
+    if run_a2v:
+        *rows, others = _accepts(to_video, v.rows, a.rows, device)
+        wants.append(Want(audio.cross, 0, 1, others))
+    if run_v2a:
+        *sound_rows, picture_rows = _accepts(to_audio, a.rows, v.rows, device)
+        wants.append(Want(audio.cross, 2, 3, *sound_rows))
     sound = a.make(*wants) if wants else []
     if run_a2v:
-        (picture,) = v.make(Want(video.cross, 0, 1, _accepts(to_video)[0] and v.many))
+        (picture,) = v.make(Want(video.cross, 0, 1, *rows))
         out = to_video(picture, context=sound[0], pe=given["v_cross_pe"], k_pe=given["a_cross_pe"],
                        transformer_options=options)  # fmt: skip
         v.add(out, video.cross_gate)
         del picture, out
     if run_v2a:
-        picture, hidden = v.make(Want(video.cross, 2, 3, _accepts(to_audio)[1] and v.many), _before(block.ff, v, video))
+        picture, hidden = v.make(Want(video.cross, 2, 3, picture_rows), _before(block.ff, v, video))
         out = to_audio(sound[-1], context=picture, pe=given["a_cross_pe"], k_pe=given["v_cross_pe"],
                        transformer_options=options)  # fmt: skip
         a.add(out, audio.cross_gate)
@@ -190,22 +193,24 @@ def _attend(
     stream: _Stream, attn: Any, side: _Side, text_attn: Any, text_mask: Any, options: dict, named: dict
 ) -> None:
     """Self attention, then attention to the text, which is modulated too in newer models."""
-    (normed,) = stream.make(Want(side.own, 1, 0, all(_accepts(attn)) and stream.many))
+    device = stream.x.device
+    takes_x, keep, takes_too = _accepts(attn, stream.rows, stream.rows, device)
+    (normed,) = stream.make(Want(side.own, 1, 0, takes_x and takes_too, keep))
     out = attn(normed, transformer_options=options, **named)
     stream.add(out, side.own, 2)
     del normed, out
-    takes_x, takes_text = _accepts(text_attn)
-    takes_x, context, gate = takes_x and stream.many, side.context, None
+    context, gate = side.context, None
+    takes_x, keep, takes_text = _accepts(text_attn, stream.rows, context.shape[0] * context.shape[1], device)
     if side.prompt is None:
-        (normed,) = stream.make(Want(quantize=takes_x))
+        (normed,) = stream.make(Want(quantize=takes_x, keep=keep))
     else:
-        (normed,), gate = stream.make(Want(side.own, 7, 6, takes_x)), side.own
-        many = context.shape[0] * context.shape[1] >= matmul.least_rows((context.shape[2],) * 2, context.device)
-        (context,) = fused.norm_rows(context, None, [Want(side.prompt, 1, 0, takes_text and many)], norm=False)
+        (normed,), gate = stream.make(Want(side.own, 7, 6, takes_x, keep)), side.own
+        (context,) = fused.norm_rows(context, None, [Want(side.prompt, 1, 0, takes_text)], norm=False)
     out = text_attn(normed, context=context, mask=text_mask, transformer_options=options)
     stream.add(out, gate, 8)
 
 
 def _before(feed_forward: Any, stream: _Stream, side: _Side) -> Want:
     """What a feed-forward takes."""
-    return Want(side.own, 4, 3, hasattr(feed_forward, "accepts") and feed_forward.accepts() and stream.many)
+    rows = hasattr(feed_forward, "accepts") and feed_forward.accepts(stream.rows, stream.x.device)
+    return Want(side.own, 4, 3, rows)

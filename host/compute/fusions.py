@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What neighbouring layers of a loaded LTX model in FP8 mode can do together: one pass over memory less each time.
+"""What neighbouring layers of a loaded LTX model in FP8 or INT8 mode can do together: one pass over memory less each.
 
 * to_q, to_k and to_v of an attention take the same tensor: it is quantised once.
 * GELU before the second Linear of the feed-forward is computed while that Linear quantises its input.
 * The norm and rotation of q and k are one pass, the gates of heads come with the next Linear's rows
   (fused_attention.py); gated addition, norm, modulation and rows for the next Linears are one (fused_block.py).
 
-The first changes no bit, the others leave out roundings between. Models without a layer in FP8 mode stay as they are.
-Only LTX's own classes are prepared, whose source is one of those that this pack was written after, and whoever replaced
-a ``forward`` or hooked a layer gets what he would without: each call looks. Classes are set on the model's own modules;
-nothing of the host is patched.
+Rows that another kernel makes are FP8's alone. The first changes no bit, the others leave out roundings between. Models
+without a layer in FP8 or INT8 mode are the host's bit for bit as long as their attention is the host's; where another
+was chosen, they have the last of the three without rows. Only LTX's own classes are prepared, whose source is one of
+those that this pack was written after, and whoever replaced a ``forward`` or hooked a layer gets what he would without:
+each call looks. Classes are set on the model's own modules; nothing of the host is patched.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ import torch
 from ...kernels.format import FP8Rows
 from ...kernels.fp8 import SharedRows
 from .. import residency
-from .fused_attention import attention_class, is_apart
+from .fused_attention import EXACT, attention_class, is_apart
 from .fused_block import block_class
-from .rows import takes_rows
+from .matmul import rows_for
+from .modes import EIGHT_BITS
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")
 # ``fingerprint`` of what the classes here stand for, in ComfyUI 0.33 and in 0.38.
@@ -39,12 +41,15 @@ _BLOCKS = frozenset(("68f99ad48eef5f89",))
 
 
 def fuse(model: torch.nn.Module, linear: type) -> str:
-    """Prepare the layers of class ``linear`` in FP8 mode -> what to expect, for the load report; "" if nobody would.
+    """Prepare the layers of class ``linear`` -> what to expect, for the load report; "" if nobody would.
 
-    Other models, classes and modes are left alone, and modules that were prepared for another mode are as before.
+    Other models and classes and those with layers in FP4 mode are left alone, and modules that were prepared for
+    another mode are as before.
     """
     release(model)
-    if not any(_in_fp8(module, linear) for module in model.modules()):
+    modes = {module.__dict__.get("nvfp4_mode") for module in model.modules() if isinstance(module, linear)}
+    exact = modes.isdisjoint(EIGHT_BITS)
+    if exact and ("bf16" not in modes or "fp4" in modes):
         return ""
     host, av = _host("model"), _host("av_model")
     attention, block = getattr(host, "CrossAttention", None), getattr(av, "BasicAVTransformerBlock", None)
@@ -55,27 +60,35 @@ def fuse(model: torch.nn.Module, linear: type) -> str:
     for module in model.modules():
         if type(module) is attention:
             layers = [getattr(module, name, None) for name in _PROJECTIONS]
-            if all(_in_fp8(layer, linear) for layer in layers):
+            if len(kinds := {_in_8_bits(layer, linear) for layer in layers}) == 1 and all(kinds):
                 shared, owns = SharedRows(), tuple(layer.__dict__ for layer in layers)
                 for place, own in enumerate(owns):
                     own["_nvfp4_shared"], own["_nvfp4_sharers"] = (shared, place), owns
             if not reason:
-                module.__class__ = attention_class(attention, host)
+                _become(module, attention_class(attention, host), exact)
         elif type(module) is block and not reason:
-            module.__class__ = block_class(block, av)
-        elif (fused := _feed_forward(type(module))) is not None and _in_fp8(module.net[2], linear):
+            _become(module, block_class(block, av), exact)
+        elif (fused := _feed_forward(type(module))) is not None and _in_8_bits(module.net[2], linear):
             module.__class__ = fused
+    if exact:
+        return "" if reason else "norms, modulations and rotations, where attention is not ComfyUI's own"
     if reason:
         return f"rows of q, k and v, and the feed-forward's activation; no more, {reason}"
     return "norms, modulations, gates and rotations, each with its neighbours"
 
 
+def _become(module: torch.nn.Module, own: type, exact: bool) -> None:
+    module.__class__ = own
+    module.__dict__[EXACT] = exact
+
+
 def release(model: torch.nn.Module) -> None:
     """Give all modules the host's classes back."""
     for module in model.modules():
-        host_class = type(module).__dict__.get("host_class")
-        if host_class is not None:
-            module.__class__ = host_class
+        module.__dict__.pop(EXACT, None)
+        own = type(module).__dict__
+        if "host_class" in own and "host_forward" in own:
+            module.__class__ = own["host_class"]
 
 
 def _stands_down(host: ModuleType | None, av: ModuleType | None) -> str:
@@ -106,8 +119,10 @@ def fingerprint(*parts: Callable | type) -> str:
     return digest.hexdigest()[:16]
 
 
-def _in_fp8(layer: object, linear: type) -> bool:
-    return isinstance(layer, linear) and layer.__dict__.get("nvfp4_mode") == "fp8"
+def _in_8_bits(layer: object, linear: type) -> str:
+    """Which of EIGHT_BITS a layer computes in, or an empty string."""
+    mode = layer.__dict__.get("nvfp4_mode") if isinstance(layer, linear) else ""
+    return mode if mode in EIGHT_BITS else ""
 
 
 def _host(name: str) -> ModuleType | None:
@@ -127,10 +142,10 @@ def _feed_forward(found: type) -> type | None:
     class FusedFeedForward(found):
         host_class, host_forward = found, found.forward
 
-        def accepts(self) -> bool:
-            """Whether the input may come as rows."""
+        def accepts(self, rows: int, device: torch.device) -> bool:
+            """Whether so many rows may come in FP8."""
             free = not (residency.taken_over(self.__dict__) or is_apart(self))
-            return free and _as_built(self.net, host.GELU_approx) and takes_rows(self.net[0].proj)
+            return free and _as_built(self.net, host.GELU_approx) and rows_for(self.net[0].proj, rows, device)
 
         def forward(self, x):
             if type(x) is not FP8Rows and (is_apart(self) or not _as_built(self.net, host.GELU_approx)):

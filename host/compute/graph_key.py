@@ -38,6 +38,12 @@ def host_class(name: str) -> type | None:
         return None
 
 
+def is_host_s(module: torch.nn.Module, name: str) -> bool:
+    """Whether a module is of that class of the host's, or of one that the pack derived from it."""
+    kind = type(module)
+    return kind.__dict__.get("host_class", kind) is host_class(name)
+
+
 def strange(options: Mapping) -> list[str]:
     """Names of the options that might change what a block computes in a way this module does not see."""
     known = (*_WITHOUT_EFFECT, *_EFFECTIVE, SCHEDULED)
@@ -112,8 +118,7 @@ def of_block(block: torch.nn.Module, device: torch.device) -> tuple[tuple, tuple
     That is if somebody's function stands in it, if it is compiled, or if a weight is not on the GPU or is computed
     anew in every call. Branches are told by where they lie and by their ranks: LoRA of the model, of a hook, or none.
     """
-    kind = type(block)
-    if kind.__dict__.get("host_class", kind) is not host_class("BasicAVTransformerBlock"):  # or the pack's own of it
+    if not is_host_s(block, "BasicAVTransformerBlock"):
         return None
     branches: list[Any] = []
     found: list[Any] = []

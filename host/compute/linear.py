@@ -26,9 +26,8 @@ from . import lora
 from .experts import bank_class
 from .low_rank import LOW_RANK, add_low_rank
 from .matmul import LAYOUT, multiply, multiply_with_lora, wrap
-from .modes import Compute
+from .modes import EIGHT_BITS, OWN, Compute
 
-_OWN_MODES = ("bf16", "fp8")
 _WEIGHT_ONLY = Compute()
 
 
@@ -79,7 +78,7 @@ def weight_only_operations(
                 weight = parameters.get("weight")
                 rows = type(input) is FP8Rows
                 if not (
-                    own.get("nvfp4_mode") in _OWN_MODES
+                    own.get("nvfp4_mode") in OWN
                     and isinstance(weight, QuantizedTensor)
                     and not patched(self)
                     and (rows or type(input) is torch.Tensor)
@@ -92,9 +91,9 @@ def weight_only_operations(
                 device = input.device
                 matmul = multiply if own.get("nvfp4_lora") is None else multiply_with_lora
                 smoothed = "pre_quant_scale" in parameters  # ModelOpt's AWQ
-                if rows and (smoothed or activation or matmul is not multiply):
+                if rows and (smoothed or activation):
                     input = input.plain()
-                if activation and (smoothed or own["nvfp4_mode"] != "fp8"):
+                if activation and (smoothed or own["nvfp4_mode"] not in EIGHT_BITS):
                     input, activation = reference.activate(input, activation), ""
                 if smoothed:
                     smoothing = parameters["pre_quant_scale"]

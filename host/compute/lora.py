@@ -24,6 +24,7 @@ import torch
 from ...kernels import dispatch
 from ...kernels.format import FACTOR_BLOCK, OUTPUT_DTYPES
 from ...kernels.reference import pack_factor
+from .modes import OWN
 
 # What a model's adapters may hold before they are kept in 8 bits; a LoRA of rank 64 on the whole of LTX-2.3 holds 1.2
 # GB in BF16, the official one of rank 384 7.
@@ -208,7 +209,7 @@ def obstacle(module: torch.nn.Module, patches: Iterable[Sequence], hook: bool = 
     ``patches`` are the host's tuples (strength, value, strength_model, offset, function). ``hook``: any format will do.
     """
     mode = module.__dict__.get("nvfp4_mode")
-    if not hook and mode not in ("bf16", "fp8"):
+    if not hook and mode not in OWN:
         return "the layer computes in FP4" if mode == "fp4" else OTHER_FORMAT
     shape = (module.out_features, module.in_features)
     for _, value, strength_model, *rest in patches:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A packed weight on the device and an input -> their product; which kernel computes it follows from the rows.
 
-Few rows go to the fused kernel, many of a layer in FP8 mode to the FP8 tensor cores, the rest is multiplied by the
-weight dequantised on the device. Called a thousand times a step: what depends on the layer alone is prepared once.
+Few rows go to the fused kernel, many of a layer in FP8 or INT8 mode to the tensor cores for it, the rest is multiplied
+by the weight dequantised on the device. Called a thousand times a step: what depends on the layer alone is prepared
+once.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from comfy.quant_ops import QuantizedTensor, get_layout_class
@@ -16,8 +18,9 @@ from ...kernels import dispatch, reference
 from ...kernels.format import FP8Rows, PackedWeight
 from .. import residency
 from . import lora
-from .card import fp8_min_tokens, gpu_of
-from .rows import shared_rows
+from .card import gpu_of, min_tokens
+from .modes import EIGHT_BITS
+from .rows import shared_rows, takes_rows
 
 LAYOUT = "TensorCoreNVFP4Layout"
 # A LoRA beside the product costs as much as one in the weight where T (N + K) is this many times N K: 1.5 to 2 on an
@@ -67,7 +70,7 @@ def multiply(
             functions = own["_nvfp4_functions"] = _functions(own, params.orig_shape, dtype, device, backend)
     few, many, least, dequantize = functions[4:]
     if type(input) is FP8Rows:
-        if many is not None:
+        if many is not None and mode == "fp8":
             return many(input, packed, params.block_scale, params.scale, bias)
         input = input.plain()
     if few is not None or many is not None:
@@ -88,7 +91,7 @@ def multiply(
 
 def multiply_with_lora(
     own: dict,
-    input: torch.Tensor,
+    input: torch.Tensor | FP8Rows,
     weight: QuantizedTensor,
     bias: torch.Tensor | None,
     device: torch.device,
@@ -97,26 +100,41 @@ def multiply_with_lora(
 ) -> torch.Tensor:
     """As ``multiply`` with the layer's branch: few rows get it beside their product, many are multiplied by the sum.
 
-    The sum is made while the weight is decoded, or converted to E4M3, whose rounding the change then shares: 2 N K R
+    The sum is made while the weight is decoded, or converted to 8 bits, whose rounding the change then shares: 2 N K R
     FLOPs whatever the rows, where a branch costs 2 T (N + K) R in BF16 and a pass over the output.
     """
-    branch, cols = own["nvfp4_lora"], input.shape[-1] if input.ndim else 0
-    rows = input.numel() // cols if cols else 0
-    down, up = lora.factors(branch, input, backend)
+    branch, cols, is_rows = own["nvfp4_lora"], input.shape[-1] if len(input.shape) else 0, type(input) is FP8Rows
+    rows = math.prod(input.shape[:-1]) if cols else 0
     params, shape = weight._params, tuple(weight._params.orig_shape)
-    if rows <= reference.MAX_TOKENS or rows * sum(shape) < _BESIDE * shape[0] * shape[1]:
-        input = reference.activate(input, activation)
-        return lora.add(multiply(own, input, weight, bias, device, backend, ""), input, down, up)
-    many = None
-    if own.get("nvfp4_mode") == "fp8" and not torch.compiler.is_compiling() and rows >= least_rows(shape, device):
-        many = dispatch.prepare("linear_fp8_sum", shape, input.dtype, device, backend)
+    in_weight = _in_weight(shape, rows)
+    down, up = lora.factors(branch, input, backend)
+    many, mode = None, own.get("nvfp4_mode")
+    if in_weight and mode in EIGHT_BITS and not torch.compiler.is_compiling():
+        if rows >= least_rows(shape, device, mode):
+            many = dispatch.prepare(f"linear_{mode}_sum", shape, input.dtype, device, backend)
     if many is not None:
         parts = weight._qdata, params.block_scale, params.scale, up, down, branch.peak
-        return many(input, *parts, bias, activation, shared_rows(own))
-    input = reference.activate(input, activation)
+        return many(input, *parts, bias, activation, None if is_rows else shared_rows(own))
+    input = reference.activate(input.plain() if is_rows else input, activation)
+    if not in_weight:
+        return lora.add(multiply(own, input, weight, bias, device, backend, ""), input, down, up)
     record = PackedWeight(weight._qdata, params.block_scale, params.scale, shape)
     merged = dispatch.dequantize_sum(record, up, down, backend)
     return torch.nn.functional.linear(input, merged, bias if bias is None else bias.to(input.dtype))
+
+
+def _in_weight(shape: tuple[int, int], rows: int) -> bool:
+    """Whether a LoRA is cheaper in a weight of (N, K) than beside its product with so many rows."""
+    return rows > reference.MAX_TOKENS and rows * sum(shape) >= _BESIDE * shape[0] * shape[1]
+
+
+def rows_for(layer: torch.nn.Module, rows: int, device: torch.device) -> bool:
+    """Whether a Linear, its LoRA included, is computed from FP8 rows alone where it gets so many of them."""
+    if not takes_rows(layer):
+        return False
+    shape = layer.out_features, layer.in_features
+    beside = layer.__dict__.get("nvfp4_lora") is not None and not _in_weight(shape, rows)
+    return rows >= least_rows(shape, device) and not beside
 
 
 def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, backend: str) -> tuple:
@@ -126,16 +144,17 @@ def _functions(own: dict, shape: tuple[int, int], dtype: torch.dtype, device: to
     """
     mode = own.get("nvfp4_mode")
     few = dispatch.prepare("gemv", shape, dtype, device, backend)
-    many = dispatch.prepare("linear_fp8", shape, dtype, device, backend) if mode == "fp8" else None
-    least, any_number = least_rows(tuple(shape), device), dispatch.prepare("dequantize", shape, dtype, device, backend)
+    many = dispatch.prepare(f"linear_{mode}", shape, dtype, device, backend) if mode in EIGHT_BITS else None
+    least = 0 if many is None else least_rows(tuple(shape), device, mode)
+    any_number = dispatch.prepare("dequantize", shape, dtype, device, backend)
     return dtype, device, backend, mode, few, many, least, any_number
 
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def least_rows(shape: tuple[int, int], device: torch.device) -> int:
-    """From how many rows on a layer in FP8 mode computes in FP8; a compiled graph has the number."""
-    return fp8_min_tokens(shape, gpu_of(device))
+def least_rows(shape: tuple[int, int], device: torch.device, mode: str = "fp8") -> int:
+    """From how many rows on a layer in FP8 or INT8 mode computes so; a compiled graph has the number."""
+    return min_tokens(shape, gpu_of(device), mode)
 
 
 def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> torch.Tensor:
@@ -143,8 +162,10 @@ def _compiled_matmul(own: dict, input, packed, params, bias, backend: str) -> to
     weight = packed, params.block_scale, params.scale, *params.orig_shape
     cols = input.shape[-1] if input.ndim else 0
     rows = input.numel() // cols if cols else 0
-    if own.get("nvfp4_mode") == "fp8" and rows >= least_rows(tuple(params.orig_shape), input.device):
-        return torch.ops.nvfp4_video.linear_fp8(input, *weight, bias, backend)
+    mode = own.get("nvfp4_mode")
+    if mode in EIGHT_BITS and rows >= least_rows(tuple(params.orig_shape), input.device, mode):
+        multiply = torch.ops.nvfp4_video.linear_fp8 if mode == "fp8" else torch.ops.nvfp4_video.linear_int8
+        return multiply(input, *weight, bias, backend)
     if 0 < rows <= reference.MAX_TOKENS:
         return torch.ops.nvfp4_video.gemv(input, *weight, bias, backend)
     decoded = torch.ops.nvfp4_video.dequantize(*weight, input.dtype, backend)

@@ -4,7 +4,9 @@
 * ``bf16``  weight-only: weights are dequantised, activations left alone; exact.
 * ``fp8``   W4A8: weights converted to E4M3, activations quantised row by row; compute capability 8.9 and up.
 * ``fp4``   W4A4 by the host's own kernels; compute capability 10.0 and up with a torch built for CUDA 13.
-* ``auto``  the fastest of them that runs here.
+* ``int8``  W4A8 as INT8 rows, for GPUs without FP8; compute capability 7.5 and up.
+* ``auto``  the fastest of them that runs here, but never ``int8``: rows with outliers lose more in it than it is worth
+  choosing unasked.
 
 What a family's recipe would not quantise, its first and last blocks, and modulations stay weight-only in every mode;
 the user's own choices come after that and win.
@@ -22,11 +24,14 @@ import torch
 
 from ...checkpoint.file.header import Header
 from ...checkpoint.write.recipes import Options, find_recipe, select
-from ...kernels import fp8
+from ...kernels import fp8, int8
 from ...kernels.errors import PackError
 
-MODES = ("bf16", "fp8", "fp4")
-AUTO = "auto"
+MODES = ("bf16", "int8", "fp8", "fp4")  # the most exact first, for numbers without outliers
+EIGHT_BITS = ("int8", "fp8")
+OWN = ("bf16", *EIGHT_BITS)  # computed by this pack
+AUTO, AUTOMATIC = "auto", tuple(mode for mode in MODES if mode != "int8")
+_INT8_MEASURED = "H200"
 # FP8 modulations turned Z-Image, Qwen-Image and FLUX into noise (vllm-project/vllm-omni pull 2795).
 _MODULATION = r"(?i)(^|[._])(\w*mod|\w*modulation|\w*adaln\w*)(\.|_|$)"
 _ANY_SHAPE = (4096, 4096)  # sizes have no part in what is sensitive
@@ -53,6 +58,8 @@ def obstacle(mode: str, device: torch.device) -> str:
     """Why ``mode`` cannot run on ``device``, or an empty string."""
     if mode == "fp8":
         return fp8.obstacle(device)
+    if mode == "int8":
+        return int8.obstacle(device)
     if mode == "fp4":
         return _fp4_obstacle(device)
     return ""
@@ -73,7 +80,7 @@ def _fp4_obstacle(device: torch.device) -> str:
     return ""
 
 
-def pick_mode(requested: str, device: torch.device, modes: tuple[str, ...] = MODES) -> tuple[str, str]:
+def pick_mode(requested: str, device: torch.device, modes: tuple[str, ...] = AUTOMATIC) -> tuple[str, str]:
     """One of MODES or "auto", which takes one of ``modes``, device -> (mode, reason).
 
     A mode asked for that cannot run raises PackError.
@@ -83,7 +90,7 @@ def pick_mode(requested: str, device: torch.device, modes: tuple[str, ...] = MOD
     if requested != AUTO:
         if found := obstacle(requested, device):
             raise PackError(f"compute {requested} cannot run: {found}; choose bf16 or auto")
-        return requested, "asked for"
+        return requested, _asked_for(requested, device)
     refused = []
     for mode in reversed(modes):
         found = obstacle(mode, device)
@@ -91,6 +98,14 @@ def pick_mode(requested: str, device: torch.device, modes: tuple[str, ...] = MOD
             return mode, "; ".join([*refused, f"the fastest that runs on {device.type}"])
         refused.append(f"no {mode}: {found}")
     raise AssertionError("bf16 runs everywhere")
+
+
+def _asked_for(mode: str, device: torch.device) -> str:
+    """The reason of a mode that was asked for, and on which GPU it has not been run."""
+    if mode != "int8":
+        return "asked for"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return "asked for" + f"; not run on {name} by this pack, only on an {_INT8_MEASURED}" * (_INT8_MEASURED not in name)
 
 
 def parse_overrides(text: str, device: torch.device) -> dict[str, str]:

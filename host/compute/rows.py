@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a Linear in FP8 mode may be given besides a tensor of its own: rows that are quantised already, or once for all.
 
-Either is for layers in nobody else's hands: a hook, somebody's ``forward``, a LoRA or a smoothing wants the tensor.
+Either is for layers in nobody else's hands: a hook, somebody's ``forward`` or a smoothing wants the tensor, and so does
+a LoRA that is computed beside the product (matmul.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def shared_rows(own: dict) -> tuple[SharedRows, int] | None:
 
 
 def takes_rows(layer: torch.nn.Module) -> bool:
-    """Whether a layer is a Linear of this pack's that multiplies FP8 rows, and needs nothing but them."""
+    """Whether a layer is a Linear of this pack's in FP8 mode that needs nothing but rows, if they are many."""
     return layer.__dict__.get("nvfp4_mode") == "fp8" and _is_its_own_master(layer)
 
 
@@ -33,9 +34,11 @@ def packed_weight(layer: torch.nn.Module, device: torch.device) -> QuantizedTens
 
     None for any other layer, one with a bias, and one whose product takes more than the weight.
     """
-    if layer.__dict__.get("nvfp4_mode") not in ("bf16", "fp8") or not _is_its_own_master(layer):
+    own = layer.__dict__
+    alone = own.get("nvfp4_mode") in ("bf16", "fp8") and own.get("nvfp4_lora") is None
+    if not alone or not _is_its_own_master(layer):
         return None
-    found = residency.resident(layer.__dict__, device)
+    found = residency.resident(own, device)
     return None if found is None or found[1] is not None else found[0]
 
 
@@ -43,7 +46,6 @@ def _is_its_own_master(layer: torch.nn.Module) -> bool:
     own = layer.__dict__
     return bool(
         type(layer).__dict__.get("takes_fp8_rows", False)  # not a class derived from it
-        and own.get("nvfp4_lora") is None
         and "pre_quant_scale" not in own["_parameters"]
         and not residency.taken_over(own)
         and not residency.patched(layer)

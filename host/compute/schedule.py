@@ -105,7 +105,7 @@ def use_schedule(patcher: Any, steps: str, ranges: str = "") -> str:
     if not modes:
         return "none: the model has no NVFP4 layer of the NVFP4 Model Loader"
     if set(modes) == {"bf16"}:
-        return "none: all layers compute in bf16 already; load the model with compute fp8, fp4 or auto"
+        return "none: all layers compute in bf16 already; load the model with compute int8, fp8, fp4 or auto"
     wrapper = functools.partial(_apply, steps, parsed)
     patcher.add_wrapper_with_key(patcher_extension.WrappersMP.APPLY_MODEL, KEY, wrapper)
     where = "; ".join(map(str, parsed)) if parsed else f"bf16 in the {steps} step"

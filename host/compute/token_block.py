@@ -65,23 +65,31 @@ def obstacle(llama: ModuleType, config: Any, backend: str, device: torch.device)
 
 
 @functools.cache
-def block_class(llama: ModuleType, cache: type, backend: str) -> type:
-    """The host's module of decoders, the class of caches that have a bias -> a class derived from its block."""
-    found = llama.TransformerBlockGemma2
+def block_class(llama: ModuleType, cache: type, attention: type, backend: str) -> type:
+    """The host's module of decoders; the classes of caches with a bias and of attention to them -> a block's class.
+
+    It derives from the host's, and stands aside while somebody else's function has the place of one it computes.
+    """
+    found, known = llama.TransformerBlockGemma2, _replaceable(llama)
 
     class TokenBlock(found):
         host_class, host_forward = found, found.forward
 
         def forward(self, x, attention_mask=None, freqs_cis=None, optimized_attention=None, past_key_value=None):
-            if type(past_key_value) is cache and past_key_value.index > 0 and attention_mask is None:
+            own = type(past_key_value) is cache and type(self.self_attn) is attention and _replaceable(llama) == known
+            if own and past_key_value.index > 0 and attention_mask is None and not is_apart(self):
                 rotation = _rotation(freqs_cis[1 if self.sliding_attention else 0])
-                weights = _read(self, llama, x) if rotation is not None and not is_apart(self) else None
+                weights = None if rotation is None else _read(self, llama, x)
                 call = None if weights is None else _functions(self, x, weights, past_key_value, backend)
                 if call is not None:
                     return _run(self, x, weights, rotation, past_key_value, call), past_key_value
             return super().forward(x, attention_mask, freqs_cis, optimized_attention, past_key_value)
 
     return TokenBlock
+
+
+def _replaceable(llama: ModuleType) -> tuple:
+    return llama.MLP.forward, llama.RMSNorm.forward, llama.apply_rope, llama.comfy.ldm.common_dit.rms_norm
 
 
 def _rotation(freqs_cis: Any) -> torch.Tensor | None:

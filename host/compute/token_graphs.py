@@ -7,10 +7,11 @@ decoders it has such a cache for; Gemma 3 is none of them, on hosts with the Com
 numbers, and most of its layers a window. ``DecodeCache`` adds both: one slot a token from the prompt's first on, and a
 bias that hides the slots no token has, or that lie outside a layer's window.
 
-Only the decode of one token is ours; prompt, blocks, sampling, residency checks and capture are the host's. The classes
-are set on the loaded model's own modules; nothing of the host is patched. Where the host cannot capture (no
-DynamicVRAM, CPU, graphs disabled, an older ComfyUI) its own cache and attention are used; so they are where a small
-Gemma decoded both ways shows that the host's token loop is not the one known here.
+Only the decode of one token is ours, its attention here and the rest of a block in token_block.py; prompt, sampling,
+residency checks and capture are the host's. The classes are set on the loaded model's own modules; nothing of the host
+is patched. Where the host cannot capture (no DynamicVRAM, CPU, graphs disabled, an older ComfyUI) its own cache and
+attention are used; so they are where a small Gemma decoded both ways shows that the host's token loop is not the one
+known here.
 """
 
 from __future__ import annotations
@@ -242,7 +243,7 @@ def use_graphs(clip: Any, backend: str = "auto") -> str:
             if type(layer.self_attn) is attention.__bases__[0]:
                 layer.self_attn.__class__ = attention
         model.__class__ = decode
-        apart = _fuse(model, cache, backend, clip.patcher.load_device)
+        apart = _fuse(model, (cache, attention), backend, clip.patcher.load_device)
         residency.ask_for_prefetch(model)
         residency.ask_for_graphs(model)
     if not hasattr(clip.cond_stage_model, "get_dynamic_vram__units"):
@@ -255,14 +256,14 @@ def use_graphs(clip: Any, backend: str = "auto") -> str:
     return f"a CUDA graph a block, where the block stays on the GPU{apart}"
 
 
-def _fuse(model: Any, cache: type, backend: str, device: torch.device) -> str:
+def _fuse(model: Any, classes: tuple[type, type], backend: str, device: torch.device) -> str:
     """Give the blocks fewer launches a token -> what to add to the report: why not, or an empty string."""
     llama = importlib.import_module("comfy.text_encoders.llama")
     if reason := token_block.obstacle(llama, model.config, backend, device):
         return f"; its passes are ComfyUI's own, {reason}"
     for layer in model.layers:
         if type(layer) is llama.TransformerBlockGemma2:
-            layer.__class__ = token_block.block_class(llama, cache, backend)
+            layer.__class__ = token_block.block_class(llama, *classes, backend)
     return ""
 
 

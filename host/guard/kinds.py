@@ -16,4 +16,4 @@ FILMS = {
 }
 # Nodes that have width and height, and how they call the length.
 SIZED = {"EmptyLTXVLatentVideo": "length", "LTXVImgToVideo": "length", "LTXVBaseSampler": "num_frames"}
-JOINT, VIDEO, AUDIO, UNKNOWN = "joint", "video", "audio", "unknown"
+ALL_LATENTS = JOINT, VIDEO, AUDIO, UNKNOWN = "joint", "video", "audio", "unknown"

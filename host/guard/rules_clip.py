@@ -164,9 +164,9 @@ class _Needs:
 
     def only(self, node: str, groups: list[set[str]]) -> bool:
         """Whether all the nodes with rates that it needs are in one of these groups, which grow."""
-        needed = self._needed(node)
-        if needed is not None:
-            return any(self.rated(node).keys() <= group for group in groups)
+        if self._needed(node) is not None:
+            rated = self.rated(node).keys()
+            return any(rated <= group for group in groups)
         self._others += (self._graph.downstream(self._rates.keys() - group) for group in groups[len(self._others) :])
         return any(node not in others for others in self._others)
 
@@ -235,11 +235,14 @@ def _ends(view: View, films: list[Node], needs: _Needs, all_: bool) -> Iterator[
             yield film
     if not all_:
         return
-    samplers = [sampler.node for sampler in view.samplers if needs.is_heard(sampler.node)]
-    # What needs something with sound has sound itself.
-    ends = [film.id for film in films if needs.is_heard(film) and needs.sampler(film.id)] if samplers else ()
+    samplers = [sampler.node for sampler in view.samplers]
+    heard = list(filter(needs.is_heard, samplers))
+    if not any(sampler.kind in kinds.FILMS for sampler in heard):  # else one may have its sound from elsewhere
+        # What needs something with sound has sound itself.
+        samplers, films = heard, list(filter(needs.is_heard, films)) if heard else []
+    ends = [film.id for film in films if needs.sampler(film.id)]
     inner = view.graph.upstream(view.graph.before([*ends, *(sampler.id for sampler in samplers)]))
-    yield from (sampler for sampler in samplers if sampler.id not in inner)
+    yield from (sampler for sampler in heard if sampler.id not in inner)
 
 
 def _differing(view: View, group: dict[str, float]) -> Finding:

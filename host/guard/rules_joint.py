@@ -129,8 +129,8 @@ def uncropped_guides(view: View) -> Iterator[Finding]:
 
 def old_model(view: View) -> Iterator[Finding]:
     """A model that knows no sound, in a joint graph."""
-    for sampler, file in view.known_models:
-        if sampler.latent.kind == kinds.JOINT and file.family == "LTX-Video":
+    for sampler, file in view.known_models((kinds.JOINT,)):
+        if file.family == "LTX-Video":
             yield Finding(
                 "old_model",
                 ERROR,

@@ -60,8 +60,8 @@ def no_audio_latent(view: View) -> Iterator[Finding]:
     """An audio+video model without an audio latent, where the host cannot do that."""
     if view.fact("ltxav_needs_audio") is not True:
         return
-    for sampler, file in view.known_models:
-        if sampler.latent.kind == kinds.VIDEO and file.family in _LTX2:
+    for sampler, file in view.known_models((kinds.VIDEO,)):
+        if file.family in _LTX2:
             yield Finding(
                 "no_audio_latent",
                 ERROR,
@@ -107,7 +107,7 @@ def slow_nvfp4(view: View) -> Iterator[Finding]:
 def distilled(view: View) -> Iterator[Finding]:
     """A distilled model sampled with guidance, or with other sigmas than its own."""
     judged: dict[tuple[str, str], str | None] = {}
-    for sampler, file in view.known_models:
+    for sampler, file in view.known_models():
         evidence = _distilled_by(view, sampler, file) if file.family in _LTX2 else None
         if evidence is None:
             continue

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from .files import FileFacts, file_facts
 from .fixes import Fix
-from .kinds import JOINT, SIZED, VIDEO
+from .kinds import ALL_LATENTS, JOINT, SIZED, VIDEO
 from .loaders import ALL_LOADERS, MODEL_LOADERS, Names, names_of
 from .prompt_graph import Link, Node, PromptGraph
 from .vaes import Use, find_uses, saved_nodes
@@ -180,11 +180,11 @@ class View(Walks):
             self._model_files[loader.id] = self.file(loader, MODEL_LOADERS)
         return self._model_files[loader.id]
 
-    @cached_property
-    def known_models(self) -> list[tuple[Sampler, FileFacts]]:
-        """The samplers of whose model it is known what is in its file."""
-        samplers = self.samplers if self._knows_models else ()
-        return [(sampler, file) for sampler in samplers if (file := self.model_file(sampler)) is not None]
+    def known_models(self, latents: Container[str] = ALL_LATENTS) -> Iterator[tuple[Sampler, FileFacts]]:
+        """The samplers of these kinds of latents of whose model it is known what is in its file."""
+        for sampler in self.samplers if self._knows_models else ():
+            if sampler.latent.kind in latents and (file := self.model_file(sampler)) is not None:
+                yield sampler, file
 
     @cached_property
     def _knows_models(self) -> bool:

@@ -33,7 +33,8 @@ from ..compute.fusions import fuse
 from ..compute.linear import weight_only_operations
 from ..compute.lora_patcher import use_branches
 from ..compute.modes import AUTO as FASTEST
-from ..compute.modes import MODES, Compute, parse_overrides, pick_mode, plan_layers
+from ..compute.modes import AUTOMATIC, MODES, Compute, parse_overrides, pick_mode, plan_layers
+from ..compute.positions import use_positions
 from .built import as_named, build_again, check_model
 from .files import read_tensors
 from .report import LoadReport, report_of
@@ -85,12 +86,13 @@ def load_model(
     fusions = fuse(dit, operations.Linear)
 
     def compute_on(other: torch.device) -> Compute:
-        modes = MODES if how.uses("fp4") else tuple(mode for mode in MODES if mode != "fp4")
+        modes = AUTOMATIC if how.uses("fp4") else tuple(mode for mode in AUTOMATIC if mode != "fp4")
         return _plan_compute(pick_mode(compute, other, modes), parse_overrides(layer_compute, other), plan, model)
 
     remember(dit, planned_for, operations.Linear, compute_on)
     patcher.cached_patcher_init = (_reload, (path, compute, dialect, backend, config_from, layer_compute, attention))
     attends = use_attention(patcher, attention, how.mode)
+    use_positions(patcher)
     graphs = use_graphs(patcher)
     place = f"{device} (on another GPU modes are chosen again)" if len(_gpus()) > 1 else str(device)
     found = attends, graphs, fusions, lacks

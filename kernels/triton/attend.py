@@ -98,15 +98,15 @@ def _attend_kernel(
 @functools.lru_cache(maxsize=64)
 def prepare(
     heads: int, cache: tuple[int, int, int], scale: float, device: torch.device
-) -> Callable[..., torch.Tensor]:
+) -> Callable[..., torch.Tensor] | None:
     """Heads of the query, (slots, G, D) of the cache -> ``one_token.attend`` but for the scale, in one kernel.
 
-    Raises ValueError for more than 16 heads that share one of the cache.
+    None where more than 16 heads share one of the cache.
     """
     slots, groups, width = cache
     shared, bits, options = heads // groups, bf16_as_bits(torch.bfloat16, device), overlap(device)
     if shared > 16:
-        raise ValueError(f"found {shared} heads of the query for each of the cache; expected at most 16")
+        return None
     tile = shared, width, max(16, triton.next_power_of_2(width)), _SLOTS, _PARTS, bits, bool(options)
     arguments = slots, groups, triton.cdiv(slots, _SLOTS * _PARTS), scale * math.log2(math.e), *tile
     options |= {"num_warps": _WARPS, "num_stages": _STAGES}

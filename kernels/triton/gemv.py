@@ -12,6 +12,9 @@ BF16 and FP16; sums are FP32; the global scale and the bias come last, and the r
 are too few to fill the GPU, K is divided among programs; the last of them to finish adds all sums in a fixed order: two
 calls give the same bits. It is found by a counter per group of rows, which it sets back to zero. The counters belong to
 a shape: two streams must not multiply by weights of one shape at once.
+
+Weights that take the same input can be one launch, their rows one after another in the grid; so can GELU of one product
+times the other, which whoever finishes a group of rows of either last computes.
 """
 
 from __future__ import annotations

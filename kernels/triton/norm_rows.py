@@ -98,10 +98,12 @@ def _norm_rows_kernel(
     steps_ptr,
     out_ptr,
     scale_ptr,
+    kept_ptr,
     table2_ptr,
     steps2_ptr,
     out2_ptr,
     scale2_ptr,
+    kept2_ptr,
     cols,
     eps,
     gate_at,
@@ -123,8 +125,10 @@ def _norm_rows_kernel(
     OUTPUTS: tl.constexpr,
     MODULATED: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    KEEP: tl.constexpr,
     MODULATED2: tl.constexpr,
     QUANTIZE2: tl.constexpr,
+    KEEP2: tl.constexpr,
     FULL: tl.constexpr,
     BITS: tl.constexpr,
 ):
@@ -168,11 +172,15 @@ def _norm_rows_kernel(
             if MODULATED:
                 first_out = values * scale + shift
             write_row(first_out, out_ptr, scale_ptr, row, cols, column, mask, QUANTIZE, FULL, BITS)
+            if KEEP:
+                store_bf16(kept_ptr + row * cols + column, first_out, mask, FULL, BITS)
         if OUTPUTS > 1:
             second_out = values
             if MODULATED2:
                 second_out = values * scale2 + shift2
             write_row(second_out, out2_ptr, scale2_ptr, row, cols, column, mask, QUANTIZE2, FULL, BITS)
+            if KEEP2:
+                store_bf16(kept2_ptr + row * cols + column, second_out, mask, FULL, BITS)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -184,7 +192,7 @@ def _launcher(device: torch.device, rows: int, cols: int, numbers: tuple, consta
     while per > 1 and rows // per < _FEWEST_PROGRAMS:
         per //= 2
     arguments = (cols, *numbers, step, per, *constants)
-    quantized = ((7, constants[5]), (11, constants[7]))
+    quantized = ((7, constants[5]), (12, constants[8]))
     as_bytes = () if device.type == "cuda" else tuple(place for place, is_fp8 in quantized if is_fp8)
     changes, many = (0, 1) if constants[0] else (), warps(step, a_warp)
     return Launcher(_norm_rows_kernel, (rows // per,), arguments, device, as_bytes, changes, num_warps=many)
@@ -204,23 +212,24 @@ def norm_rows(
             tensors[3:5] = gate.table, gate.steps
             numbers[1:] = add.at * cols, gate.steps.stride(0), gate.group
     found, kinds = [], []
-    for ada, scale_at, shift_at, quantize in wants:
+    for ada, scale_at, shift_at, quantize, keep in wants:
+        out = torch.empty(x.shape, dtype=torch.bfloat16, device=device) if keep or not quantize else None
+        kept = x if out is None else out.view(torch.int16) if bits else out
         if quantize:
-            out = torch.empty((rows, cols), dtype=FP8, device=device)
+            target = torch.empty((rows, cols), dtype=FP8, device=device)
             scale = torch.empty((rows, 1), dtype=torch.float32, device=device)
-            found.append(FP8Rows(out, scale, x.shape))
+            found.append(FP8Rows(target, scale, x.shape, kept=out))
         else:
-            out = torch.empty(x.shape, dtype=torch.bfloat16, device=device)
+            target, scale = kept, x
             found.append(out)
-            out, scale = out.view(torch.int16) if bits else out, x
         modulated = ada is not None
-        tensors += [*((ada.table, ada.steps) if modulated else (x, x)), out, scale]
+        tensors += [*((ada.table, ada.steps) if modulated else (x, x)), target, scale, kept]
         numbers += [scale_at * cols, shift_at * cols, *((ada.steps.stride(0), ada.group) if modulated else (0, 0))]
-        kinds += [modulated, quantize]
+        kinds += [modulated, quantize, quantize and keep]
     for _ in range(2 - len(wants)):
-        tensors += [x] * 4
+        tensors += [x] * 5
         numbers += [0] * 4
-        kinds += [False, False]
+        kinds += [False] * 3
     full = cols == triton.next_power_of_2(cols)
     constants = (add is not None, gate is not None, norm, len(wants), *kinds, full, bits)
     if rows and cols:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations to FP8 in Triton, each row with a scale of its own, on compute capability 8.9 and up."""
+"""Activations to FP8, on compute capability 8.9 and up, or to INT8, each row with a scale of its own, in Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from ..format import FP8, round_up
 from ..reference import ACTIVATIONS, SMALLEST_AMAX
 from .launch import Launcher
-from .tiles import to_e4m3
+from .tiles import to_8_bits
 
 _ROW_COLS = 16384
 _SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
@@ -44,9 +44,18 @@ def activated(values, ACTIVATION: tl.constexpr, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def row_scale(amax):
-    """Largest magnitude of a row -> the scale with which it becomes 448."""
-    return tl.where(amax < _SMALLEST_AMAX, 1.0, tl.div_rn(amax, 448.0))
+def row_scale(amax, MOST: tl.constexpr = 448.0):
+    """Largest magnitude of a row -> the scale with which it becomes MOST."""
+    return tl.where(amax < _SMALLEST_AMAX, 1.0, tl.div_rn(amax, MOST))
+
+
+@triton.jit
+def _largest_bits(values, INT8: tl.constexpr):
+    """fp32 row -> bits of its largest magnitude; NaN is that of an INT8 row, whose scale holds what INT8 cannot."""
+    sizes = tl.abs(values)
+    if not INT8:
+        sizes = tl.where(values == values, sizes, 0.0)
+    return tl.max(sizes.to(tl.int32, bitcast=True), axis=0)
 
 
 @triton.jit
@@ -59,6 +68,7 @@ def _quantize_rows_kernel(
     COLS: tl.constexpr,
     SINGLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    INT8: tl.constexpr,
 ):
     """Each program quantises one row of x; columns from ``cols`` to ``out_cols`` become zero. SINGLE: one step does."""
     row = tl.program_id(0).to(tl.int64)
@@ -67,34 +77,34 @@ def _quantize_rows_kernel(
     column = tl.arange(0, COLS)
     values = tl.load(source + column, mask=column < cols, other=0.0).to(tl.float32)
     values = activated(values, ACTIVATION, on_gpu)
-    amax = tl.max(tl.where(values == values, tl.abs(values), 0.0), axis=0)
+    bits = _largest_bits(values, INT8)
     if not SINGLE:
         for first in range(COLS, cols, COLS):
             more = tl.load(source + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
             more = activated(more, ACTIVATION, on_gpu)
-            amax = tl.maximum(amax, tl.max(tl.where(more == more, tl.abs(more), 0.0), axis=0))
-    scale = row_scale(amax)
+            bits = tl.maximum(bits, _largest_bits(more, INT8))
+    scale = row_scale(bits.to(tl.float32, bitcast=True), 127.0 if INT8 else 448.0)
     factor = tl.div_rn(1.0, scale)
     tl.store(scale_ptr + row, scale)
-    tl.store(target + column, to_e4m3(values * factor, out_ptr.dtype.element_ty), mask=column < out_cols)
+    tl.store(target + column, to_8_bits(values * factor, out_ptr.dtype.element_ty, INT8), mask=column < out_cols)
     if not SINGLE:
         for first in range(COLS, out_cols, COLS):
             more = tl.load(source + first + column, mask=first + column < cols, other=0.0).to(tl.float32)
-            more = to_e4m3(activated(more, ACTIVATION, on_gpu) * factor, out_ptr.dtype.element_ty)
+            more = to_8_bits(activated(more, ACTIVATION, on_gpu) * factor, out_ptr.dtype.element_ty, INT8)
             tl.store(target + first + column, more, mask=first + column < out_cols)
 
 
 @functools.cache
 def prepare(
-    cols: int, dtype: torch.dtype, device: torch.device, activation: str = ""
+    cols: int, dtype: torch.dtype, device: torch.device, activation: str = "", codes: torch.dtype = FP8
 ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """K, dtype and device of x, activation -> function (M, K) -> (M, R16(K)) e4m3, (M, 1) fp32."""
+    """K, dtype and device of x, activation -> function (M, K) -> (M, R16(K)) ``codes``, (M, 1) fp32."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; expected one of {ACTIVATIONS}")
     out_cols = round_up(cols, 16)
     step = min(triton.next_power_of_2(max(out_cols, 16)), _ROW_COLS)
     warps = min(max(step // 1024, 1), 8)
-    arguments = (cols, out_cols, step, step >= out_cols, activation)
+    arguments = (cols, out_cols, step, step >= out_cols, activation, codes == torch.int8)
     as_bytes = () if device.type == "cuda" else (1,)
     launchers: dict[int, Launcher] = {}
 
@@ -104,7 +114,7 @@ def prepare(
             raise ValueError(f"found {x.shape[1]} columns, the weight has {cols}")
         if not x.is_contiguous():
             x = x.contiguous()
-        out = torch.empty((rows, out_cols), dtype=FP8, device=device)
+        out = torch.empty((rows, out_cols), dtype=codes, device=device)
         scale = torch.empty((rows, 1), dtype=torch.float32, device=device)
         if rows == 0 or cols == 0:
             return out, scale.fill_(1.0)
@@ -121,3 +131,8 @@ def prepare(
 def quantize_rows(x: torch.Tensor, activation: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """(M, K) float, activation -> (M, R16(K)) e4m3, (M, 1) fp32."""
     return prepare(x.shape[1], x.dtype, x.device, activation)(x)
+
+
+def quantize_rows_int8(x: torch.Tensor, activation: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, K) float, activation -> (M, R16(K)) int8, (M, 1) fp32."""
+    return prepare(x.shape[1], x.dtype, x.device, activation, torch.int8)(x)

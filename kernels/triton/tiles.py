@@ -27,13 +27,21 @@ def scales_of_rows(scale_ptr, first_row, scale_cols):
 
 
 @triton.jit
-def largest_exponent(scales, row, row_inside, blocks_per_row, SCALES: tl.constexpr):
-    """``scales_of_rows`` and rows [R] from there -> int32 [R]: largest biased exponent of a row's scales, 1 or more."""
+def largest_scale(scales, row, row_inside, blocks_per_row, SCALES: tl.constexpr):
+    """``scales_of_rows`` and rows [R] from there -> int32 [R]: bits of a row's largest scale, 1 or more, without sign.
+
+    NaN is the largest.
+    """
     block = tl.arange(0, SCALES)
     offset = block[None, :] // 4 * 512 + row[:, None] * 16 + block[None, :] % 4
     inside = row_inside[:, None] & (block < blocks_per_row)[None, :]
-    exponent = tl.load(scales + offset, mask=inside, other=0).to(tl.int32) >> 3 & 15
-    return tl.maximum(tl.max(exponent, axis=1), 1)
+    return tl.maximum(tl.max(tl.load(scales + offset, mask=inside, other=0).to(tl.int32) & 0x7F, axis=1), 1)
+
+
+@triton.jit
+def largest_exponent(scales, row, row_inside, blocks_per_row, SCALES: tl.constexpr):
+    """As ``largest_scale`` -> int32 [R]: largest biased exponent of a row's scales, 1 or more."""
+    return tl.maximum(largest_scale(scales, row, row_inside, blocks_per_row, SCALES) >> 3, 1)
 
 
 @triton.jit
@@ -220,6 +228,31 @@ def to_e4m3(values, dtype: tl.constexpr):
         return tl.where(values != values, 0x7F, to_e4m3_bits(tl.abs(values)) | sign).to(tl.uint8)
     else:
         return values.to(tl.float8e4nv)
+
+
+@triton.jit
+def to_int8(values, dtype: tl.constexpr):
+    """fp32 in [-127, 127] or NaN -> INT8, nearest with ties to even, NaN as 0; its bits where ``dtype`` is uint8.
+
+    In one instruction that cannot be contracted with the multiplication before it; Triton's interpreter has no assembly
+    and leaves the rounding to an addition, which contracts nothing.
+    """
+    if dtype == tl.uint8:
+        whole = (values + 12582912.0).to(tl.int32, bitcast=True) & 0xFF
+        return tl.where(values == values, whole, 0).to(tl.uint8)
+    else:
+        asm: tl.constexpr = "cvt.rni.s32.f32 $0, $1;"
+        whole = tl.inline_asm_elementwise(asm, "=r,f", [values], dtype=tl.int32, is_pure=True, pack=1)
+        return whole.to(tl.int8)
+
+
+@triton.jit
+def to_8_bits(values, dtype: tl.constexpr, INT8: tl.constexpr):
+    """fp32 -> E4M3 or INT8, see ``to_e4m3`` and ``to_int8``."""
+    if INT8:
+        return to_int8(values, dtype)
+    else:
+        return to_e4m3(values, dtype)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A packed weight to FP8 in Triton, on compute capability 8.9 and up.
+"""A packed weight to FP8, on compute capability 8.9 and up, or to INT8, in Triton.
 
 It reads 0.56 byte and writes 1 byte per element: a program holds one row group's block scales long enough to find each
-row's largest, then decodes. The choice of the row's power of two is documented in kernels/reference.py.
+row's largest, then decodes. The choice of the row's scale is documented in kernels/reference.py and int8_reference.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..format import FP8, PackedWeight, block_scale_shape, packed_shape
 from .launch import Launcher, part_reader
-from .tiles import decode_words, largest_exponent, scales_of_rows, to_e4m3
+from .tiles import decode_words, e4m3_to_f32, largest_exponent, largest_scale, scales_of_rows, to_8_bits
 
 # A tile for an H200; benchmarks/fp8.py times others. A thread owns two words, a block of 16 columns: one 16-byte store.
 WEIGHT_TILE = {"ROWS": 2, "BLOCKS": 128, "num_warps": 4}
@@ -39,6 +39,7 @@ def _to_fp8_kernel(
     BLOCKS: tl.constexpr,
     SCALES: tl.constexpr,
     FULL: tl.constexpr,
+    INT8: tl.constexpr,
 ):
     """Each program converts ROWS whole rows, BLOCKS blocks of 16 columns a step; padding becomes zero.
 
@@ -50,10 +51,15 @@ def _to_fp8_kernel(
     row = tl.arange(0, ROWS)
     row_inside = first_row + row < rows
 
-    # 2**shift, as FP32 bits, brings 6 times the row's largest block scale into [192, 360].
-    shift = 12 - largest_exponent(scales, row, row_inside, blocks_per_row, SCALES)
-    multiplier = ((shift + 127) << 23).to(tl.float32, bitcast=True)
-    row_scale = tl.load(global_ptr) * ((127 - shift) << 23).to(tl.float32, bitcast=True)
+    if INT8:
+        largest = e4m3_to_f32(largest_scale(scales, row, row_inside, blocks_per_row, SCALES)) * 1536.0  # 6 * 2**8
+        multiplier = tl.div_rn(127.0, largest)
+        row_scale = tl.div_rn(tl.load(global_ptr) * largest, 127.0)
+    else:
+        # 2**shift, as FP32 bits, brings 6 times the row's largest block scale into [192, 360].
+        shift = 12 - largest_exponent(scales, row, row_inside, blocks_per_row, SCALES)
+        multiplier = ((shift + 127) << 23).to(tl.float32, bitcast=True)
+        row_scale = tl.load(global_ptr) * ((127 - shift) << 23).to(tl.float32, bitcast=True)
     tl.store(row_scale_ptr + first_row + row, tl.where(row_inside, row_scale, 1.0), mask=first_row + row < padded_rows)
 
     words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first_row.to(tl.int64) * (blocks_per_row * 2)
@@ -77,12 +83,14 @@ def _to_fp8_kernel(
         if not FULL:
             wanted = row_inside[:, None, None] & (first * 16 + column < cols)[None, :, :]
             values = tl.where(wanted, values, 0.0)
-        tl.store(out + first * 16 + target, to_e4m3(values, out_ptr.dtype.element_ty), mask=out_inside)
+        tl.store(out + first * 16 + target, to_8_bits(values, out_ptr.dtype.element_ty, INT8), mask=out_inside)
 
 
 @functools.cache
-def prepare(shape: tuple[int, int], device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """(N, K), device -> function (packed, block_scale, global_scale) -> (R16(N), R16(K)) e4m3, (R16(N),) fp32.
+def prepare(
+    shape: tuple[int, int], device: torch.device, codes: torch.dtype = FP8
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """(N, K), device -> function (packed, block_scale, global_scale) -> (R16(N), R16(K)) ``codes``, (R16(N),) fp32.
 
     The function raises ValueError for tensors of another shape.
     """
@@ -92,14 +100,14 @@ def prepare(shape: tuple[int, int], device: torch.device) -> Callable[..., tuple
     scales = triton.next_power_of_2(max(blocks, 1))
     sizes = (*shape, padded_rows, blocks, block_scale_shape(shape)[1])
     grid = (triton.cdiv(padded_rows, tile["ROWS"]),)
-    arguments = (*sizes, tile["ROWS"], tile["BLOCKS"], scales, full)
+    arguments = (*sizes, tile["ROWS"], tile["BLOCKS"], scales, full, codes == torch.int8)
     as_bytes = (1,) if device.type == "cuda" else (1, 3)
     launch = Launcher(_to_fp8_kernel, grid, arguments, device, as_bytes, num_warps=tile["num_warps"])
     read = part_reader(shape, device)
 
     def run(packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor):
         packed, block_scale, global_scale = read(packed, block_scale, global_scale)
-        out = torch.empty((padded_rows, blocks * 16), dtype=FP8, device=device)
+        out = torch.empty((padded_rows, blocks * 16), dtype=codes, device=device)
         row_scale = torch.empty(padded_rows, dtype=torch.float32, device=device)
         if out.numel():
             launch(packed, block_scale, global_scale, out, row_scale)
@@ -111,3 +119,8 @@ def prepare(shape: tuple[int, int], device: torch.device) -> Callable[..., tuple
 def to_fp8(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """NVFP4 (N, K) -> (R16(N), R16(K)) e4m3, (R16(N),) fp32 row scales."""
     return prepare(tuple(weight.shape), weight.packed.device)(*weight.parts)
+
+
+def to_int8(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """NVFP4 (N, K) -> (R16(N), R16(K)) int8, (R16(N),) fp32 row scales."""
+    return prepare(tuple(weight.shape), weight.packed.device, torch.int8)(*weight.parts)

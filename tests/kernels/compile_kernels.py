@@ -32,6 +32,7 @@ from nvfp4_video.kernels.triton import (  # noqa: E402
     one_token,
     quantize,
     quantize_rows,
+    scale_sums,
     to_fp8,
     to_fp8_sum,
     to_pixels,
@@ -127,10 +128,10 @@ def attend_variants(capability: int) -> Iterator[Variant]:
 
 
 def to_fp8_variants(capability: int) -> Iterator[Variant]:
-    pointers = POINTERS | {"out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32"}
-    for full in (False, True) if capability >= 89 else ():
-        constants = {"ROWS": 2, "BLOCKS": 128, "SCALES": 256, "FULL": full}
-        yield str(full), to_fp8._to_fp8_kernel, pointers, constants
+    for out, full in itertools.product(("*fp8e4nv", "*i8") if capability >= 89 else ("*i8",), (False, True)):
+        pointers = POINTERS | {"out_ptr": out, "row_scale_ptr": "*fp32"}
+        constants = {"ROWS": 2, "BLOCKS": 128, "SCALES": 256, "FULL": full, "INT8": out == "*i8"}
+        yield f"{out} {full}", to_fp8._to_fp8_kernel, pointers, constants
 
 
 def fp8_sum_variants(capability: int) -> Iterator[Variant]:
@@ -158,10 +159,19 @@ def factor_variants(capability: int) -> Iterator[Variant]:
 
 
 def rows_variants(capability: int) -> Iterator[Variant]:
-    pointers = {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    for activation in ("gelu_tanh", "") if capability >= 89 else ():
-        constants = {"COLS": 4096, "SINGLE": bool(activation), "ACTIVATION": activation}
-        yield activation, quantize_rows._quantize_rows_kernel, pointers, constants
+    outs = ("*fp8e4nv", "*i8") if capability >= 89 else ("*i8",)
+    for out, activation in itertools.product(outs, ("gelu_tanh", "")):
+        pointers = {"x_ptr": "*bf16" if capability >= 80 else "*fp32", "out_ptr": out, "scale_ptr": "*fp32"}
+        constants = {"COLS": 4096, "SINGLE": bool(activation), "ACTIVATION": activation, "INT8": out == "*i8"}
+        yield f"{out} {activation}", quantize_rows._quantize_rows_kernel, pointers, constants
+
+
+def scale_sums_variants(capability: int) -> Iterator[Variant]:
+    names = ("scale_ptr", "weight_scale_ptr")
+    for dtype in ("*bf16" if capability >= 80 else "*fp16", "*fp32"):
+        pointers = {"sums_ptr": "*i32", "bias_ptr": dtype, "out_ptr": dtype} | dict.fromkeys(names, "*fp32")
+        constants = {"ROWS": 4, "COLS": 1024, "BIAS": dtype != "*fp32", "BITS": False}
+        yield dtype, scale_sums._scale_sums_kernel, pointers, constants
 
 
 def norm_rows_variants(capability: int) -> Iterator[Variant]:
@@ -169,25 +179,26 @@ def norm_rows_variants(capability: int) -> Iterator[Variant]:
     names = [name for name in norm_rows._norm_rows_kernel.arg_names if name.endswith("_ptr")]
     pointers = dict.fromkeys(names, "*bf16") | {"eps": "fp32"}
     rows = dict.fromkeys(("out_ptr", "out2_ptr"), "*fp8e4nv") | dict.fromkeys(("scale_ptr", "scale2_ptr"), "*fp32")
-    for full in (True, False) if capability >= 89 else ():
-        flags = ("ADD", "GATED", "MODULATED", "QUANTIZE", "MODULATED2", "QUANTIZE2")
+    for full in (True, False)[capability < 89 :] if capability >= 80 else ():  # with INT8 from 8.0 on, without rows
+        flags = ("ADD", "GATED", "MODULATED", "QUANTIZE", "KEEP", "MODULATED2", "QUANTIZE2", "KEEP2")
         constants = dict.fromkeys(flags, full) | {"NORM": True, "OUTPUTS": 1 + full, "FULL": full, "BITS": False}
         constants |= {"COLS": 4096, "ROWS": 4}
         yield str(full), norm_rows._norm_rows_kernel, pointers | rows if full else pointers, constants
 
 
 def gate_heads_variants(capability: int) -> Iterator[Variant]:
-    pointers = {"x_ptr": "*bf16", "logits_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    if capability >= 89:
-        constants = {"HEADS": 32, "WIDTH": 128, "QUANTIZE": True, "FULL": True, "BITS": False}
+    rows, out = capability >= 89, "*fp8e4nv" if capability >= 89 else "*bf16"
+    pointers = {"x_ptr": "*bf16", "logits_ptr": "*bf16", "out_ptr": out, "scale_ptr": "*fp32"}
+    if capability >= 80:
+        constants = {"HEADS": 32, "WIDTH": 128, "QUANTIZE": rows, "FULL": True, "BITS": False}
         yield "", gate_heads._gate_heads_kernel, pointers, constants
 
 
 def norm_rope_variants(capability: int) -> Iterator[Variant]:
     names = [name for name in norm_rope._norm_rope_kernel.arg_names if name.endswith("_ptr")]
     pointers = dict.fromkeys(names, "*bf16") | {"rotation_ptr": "*i64", "eps": "fp32"}
-    for both in (True, False) if capability >= 89 else ():
-        constants = {"HALF": 64, "PAIRS": 2048, "BOTH": both, "FULL": both, "BITS": False}
+    for both in (True, False) if capability >= 80 else ():
+        constants = {"HALF": 64, "PAIRS": 2048, "BOTH": both, "TURN": both, "FULL": both, "BITS": False}
         yield str(both), norm_rope._norm_rope_kernel, pointers, constants
 
 
@@ -246,6 +257,7 @@ KERNELS = {
     "attend": attend_variants,
     "to_fp8": to_fp8_variants,
     "quantize_rows": rows_variants,
+    "scale_sums": scale_sums_variants,
     "to_fp8_sum": fp8_sum_variants,
     "unpack_factors": factor_variants,
     "norm_rows": norm_rows_variants,

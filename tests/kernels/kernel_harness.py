@@ -17,12 +17,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from nvfp4_video.kernels import reference, video_reference
+from nvfp4_video.kernels import int8_reference, reference, video_reference
 from nvfp4_video.kernels.backends import BF16_CAPABILITY
 from nvfp4_video.kernels.format import PackedWeight, block_scale_shape, packed_shape
 
 CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_DEFINITIONS = (reference, int8_reference, video_reference)
 _GUARD = 1024
+_FILES = {"to_int8": "to_fp8", "quantize_rows_int8": "quantize_rows"}  # of kernels/triton, where named otherwise
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _empty = torch.empty
 
@@ -38,9 +40,9 @@ class Kernels:
     def function(self, name: str) -> Callable:
         """The one of this name in the definitions of kernels/, or in the file of kernels/triton that bears the name."""
         if self.name == "reference":
-            return getattr(reference if hasattr(reference, name) else video_reference, name)
+            return getattr(next(one for one in _DEFINITIONS if hasattr(one, name)), name)
         pytest.importorskip("triton")
-        return getattr(importlib.import_module(f"nvfp4_video.kernels.triton.{name}"), name)
+        return getattr(importlib.import_module(f"nvfp4_video.kernels.triton.{_FILES.get(name, name)}"), name)
 
     def few(self, values: Sequence, most: int) -> Sequence:
         """All values; in Triton's interpreter, where a call can take a second, the first ``most``."""

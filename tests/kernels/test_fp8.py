@@ -7,7 +7,7 @@ import kernel_harness as harness
 import pytest
 import torch
 from kernel_harness import random_record, scalar
-from nvfp4_video.kernels import dispatch, fp8, reference
+from nvfp4_video.kernels import backends, dispatch, fp8, reference
 from nvfp4_video.kernels.format import OUTPUT_DTYPES, PackedWeight, block_scale_shape, packed_shape, swizzle
 
 SHAPES = [(16, 16), (1, 16), (1, 1), (129, 48), (30, 112), (48, 2064), (0, 32)]
@@ -173,10 +173,10 @@ def test_each_refusal_names_its_reason(monkeypatch):
     fp8.obstacle.cache_clear()
     assert fp8.obstacle(device) == "FP8 needs compute capability 8.9, NVIDIA X has 8.6"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    monkeypatch.setattr(fp8, "pick_backend", lambda *_: ("torch", "Triton is not installed (x)"))
+    monkeypatch.setattr(backends, "pick_backend", lambda *_: ("torch", "Triton is not installed (x)"))
     fp8.obstacle.cache_clear()
     assert fp8.obstacle(device) == "Triton is not installed (x)"
-    monkeypatch.setattr(fp8, "pick_backend", lambda *_: ("triton", "runs"))
+    monkeypatch.setattr(backends, "pick_backend", lambda *_: ("triton", "runs"))
     monkeypatch.setattr(fp8, "_failure_of_a_trial", lambda device: "torch 2.4 cannot multiply FP8 row-wise here: x")
     fp8.obstacle.cache_clear()
     assert "cannot multiply FP8 row-wise" in fp8.obstacle(device)

@@ -35,7 +35,8 @@ class Passes:
 
 def _moved(value, device: str):
     if isinstance(value, FP8Rows):
-        return FP8Rows(value.quantized.to(device), value.scale.to(device), value.shape)
+        kept = None if value.kept is None else value.kept.to(device)
+        return FP8Rows(value.quantized.to(device), value.scale.to(device), value.shape, kept=kept)
     if isinstance(value, Ada):
         return Ada(value.table.to(device), value.steps.to(device), value.group)
     if isinstance(value, Add | Want):
@@ -129,6 +130,18 @@ def test_what_is_not_asked_for_is_left_out(quantize, passes, generator):
     assert torch.equal(given.cpu(), (x.float() + y.float()).bfloat16())
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_a_tensor_is_kept_beside_its_rows(second, passes, generator):
+    x = random(generator, 1, 6, 80)
+    ada = make_ada(generator, 6, 80, 2)
+    want = Want(ada, 1, 0, True, True)
+    found = passes.norm_rows(x, None, [Want(ada, 2, 3, True), want] if second else [want])[-1]
+    right = normed(x).flatten(0, 1) * (1 + modulation(ada, 1)) + modulation(ada, 0)
+    assert_near(found, right)
+    assert_near(found.kept, right)
+    assert found.plain() is found.kept
+
+
 def test_a_nan_spoils_its_own_row_only(passes, generator):
     x = random(generator, 1, 4, 32)
     x[0, 1, 5] = torch.nan
@@ -161,6 +174,15 @@ def test_norm_and_rotation_of_one_and_of_two(heads, width, batch, passes, genera
         torch.testing.assert_close(found.double(), right, rtol=2**-7, atol=2**-6)
     (alone,) = passes.norm_rope(pairs[1:], rotation, 1e-5)
     assert torch.equal(alone, both[1])
+
+
+@pytest.mark.parametrize("cols", [16, 96])
+def test_norm_without_a_rotation(cols, passes, generator):
+    pairs = [(random(generator, 2, 5, cols), random(generator, cols)) for _ in range(2)]
+    both = passes.norm_rope(pairs, None, 1e-5)
+    for (x, weight), found in zip(pairs, both, strict=True):
+        torch.testing.assert_close(found.double(), normed(x, 1e-5) * weight.double(), rtol=2**-7, atol=2**-9)
+    assert torch.equal(passes.norm_rope(pairs[1:], None, 1e-5)[0], both[1])
 
 
 def test_a_stream_that_kernels_cannot_take_is_told():

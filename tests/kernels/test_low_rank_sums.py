@@ -7,7 +7,7 @@ import kernel_harness as harness
 import pytest
 import torch
 from nvfp4_video.kernels import dispatch, reference
-from nvfp4_video.kernels.format import FACTOR_BLOCK, OUTPUT_DTYPES, PackedWeight
+from nvfp4_video.kernels.format import FACTOR_BLOCK, OUTPUT_DTYPES, FP8Rows, PackedWeight
 
 generator = pytest.fixture(harness.fresh_generator)
 kernels = pytest.fixture(harness.tensor_core_kernels, params=harness.implementations())
@@ -118,3 +118,14 @@ def test_a_product_with_the_sum_is_that_of_merged_weights_up_to_fp8(generator):
     right = torch.nn.functional.linear(activated, exact(record, up, down), bias.double())
     assert 1e-3 < (found - right).norm() / right.norm() < 0.05
     assert dispatch.prepare("linear_fp8_sum", (48, 80), torch.float32, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_rows_take_the_place_of_the_tensor_that_they_were_made_of(device, generator):
+    record, up, down, peak = random_case((48, 80), 24, torch.bfloat16, generator)
+    x = torch.randn(2, 33, 80, generator=generator).bfloat16()
+    rows = FP8Rows(*(part.to(device) for part in reference.quantize_rows(x.flatten(0, 1))), x.shape)
+    run = dispatch.prepare("linear_fp8_sum", (48, 80), torch.bfloat16, torch.device(device))
+    parts = [part.to(device) for part in (*record.parts, up, down, peak)]
+    found, right = run(rows, *parts), run(x.to(device), *parts)
+    assert found.shape == (2, 33, 48) and torch.equal(found, right)

@@ -151,6 +151,12 @@ def test_products_of_one_launch_are_those_of_each_weight(shapes, rows, gated, co
     assert torch.equal(found, again)
 
 
+def test_more_heads_to_one_of_the_cache_than_a_tile_has_rows_are_left_to_the_host():
+    prepare = pytest.importorskip("nvfp4_video.kernels.triton.attend").prepare
+    assert prepare(17, (8, 1, 16), 1.0, torch.device("cpu")) is None
+    assert prepare(16, (8, 1, 16), 1.0, torch.device("cpu")) is not None
+
+
 def test_weights_that_cannot_be_one_launch_are_refused():
     prepare_group = pytest.importorskip("nvfp4_video.kernels.triton.gemv").prepare_group
     cpu = torch.device("cpu")

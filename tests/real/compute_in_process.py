@@ -3,8 +3,8 @@
 
 usage: <the host's python> compute_in_process.py <empty folder>, in the folder of a ComfyUI checkout
 
-A CPU has no FP8 or FP4 tensor cores: both are declared to run, FP8 is then computed in FP32 by the torch backend, for
-any number of tokens, and FP4 by the host, which on a CPU is weight-only.
+A CPU has no FP8, INT8 or FP4 tensor cores: they are declared to run, the first two are then computed by the torch
+backend, for any number of tokens, and FP4 by the host, which on a CPU is weight-only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def modes_of(patcher) -> dict[str, int]:
 
 def sampled(scene, counts: dict, patcher) -> tuple:
     """Latents, and how often each kind of computation was entered."""
-    counts.update(fp8=0, host=0)
+    counts.update(fp8=0, int8=0, host=0)
     out = scene.sample(patcher)
     return out, dict(counts)
 
@@ -42,19 +42,20 @@ def sampled(scene, counts: dict, patcher) -> tuple:
 def facts_of(scene) -> dict:
     matmul, fp8, compute = load("host.compute.matmul"), load("kernels.fp8"), load("host.compute.modes")
     dispatch = load("kernels.dispatch")
-    counts = {"fp8": 0, "host": 0}
-    fp8.obstacle = lambda device: ""
+    counts = {"fp8": 0, "int8": 0, "host": 0}
+    fp8.obstacle = load("kernels.int8").obstacle = lambda device: ""
     compute._fp4_obstacle = lambda device: ""
-    matmul.least_rows = lambda shape, device: 1
+    matmul.least_rows = lambda *_: 1
     prepare = dispatch.prepare
 
     def counted(operation, *arguments):
         run = prepare(operation, *arguments)
-        if operation != "linear_fp8":
+        mode = operation.removeprefix("linear_")
+        if mode not in ("fp8", "int8"):
             return run
 
         def call(*given):
-            counts["fp8"] += 1
+            counts[mode] += 1
             return run(*given)
 
         return call
@@ -65,6 +66,7 @@ def facts_of(scene) -> dict:
     for name, options in {
         "bf16": {},
         "fp8": {"compute": "fp8"},
+        "int8": {"compute": "int8"},
         "fp8 with to_out kept": {"compute": "fp8", "layer_compute": "to_out=bf16"},
         "fp4": {"compute": "fp4"},
         "auto": {"compute": "auto"},
@@ -114,7 +116,8 @@ def fused_against_not(scene) -> dict:
         setattr(fused, name, function)
     load("host.compute.fusions").release(patcher.model.diffusion_model)
     apart = scene.sample(patcher, steps=8)
-    return {"calls": calls, "error": float((latents - apart).norm() / apart.norm())}
+    kept = load("host.compute.positions")._known_embedding() is not None
+    return {"calls": calls, "error": float((latents - apart).norm() / apart.norm()), "embedding known": kept}
 
 
 class FakeGraph:
@@ -134,7 +137,7 @@ def graphs_of(scene) -> dict:
     """Sampling with every block replaced by a fake graph, against sampling without; fused layers in FP8 mode."""
     torch, graphs, plans, fp8 = importlib.import_module("torch"), *map(load, PARTS)
     contextlib, extension = importlib.import_module("contextlib"), importlib.import_module("comfy.patcher_extension")
-    kept, host_class = graphs.obstacle, load("host.compute.graph_key").host_class
+    kept, is_host_s = graphs.obstacle, load("host.compute.graph_key").is_host_s
     plain = scene.ours("comfy_markers")
     right = scene.sample(plain, steps=8)
     counts = {"captured": 0, "replayed": 0}
@@ -153,7 +156,7 @@ def graphs_of(scene) -> dict:
         return self.graphs[number][branches]
 
     fakes = {"record": lambda self, stream: None, "query": lambda self: True}
-    graphs.obstacle = lambda model, device: "" if type(model) is host_class("LTXAVModel") else "other"
+    graphs.obstacle = lambda model, device: "" if is_host_s(model, "LTXAVModel") else "other"
     graphs._is_out_of_question = lambda model, device: False
     plans.Plan.capture, torch.cuda.Event = capture, type("Event", (), fakes)
     plans.apart, plans.give_back = lambda device: contextlib.nullcontext(), lambda device: None

@@ -305,7 +305,7 @@ def fp8(scene, loras: Loras) -> dict:
     compute, kernels = load("nvfp4_video.host.compute.modes"), load("nvfp4_video.kernels.fp8")
     kernels.obstacle = lambda device: ""
     compute.obstacle = lambda mode, device: ""
-    load("nvfp4_video.host.compute.matmul").least_rows = lambda shape, device: 1
+    load("nvfp4_video.host.compute.matmul").least_rows = lambda *_: 1
     patcher = scene.ours("comfy_markers", compute="fp8")
     plain, patched = scene.sample(patcher), scene.sample(loras.on(patcher, 1.0))
     decoded = scene.stock("bf16_decoded")

@@ -35,13 +35,16 @@ def test_fp8_latents_are_near_the_weight_only_ones_and_not_the_same(found: dict)
     assert found["error"]["bf16"] == 0
     assert 0 < found["error"]["fp8"] < 0.05
     assert 0 < found["error"]["fp8 with to_out kept"] < 0.05
+    assert 0 < found["error"]["int8"] < found["error"]["fp8"], "the small model's activations have no outliers"
 
 
 def test_fp8_layers_compute_in_fp8_and_no_other_layer_does(found: dict):
     modes, calls = found["modes"], found["calls"]
-    assert modes["bf16"].keys() == {"bf16"} and calls["bf16"]["fp8"] == 0
+    assert modes["bf16"].keys() == {"bf16"} and calls["bf16"]["fp8"] == calls["bf16"]["int8"] == 0
     assert modes["fp8"]["fp8"] > 0 and modes["fp8"]["bf16"] > 0, "sensitive layers stay"
     assert calls["fp8"]["fp8"] > 0 and calls["fp8"]["host"] == 0
+    assert modes["int8"]["int8"] == modes["fp8"]["fp8"] and calls["int8"]["int8"] == calls["fp8"]["fp8"]
+    assert calls["int8"]["fp8"] == calls["int8"]["host"] == 0
     assert modes["fp8 with to_out kept"]["fp8"] < modes["fp8"]["fp8"]
     assert 0 < calls["fp8 with to_out kept"]["fp8"] < calls["fp8"]["fp8"]
 
@@ -78,3 +81,4 @@ def test_a_fused_model_gives_the_latents_of_the_host_s_own_classes_but_for_round
     fused = found["fused"]
     assert 0 < fused["error"] < 0.005
     assert all(fused["calls"].values()), "every kind of pass runs, also with rows in FP8"
+    assert fused["embedding known"], "its frequencies are kept"

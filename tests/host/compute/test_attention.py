@@ -17,6 +17,30 @@ from nvfp4_video.host.compute.attention import AUTO, BY_COMPUTE, HOST, OVERRIDE,
 HEADS = 4
 
 
+def test_a_call_is_timed_after_the_gpu_has_waited_for_the_cpu_to_queue_it(monkeypatch):
+    queue: list = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record = lambda stream: queue.append("event")
+            self.synchronize = lambda: queue.append("end")
+
+        def elapsed_time(self, other):
+            return 6.0
+
+    seconds = iter((1.0, 1.002))
+    monkeypatch.setattr(attention.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: queue.append("rest"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append(cycles), raising=False)
+    found = attention._milliseconds(lambda: queue.append("call"), 3, torch.device("cuda"))
+    assert found == pytest.approx(6.0 / 3 + 0.2), "a tenth of 2 ms of the CPU's counts"
+    cycles = queue[3]
+    assert queue == ["rest", "call", "rest", cycles, "event", "call", "call", "call", "event", "end"]
+    assert cycles >= 3 * 0.002 * 2e9
+
+
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Milliseconds that a trial finds for each candidate, in the order in which they are tried; the CPU is a GPU."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from nvfp4_video.host.compute import matmul
-from nvfp4_video.host.compute.card import fp8_min_tokens, gpu_from, gpu_of
+from nvfp4_video.host.compute.card import gpu_from, gpu_of, min_tokens
 from nvfp4_video.measure.gpus import GPUS
 
 SHAPES = ((4096, 4096), (2048, 2048), (16384, 4096), (32, 4096))
@@ -23,14 +23,29 @@ LEAST = {
 }
 
 
+LEAST_INT8 = {
+    # By hand, 4096 x 4096: 16.8 MB at 833 GB/s are 20.1 us of 42.8; a token saves 33.6 MFLOP at 47.7 instead of 122
+    # TFLOP/s, 429 ns, and moves 45 KB more, 54 ns.
+    "RTX 3090": (61, 471, 17, NEVER),
+    "A100 80 GB": (3156, NEVER, 93, NEVER),
+    "H200": (61212, NEVER, 2426, NEVER),
+}
+
+
+@pytest.mark.parametrize("name", LEAST_INT8)
+def test_int8_begins_later_for_its_sums_are_written_and_read(name):
+    assert tuple(min_tokens(shape, GPUS[name], "int8") for shape in SHAPES) == LEAST_INT8[name]
+    assert min_tokens((8192, 256), GPUS[name], "int8") == NEVER, "the sums cost more than the product saves"
+
+
 @pytest.mark.parametrize("name", LEAST)
 def test_fp8_begins_where_it_saves_what_its_launches_cost(name):
-    assert tuple(fp8_min_tokens(shape, GPUS[name]) for shape in SHAPES) == LEAST[name]
+    assert tuple(min_tokens(shape, GPUS[name]) for shape in SHAPES) == LEAST[name]
 
 
 def test_a_card_without_fp8_or_of_which_nothing_is_known_has_the_number_for_unknown_ones():
-    assert fp8_min_tokens((4096, 4096), GPUS["RTX 3060 12 GB"]) == 256, "it has no FP8 and is never asked"
-    assert fp8_min_tokens((4096, 4096), None) == 256
+    assert min_tokens((4096, 4096), GPUS["RTX 3060 12 GB"]) == 256, "it has no FP8 and is never asked"
+    assert min_tokens((4096, 4096), None) == 256
     assert gpu_of(torch.device("cpu")) is None
 
 
@@ -50,7 +65,7 @@ def test_an_unlisted_card_has_the_numbers_of_its_clocks():
     found, known = gpu_from(properties("NVIDIA Something", **clocks)), GPUS["RTX 4090"]
     assert found.bandwidth == pytest.approx(known.bandwidth, rel=1e-3)
     assert found.bf16 == pytest.approx(known.bf16, rel=1e-2) and found.fp8 == pytest.approx(known.fp8, rel=1e-2)
-    assert fp8_min_tokens((4096, 4096), gpu_from(properties("NVIDIA Something"))) == 256, "a torch that does not say"
+    assert min_tokens((4096, 4096), gpu_from(properties("NVIDIA Something"))) == 256, "a torch that does not say"
 
 
 def test_a_layer_computes_in_fp8_from_its_card_s_number_of_tokens_on(monkeypatch):

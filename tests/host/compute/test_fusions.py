@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from nvfp4_video.host.compute import fusions, linear
-from nvfp4_video.host.compute.modes import Compute
+from nvfp4_video.host.compute.modes import EIGHT_BITS, Compute
 from nvfp4_video.kernels import dispatch, fp8, reference
 from nvfp4_video.tests.support.lora_helpers import CPU, NVFP4
 
@@ -72,9 +72,12 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8, "obstacle", lambda device: "")
 
 
-def build(kind: type) -> tuple[torch.nn.Module, torch.nn.Module]:
+def build(
+    kind: type, mode: str = "fp8", others: dict[str, str] | None = None
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The same layers twice: as fused, and as the host built them."""
-    operations = linear.weight_only_operations(torch.bfloat16, CPU, compute=Compute("fp8"))
+    compute = Compute(mode, others=others or {})
+    operations = linear.weight_only_operations(torch.bfloat16, CPU, compute=compute)
     pair = kind(operations), kind(operations)
     state = {}
     for name, module in pair[0].named_modules():
@@ -102,8 +105,9 @@ def far(found, wanted) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-def test_a_feed_forward_hands_its_activation_to_the_linear_after_it(x, monkeypatch):
-    fused, plain = build(FeedForward)
+@pytest.mark.parametrize("mode", EIGHT_BITS)
+def test_a_feed_forward_hands_its_activation_to_the_linear_after_it(mode, x, monkeypatch):
+    fused, plain = build(FeedForward, mode)
     assert type(fused).__name__ == "FusedFeedForward"
     seen = []
     forward = type(fused.net[2]).forward
@@ -205,3 +209,12 @@ def test_projections_share_nothing_while_one_of_them_is_not_its_own_master(name,
     shares.clear()
     run(fused, x)
     assert shares == [True] * 3
+
+
+def test_projections_in_two_modes_share_no_rows(x):
+    fused, plain = build(CrossAttention, others={"to_k": "int8"})
+    assert not any("_nvfp4_shared" in layer.__dict__ for layer in fused.children())
+    assert torch.equal(run(fused, x), run(plain, x))
+    fused, plain = build(CrossAttention, "int8")
+    assert all("_nvfp4_shared" in layer.__dict__ for layer in fused.children())
+    assert torch.equal(run(fused, x), run(plain, x))

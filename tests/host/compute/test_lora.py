@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from nvfp4_video.host.compute import lora
-from nvfp4_video.kernels import fp8
+from nvfp4_video.kernels import fp8, int8
 from nvfp4_video.kernels.format import OUTPUT_DTYPES
 from nvfp4_video.tests.support.lora_helpers import CPU, SETS, Adapter, adapter, build, change, patches_of
 
@@ -71,18 +71,18 @@ def test_leading_dimensions_stay(lead):
         assert error(found, exact(layer, weight, x, patches)) < TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("shape", [(64, 48), (40, 64), (33, 64)], ids=str)
-def test_in_fp8_mode_the_lora_shares_the_rounding_of_the_weight(shape, monkeypatch):
-    monkeypatch.setattr(fp8, "obstacle", lambda device: "")
-    layer, weight = build(*shape, mode="fp8")
+@pytest.mark.parametrize(("shape", "mode"), [((64, 48), "fp8"), ((40, 64), "int8"), ((33, 64), "fp8")], ids=str)
+def test_in_8_bits_the_lora_shares_the_rounding_of_the_weight(shape, mode, monkeypatch):
+    monkeypatch.setattr({"fp8": fp8, "int8": int8}[mode], "obstacle", lambda device: "")
+    layer, weight = build(*shape, mode=mode)
     x = torch.randn(256, shape[1]).bfloat16()
     plain = error(layer(x), exact(layer, weight, x))
     patches = patches_of("three", *shape)
     put(layer, patches)
     added = []
     monkeypatch.setattr(lora, "add", lambda *given: added.append(1))
-    assert layer.nvfp4_mode == "fp8"
-    assert 0.01 < error(layer(x), exact(layer, weight, x, patches)) < 1.3 * plain + 0.01
+    assert layer.nvfp4_mode == mode
+    assert 0.005 < error(layer(x), exact(layer, weight, x, patches)) < 1.3 * plain + 0.01
     found = layer(x, activation="gelu_tanh")
     activated = torch.nn.functional.gelu(x.float(), approximate="tanh")
     assert error(found, exact(layer, weight, activated, patches)) < 0.06

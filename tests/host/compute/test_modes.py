@@ -13,7 +13,7 @@ from nvfp4_video.host.compute import linear
 from nvfp4_video.host.compute import modes as compute
 from nvfp4_video.host.compute.modes import Compute
 from nvfp4_video.host.load.model import load_model
-from nvfp4_video.kernels import fp8, reference
+from nvfp4_video.kernels import fp8, int8, int8_reference, reference
 from nvfp4_video.samples import synthetic
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -27,6 +27,13 @@ def fp8_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8, "obstacle", lambda device: "")
 
 
+@pytest.fixture(params=compute.EIGHT_BITS)
+def mode(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each mode in 8 bits, allowed on the CPU likewise."""
+    monkeypatch.setattr({"fp8": fp8, "int8": int8}[request.param], "obstacle", lambda device: "")
+    return request.param
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch):
     """Pretend to a GPU of this capability and torch build."""
@@ -37,6 +44,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(comfy.model_management, "supports_nvfp4_compute", lambda device=None: host)
         monkeypatch.setattr(fp8, "obstacle", lambda device: "" if capability >= (8, 9) else "FP8 needs 8.9")
+        monkeypatch.setattr(int8, "obstacle", lambda device: "" if capability >= (7, 5) else "INT8 needs 7.5")
 
     return pretend
 
@@ -68,25 +76,32 @@ def by_fp8(layer, record, x):
     return reference.linear_fp8(x, record, layer.bias)
 
 
+def by_int8(layer, record, x):
+    return int8_reference.linear_int8(x, record, layer.bias)
+
+
 def by_bf16(layer, record, x):
     weight = reference.dequantize(record, x.dtype)
     return torch.nn.functional.linear(x, weight, layer.bias)
 
 
+BY = {"bf16": by_bf16, "fp8": by_fp8, "int8": by_int8}
+
+
 @pytest.mark.parametrize("lead", [(300,), (2, 150), (256,)], ids=str)
-def test_a_layer_in_fp8_mode_multiplies_rounded_operands(lead, fp8_runs):
-    layer, record = build(Compute("fp8"))
+def test_a_layer_in_8_bits_multiplies_rounded_operands(lead, mode):
+    layer, record = build(Compute(mode))
     x = torch.randn(*lead, 64).bfloat16()
-    assert torch.equal(layer(x), by_fp8(layer, record, x))
+    assert torch.equal(layer(x), BY[mode](layer, record, x))
     assert not torch.equal(layer(x), by_bf16(layer, record, x))
 
 
 def test_a_layer_that_has_run_computes_in_the_mode_it_is_given_next(fp8_runs):
     layer, record = build(Compute("fp8"))
     x = torch.randn(300, 64).bfloat16()
-    for mode, right in (("fp8", by_fp8), ("bf16", by_bf16), ("fp8", by_fp8)):
+    for mode in ("fp8", "bf16", "int8", "fp8"):
         linear.choose_mode(layer, mode)
-        assert torch.equal(layer(x), right(layer, record, x)), mode
+        assert torch.equal(layer(x), BY[mode](layer, record, x)), mode
 
 
 def test_few_tokens_and_other_layers_stay_weight_only(fp8_runs):
@@ -139,10 +154,10 @@ def test_the_format_is_left_on_only_where_a_layer_computes_in_fp4(gpu):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("rows", [3, 300])
-def test_torch_compile_takes_fp8_layers_in_one_graph(rows, fp8_runs):
-    layer, record = build(Compute("fp8"))
+def test_torch_compile_takes_layers_in_8_bits_in_one_graph(rows, mode):
+    layer, record = build(Compute(mode))
     x = torch.randn(rows, 64).bfloat16()
-    right = (by_fp8 if rows == 300 else by_bf16)(layer, record, x)
+    right = BY[mode if rows == 300 else "bf16"](layer, record, x)
     with torch.no_grad():
         assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), right)
 
@@ -161,7 +176,7 @@ def test_auto_takes_the_fastest_and_says_why_not_another(capability, cuda, host,
     gpu(capability, cuda, host)
     picked, reason = compute.pick_mode("auto", CUDA)
     assert picked == mode
-    assert all(part in reason for part in reasons)
+    assert all(part in reason for part in reasons) and "int8" not in reason
 
 
 def test_a_mode_asked_for_that_cannot_run_is_an_error_that_says_why(gpu):
@@ -174,7 +189,17 @@ def test_a_mode_asked_for_that_cannot_run_is_an_error_that_says_why(gpu):
     gpu((9, 0))
     with pytest.raises(ValueError, match="FP4 needs compute capability 10.0, NVIDIA X has 9.0"):
         compute.pick_mode("fp4", CUDA)
-    with pytest.raises(ValueError, match="unknown compute mode 'int8'; expected bf16, fp8, fp4 or auto"):
+    with pytest.raises(ValueError, match="unknown compute mode 'int4'; expected bf16, int8, fp8, fp4 or auto"):
+        compute.pick_mode("int4", CUDA)
+
+
+def test_int8_says_where_it_was_not_run(gpu, monkeypatch):
+    gpu((8, 6))
+    assert compute.pick_mode("int8", CUDA) == ("int8", "asked for; not run on NVIDIA X by this pack, only on an H200")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    assert compute.pick_mode("int8", CUDA) == ("int8", "asked for")
+    gpu((7, 0))
+    with pytest.raises(ValueError, match="compute int8 cannot run: INT8 needs 7.5; choose bf16 or auto"):
         compute.pick_mode("int8", CUDA)
 
 
@@ -207,7 +232,7 @@ def test_overrides_are_read_and_faults_are_named(gpu):
     for wrong in ("to_out", "=bf16", "to_out bf16"):
         with pytest.raises(ValueError, match="expected PART=MODE, such as to_out=bf16"):
             compute.parse_overrides(wrong, CUDA)
-    with pytest.raises(ValueError, match="unknown mode 'fp16' for 'ff'; expected bf16, fp8, fp4; did you mean"):
+    with pytest.raises(ValueError, match="unknown mode 'fp16' for 'ff'; expected bf16, int8, fp8, fp4; did you mean"):
         compute.parse_overrides("ff=fp16", CUDA)
     with pytest.raises(ValueError, match="layer_compute: ff=fp4 cannot run: FP4 needs compute capability 10.0"):
         compute.parse_overrides("ff=fp4", CUDA)

@@ -75,6 +75,13 @@ def test_ranges_never_make_a_layer_coarser_and_the_first_that_fits_counts(patche
     assert sampled(patcher, SIGMAS) == [*[fp8] * 4, AS_LOADED, AS_LOADED, fp4, EXACT]
 
 
+def test_int8_counts_as_more_exact_than_fp8(patcher):
+    use_schedule(patcher, RANGES, "0.98-1=int8, 0-0.98=fp8")
+    assert [modes for modes, _ in sampled(patcher, [1.0, 0.9, 0.0])] == ["int8 int8 bf16 None", "fp8 fp8 bf16 None"]
+    patcher.model.diffusion_model.a.__dict__["nvfp4_mode"] = "int8"
+    assert [modes for modes, _ in sampled(patcher, [0.9, 0.0])] == ["int8 fp8 bf16 None"]
+
+
 def test_of_two_schedules_the_more_exact_counts(patcher):
     use_schedule(patcher, FIRST)
     use_schedule(patcher, RANGES, "0.9-1=fp8")
@@ -107,7 +114,7 @@ def test_graphs_of_one_mode_are_not_replayed_for_another():
 def test_a_model_that_has_nothing_to_gain_is_left_alone(patcher):
     for layer in patcher.model.diffusion_model.children():
         layer.__dict__["nvfp4_mode"] = layer.__dict__["nvfp4_mode"] and "bf16"
-    assert "load the model with compute fp8" in use_schedule(patcher, FIRST)
+    assert "load the model with compute int8, fp8" in use_schedule(patcher, FIRST)
     patcher.model.diffusion_model = torch.nn.Linear(2, 2)
     assert "no NVFP4 layer of the NVFP4 Model Loader" in use_schedule(patcher, FIRST)
     assert not patcher.get_all_wrappers(WrappersMP.APPLY_MODEL)
@@ -120,7 +127,7 @@ def test_a_model_that_has_nothing_to_gain_is_left_alone(patcher):
         ("0.9=bf16", "found '0.9=bf16'; expected FROM-TO=MODE"),
         ("0.9-1=bf16, nan-1=fp8", "found 'nan-1=fp8'"),
         ("1-0.9=bf16", "found 1-0.9; expected the smaller sigma first"),
-        ("0-1=fp16", "unknown mode 'fp16' for 0-1; expected bf16, fp8, fp4"),
+        ("0-1=fp16", "unknown mode 'fp16' for 0-1; expected bf16, int8, fp8, fp4"),
         ("0-1e400=fp8", "found '0-1e400=fp8'"),
     ],
 )

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nvfp4_video.host.compute import linear, token_block, token_graphs
+from nvfp4_video.host.compute import linear, rows, token_block, token_graphs
 from nvfp4_video.kernels import one_token, reference
 from nvfp4_video.tests.support import token_loops, token_twins
 from nvfp4_video.tests.support.lora_helpers import CPU, NVFP4
@@ -112,6 +112,35 @@ def test_a_block_with_a_module_in_other_hands_is_the_host_s(llama, wanted, meddl
         token_graphs.use_graphs(clip)
         meddle(clip.model.layers[1])
         assert generated(clip, runs) == (wanted, [0, 2])
+
+
+@torch.no_grad()
+def test_whoever_replaces_a_function_of_the_host_s_module_is_heard(llama, monkeypatch):
+    with token_twins.in_plain_torch(token_block) as runs:
+        clip = build(llama)
+        token_graphs.use_graphs(clip)
+        forward = token_loops.RMSNorm.forward
+        monkeypatch.setattr(token_loops.RMSNorm, "forward", lambda self, x: forward(self, x) * 1.5)
+        assert generated(clip, runs)[1] == []
+        monkeypatch.undo()
+
+
+@torch.no_grad()
+def test_attention_of_another_class_is_the_host_s(llama, wanted):
+    with token_twins.in_plain_torch(token_block) as runs:
+        clip = build(llama)
+        token_graphs.use_graphs(clip)
+        attention = clip.model.layers[2].self_attn
+        attention.__class__ = type("Somebody", (type(attention),), {})
+        assert generated(clip, runs) == (wanted, [0, 1])
+
+
+@pytest.mark.parametrize("state", [{"nvfp4_lora": object()}, {"nvfp4_mode": "fp4"}, {"nvfp4_mode": None}], ids=str)
+def test_a_layer_with_a_lora_or_in_another_mode_is_no_packed_weight(llama, state):
+    layer = build(llama).model.layers[0].mlp.up_proj
+    assert rows.packed_weight(layer, CPU) is layer.weight
+    layer.__dict__.update(state)
+    assert rows.packed_weight(layer, CPU) is None
 
 
 def test_gradients_are_the_host_s(llama):

@@ -397,4 +397,4 @@ def test_modes_and_backends_that_cannot_run_are_refused_before_the_file_is_read(
         load_model(missing, backend="cuda")
     with pytest.raises(ValueError, match="triton backend cannot run: .*on cpu; choose backend auto or torch"):
         load_model(missing, backend="triton")
-    assert COMPUTE_MODES == ("bf16", "fp8", "fp4", "auto")
+    assert COMPUTE_MODES == ("bf16", "int8", "fp8", "fp4", "auto")
