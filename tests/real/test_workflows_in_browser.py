@@ -61,6 +61,7 @@ def test_the_template_dialog_shows_every_template_with_its_picture(page):
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_text(PACK_FOLDER, exact=True).first.click()
     for name in NAMES:
+        page.get_by_text(name, exact=True).first.scroll_into_view_if_needed()  # pictures are loaded when they are seen
         picture = page.get_by_alt_text(name, exact=True)
         picture.scroll_into_view_if_needed()
         # 640 is the width of the file: the front end has a default picture for templates without one.
