@@ -51,6 +51,13 @@ _take_time()
 sys.path.insert(0, str(STUB))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _triton_knows_the_gpu() -> None:
+    """Triton keeps the function that tells it the GPU's capability, which some tests replace for their own time."""
+    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        importlib.import_module("triton").runtime.driver.active.get_current_target()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, each with its reason, which ``pytest -rs`` prints."""
     reasons = {}
