@@ -16,6 +16,8 @@ import pytest
 EVENT = "nvfp4.findings"
 PANEL = ".nvfp4-doctor"
 READY = "() => window.app?.extensionManager?.getSidebarTabs?.().some((tab) => tab.id === 'nvfp4-doctor')"
+# A real host's first workflow is there; before, it would take the place of one that a test loads.
+OPENED = "() => app.extensionManager.workflow.activeWorkflow?.changeTracker"
 # How errors begin that the front end logs without us: 1.49.6 asks for the graph while it opens its first workflow, and
 # gives up on a slow answer about features.
 KNOWN_ERRORS = ("ComfyApp graph accessed before initialization", "Failed to fetch remote config: AbortError")
@@ -55,7 +57,7 @@ class DoctorPage:
     """
 
     def __init__(self, browser, url: str, shots: Path, host: bool = False, scripts: tuple[str, ...] = ()):
-        self.url, self.shots, self.problems, self._sockets = url, shots, [], []
+        self.url, self.shots, self.host, self.problems, self._sockets = url, shots, host, [], []
         self.context = browser.new_context(viewport=VIEW, permissions=["clipboard-read", "clipboard-write"])
         self.context.set_default_timeout(TIMEOUT_MS)
         self.page = page = self.context.new_page()
@@ -69,6 +71,8 @@ class DoctorPage:
     def _open(self) -> None:
         self.page.goto(self.url)
         self.page.wait_for_function(READY)
+        if self.host:
+            self.page.wait_for_function(OPENED)
 
     def leave(self) -> None:
         """End the visit: nothing of the front end runs any more, and what it stored in the browser is gone."""
