@@ -55,7 +55,7 @@ def test_the_panel_shows_this_host_and_checks_the_open_workflow(host, page):
         assert fact["label"] in text, fact["id"]
     assert host.version in text and report["launch"]["command"] in text
     page.shot("panel")
-    page.panel.locator("li", has_text="120 frames").get_by_role("button", name="#10").click()
+    page.panel.locator("li", has_text="120 frames").get_by_role("button", name="(10)").click()
     page.page.wait_for_function("() => app.canvas.selectedItems.size === 1")
     assert page.selected() == ["10"]
     assert page.distance_from_centre("10") < 30
