@@ -172,3 +172,10 @@ def save(name: str, out: Path | None, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}", flush=True)
+
+
+def exit_status(wrong: Sequence[Any]) -> int:
+    """What of a script's checks is not right -> 1, after telling it, or 0."""
+    if wrong:
+        print(f"WRONG: {wrong}")
+    return int(bool(wrong))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import common
@@ -103,20 +104,16 @@ def tiles(shape: tuple[int, int], bandwidth: float) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["us"])
 
 
-def launch_cost(shape: tuple[int, int]) -> dict[str, float]:
+def launch_cost(shape: tuple[int, int], modes: Sequence[str] = ("fp8",)) -> dict[str, float]:
     """Microseconds of CPU time to queue one Linear of 256 tokens by each way."""
     import torch
     from nvfp4_video.kernels import dispatch
 
     x, w, dense, bias = operands(shape, 256)[0]
-    dequantize = dispatch.prepare("dequantize", shape, x.dtype, x.device)
-    run = dispatch.prepare("linear_fp8", shape, x.dtype, x.device)
-    linear = torch.nn.functional.linear
-    calls = {
-        "dense": lambda: linear(x, dense, bias),
-        "bf16 mode": lambda: linear(x, dequantize(*w.parts), bias),
-        "fp8": lambda: run(x, *w.parts, bias),
-    }
+    prepared = {mode: dispatch.prepare(f"linear_{mode}", shape, x.dtype, x.device) for mode in modes}
+    dequantize, linear = dispatch.prepare("dequantize", shape, x.dtype, x.device), torch.nn.functional.linear
+    calls = {"dense": lambda: linear(x, dense, bias), "bf16 mode": lambda: linear(x, dequantize(*w.parts), bias)}
+    calls |= {mode: functools.partial(run, x, *w.parts, bias) for mode, run in prepared.items()}
     return {name: common.time_launch(call, calls=20) * 1e6 for name, call in calls.items()}
 
 
@@ -151,10 +148,7 @@ def main() -> int:
     common.print_table(rows, {"linear / dense": ".3f", "linear / bf16 mode": ".3f"})
     content = {"facts": found, "copy_bandwidth": bandwidth, "checks": checks, "rows": rows, "tiles": tile_rows}
     common.save("fp8", options.out, content | {"launch_us": launches})
-    wrong = [one for one in checks if one["differ"] or not one["error"] < 3e-3]
-    if wrong:
-        print(f"WRONG: {wrong}")
-    return int(bool(wrong))
+    return common.exit_status([one for one in checks if one["differ"] or not one["error"] < 3e-3])
 
 
 if __name__ == "__main__":

@@ -200,10 +200,7 @@ def main() -> int:
         common.print_table(tile_rows, {str(number): ".1f" for number in range(9)})
     content = {"facts": found, "copy_bandwidth": bandwidth, "checks": checks, "rows": rows, "tiles": tile_rows}
     common.save("fused", options.out, content)
-    wrong = [one for one in checks if not one["error"] < 5e-3]
-    if wrong:
-        print(f"WRONG: {wrong}")
-    return int(bool(wrong))
+    return common.exit_status([one for one in checks if not one["error"] < 5e-3])
 
 
 if __name__ == "__main__":

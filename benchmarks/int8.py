@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 import common
-from fp8 import operands
+from fp8 import launch_cost, operands
 
 SHAPES = ("16384x4096", "4096x16384", "4096x4096", "2048x2048")
 TOKENS = (256, 1024, 6144, 14080)
@@ -117,19 +117,6 @@ def kitchen(shape: tuple[int, int], tokens: int) -> float | None:
     return common.time_gpu(lambda x, w, dense, bias: int8_linear(x, *to_int8(w), bias), sets, rounds=7) * 1e3
 
 
-def launch_cost(shape: tuple[int, int]) -> dict[str, float]:
-    """Microseconds of CPU time to queue one Linear of 256 tokens by each way."""
-    import torch
-    from nvfp4_video.kernels import dispatch
-
-    x, w, dense, bias = operands(shape, 256)[0]
-    prepared = {mode: dispatch.prepare(f"linear_{mode}", shape, x.dtype, x.device) for mode in modes()}
-    dequantize, linear = dispatch.prepare("dequantize", shape, x.dtype, x.device), torch.nn.functional.linear
-    calls = {"dense": lambda: linear(x, dense, bias), "bf16": lambda: linear(x, dequantize(*w.parts), bias)}
-    calls |= {mode: functools.partial(run, x, *w.parts, bias) for mode, run in prepared.items()}
-    return {name: common.time_launch(call, calls=20) * 1e6 for name, call in calls.items()}
-
-
 def main() -> int:
     """Returns 1 if a conversion differs from the reference or a product is off by more than BF16's rounding."""
     parser = common.make_parser(__doc__, SHAPES)
@@ -148,7 +135,7 @@ def main() -> int:
     losses = errors()
     print("error of a Linear, 4096 x 4096, against the decoded weight")
     common.print_table(losses)
-    launches = launch_cost((2048, 2048))
+    launches = launch_cost((2048, 2048), modes())
     print("CPU time to queue one Linear, 2048 x 2048: " + ", ".join(f"{k} {v:.1f} us" for k, v in launches.items()))
     rows = [measure(shape, tokens) for shape in shapes for tokens in map(int, options.tokens.split(","))]
     print("milliseconds of GPU time")
@@ -160,10 +147,7 @@ def main() -> int:
         row["kitchen"] = kitchen(shape, row["tokens"])
     common.print_table([{key: row[key] for key in ("out x in", "tokens", "dense", "int8", "kitchen")} for row in rows])
     common.save("int8", options.out, content | {"launch_us": launches})
-    wrong = [one for one in checks if one["differ"] or not one["error"] < 3e-3]
-    if wrong:
-        print(f"WRONG: {wrong}")
-    return int(bool(wrong))
+    return common.exit_status([one for one in checks if one["differ"] or not one["error"] < 3e-3])
 
 
 if __name__ == "__main__":

@@ -179,9 +179,7 @@ def main() -> int:
     content = {"facts": found, "checks": checks, "tiles": tile_rows}
     common.save("low_rank", options.out, content | {"weights": weight_rows, "rows": rows})
     wrong = [one for one in checks if one["factors differ"] or one["bytes differ"] > 1e-4 or one["bf16 sum"] > 3e-3]
-    if wrong:
-        print(f"WRONG: {wrong}")
-    return int(bool(wrong))
+    return common.exit_status(wrong)
 
 
 if __name__ == "__main__":

@@ -196,10 +196,7 @@ def main() -> int:
     common.print_table(rows, {"us": ".1f", "apart us": ".1f", "ratio": ".2f", "x floor": ".2f"})
     content = {"facts": found, "copy_bandwidth": bandwidth, "checks": checks, "rows": rows}
     common.save("one_token", options.out, content)
-    wrong = [one for one in checks if not one["error"] < 5e-3]
-    if wrong:
-        print(f"WRONG: {wrong}")
-    return int(bool(wrong))
+    return common.exit_status([one for one in checks if not one["error"] < 5e-3])
 
 
 if __name__ == "__main__":
