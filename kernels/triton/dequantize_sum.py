@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..format import PackedWeight, block_scale_shape, packed_shape
 from .launch import Launcher, bf16_as_bits, part_reader, store_modifier
-from .tiles import decode_words, round_to_bf16_bits, tiled_offset
+from .tiles import decode_in_place, round_to_bf16_bits, tiled_offset
 
 # Tiles: rows, words of 8 columns, warps; the fastest of seven on an H200 at rank 64, and at rank 384 that for BF16 and
 # that for FP8: larger ones read the factors less often.
@@ -57,11 +57,13 @@ def sum_tile(
     """
     column, part = first_word * 8 + tl.arange(0, WORDS * 8), tl.arange(0, RANK)
     # Asked for first, to come while the factors are multiplied.
-    word_col = first_word + tl.arange(0, WORDS)
+    word_col, group = first_word + tl.arange(0, WORDS), first_word // 8 + tl.arange(0, WORDS // 8)
     words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + row.to(tl.int64)[:, None] * words_per_row
+    scales = scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tiled_offset(row, 0, scale_cols)[:, None] // 4
     word_inside = None if FULL else (row < packed_rows)[:, None] & (word_col < words_per_row)[None, :]
+    group_inside = None if FULL else (row < packed_rows)[:, None] & (group < scale_cols // 4)[None, :]
     word = tl.load(words + word_col[None, :], mask=word_inside)
-    scale = tl.load(scale_ptr + tiled_offset(row[:, None], word_col[None, :] // 2, scale_cols), mask=word_inside)
+    scale = tl.load(scales + group[None, :] * 128, mask=group_inside)
     row_inside, column_inside = (row < rows)[:, None], (column < cols)[None, :]
     up = up_ptr + row.to(tl.int64)[:, None] * rank + part[None, :]
     down = down_ptr + part.to(tl.int64)[:, None] * cols + column[None, :]
@@ -77,7 +79,7 @@ def sum_tile(
             acc = tl.dot(left, right, acc)
         else:
             acc = tl.dot(left.to(tl.float32), right.to(tl.float32), acc)
-    return tl.reshape(decode_words(word, scale, tl.load(global_ptr)), (row.shape[0], WORDS * 8)) + acc
+    return decode_in_place(word, scale, tl.load(global_ptr)) + acc
 
 
 @triton.jit

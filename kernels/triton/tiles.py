@@ -78,6 +78,19 @@ def decode_words(word, scale_byte, global_scale):
     return tl.join(even, odd)
 
 
+@triton.jit
+def decode_in_place(word, scales, global_scale):
+    """int32 words [ROWS, WORDS] + four E4M3 scales [ROWS, WORDS / 8] int32 + fp32 scalar -> fp32 [ROWS, WORDS * 8]."""
+    ROWS: tl.constexpr = word.shape[0]
+    WORDS: tl.constexpr = word.shape[1]
+    byte = (tl.arange(0, 4) * 8)[None, None, :]
+    scale = e4m3_to_f32((scales[:, :, None] >> byte) & 0xFF) * (global_scale * 4194304.0)
+    scale = tl.reshape(tl.broadcast_to(scale[:, :, :, None], (ROWS, WORDS // 8, 4, 2)), (ROWS, WORDS, 1))
+    pair = (word[:, :, None] >> byte) & 0xFF
+    even, odd = _halves_to_f32(((pair * 0x02000020) & 0x0E000E00) | ((pair * 0x10000100) & -0x7FFF8000))
+    return tl.reshape(tl.join(even * scale, odd * scale), (ROWS, WORDS * 8))
+
+
 # One word -> eight numbers, two an instruction, in the order of decode_words: the bits of a code, moved to where BF16
 # has its lowest two exponent bits and highest mantissa bit, are its value times 2**-126 (FP16: 2**-14, see
 # decode_words); times the scale, 2**118 (2**7) too large. Subnormal operands count in full. For BF16 one product moves

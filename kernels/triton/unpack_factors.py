@@ -37,7 +37,7 @@ def _scale_tile(
     """One tile of ELEMENTS / COLS rows x COLS columns, times a scale a row: the tile's or, BLOCKS 0, the row's."""
     ROWS: tl.constexpr = ELEMENTS // COLS
     if ALIGNED:
-        cols = tl.multiple_of(cols, 16)
+        cols = cols // 16 * 16  # a hint on an argument of a function called here would be lost
     column_programs = tl.cdiv(cols, COLS)
     row = (program // column_programs * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     first = program % column_programs
