@@ -22,6 +22,7 @@ from .tiles import decode_in_place, round_to_bf16_bits, tiled_offset
 # that for FP8: larger ones read the factors less often.
 TILES = {"small": (64, 16, 4), "bf16": (128, 16, 4), "fp8": (128, 32, 8)}
 _MOST_RANK = 64  # of a step
+OPTIONS = {"enable_fp_fusion": False}  # a decoded number is rounded before the change is added, as in the definition
 
 
 def tile_of(rank: int, output: str) -> tuple[int, int, int, int]:
@@ -147,7 +148,7 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
         grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(words, tile_words),)
         sizes = (rows, cols, bytes_shape[0], words, block_scale_shape(shape)[1], rank)
         tile = (tile_rows, tile_words, step, whole, products, store)
-        return Launcher(_dequantize_sum_kernel, grid, sizes + tile, device, (1,), num_warps=warps)
+        return Launcher(_dequantize_sum_kernel, grid, sizes + tile, device, (1,), num_warps=warps, **OPTIONS)
 
     def run(
         packed: torch.Tensor,

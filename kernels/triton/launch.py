@@ -34,8 +34,9 @@ def warps(columns: int, a_warp: int) -> int:
 def part_reader(shape: tuple[int, int], device: torch.device) -> Callable[..., tuple[torch.Tensor, ...]]:
     """(N, K), device -> function (packed, block_scale, global_scale) -> the three as kernels read them.
 
-    That is: contiguous, ``packed`` at a multiple of 4 bytes, the global scale in FP32 on ``device``. Parts that are so
-    already come back as they are. The function raises ValueError for those of another shape.
+    That is: contiguous, ``packed`` and the block scales at a multiple of 4 bytes, the global scale in FP32 on
+    ``device``. Parts that are so already come back as they are. The function raises ValueError for those of another
+    shape.
     """
     bytes_shape, scale_shape = packed_shape(shape), block_scale_shape(shape)
 
@@ -46,8 +47,10 @@ def part_reader(shape: tuple[int, int], device: torch.device) -> Callable[..., t
             packed, block_scale = packed.contiguous(), block_scale.contiguous()
         if global_scale.dtype != torch.float32 or global_scale.device != device:
             global_scale = global_scale.to(device, torch.float32)
-        if packed.data_ptr() % 4:  # bytes are read as 32-bit words
+        if packed.data_ptr() % 4:  # both are read as 32-bit words
             packed = packed.clone()
+        if block_scale.data_ptr() % 4:
+            block_scale = block_scale.clone()
         return packed, block_scale, global_scale
 
     return read

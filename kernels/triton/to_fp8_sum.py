@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..format import FP8, PackedWeight, block_scale_shape, packed_shape
-from .dequantize_sum import check_factors, sum_tile, tile_of
+from .dequantize_sum import OPTIONS, check_factors, sum_tile, tile_of
 from .launch import Launcher, part_reader
 from .tiles import largest_exponent, scales_of_rows, to_e4m3
 
@@ -123,7 +123,7 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
         arguments = (rows, cols, padded_rows, words, scale_cols, rank, tile_rows, tile_words, step, whole, products)
         grid = (triton.cdiv(padded_rows, tile_rows) * triton.cdiv(words, tile_words),)
         as_bytes = (1,) if on_gpu else (1, 6)
-        return scales, Launcher(_to_fp8_sum_kernel, grid, arguments, device, as_bytes, num_warps=warps)
+        return scales, Launcher(_to_fp8_sum_kernel, grid, arguments, device, as_bytes, num_warps=warps, **OPTIONS)
 
     def run(
         packed: torch.Tensor,

@@ -7,6 +7,7 @@ import kernel_harness as harness
 import pytest
 import torch
 from nvfp4_video.kernels import dispatch, reference
+from nvfp4_video.kernels.format import PackedWeight
 
 CASES = [
     *[((128, 256), 64, torch.bfloat16), ((64, 128), 128, torch.float16)],  # no edge: one step of the rank, and two
@@ -38,6 +39,30 @@ def test_factors_of_zeros_leave_the_decoded_weight_bit_for_bit(kernels, generato
     record, up, down = random_case((144, 80), 8, torch.bfloat16, generator)
     found = kernels.call("dequantize_sum", record, up * 0, down).cpu()
     assert torch.equal(found, reference.dequantize(record))
+
+
+def test_every_scale_decodes_as_it_does_alone_negative_ones_and_nan_included(kernels, generator):
+    record, up, down = random_case((128, 256), 16, torch.bfloat16, generator)
+    every = torch.arange(256).repeat(8).to(torch.uint8)[torch.randperm(2048, generator=generator)]
+    scales = every.view(record.block_scale.shape).view(torch.float8_e4m3fn)
+    record = PackedWeight(record.packed, scales, harness.scalar(0.37), record.shape)
+    found = kernels.call("dequantize_sum", record, up * 0, down).cpu()
+    right = reference.dequantize(record)
+    assert right.isnan().any() and not right.isnan().all()
+    torch.testing.assert_close(found, right, rtol=0, atol=0, equal_nan=True)
+
+
+def test_bytes_and_scales_at_an_odd_address_are_read_from_a_copy():
+    pytest.importorskip("triton")
+    from nvfp4_video.kernels.triton.launch import part_reader
+
+    parts = [torch.arange(count).to(torch.uint8) for count in (128, 512)]
+    parts = parts[0].view(16, 8), parts[1].view(128, 4), torch.ones(())
+    odd = [torch.cat((part.flatten()[:1], part.flatten()))[1:].view(part.shape) for part in parts[:2]]
+    assert all(part.data_ptr() % 4 for part in odd)
+    found = part_reader((16, 16), torch.device("cpu"))(*odd, parts[2])
+    assert not any(part.data_ptr() % 4 for part in found[:2])
+    assert torch.equal(found[0], parts[0]) and torch.equal(found[1], parts[1])
 
 
 def test_factors_of_another_shape_or_dtype_are_refused(generator):
