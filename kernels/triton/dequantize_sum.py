@@ -16,19 +16,22 @@ import triton.language as tl
 
 from ..format import PackedWeight, block_scale_shape, packed_shape
 from .launch import Launcher, bf16_as_bits, part_reader, store_modifier
-from .tiles import decode_in_place, round_to_bf16_bits, tiled_offset
+from .tiles import decode_in_place, four_scales, round_to_bf16_bits
 
-# Tiles: rows, words of 8 columns, warps; the fastest of seven on an H200 at rank 64, and at rank 384 that for BF16 and
-# that for FP8: larger ones read the factors less often.
-TILES = {"small": (64, 16, 4), "bf16": (128, 16, 4), "fp8": (128, 32, 8)}
+# Tiles: rows, words of 8 columns, warps, stages of the loop; the fastest on an H200 at rank 64 and at rank 384: larger
+# ones read the factors less often.
+TILES = {"small": (64, 16, 4, 2), "large": (128, 16, 4, 3)}
 _MOST_RANK = 64  # of a step
-OPTIONS = {"enable_fp_fusion": False}  # a decoded number is rounded before the change is added, as in the definition
 
 
-def tile_of(rank: int, output: str) -> tuple[int, int, int, int]:
-    """R, "bf16" or "fp8" -> rows, words and warps of a program's tile, and how much of the rank a step takes."""
-    tile = TILES["small" if rank <= 2 * _MOST_RANK else output]
-    return *tile, min(max(triton.next_power_of_2(rank), 16), _MOST_RANK)
+def tile_of(rank: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """R -> rows and words of a program's tile and how much of the rank a step takes; options of the launch.
+
+    No multiplication is fused with the addition behind it: a decoded number is rounded first, as in the definition.
+    """
+    rows, words, warps, stages = TILES["small" if rank <= 2 * _MOST_RANK else "large"]
+    step = min(max(triton.next_power_of_2(rank), 16), _MOST_RANK)
+    return (rows, words, step), {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -60,7 +63,7 @@ def sum_tile(
     # Asked for first, to come while the factors are multiplied.
     word_col, group = first_word + tl.arange(0, WORDS), first_word // 8 + tl.arange(0, WORDS // 8)
     words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + row.to(tl.int64)[:, None] * words_per_row
-    scales = scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tiled_offset(row, 0, scale_cols)[:, None] // 4
+    scales = four_scales(scale_ptr, row, scale_cols)[:, None]
     word_inside = None if FULL else (row < packed_rows)[:, None] & (word_col < words_per_row)[None, :]
     group_inside = None if FULL else (row < packed_rows)[:, None] & (group < scale_cols // 4)[None, :]
     word = tl.load(words + word_col[None, :], mask=word_inside)
@@ -143,12 +146,12 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     launchers: dict[int, Launcher] = {}
 
     def launcher(rank: int) -> Launcher:
-        tile_rows, tile_words, warps, step = tile_of(rank, "bf16")
+        (tile_rows, tile_words, step), options = tile_of(rank)
         whole = rows % tile_rows == 0 and cols % (tile_words * 8) == 0 and rank % step == 0
         grid = (triton.cdiv(rows, tile_rows) * triton.cdiv(words, tile_words),)
         sizes = (rows, cols, bytes_shape[0], words, block_scale_shape(shape)[1], rank)
         tile = (tile_rows, tile_words, step, whole, products, store)
-        return Launcher(_dequantize_sum_kernel, grid, sizes + tile, device, (1,), num_warps=warps, **OPTIONS)
+        return Launcher(_dequantize_sum_kernel, grid, sizes + tile, device, (1,), **options)
 
     def run(
         packed: torch.Tensor,

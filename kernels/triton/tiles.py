@@ -20,6 +20,12 @@ def tiled_offset(row, block, scale_cols):
 
 
 @triton.jit
+def four_scales(scale_ptr, row, scale_cols):
+    """Rows [...] -> where the first four scales of each lie, as one int32; its next four are 128 int32 further on."""
+    return scale_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tiled_offset(row, 0, scale_cols) // 4
+
+
+@triton.jit
 def scales_of_rows(scale_ptr, first_row, scale_cols):
     """Where the scales of row ``first_row`` begin; a row r of the same 32 behind it has its own 16 r further on."""
     scales = scale_ptr + (first_row // 128).to(tl.int64) * (scale_cols * 128)

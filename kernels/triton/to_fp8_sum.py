@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 from ..format import FP8, PackedWeight, block_scale_shape, packed_shape
-from .dequantize_sum import OPTIONS, check_factors, sum_tile, tile_of
-from .launch import Launcher, part_reader
-from .tiles import largest_exponent, scales_of_rows, to_e4m3
+from .dequantize_sum import check_factors, sum_tile, tile_of
+from .launch import Launcher, part_reader, store_modifier
+from .tiles import four_scales, to_e4m3
 
-_SCALE_ROWS = 4  # of a program; they divide 32, so it stays inside one group of the block scales
+_SCALE_ROWS = 4  # of a program
 
 
 # As a constant, a rank of 1 makes Triton 3.6 pack undefined bytes beside it.
@@ -36,25 +36,32 @@ def _row_scale_kernel(
     scale_cols,
     rank,
     ROWS: tl.constexpr,
-    SCALES: tl.constexpr,
+    GROUPS: tl.constexpr,
     RANK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """Each program bounds ROWS rows of W + up down. SCALES, RANK: blocks and rank, rounded up to a power of two."""
-    first_row = tl.program_id(0) * ROWS
-    row = tl.arange(0, ROWS)
-    row_inside = first_row + row < rows
-    scales = scales_of_rows(scale_ptr, first_row, scale_cols)
-    largest = largest_exponent(scales, row, row_inside, blocks_per_row, SCALES)
+    """Each program bounds ROWS rows of W + up down. GROUPS of four scales, RANK: rounded up to a power of two."""
+    if ALIGNED:
+        rank = rank // 16 * 16
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_inside = row < rows
+    group = tl.arange(0, GROUPS)
+    inside = row_inside[:, None] & (group < scale_cols // 4)[None, :]
+    four = tl.load(four_scales(scale_ptr, row, scale_cols)[:, None] + group[None, :] * 128, mask=inside, other=0)
+    bits = tl.minimum(tl.maximum(blocks_per_row - group * 4, 0), 4) * 8  # what lies behind them is padding
+    four &= tl.where(bits == 32, 0x7F7F7F7F, 0x7F7F7F7F & ((1 << (bits & 31)) - 1))[None, :]
+    largest = tl.maximum(tl.maximum(four & 0xFF, four >> 8 & 0xFF), tl.maximum(four >> 16 & 0xFF, four >> 24))
+    largest = tl.maximum(tl.max(largest, axis=1) >> 3, 1)
     weight = tl.load(global_ptr) * 360.0 * ((largest - 12 + 127) << 23).to(tl.float32, bitcast=True)
     part = tl.arange(0, RANK)
     inside = row_inside[:, None] & (part < rank)[None, :]
-    up = tl.load(up_ptr + (first_row + row).to(tl.int64)[:, None] * rank + part[None, :], mask=inside, other=0.0)
+    up = tl.load(up_ptr + row.to(tl.int64)[:, None] * rank + part[None, :], mask=inside, other=0.0)
     peak = tl.load(peak_ptr + part, mask=part < rank, other=0.0)
     bound = weight + tl.sum(tl.abs(up.to(tl.float32)) * peak[None, :], axis=1)
     bits = tl.div_rn(bound, 448.0).to(tl.int32, bitcast=True)
     # The next power of two, from 2**-100 on: a row of zeros has a scale too.
     scale = tl.maximum((bits + 0x7FFFFF) & 0x7F800000, 27 << 23).to(tl.float32, bitcast=True)
-    tl.store(row_scale_ptr + first_row + row, tl.where(row_inside, scale, 1.0), mask=first_row + row < padded_rows)
+    tl.store(row_scale_ptr + row, tl.where(row_inside, scale, 1.0), mask=row < padded_rows)
 
 
 @triton.jit
@@ -77,6 +84,7 @@ def _to_fp8_sum_kernel(
     RANK: tl.constexpr,
     FULL: tl.constexpr,
     PRODUCTS: tl.constexpr,
+    STORE: tl.constexpr,
 ):
     """Each program writes ROWS rows x WORDS * 8 columns, padding as zeros. See ``sum_tile``."""
     column_programs = tl.cdiv(words_per_row, WORDS)
@@ -95,7 +103,7 @@ def _to_fp8_sum_kernel(
         values = tl.where((row < rows)[:, None] & (column < cols)[None, :], values, 0.0)
         inside = (row < padded_rows)[:, None] & (column < words_per_row * 8)[None, :]
     target = out_ptr + row.to(tl.int64)[:, None] * (words_per_row * 8) + column[None, :]
-    tl.store(target, to_e4m3(values, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(target, to_e4m3(values, out_ptr.dtype.element_ty), mask=inside, cache_modifier=STORE)
 
 
 @functools.cache
@@ -110,20 +118,21 @@ def prepare(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     blocks, words, scale_cols = bytes_per_row // 8, bytes_per_row // 4, block_scale_shape(shape)[1]
     on_gpu = device.type == "cuda"
     products = on_gpu or dtype != torch.bfloat16
-    read = part_reader(shape, device)
+    read, store = part_reader(shape, device), store_modifier(shape, FP8, device)
     launchers: dict[int, tuple[Launcher, Launcher]] = {}
 
     def make(rank: int) -> tuple[Launcher, Launcher]:
-        powers = (triton.next_power_of_2(max(blocks, 1)), triton.next_power_of_2(rank))
-        arguments = (rows, padded_rows, blocks, scale_cols, rank, _SCALE_ROWS, *powers)
+        powers = (triton.next_power_of_2(max(scale_cols // 4, 1)), triton.next_power_of_2(rank))
+        arguments = (rows, padded_rows, blocks, scale_cols, rank, _SCALE_ROWS, *powers, rank % 16 == 0)
         grid = (triton.cdiv(padded_rows, _SCALE_ROWS),)
         scales = Launcher(_row_scale_kernel, grid, arguments, device, (0,), num_warps=4)
-        tile_rows, tile_words, warps, step = tile_of(rank, "fp8")
+        (tile_rows, tile_words, step), options = tile_of(rank)
         whole = rows % tile_rows == 0 and cols % (tile_words * 8) == 0 and rank % step == 0
-        arguments = (rows, cols, padded_rows, words, scale_cols, rank, tile_rows, tile_words, step, whole, products)
+        tile = (tile_rows, tile_words, step, whole, products, store)
         grid = (triton.cdiv(padded_rows, tile_rows) * triton.cdiv(words, tile_words),)
         as_bytes = (1,) if on_gpu else (1, 6)
-        return scales, Launcher(_to_fp8_sum_kernel, grid, arguments, device, as_bytes, num_warps=warps, **OPTIONS)
+        arguments = (rows, cols, padded_rows, words, scale_cols, rank, *tile)
+        return scales, Launcher(_to_fp8_sum_kernel, grid, arguments, device, as_bytes, **options)
 
     def run(
         packed: torch.Tensor,

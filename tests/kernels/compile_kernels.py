@@ -139,10 +139,10 @@ def fp8_sum_variants(capability: int) -> Iterator[Variant]:
     factors = dict.fromkeys(("up_ptr", "down_ptr"), "*bf16")
     pointers = POINTERS | factors | {"out_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "peak_ptr": "*fp32"}
     for full, rows in ((True, 128), (False, 64)) if capability >= 89 else ():
-        constants = {"ROWS": rows, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True}
+        constants = {"ROWS": rows, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True, "STORE": ""}
         yield str(full), to_fp8_sum._to_fp8_sum_kernel, pointers, constants
     if capability >= 89:
-        constants = {"ROWS": 4, "SCALES": 256, "RANK": 512}
+        constants = {"ROWS": 4, "GROUPS": 64, "RANK": 512, "ALIGNED": True}
         yield "scales", to_fp8_sum._row_scale_kernel, pointers, constants
 
 
