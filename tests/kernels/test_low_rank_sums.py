@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import kernel_harness as harness
+import numpy as np
 import pytest
 import torch
 from nvfp4_video.kernels import dispatch, reference
@@ -106,6 +107,19 @@ def test_the_row_scale_is_the_next_power_of_two_of_the_bound(kernels):
     found, scale = (part.cpu() for part in kernels.call("to_fp8_sum", record, up, down, peak))
     assert scale[0] == 2.0**-4, "17.75 / 448 is above 1/32"
     assert (found[0].float() == 6 * 16).all()
+
+
+@pytest.mark.parametrize("cols", [16, 48, 80, 96])
+def test_row_scales_are_the_references_whatever_lies_in_the_padding_of_the_block_scales(cols, kernels, generator):
+    record, up, down, peak = random_case((130, cols), 20, torch.bfloat16, generator)
+    scales = record.block_scale.view(torch.uint8).clone()
+    padding = torch.full_like(scales, 0x7E)
+    inside = torch.from_numpy(harness.scale_offset(*np.divmod(np.arange(130 * cols // 16), cols // 16), cols // 16))
+    padding.view(-1)[inside] = scales.view(-1)[inside]
+    full = PackedWeight(record.packed, padding.view(torch.float8_e4m3fn), record.global_scale, record.shape)
+    right = reference.to_fp8_sum(record, up, down, peak)
+    for part, expected in zip(kernels.call("to_fp8_sum", full, up, down, peak)[1:], right[1:], strict=True):
+        assert torch.equal(part.cpu(), expected)
 
 
 def test_a_product_with_the_sum_is_that_of_merged_weights_up_to_fp8(generator):
