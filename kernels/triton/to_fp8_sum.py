@@ -19,7 +19,7 @@ from .dequantize_sum import check_factors, sum_tile, tile_of
 from .launch import Launcher, part_reader, store_modifier
 from .tiles import four_scales, to_e4m3
 
-_SCALE_ROWS = 4  # of a program
+_SCALE_ROWS = 8  # of a program
 
 
 # As a constant, a rank of 1 makes Triton 3.6 pack undefined bytes beside it.

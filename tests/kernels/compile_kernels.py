@@ -142,7 +142,7 @@ def fp8_sum_variants(capability: int) -> Iterator[Variant]:
         constants = {"ROWS": rows, "WORDS": 16, "RANK": 64, "FULL": full, "PRODUCTS": True, "STORE": ""}
         yield str(full), to_fp8_sum._to_fp8_sum_kernel, pointers, constants
     if capability >= 89:
-        constants = {"ROWS": 4, "GROUPS": 64, "RANK": 512, "ALIGNED": True}
+        constants = {"ROWS": 8, "GROUPS": 64, "RANK": 512, "ALIGNED": True}
         yield "scales", to_fp8_sum._row_scale_kernel, pointers, constants
 
 
