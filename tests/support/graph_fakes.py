@@ -121,6 +121,7 @@ class Gpu:
 
     def __init__(self):
         self.waits, self.free, self.taken, self.fails = True, 30 << 30, 0, None
+        self.total, self.gives_back = 80 << 30, True
         self.model = None
         self.captured: list[int] = []
         self.given_back: list[torch.device] = []
@@ -152,9 +153,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found.free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found.free, found.total))
     monkeypatch.setattr(graph_plan, "apart", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(graph_plan, "give_back", found.given_back.append)
+    monkeypatch.setattr(graph_plan, "gives_memory_back", lambda: found.gives_back)
     monkeypatch.setattr(graph_plan.Plan, "capture", capture)
     return found
 
