@@ -32,7 +32,7 @@ from comfy import patcher_extension
 
 from ...kernels.errors import first_line
 from .. import residency
-from . import graph_key, graph_plan
+from . import graph_key, graph_plan, small_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def use_graphs(patcher: Any) -> str:
     callbacks = patcher_extension.CallbacksMP
     patcher.add_wrapper_with_key(patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, with_graphs)
     patcher.add_callback_with_key(callbacks.ON_CLEANUP, KEY, end_of_sampling)
+    patcher.add_callback_with_key(callbacks.ON_LOAD, KEY, put_back)
     patcher.add_callback_with_key(callbacks.ON_DETACH, KEY, drop_graphs)
     return "one a block, where a step waits for the CPU"
 
@@ -118,6 +119,13 @@ def end_of_sampling(patcher: Any) -> None:
         blocks.end()
 
 
+def put_back(patcher: Any, *_: Any) -> None:
+    """The host's ON_LOAD: it may have brought the model's small tensors anew."""
+    blocks = _models.get(patcher.model.diffusion_model)
+    if blocks is not None and not small_tensors.put_back(patcher, blocks.places):
+        blocks.places = []
+
+
 def drop_graphs(patcher: Any, *_: Any) -> None:
     """The host's ON_DETACH: the model leaves the GPU, which something else wants."""
     blocks = _models.get(patcher.model.diffusion_model)
@@ -157,6 +165,7 @@ class Blocks:
         self.module = type(model).__dict__.get("host_class", type(model)).__module__
         self.plans: dict[tuple, graph_plan.Plan] = {}
         self.waits_for_cpu: set[tuple] = set()
+        self.places: list[small_tensors.Place] = []
         self.counts: Counter[str] = Counter()
         self.replacements = {("double_block", i): functools.partial(self.run, i) for i in range(len(self.blocks))}
         self._passes: Counter[tuple] = Counter()
@@ -333,10 +342,12 @@ class Blocks:
                     held += plan.nbytes
                     gone |= {key} if held > most else set()
             self._free(gone, device, self._used)
+            self.places = small_tensors.places_of(self.blocks, device)
         self._forget_sampling()
 
     def drop(self) -> None:
         """Free the graphs and all their memory."""
+        self.places = []
         for device in {plan.device for plan in self.plans.values()}:
             self._free({key for key, plan in self.plans.items() if plan.device == device}, device)
         self._forget_sampling()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from nvfp4_video.host.compute import block_graphs, graph_plan
@@ -125,6 +127,21 @@ def test_kinds_of_the_sampling_before_make_way_for_those_of_this_one(gpu: Gpu):
     assert len(gpu.captured) == 9 and len(graphs_of(model)) == 6
     sampling(gpu, model, tokens=9)
     assert len(gpu.captured) == 9, "one of the last two"
+
+
+def test_graphs_survive_that_the_host_brings_a_model_s_small_tensors_anew(gpu: Gpu):
+    model = Model()
+    originals = [(block, block.table.detach().clone()) for block in model.transformer_blocks]
+    patcher = patcher_of(model)()
+    patcher.is_dynamic, patcher.backup = (lambda: True), {"table": SimpleNamespace(weight=originals[0][1])}
+    sampling(gpu, model)
+    for block, table in originals:
+        block.table = torch.nn.Parameter(table + 1, requires_grad=False)
+    block_graphs.put_back(patcher, CPU, 0)
+    before = counts(model)["eager"]
+    sampling(gpu, model)
+    assert gpu.captured == [0, 1, 2] and counts(model)["eager"] == before
+    assert all(torch.equal(block.table, table + 1) for block, table in originals)
 
 
 @pytest.mark.cuda
