@@ -126,17 +126,21 @@ def put_back(patcher: Any, *_: Any) -> None:
         blocks.places = []
 
 
-def drop_graphs(patcher: Any, *_: Any) -> None:
-    """The host's ON_DETACH: the model leaves the GPU, which something else wants."""
+def drop_graphs(patcher: Any, unpatch_all: bool = True) -> None:
+    """The host's ON_DETACH: the model leaves the GPU, which something else wants.
+
+    Without ``unpatch_all`` another patcher of the same model takes over, with the weights where they are.
+    """
     blocks = _models.get(patcher.model.diffusion_model)
-    if blocks is not None:
+    if blocks is not None and unpatch_all:
         blocks.drop()
 
 
 def blocks_of(model: torch.nn.Module) -> Blocks:
     """What is known of a loaded model's blocks."""
     if model not in _models:
-        _models[model] = Blocks(model)
+        _models[model] = blocks = Blocks(model)
+        weakref.finalize(model, blocks.drop).atexit = False
     return _models[model]
 
 

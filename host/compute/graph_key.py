@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = frozenset((
 _EFFECTIVE = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn", "stg_skip_self_attn")  # ... and these do.
 SCHEDULED = "nvfp4_video.compute"  # the mode in which this step's layers compute, if it is not their own (schedule.py)
 _EMPTY: dict = {}
-# Modules whose functions and classes a block calls, or other packs are known to exchange.
+# Modules whose functions a block calls, or other packs are known to exchange.
 _SURROUNDINGS = (
     "comfy.ldm.common_dit", "comfy.ldm.lightricks.av_model", "comfy.ldm.lightricks.model",
     "comfy.ldm.modules.attention", "comfy.ops", "comfy_kitchen", "torch.nn.functional",
@@ -153,11 +153,10 @@ def of_block(block: torch.nn.Module, device: torch.device) -> tuple[tuple, tuple
 
 def surroundings(block: torch.nn.Module) -> tuple[tuple, tuple]:
     """What stays as it is through a sampling, and may not have between two -> (functions and classes, numbers)."""
-    found: list[Any] = []
-    for name in _SURROUNDINGS:
-        _add_code(name, vars(sys.modules[name]) if name in sys.modules else {}, found)
-    for kind in sorted({type(module) for module in block.modules()}, key=id):
-        found += kind, kind.forward
+    code = [vars(sys.modules[name]) for name in _SURROUNDINGS if name in sys.modules]
+    kinds = dict.fromkeys(type(module) for module in block.modules())
+    code += map(vars, dict.fromkeys(base for kind in kinds for base in kind.__mro__))
+    found = tuple(value for names in code for value in list(names.values()) if callable(value))
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     numbers = (
         torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
@@ -166,16 +165,7 @@ def surroundings(block: torch.nn.Module) -> tuple[tuple, tuple]:
         cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cudnn.allow_tf32, cudnn.benchmark,
         cudnn.deterministic, cudnn.enabled,
     )  # fmt: skip
-    return tuple(found), numbers
-
-
-def _add_code(module: str, names: Mapping, into: list) -> None:
-    """Add what can be called among ``names``, with the methods of the module's own classes."""
-    for value in list(names.values()):
-        if callable(value):
-            into.append(value)
-            if isinstance(value, type) and value.__module__ == module:
-                _add_code(module, vars(value), into)
+    return found, numbers
 
 
 def are_same(one: tuple[tuple, tuple], other: tuple[tuple, tuple]) -> bool:

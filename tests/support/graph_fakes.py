@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ class Gpu:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     found = Gpu()
     pretend_host(monkeypatch)
 
@@ -158,7 +159,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(graph_plan, "give_back", found.given_back.append)
     monkeypatch.setattr(graph_plan, "gives_memory_back", lambda: found.gives_back)
     monkeypatch.setattr(graph_plan.Plan, "capture", capture)
-    return found
+    yield found
+    for blocks in list(block_graphs._models.values()):
+        blocks.drop()  # while nothing of CUDA is asked for it
 
 
 def pretend_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -45,12 +46,24 @@ def test_a_model_that_leaves_the_gpu_takes_its_graphs_and_their_memory_along(gpu
     for _ in range(3):
         step(gpu, model)
     graphs = graphs_of(model)
+    block_graphs.drop_graphs(patcher_of(model), False)
+    assert graphs_of(model), "a patcher of the same model with other settings takes over"
     block_graphs.drop_graphs(patcher_of(model), True)
     assert len(graphs) == 3 and not any(graph.alive for graph in graphs) and not graphs_of(model)
     assert gpu.given_back == [CPU]
     step(gpu, model)
     assert gpu.captured == [0, 1, 2] * 2, "the next sampling begins with captured blocks"
     block_graphs.drop_graphs(patcher_of(Model()))
+
+
+def test_a_model_that_is_no_more_leaves_no_graph(gpu: Gpu):
+    model = Model()
+    sampling(gpu, model)
+    graphs = graphs_of(model)
+    gpu.given_back.clear()
+    gpu.model = model = None
+    gc.collect()
+    assert len(graphs) == 3 and not any(graph.alive for graph in graphs) and gpu.given_back == [CPU]
 
 
 def test_the_next_sampling_replays_from_its_first_step_what_the_one_before_captured(gpu: Gpu):
