@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--cards", default="12,16", help="GiB; default %(default)s")
     parser.add_argument("--layers", type=int, help="transformer blocks; default all (48, with --tiny 6)")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="folder with 18 GB free; default %(default)s")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="start no counted sampling after so many seconds")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="start no counted sampling after so many s")
     options = in_process.parse_options(parser, ROWS)
     found = in_process.begin(options)
     import torch
