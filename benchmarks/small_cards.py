@@ -6,8 +6,8 @@ usage: python benchmarks/small_cards.py [--comfyui DIR] [--cards 12,16] [--rows 
 The rest of the GPU's memory is held by a tensor, so that with what driver and torch use the card seems full but for the
 rest. Speed of memory, PCIe and tensor cores stay those of this GPU: what is imitated is how much must be streamed, and
 a real small card computes several times slower beside it. All rows read one file; ComfyUI streams the weights
-(DynamicVRAM). Each row samples once uncounted, since stock's own first sampling of a process can have other bits than
-its later ones. Then rows alternate, with one noise throughout: whether a row repeats its own latents tells what it
+(DynamicVRAM). Each row samples once uncounted: for the first attention of a process torch can take another kernel than
+ComfyUI asks for. Then rows alternate, with one noise throughout: whether a row repeats its own latents tells what it
 means if it has not stock's. The first step of each sampling, in which the row before gives way, is left out.
 """
 
