@@ -17,6 +17,7 @@ import functools
 import importlib
 import math
 import operator
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,12 @@ _FREQUENCIES = "_nvfp4_frequencies"
 _MAX_PERIOD = 10000
 # ``fusions.fingerprint`` of the host's Timesteps and of ``_input_functions``, in ComfyUI 0.33 and 0.38.
 _EMBEDDING, _INPUT = "24709fc251415a22", "b286b99b3c748faf"
-_ATTRIBUTES = ("positional_embedding_max_pos", "audio_positional_embedding_max_pos", "use_middle_indices_grid")
+_ATTRIBUTES = (
+    "positional_embedding_max_pos", "audio_positional_embedding_max_pos", "use_middle_indices_grid",
+    "split_positional_embedding", "freq_grid_generator",
+)  # fmt: skip
+_METHODS = ("_prepare_positional_embeddings", "_precompute_freqs_cis")
+_FUNCTIONS = ("generate_freqs", "get_fractional_positions", "freqs_cis_matrix")
 
 
 class _Coordinates:
@@ -93,9 +99,7 @@ def model_class(found: type) -> type:
             known = _are_tensors(pixel_coords) and isinstance(frame_rate, int | float)
             if not known or _is_recorded():
                 return super()._prepare_positional_embeddings(pixel_coords, frame_rate, x_dtype)
-            # Whatever else the tables follow from: another node may set it on the model or its class.
-            key = (frame_rate, x_dtype, *(repr(getattr(self, name, None)) for name in _ATTRIBUTES),
-                   found._prepare_positional_embeddings, found._precompute_freqs_cis)  # fmt: skip
+            key = (frame_rate, x_dtype, *_tables_follow(self, found))
             kept, source = self.__dict__.get(_TABLES), self.__dict__.get(_COORDS)
             source = source if source is not None and source.are(pixel_coords) else None
             if kept is not None and kept.key == key:
@@ -202,6 +206,15 @@ def _input_key(model: torch.nn.Module, x: Any, denoise_mask: torch.Tensor | None
         return None
     numbers = (*map(vars, patchifiers), model.vae_scale_factors, model.causal_temporal_positioning)
     return repr(numbers), *((one.shape, one.device) for one in x)
+
+
+def _tables_follow(model: torch.nn.Module, found: type) -> list:
+    """Whatever tables follow from besides the coordinates: another node may set it on the model, a class, a module."""
+    numbers = [repr(getattr(model, name, None)) for name in _ATTRIBUTES]
+    methods = [getattr(place, name, None) for name in _METHODS for place in (found, found.__base__)]
+    methods += [model.__dict__.get(name) for name in _METHODS]
+    module = sys.modules[found.__base__.__module__]
+    return numbers + methods + [getattr(module, name, None) for name in _FUNCTIONS]
 
 
 def _keep_pace(model: torch.nn.Module, device: torch.device) -> None:
