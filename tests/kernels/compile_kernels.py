@@ -120,11 +120,12 @@ def one_token_variants(capability: int) -> Iterator[Variant]:
 def attend_variants(capability: int) -> Iterator[Variant]:
     kernel = attend._attend_kernel
     pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "*bf16")
-    pointers |= {"bias_ptr": "*fp32", "share_ptr": "*fp32", "end_ptr": "*fp32", "counter_ptr": "*i32", "scale": "fp32"}
-    constants = {"HEADS": 2, "WIDTH": 256, "COLS": 256, "SLOTS": 32, "PARTS": 16, "BITS": False}
+    pointers |= {"share_ptr": "*fp32", "end_ptr": "*fp32", "counter_ptr": "*i32", "position_ptr": "*i64"}
+    pointers |= {"scale": "fp32"}
+    constants = {"WIDTH": 256, "COLS": 256, "SLOTS": 8, "WARPS": 4, "PARTS": 32, "BITS": False}
     constants |= {"OVERLAP": capability >= 90}
-    if capability >= 80:
-        yield "*bf16", kernel, pointers, constants
+    for two, steps in ((True, 1), (False, 2)) if capability >= 80 else ():
+        yield f"two {two} steps {steps}", kernel, pointers, constants | {"TWO": two, "STEPS": steps}
 
 
 def to_fp8_variants(capability: int) -> Iterator[Variant]:
