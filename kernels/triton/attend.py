@@ -26,25 +26,29 @@ from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap
 from .norm_rows import store_bf16
 
 # Slots a warp, warps a program, programs a head of the cache at most, registers a thread.
-_CONFIG = 8, 4, 64, 168
+_CONFIG = 16, 4, 128, None
+_SHARES = 8  # of programs, that a warp of the last adds in a step
 _LEAST = tl.constexpr(-1e30)  # below every score, and what is left of it is not NaN
 
 
 @triton.jit
-def _tile(key_ptr, value_ptr, start, place, inside, column, WIDTH: tl.constexpr):
-    """Keys and values at places (SLOTS, WARPS, COLS) from ``start`` on, of the slots that are ``inside``."""
-    mask = inside[:, :, None] & (column < WIDTH)[None, None, :]
+def _tile(key_ptr, value_ptr, start, place, mask, SLOTS: tl.constexpr, WARPS: tl.constexpr, COLS: tl.constexpr):
+    """Keys and values (SLOTS, WARPS, COLS) at places (SLOTS * WARPS, COLS) from ``start`` on.
+
+    Loaded as rows: then each warp has whole ones, whatever the compiler would make of three dimensions.
+    """
     keys = tl.load(key_ptr + start + place, mask=mask, other=0.0)
-    return keys, tl.load(value_ptr + start + place, mask=mask, other=0.0)
+    values = tl.load(value_ptr + start + place, mask=mask, other=0.0)
+    return tl.reshape(keys, (SLOTS, WARPS, COLS)), tl.reshape(values, (SLOTS, WARPS, COLS))
 
 
 @triton.jit
 def _attended(keys, values, inside, query, most, weight, total):
     """Each warp's largest score so far, the sum of its weights and of its values, with one more tile.
 
-    query (1, WARPS, COLS) fp32 times the scale, for powers of two; most, weight (WARPS), total (WARPS, COLS) fp32.
+    query (WARPS, COLS) fp32 times the scale, for powers of two; most, weight (WARPS), total (WARPS, COLS) fp32.
     """
-    scores = tl.where(inside, tl.sum(keys.to(tl.float32) * query, axis=2), float("-inf"))
+    scores = tl.where(inside, tl.sum(keys.to(tl.float32) * query[None, :, :], axis=2), float("-inf"))
     now = tl.maximum(most, tl.max(scores, axis=0))
     weights, old = tl.exp2(scores - now[None, :]), tl.exp2(most - now)
     total = total * old[:, None] + tl.sum(values.to(tl.float32) * weights[:, :, None], axis=0)
@@ -60,33 +64,54 @@ def _together(one, other, TWO: tl.constexpr):
         return tl.reshape(one, one.shape + [1])
 
 
+@triton.constexpr_function
+def _halvings(size):
+    return size.bit_length() - 1
+
+
+@triton.jit
+def _sum_of_warps(values):
+    """(WARPS, COLS, heads), each warp having its own -> (COLS, heads).
+
+    By halves, which the compiler brings together in shared memory in whole vectors; a sum along the warps would put
+    what a warp stores at once into one bank.
+    """
+    halves: tl.constexpr = _halvings(values.shape[0])
+    for _ in tl.static_range(halves):
+        paired = tl.reshape(values, (2, values.shape[0] // 2, values.shape[1], values.shape[2]))
+        first, second = tl.split(tl.permute(paired, (1, 2, 3, 0)))
+        values = first + second
+    return tl.reshape(values, (values.shape[1], values.shape[2]))
+
+
 @triton.jit
 def _add_shares(
     share_ptr, end_ptr, out_ptr, parts, HEADS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr,
-    PARTS: tl.constexpr, FEW: tl.constexpr, BITS: tl.constexpr,
+    FEW: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """What ``parts`` programs have stored of HEADS heads, FEW parts a step -> their outputs."""
-    head, column = tl.arange(0, HEADS), tl.arange(0, COLS)
-    across = head[:, None] * WIDTH + column[None, :]
-    # Logarithms and weights as wide as the sums: then a thread has what it needs of all parts.
+    every = tl.arange(0, HEADS * COLS)
+    head, column = every // COLS, every % COLS
+    across, mask = head * WIDTH + column, column < WIDTH
+    # As rows of all heads, and logarithms and weights as wide: then a thread has what it needs of all parts.
     top, weight = tl.full((HEADS, COLS), _LEAST, tl.float32), tl.zeros((HEADS, COLS), tl.float32)
     total = tl.zeros((HEADS, COLS), tl.float32)
-    for step in tl.static_range(PARTS // FEW):
-        part = step * FEW + tl.arange(0, FEW)
-        ends = end_ptr + part[:, None] * (2 * HEADS) + head[None, :]
+    for before in range(0, parts, FEW):
+        part = before + tl.arange(0, FEW)
+        ends = end_ptr + part[:, None] * (2 * HEADS) + tl.arange(0, HEADS)[None, :]
         inside = (part < parts)[:, None]
-        place = part[:, None, None] * (HEADS * WIDTH) + across[None, :, :]
-        mask = inside[:, :, None] & (column < WIDTH)[None, None, :]
-        sums = tl.load(share_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+        place = share_ptr + part[:, None] * (HEADS * WIDTH) + across[None, :]
+        sums = tl.load(place, mask=inside & mask[None, :], other=0.0, cache_modifier=".cg")
+        sums = tl.reshape(sums, (FEW, HEADS, COLS))
         most = tl.load(ends, mask=inside, other=_LEAST, cache_modifier=".cg")
         counts = tl.load(ends + HEADS, mask=inside, other=0.0, cache_modifier=".cg")
-        most, counts = tl.broadcast_to(most[:, :, None], (FEW, HEADS, COLS)), counts[:, :, None]
+        most = tl.broadcast_to(most[:, :, None], (FEW, HEADS, COLS))
         now = tl.maximum(top, tl.max(most, axis=0))
         factor, old = tl.exp2(most - now[None, :, :]), tl.exp2(top - now)
         total = total * old + tl.sum(sums * factor, axis=0)
-        weight = weight * old + tl.sum(counts * factor, axis=0)
+        weight = weight * old + tl.sum(counts[:, :, None] * factor, axis=0)
         top = now
-    store_bf16(out_ptr + across, total / weight, (column < WIDTH)[None, :], False, BITS)
+    store_bf16(out_ptr + across, tl.reshape(total / weight, (HEADS * COLS,)), mask, False, BITS)
 
 
 @triton.jit
@@ -109,6 +134,7 @@ def _attend_kernel(
     SLOTS: tl.constexpr,
     WARPS: tl.constexpr,
     PARTS: tl.constexpr,
+    FEW: tl.constexpr,
     STEPS: tl.constexpr,
     BITS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -128,38 +154,40 @@ def _attend_kernel(
     first = tl.maximum(position + 1 - window, 0)
     parts = (position - first) // (tile * STEPS) + 1  # those that have a slot
     first += part * (tile * STEPS)
+    number, across = tl.arange(0, tile)[:, None], (column < WIDTH)[None, :]
     slot = first + tl.arange(0, SLOTS)[:, None] * WARPS + tl.arange(0, WARPS)[None, :]
     # A scalar 64-bit base and 32-bit offsets inside the tile: no vector arithmetic on 64-bit addresses.
     start = (first.to(tl.int64) * groups + group) * WIDTH
-    place = (slot - first)[:, :, None] * (groups * WIDTH) + column[None, None, :]
-    keys, values = _tile(key_ptr, value_ptr, start, place, slot < position, column, WIDTH)
+    place, left = number * (groups * WIDTH) + column[None, :], position - first
+    keys, values = _tile(key_ptr, value_ptr, start, place, (number < left) & across, SLOTS, WARPS, COLS)
     after_the_one_before(OVERLAP)
     if part < parts:
         # By each warp, as the tile is; the last part has the token's own slot, which has just been written.
-        warp, last = tl.arange(0, WARPS)[None, :], part == parts - 1
-        each = warp[:, :, None] * 0 + column[None, None, :]
+        warp, last = tl.arange(0, WARPS), part == parts - 1
+        each = warp[:, None] * 0 + column[None, :]
         asked, mask = query_ptr + bunch * (heads * WIDTH) + each, each < WIDTH
         query = tl.load(asked, mask=mask, other=0.0).to(tl.float32) * scale
         query1 = query
         if TWO:
             query1 = tl.load(asked + WIDTH, mask=mask, other=0.0).to(tl.float32) * scale
-        own = (position.to(tl.int64) * groups + group) * WIDTH
-        own_keys, own_values = _tile(key_ptr, value_ptr, own, each, (warp == 0) & last, column, WIDTH)
+        own, mask = (position.to(tl.int64) * groups + group) * WIDTH, mask & (warp == 0)[:, None] & last
+        own_keys, own_values = _tile(key_ptr, value_ptr, own, each, mask, 1, WARPS, COLS)
         most, weight = tl.full((WARPS,), _LEAST, tl.float32), tl.zeros((WARPS,), tl.float32)
         total = tl.zeros((WARPS, COLS), tl.float32)
         most1, weight1, total1 = most, weight, total
         if last:
-            most, weight, total = _attended(own_keys, own_values, warp == 0, query, most, weight, total)
+            most, weight, total = _attended(own_keys, own_values, (warp == 0)[None, :], query, most, weight, total)
             if TWO:
-                most1, weight1, total1 = _attended(own_keys, own_values, warp == 0, query1, most1, weight1, total1)
+                most1, weight1, total1 = _attended(own_keys, own_values, (warp == 0)[None, :], query1, most1, weight1, total1)
         inside = slot < position
         most, weight, total = _attended(keys, values, inside, query, most, weight, total)
         if TWO:
             most1, weight1, total1 = _attended(keys, values, inside, query1, most1, weight1, total1)
         for step in range(1, STEPS):
             start += tile * groups * WIDTH
+            left -= tile
             inside = slot + step * tile < position
-            keys, values = _tile(key_ptr, value_ptr, start, place, inside, column, WIDTH)
+            keys, values = _tile(key_ptr, value_ptr, start, place, (number < left) & across, SLOTS, WARPS, COLS)
             most, weight, total = _attended(keys, values, inside, query, most, weight, total)
             if TWO:
                 most1, weight1, total1 = _attended(keys, values, inside, query1, most1, weight1, total1)
@@ -171,15 +199,14 @@ def _attend_kernel(
         share_ptr += bunch * (PARTS * heads * WIDTH)
         end_ptr += bunch * (PARTS * 2 * heads)
         target = share_ptr + (part * heads + head)[None, :] * WIDTH + column[:, None]
-        tl.store(target, tl.sum(total * factor[:, None, :], axis=0), mask=(column < WIDTH)[:, None])
+        total = _sum_of_warps(total * factor[:, None, :])
+        tl.store(target, total, mask=(column < WIDTH)[:, None])
         tl.store(end_ptr + part * (2 * heads) + head, top)
         tl.store(end_ptr + (part * 2 + 1) * heads + head, tl.sum(weight * factor, axis=0))
         tl.debug_barrier()  # all of the program's stores come before its first thread's counting
         finished = tl.atomic_add(counter_ptr + bunch, 1, sem="acq_rel")
         if finished == parts - 1:
-            few: tl.constexpr = PARTS if PARTS < 4 * WARPS else 4 * WARPS
-            out_ptr += bunch * (heads * WIDTH)
-            _add_shares(share_ptr, end_ptr, out_ptr, parts, heads, WIDTH, COLS, PARTS, few, BITS)
+            _add_shares(share_ptr, end_ptr, out_ptr + bunch * (heads * WIDTH), parts, heads, WIDTH, COLS, FEW, BITS)
             tl.store(counter_ptr + bunch, 0)
 
 
@@ -190,11 +217,12 @@ def prepare(
     scale: float,
     window: int | None,
     device: torch.device,
-    config: tuple[int, int, int, int] = _CONFIG,
+    config: tuple[int, int, int, int | None] = _CONFIG,
 ) -> Callable[..., torch.Tensor]:
     """Heads of the query, (slots, G, D) of the cache -> ``one_token.attend`` but for scale and window, in one kernel.
 
-    ``config``: slots a warp, warps a program, most programs a head of the cache, powers of two; registers a thread.
+    ``config``: slots a warp, warps a program, most programs a head of the cache; registers a thread. The first
+    two are powers of two.
     """
     slots, groups, width = cache
     slots_a_warp, warps, most, registers = config
@@ -202,13 +230,14 @@ def prepare(
     seen = min(window or slots, slots)
     tiles = triton.cdiv(seen, slots_a_warp * warps)
     steps = triton.cdiv(tiles, most)
-    parts = triton.next_power_of_2(triton.cdiv(tiles, steps))
+    parts = triton.cdiv(tiles, steps)
+    few = min(triton.next_power_of_2(parts), _SHARES * warps)
     two = (heads // groups) % 2 == 0
     bunches = heads // 2 if two else heads
-    constants = two, width, max(16, triton.next_power_of_2(width)), slots_a_warp, warps, parts, steps, bits
+    constants = two, width, max(16, triton.next_power_of_2(width)), slots_a_warp, warps, parts, few, steps, bits
     arguments = groups, bunches // groups, seen, scale * math.log2(math.e), *constants, bool(options)
     options |= {"num_warps": warps, "num_stages": 1, "maxnreg": registers}
-    launch = Launcher(_attend_kernel, (bunches, triton.cdiv(tiles, steps)), arguments, device, **options)
+    launch = Launcher(_attend_kernel, (bunches, parts), arguments, device, **options)
     counters = torch.zeros(bunches, dtype=torch.int32, device=device)
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
