@@ -64,20 +64,14 @@ def _together(one, other, TWO: tl.constexpr):
         return tl.reshape(one, one.shape + [1])
 
 
-@triton.constexpr_function
-def _halvings(size):
-    return size.bit_length() - 1
-
-
 @triton.jit
-def _sum_of_warps(values):
-    """(WARPS, COLS, heads), each warp having its own -> (COLS, heads).
+def _sum_of_warps(values, HALVINGS: tl.constexpr):
+    """(2**HALVINGS, COLS, heads), each warp having its own -> (COLS, heads).
 
     By halves, which the compiler brings together in shared memory in whole vectors; a sum along the warps would put
     what a warp stores at once into one bank.
     """
-    halves: tl.constexpr = _halvings(values.shape[0])
-    for _ in tl.static_range(halves):
+    for _ in tl.static_range(HALVINGS):
         paired = tl.reshape(values, (2, values.shape[0] // 2, values.shape[1], values.shape[2]))
         first, second = tl.split(tl.permute(paired, (1, 2, 3, 0)))
         values = first + second
@@ -133,6 +127,7 @@ def _attend_kernel(
     COLS: tl.constexpr,
     SLOTS: tl.constexpr,
     WARPS: tl.constexpr,
+    HALVINGS: tl.constexpr,
     PARTS: tl.constexpr,
     FEW: tl.constexpr,
     STEPS: tl.constexpr,
@@ -164,6 +159,7 @@ def _attend_kernel(
     if part < parts:
         # By each warp, as the tile is; the last part has the token's own slot, which has just been written.
         warp, last = tl.arange(0, WARPS), part == parts - 1
+        first_warp = (warp == 0)[None, :]
         each = warp[:, None] * 0 + column[None, :]
         asked, mask = query_ptr + bunch * (heads * WIDTH) + each, each < WIDTH
         query = tl.load(asked, mask=mask, other=0.0).to(tl.float32) * scale
@@ -176,9 +172,9 @@ def _attend_kernel(
         total = tl.zeros((WARPS, COLS), tl.float32)
         most1, weight1, total1 = most, weight, total
         if last:
-            most, weight, total = _attended(own_keys, own_values, (warp == 0)[None, :], query, most, weight, total)
+            most, weight, total = _attended(own_keys, own_values, first_warp, query, most, weight, total)
             if TWO:
-                most1, weight1, total1 = _attended(own_keys, own_values, (warp == 0)[None, :], query1, most1, weight1, total1)
+                most1, weight1, total1 = _attended(own_keys, own_values, first_warp, query1, most1, weight1, total1)
         inside = slot < position
         most, weight, total = _attended(keys, values, inside, query, most, weight, total)
         if TWO:
@@ -199,7 +195,7 @@ def _attend_kernel(
         share_ptr += bunch * (PARTS * heads * WIDTH)
         end_ptr += bunch * (PARTS * 2 * heads)
         target = share_ptr + (part * heads + head)[None, :] * WIDTH + column[:, None]
-        total = _sum_of_warps(total * factor[:, None, :])
+        total = _sum_of_warps(total * factor[:, None, :], HALVINGS)
         tl.store(target, total, mask=(column < WIDTH)[:, None])
         tl.store(end_ptr + part * (2 * heads) + head, top)
         tl.store(end_ptr + (part * 2 + 1) * heads + head, tl.sum(weight * factor, axis=0))
@@ -234,8 +230,9 @@ def prepare(
     few = min(triton.next_power_of_2(parts), _SHARES * warps)
     two = (heads // groups) % 2 == 0
     bunches = heads // 2 if two else heads
-    constants = two, width, max(16, triton.next_power_of_2(width)), slots_a_warp, warps, parts, few, steps, bits
-    arguments = groups, bunches // groups, seen, scale * math.log2(math.e), *constants, bool(options)
+    cols = max(16, triton.next_power_of_2(width))
+    constants = two, width, cols, slots_a_warp, warps, warps.bit_length() - 1, parts, few, steps, bits, bool(options)
+    arguments = groups, bunches // groups, seen, scale * math.log2(math.e), *constants
     options |= {"num_warps": warps, "num_stages": 1, "maxnreg": registers}
     launch = Launcher(_attend_kernel, (bunches, parts), arguments, device, **options)
     counters = torch.zeros(bunches, dtype=torch.int32, device=device)
