@@ -25,9 +25,9 @@ import triton.language as tl
 from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap
 from .norm_rows import store_bf16
 
-# Slots a warp, warps a program, programs a head of the cache at most, registers a thread.
-_CONFIG = 16, 4, 128, None
-_SHARES = 8  # of programs, that a warp of the last adds in a step
+# Slots a warp, warps a program, programs a head of the cache at most, registers a thread, and how many programs' shares
+# the last one loads at once.
+_CONFIG = 16, 4, 128, None, 16
 _LEAST = tl.constexpr(-1e30)  # below every score, and what is left of it is not NaN
 
 
@@ -213,21 +213,21 @@ def prepare(
     scale: float,
     window: int | None,
     device: torch.device,
-    config: tuple[int, int, int, int | None] = _CONFIG,
+    config: tuple[int, int, int, int | None, int] = _CONFIG,
 ) -> Callable[..., torch.Tensor]:
     """Heads of the query, (slots, G, D) of the cache -> ``one_token.attend`` but for scale and window, in one kernel.
 
-    ``config``: slots a warp, warps a program, most programs a head of the cache; registers a thread. The first
-    two are powers of two.
+    ``config``: slots a warp, warps a program, most programs a head of the cache, registers a thread, shares added at
+    once; of powers of two but for the third and fourth.
     """
     slots, groups, width = cache
-    slots_a_warp, warps, most, registers = config
+    slots_a_warp, warps, most, registers, at_once = config
     bits, options = bf16_as_bits(torch.bfloat16, device), overlap(device)
     seen = min(window or slots, slots)
     tiles = triton.cdiv(seen, slots_a_warp * warps)
     steps = triton.cdiv(tiles, most)
     parts = triton.cdiv(tiles, steps)
-    few = min(triton.next_power_of_2(parts), _SHARES * warps)
+    few = min(triton.next_power_of_2(parts), at_once)
     two = (heads // groups) % 2 == 0
     bunches = heads // 2 if two else heads
     cols = max(16, triton.next_power_of_2(width))
