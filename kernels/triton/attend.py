@@ -25,9 +25,9 @@ import triton.language as tl
 from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap
 from .norm_rows import store_bf16
 
-# Slots a warp, warps a program, programs a head of the cache at most, registers a thread, and how many programs' shares
-# the last one loads at once.
-_CONFIG = 16, 4, 128, None, 16
+# Slots a warp, warps a program, programs a head of the cache at most, and shares that are added at once, as measured on
+# an H200 (benchmarks/results/attend.txt). With fewer registers a thread the numbers outgrow them: up to 3 times slower.
+_CONFIG = 16, 4, 512, 32
 _LEAST = tl.constexpr(-1e30)  # below every score, and what is left of it is not NaN
 
 
@@ -213,15 +213,14 @@ def prepare(
     scale: float,
     window: int | None,
     device: torch.device,
-    config: tuple[int, int, int, int | None, int] = _CONFIG,
+    config: tuple[int, int, int, int] = _CONFIG,
 ) -> Callable[..., torch.Tensor]:
     """Heads of the query, (slots, G, D) of the cache -> ``one_token.attend`` but for scale and window, in one kernel.
 
-    ``config``: slots a warp, warps a program, most programs a head of the cache, registers a thread, shares added at
-    once; of powers of two but for the third and fourth.
+    ``config``: slots a warp, warps a program, most programs a head of the cache, shares added at once: powers of two.
     """
     slots, groups, width = cache
-    slots_a_warp, warps, most, registers, at_once = config
+    slots_a_warp, warps, most, at_once = config
     bits, options = bf16_as_bits(torch.bfloat16, device), overlap(device)
     seen = min(window or slots, slots)
     tiles = triton.cdiv(seen, slots_a_warp * warps)
@@ -233,8 +232,7 @@ def prepare(
     cols = max(16, triton.next_power_of_2(width))
     constants = two, width, cols, slots_a_warp, warps, warps.bit_length() - 1, parts, few, steps, bits, bool(options)
     arguments = groups, bunches // groups, seen, scale * math.log2(math.e), *constants
-    options |= {"num_warps": warps, "num_stages": 1, "maxnreg": registers}
-    launch = Launcher(_attend_kernel, (bunches, parts), arguments, device, **options)
+    launch = Launcher(_attend_kernel, (bunches, parts), arguments, device, num_warps=warps, num_stages=1, **options)
     counters = torch.zeros(bunches, dtype=torch.int32, device=device)
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

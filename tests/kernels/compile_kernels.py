@@ -138,7 +138,7 @@ def attend_variants(capability: int) -> Iterator[Variant]:
     pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "*bf16")
     pointers |= {"share_ptr": "*fp32", "end_ptr": "*fp32", "counter_ptr": "*i32", "position_ptr": "*i64"}
     pointers |= {"scale": "fp32"}
-    constants = {"WIDTH": 256, "COLS": 256, "SLOTS": 8, "WARPS": 4, "HALVINGS": 2}
+    constants = {"WIDTH": 256, "COLS": 256, "SLOTS": 16, "WARPS": 4, "HALVINGS": 2}
     constants |= {"PARTS": 32, "FEW": 32, "BITS": False, "OVERLAP": capability >= 90}
     for two, steps in ((True, 1), (False, 2)) if capability >= 80 else ():
         yield f"two {two} steps {steps}", kernel, pointers, constants | {"TWO": two, "STEPS": steps}

@@ -113,7 +113,7 @@ def test_attention_counts_the_slots_of_the_window_and_reads_no_other(
     given = [_moved(one, kernels.device) for one in (query, key, value, torch.tensor([position]))]
     if kernels.name == "triton":
         module = pytest.importorskip("nvfp4_video.kernels.triton.attend")
-        options = {} if programs is None else {"config": (2, 4, programs, None, 8)}
+        options = {} if programs is None else {"config": (2, 4, programs, 8)}
         run = module.prepare(heads, tuple(key.shape), width**-0.5, window, given[0].device, **options)
     else:
         run = functools.partial(one_token.attend, scale=width**-0.5, window=window)
