@@ -5,8 +5,9 @@
 2. A step of LTX-2.3 in BF16 in a real ComfyUI, random weights in the released shapes, as it is and with the wrapper of
    NVFP4 Calibrate at several block widths, rows taking turns; memory of the sums; whether latents keep their bits.
 3. GPTQ as ``quantize --quality calibrated`` runs it (search, trials of dampings, the whole weight, judgement) on every
-   shape that the recipe packs, once each, the first run of a shape not counted; times and peaks above weight and sums.
-   From the number of layers of each shape follows the time of the whole model.
+   shape that the recipe packs; times, GPU memory above weight and sums, and this process's own pages above those that
+   it had before part 3. Memory is polled in three runs (one with full matrices, which is then timed, too), time is
+   that of the next. From the number of layers of each shape follows the time of the whole model.
 
 `--tiny --cpu` tries the script without a GPU.
 """
@@ -146,6 +147,7 @@ def rounding(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of part 3."""
     import torch
     from nvfp4_video.checkpoint.write.recipes import RECIPES, select
+    from nvfp4_video.host.bench.meter import PeakMemory
     from nvfp4_video.samples.released import recorded_model
 
     keys, _ = recorded_model(None, options.tiny)
@@ -155,26 +157,38 @@ def rounding(options: argparse.Namespace) -> list[dict[str, Any]]:
     device, found = "cpu" if options.cpu else "cuda", []
     cases = [(shape, options.gptq_width) for shape in counts]
     cases += [(shape, shape[1]) for shape in sorted(counts, key=lambda s: s[1]) if options.full]
+    with PeakMemory(poll=False) as start:
+        pass
     for shape, width in cases:
         if time.perf_counter() - STARTED > options.limit:
             say(f"{options.limit:.0f} s are over: {shape} with blocks of {width} was not run")
             continue
         weight = torch.randn(shape, device=device) / shape[1] ** 0.5
         moments = gathered(shape[1], width, 8192, device)
-        for _ in range(1 if width == shape[1] else 2):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            before, started = _allocated(), time.perf_counter()
-            report = packed(weight, moments)[1]
-            seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else 0
+        before, full = _allocated() / 1e9, width == shape[1]
+        with PeakMemory() as peak:
+            for _ in range(1 if full else 3):
+                seconds, report = timed(weight, moments)
+        if not full:
+            seconds, report = timed(weight, moments)
         row = {"shape": "x".join(map(str, shape)), "width": width, "layers": counts[shape], "s a layer": seconds}
-        row |= {"s all": seconds * counts[shape], "peak GB": peak / 1e9, "with weight and sums": (before + peak) / 1e9}
+        row |= {"s all": seconds * counts[shape], "peak GB": max(peak.torch - before, 0.0)}
+        row |= {"with weight and sums": peak.torch, "host GB": peak.host - start.host}
         found.append(row | {"held-out error": report["error"]})
         say(str(found[-1]))
         del weight, moments
     return found
+
+
+def timed(weight: Any, moments: Any) -> tuple[float, dict]:
+    """-> seconds of packing a weight by GPTQ, what the packer reports."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    report = packed(weight, moments)[1]
+    return time.perf_counter() - started, report
 
 
 def say(text: str) -> None:

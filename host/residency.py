@@ -9,6 +9,8 @@ All else of the pack asks here. Each name, and what the pack does without it:
 * ``_v`` (DynamicVRAM owns the layer), ``_prefetch`` (a dict, ``resident`` in it: the block prefetch found it in GPU
   memory and holds it there until the block has run), ``_v_weight``, ``_v_bias`` (the tensors then): without one of them
   the host is asked for each weight of a dynamic model, and none of its blocks is captured.
+* ``backup`` of a dynamic model's patcher (a dict, ``weight`` of each entry: a tensor that the host copied to the GPU,
+  and puts back later). Without it, graphs are captured anew where such copies lie elsewhere than before.
 * ``pause_malloc_graph`` of ``comfy.model_prefetch``: the host's recording of allocations. Without it nothing is
   recorded, so there is nothing to pause.
 * ``prefetch_dynamic_vbars``: the option by which the host's options are told from any other dict.
@@ -149,6 +151,21 @@ def _held(own: dict) -> bool:
     """Whether the block prefetch has found the layer in GPU memory and holds it there."""
     prefetch = own.get("_prefetch")
     return type(prefetch) is dict and prefetch.get("resident") is True
+
+
+def has_place(own: dict, name: str) -> bool:
+    """Whether DynamicVRAM has an address for this parameter of a layer, given by its ``__dict__``, for good."""
+    return "_v" in own and name in ("weight", "bias")
+
+
+def has_originals_in_ram(patcher: Any) -> bool:
+    """Whether what DynamicVRAM's host puts back when a loaded model leaves the GPU lies in RAM, all of it.
+
+    Then the tensors on the GPU are copies, and may be written to.
+    """
+    backup = getattr(patcher, "backup", None)
+    dynamic = getattr(patcher, "is_dynamic", bool)()
+    return dynamic and type(backup) is dict and all(one.weight.device.type == "cpu" for one in backup.values())
 
 
 def addresses(own: dict, device: torch.device, into: list) -> bool:

@@ -39,7 +39,7 @@ def _triton_obstacle(device: torch.device) -> str:
     if device.type != "cuda":
         return f"Triton needs an NVIDIA or AMD GPU, the model is on {device.type}"
     if torch.version.cuda and torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
-        return f"Triton needs compute capability 7.5, this is {_describe(device)}"
+        return f"Triton needs compute capability {_dotted(TRITON_CAPABILITY)}, this is {_describe(device)}"
     try:
         triton_module("launch")
     except ImportError as error:
@@ -53,8 +53,8 @@ def tensor_core_obstacle(device: torch.device, kind: str, least: tuple[int, int]
         return f"{kind} tensor cores are those of an NVIDIA GPU, the model is on {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability < least:
-        needed, found = (".".join(map(str, one)) for one in (least, capability))
-        return f"{kind} needs compute capability {needed}, {torch.cuda.get_device_name(device)} has {found}"
+        name, found = torch.cuda.get_device_name(device), _dotted(capability)
+        return f"{kind} needs compute capability {_dotted(least)}, {name} has {found}"
     if not hasattr(torch, function):
         return f"torch {torch.__version__} has no torch.{function}; update torch"
     backend, reason = pick_backend(device)
@@ -62,8 +62,12 @@ def tensor_core_obstacle(device: torch.device, kind: str, least: tuple[int, int]
 
 
 def _describe(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+    capability = _dotted(torch.cuda.get_device_capability(device))
+    return f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def triton_module(name: str):

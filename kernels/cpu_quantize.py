@@ -75,17 +75,17 @@ def quantize(
     return PackedWeight(packed, swizzle(scale), global_scale, (rows, cols))
 
 
-def in_threads(work: Callable[[Any], None], starts: Iterable) -> None:
-    """``work(start)`` for all starts, in as many threads as torch uses, each running torch's operations by itself."""
-    starts = list(starts)
+def in_threads(work: Callable[[Any], None], pieces: Iterable) -> None:
+    """``work(piece)`` for all pieces, in as many threads as torch uses, each running torch's operations by itself."""
+    pieces = list(pieces)
     threads = torch.get_num_threads()
-    if min(threads, len(starts)) <= 1:
-        for start in starts:
-            work(start)
+    if min(threads, len(pieces)) <= 1:
+        for piece in pieces:
+            work(piece)
         return
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, starts))
+            list(pool.map(work, pieces))
     finally:
         torch.set_num_threads(threads)  # what a thread sets is also the default of threads to come
 

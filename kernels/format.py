@@ -3,8 +3,8 @@
 
 The layout is the host's own (ComfyUI's ``TensorCoreNVFP4Layout``), for a weight W of logical shape (N, K):
 
-* ``packed``        (R16(N), R16(K) / 2) uint8: byte j of a row holds column 2j in the HIGH nibble, 2j + 1 in the low
-one.
+* ``packed``        (R16(N), R16(K) / 2) uint8: byte j of a row holds column 2j in the HIGH nibble, 2j + 1 in the
+  low one.
 * ``block_scale``   (R128(N), R4(R16(K) / 16)) float8_e4m3fn, one scale per 16 columns, stored in cuBLAS's 128x4 tiles
   ("swizzled"): the scale of (row r, block c) lies at flat offset
   ``(r // 128 * (C / 4) + c // 4) * 512 + (r % 32) * 16 + (r % 128 // 32) * 4 + c % 4`` where C = R4(R16(K) / 16).

@@ -153,8 +153,8 @@ def quantize(
 
     ``search``: how block scales are chosen. "amax" gives byte for byte what comfy-kitchen's quantize_nvfp4 writes;
     "mse" those of ``search_scale``, about a quarter less squared error. ``global_scale``: () fp32, default that of
-    ``default_global_scale``. ``column_weight``: (K,), for "mse": the weight of each column's
-    squared error, such as the mean square of that input.
+    ``default_global_scale``. ``column_weight``: (K,), for "mse": the weight of each column's squared error, such as the
+    mean square of that input.
     """
     check_quantize(weight, search, column_weight)
     global_scale = checked_global_scale(finite_amax(weight), global_scale, search).float()

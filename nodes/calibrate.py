@@ -10,7 +10,7 @@ from comfy_api.v0_0_2 import io
 from ..host import files
 from ..host.compute.calibrate import collect
 from ..host.files import LIKE_FOLDERS, file_names, file_path
-from ..host.show import show
+from ..host.show import show, tell_files
 
 
 class NVFP4Calibrate(io.ComfyNode):
@@ -48,5 +48,6 @@ class NVFP4Calibrate(io.ComfyNode):
     def execute(cls, model, file_name, memory_gb, name, overwrite) -> io.NodeOutput:
         target = os.path.join(files.output_folder(), files.output_like(file_name, name, "calibration"))
         patcher = model.clone()
-        text = collect(patcher, file_path(file_name, LIKE_FOLDERS), target, int(memory_gb * 1e9), overwrite)
+        source, budget = file_path(file_name, LIKE_FOLDERS), int(memory_gb * 1e9)
+        text = collect(patcher, source, target, budget, overwrite, on_new=tell_files)
         return io.NodeOutput(patcher, text, ui=show(cls, text))

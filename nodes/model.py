@@ -7,8 +7,8 @@ from comfy_api.v0_0_2 import io
 
 from ..host.compute.attention import BY_COMPUTE, choices
 from ..host.files import SAME_FILE, file_names, file_path, fingerprint, optional_path
-from ..host.load.making import missing, nvfp4_of
 from ..host.load.model import COMPUTE_MODES, DIALECTS, load_model
+from ..host.making import missing, nvfp4_of
 from ..kernels.backends import BACKENDS
 
 FOLDERS = ("diffusion_models", "checkpoints")

@@ -30,8 +30,8 @@ MAY_IMPORT = {
 WINGS = {
     "checkpoint": ("file", "identify", "write", "verify"),
     "host": (
-        *("residency", "files", "border", "show", "compute", "decode"),
-        *("doctor", "guard", "load", "planning", "bench"),
+        *("residency", "files", "border", "compute", "decode", "load"),
+        *("doctor", "show", "guard", "making", "planning", "bench"),
     ),
 }
 HOST_MODULES = {
@@ -174,23 +174,33 @@ def test_every_node_has_a_help_page(pack, stub_comfy):
     assert {node.GET_SCHEMA().node_id for node in nodes} - pages == set()
 
 
-def test_the_inner_rings_import_without_triton_opencv_or_comfyui():
-    modules = [
-        ".".join(("nvfp4_video", *path.with_suffix("").parts)).removesuffix(".__init__")
-        for path in pack_files()
-        if ring_of(path) in {"kernels", "checkpoint", "measure", "samples"} and "triton" not in path.parts
-    ]
+def imported_with(paths: list[Path], unwanted: set[str], *folders: Path) -> list[str]:
+    """Which of ``unwanted`` a process has that imports these files of the pack and has ``folders`` on its path."""
+    modules = [".".join(("nvfp4_video", *path.with_suffix("").parts)).removesuffix(".__init__") for path in paths]
     assert modules
-    unwanted = sorted(HOST_MODULES | {"triton", "cv2", "matplotlib", "av"})
     script = f"""
 import importlib, sys, types
+sys.path += {[str(folder) for folder in folders]!r}
 package = types.ModuleType("nvfp4_video")
 package.__path__ = [{str(ROOT)!r}]
 sys.modules["nvfp4_video"] = package
 for name in {modules!r}:
     importlib.import_module(name)
-print(*(name for name in {unwanted!r} if name in sys.modules))
+print(*(name for name in {sorted(unwanted)!r} if name in sys.modules))
 """
     result = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.split() == []
+    return result.stdout.split()
+
+
+def test_the_inner_rings_import_without_triton_opencv_or_comfyui():
+    rings = {"kernels", "checkpoint", "measure", "samples"}
+    paths = [path for path in pack_files() if ring_of(path) in rings and "triton" not in path.parts]
+    assert imported_with(paths, HOST_MODULES | {"triton", "cv2", "matplotlib", "av"}) == []
+
+
+def test_loading_computing_and_decoding_import_without_the_web_server():
+    # Scripts and the command line use them in processes that have no server, nor what it needs.
+    wings = WINGS["host"][: WINGS["host"].index("show")]
+    paths = [path for path in pack_files() if ring_of(path) == "host" and path.with_suffix("").parts[1] in wings]
+    assert imported_with(paths, {"server", "aiohttp"}, ROOT / "tests" / "stub_comfy") == []

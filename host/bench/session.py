@@ -82,6 +82,9 @@ def _enable_dynamic_vram() -> None:
     if not ready:
         logger.warning("DynamicVRAM could not be initialised; the session runs without it")
         return
+    # As main.py does. Until a level is set, aimdo hands Python several lines for each allocation and each free on the
+    # GPU, microseconds each, and also for those of libraries that clean up when the interpreter is gone: a crash.
+    comfy_aimdo.control.set_log_info()
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
 

@@ -89,6 +89,7 @@ class Attention:
 
     def __init__(self, choice: str):
         self.choice = choice
+        self.replaced = False  # by a node further on, which was said
         self._failed: dict[tuple, str] = {}
 
     def key(self) -> tuple:
@@ -291,7 +292,7 @@ def _stands_down(model: torch.nn.Module) -> str:
 def _look(own: Attention, patcher: Any) -> None:
     """The host's ON_PRE_RUN: say once if a node further on has put its choice in the place of this one."""
     override = patcher.model_options.get("transformer_options", {}).get(OVERRIDE)
-    if override is not own and not own.__dict__.get("replaced"):
+    if override is not own and not own.replaced:
         own.replaced = True
         logger.info("attention %s is not used: %s has put its own there", own.choice, _owner(override))
 

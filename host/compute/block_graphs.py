@@ -8,8 +8,12 @@ does.
 
 ``Blocks.run`` decides anew for each call of a block, from what it is called with: it is replayed if a graph of exactly
 such a call exists (graph_key.py); else it runs itself; and it is captured if it has run itself in such a call before,
-so that every kernel is loaded, and the GPU has been seen waiting for the CPU. Graphs are made in a sampling's first
-steps and dropped at its end. Whatever is not as known makes the block run itself, with the reason in the log.
+so that every kernel is loaded, and the GPU has been seen waiting for the CPU. Whatever is not as known makes the block
+run itself, with the reason in the log.
+
+At a sampling's end the memory that graphs computed in goes back to the card; the graphs stay for the next one if what
+they read and write is small beside the card. They go when the model leaves the GPU, or when a function that they may
+have been made of was exchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import functools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +32,7 @@ from comfy import patcher_extension
 
 from ...kernels.errors import first_line
 from .. import residency
-from . import graph_key, graph_plan
+from . import graph_key, graph_plan, small_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ _MOST_BRANCHES = 4  # LoRAs and hooks for which one block is captured; as many s
 _MOST_RECAPTURES = 2  # of one block in a sampling: weights that keep moving are not worth it
 _KNOWN_CALLS = 2 * _MOST_PLANS * _MOST_BRANCHES
 _SPARE_BYTES = 2 << 30  # GPU memory that stays free, besides what the next graph may take
+_KEPT_SHARE = 1 / 64  # of the card's memory: the most that graphs hold between samplings
 _models: weakref.WeakKeyDictionary[torch.nn.Module, Blocks] = weakref.WeakKeyDictionary()
 
 
@@ -52,9 +57,11 @@ def use_graphs(patcher: Any) -> str:
         return ""
     if reason := obstacle(patcher.model.diffusion_model, patcher.load_device):
         return f"none, {reason}"
-    wrappers, callbacks = patcher_extension.WrappersMP.DIFFUSION_MODEL, patcher_extension.CallbacksMP.ON_CLEANUP
-    patcher.add_wrapper_with_key(wrappers, KEY, with_graphs)
-    patcher.add_callback_with_key(callbacks, KEY, drop_graphs)
+    callbacks = patcher_extension.CallbacksMP
+    patcher.add_wrapper_with_key(patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, with_graphs)
+    patcher.add_callback_with_key(callbacks.ON_CLEANUP, KEY, end_of_sampling)
+    patcher.add_callback_with_key(callbacks.ON_LOAD, KEY, put_back)
+    patcher.add_callback_with_key(callbacks.ON_DETACH, KEY, drop_graphs)
     return "one a block, where a step waits for the CPU"
 
 
@@ -90,6 +97,7 @@ def with_graphs(executor: Any, *args: Any, **kwargs: Any) -> Any:
     blocks = blocks_of(model)
     if not blocks.may_pay(options):
         return executor(*args, **kwargs)
+    blocks.begin(options["sample_sigmas"])
     options["patches_replace"] = {**options.get("patches_replace", {}), "dit": dict(blocks.replacements)}
     try:
         return executor(*args, **kwargs)
@@ -104,17 +112,35 @@ def _device_of(args: tuple) -> torch.device:
     return latents.device if isinstance(latents, torch.Tensor) else torch.device("cpu")
 
 
-def drop_graphs(patcher: Any) -> None:
+def end_of_sampling(patcher: Any) -> None:
     """The host's ON_CLEANUP: sampling is over, and its memory is wanted for the decode."""
     blocks = _models.get(patcher.model.diffusion_model)
     if blocks is not None:
+        blocks.end()
+
+
+def put_back(patcher: Any, *_: Any) -> None:
+    """The host's ON_LOAD: it may have brought the model's small tensors anew."""
+    blocks = _models.get(patcher.model.diffusion_model)
+    if blocks is not None and not small_tensors.put_back(patcher, blocks.places):
+        blocks.places = []
+
+
+def drop_graphs(patcher: Any, unpatch_all: bool = True) -> None:
+    """The host's ON_DETACH: the model leaves the GPU, which something else wants.
+
+    Without ``unpatch_all`` another patcher of the same model takes over, with the weights where they are.
+    """
+    blocks = _models.get(patcher.model.diffusion_model)
+    if blocks is not None and unpatch_all:
         blocks.drop()
 
 
 def blocks_of(model: torch.nn.Module) -> Blocks:
     """What is known of a loaded model's blocks."""
     if model not in _models:
-        _models[model] = Blocks(model)
+        _models[model] = blocks = Blocks(model)
+        weakref.finalize(model, blocks.drop).atexit = False
     return _models[model]
 
 
@@ -143,6 +169,7 @@ class Blocks:
         self.module = type(model).__dict__.get("host_class", type(model)).__module__
         self.plans: dict[tuple, graph_plan.Plan] = {}
         self.waits_for_cpu: set[tuple] = set()
+        self.places: list[small_tensors.Place] = []
         self.counts: Counter[str] = Counter()
         self.replacements = {("double_block", i): functools.partial(self.run, i) for i in range(len(self.blocks))}
         self._passes: Counter[tuple] = Counter()
@@ -151,14 +178,25 @@ class Blocks:
         self._said: set[str] = set()
         self._most_bytes = 0  # GPU memory that one graph took
         self._last_block: tuple[tuple, torch.cuda.Event] | None = None
-        self._begin()
+        self._surroundings: tuple = ((), ())
+        self._sigmas: Any = None  # of the sampling that goes on; the host hands on one tensor through all its steps
+        self._forget_sampling()
 
-    def _begin(self) -> None:
+    def _forget_sampling(self) -> None:
         """What holds for one sampling only."""
         self._stopped = ""
         self._closed: set[tuple] = set()  # kinds of calls of which no more blocks are captured
+        self._used: set[tuple] = set()  # kinds of calls of which blocks were captured or replayed
         self._recaptures: Counter[int] = Counter()
-        self._kept: list[tuple[torch.Tensor, ...]] = []
+        self._streams: list[tuple[torch.Tensor, ...]] = []  # of freed plans: the host's loop may still hand them on
+
+    def begin(self, sigmas: Any) -> None:
+        """A step begins, and with its first a sampling: graphs of the one before must be of what would run now."""
+        if self._sigmas is not sigmas:
+            found = graph_key.surroundings(self.blocks[0])
+            if not graph_key.are_same(found, self._surroundings):
+                self.drop()
+            self._sigmas, self._surroundings = sigmas, found
 
     def may_pay(self, options: Mapping) -> bool:
         """Whether the sampling is long enough, and nobody else replaces blocks."""
@@ -177,7 +215,7 @@ class Blocks:
         if call is None:
             self.counts["eager"] += 1
             return original(arguments)
-        plan, free = self.plans.get(call.key), 0
+        plan, free = self._plan(call), 0
         captured = plan and plan.graphs.get(number, {}).get(call.branches)
         if captured is None or captured.weights != call.weights:
             moved = captured is not None
@@ -207,6 +245,24 @@ class Blocks:
         key = graph_key.of_call(arguments, tensors)
         block = None if key is None else graph_key.of_block(self.blocks[number], device)
         return block and _Call(key, *block, tensors, device)
+
+    def _plan(self, call: _Call) -> graph_plan.Plan | None:
+        """The plan for such calls; one of an earlier sampling goes if its graphs have no room to compute in."""
+        plan = self.plans.get(call.key)
+        if plan is not None and call.key not in self._used:
+            if self._has_room(torch.cuda.mem_get_info(call.device)[0], call, len(plan.graphs)):
+                self._used.add(call.key)
+            else:
+                self._free({call.key}, call.device)
+                plan = None
+        return plan
+
+    def _has_room(self, free: int, call: _Call, blocks: int) -> bool:
+        """Whether a graph may run where ``free`` bytes are left; else this kind of call has none in this sampling."""
+        if free >= _SPARE_BYTES + 2 * self._most_bytes:
+            return True
+        self._closed.add(call.key)
+        return self._say(f"after {blocks} blocks only {free / 1e9:.1f} GB of GPU memory are free")
 
     def _run_itself(self, number: int, call: _Call, arguments: dict, original: Any) -> dict:
         """Run the block, note that it ran in such a call, and find out whether the GPU waits for the CPU."""
@@ -247,23 +303,22 @@ class Blocks:
             return 0
         plan = self.plans.get(call.key)
         blocks = plan.graphs if plan else {}
-        if plan is None and len(self.plans) >= _MOST_PLANS:
+        if plan is None and len(self.plans) >= _MOST_PLANS and self.plans.keys() <= self._used:
             return 0
         if not moved and len(blocks.get(number, ())) >= _MOST_BRANCHES:
             return 0
         free = torch.cuda.mem_get_info(call.device)[0]
-        if free >= _SPARE_BYTES + 2 * self._most_bytes:
-            return free
-        self._closed.add(call.key)
-        self._say(f"after {len(blocks)} blocks only {free / 1e9:.1f} GB of GPU memory are free")
-        return 0
+        return free if self._has_room(free, call, len(blocks)) else 0
 
     def _capture(self, number: int, call: _Call, arguments: dict, original: Any, moved: bool) -> Any:
         """Capture a block -> what can be replayed, or None; then there are no graphs of its kind in this sampling."""
         try:
             with graph_plan.apart(call.device):
                 if call.key not in self.plans:
+                    if len(self.plans) >= _MOST_PLANS:
+                        self._free({next(key for key in self.plans if key not in self._used)}, call.device)
                     self.plans[call.key] = graph_plan.Plan(arguments, call.tensors)
+                self._used.add(call.key)
                 options = arguments["transformer_options"]
                 captured = self.plans[call.key].capture(number, call.branches, call.weights, options, original)
         except comfy.model_management.InterruptProcessingException:
@@ -271,27 +326,49 @@ class Blocks:
         except Exception as error:  # whatever a block cannot do while it is captured, it can do by itself
             self._closed.add(call.key)
             self._say(f"block {number} could not be captured: {first_line(error)}. The sampling goes on without graphs")
-            self._free({call.key}, call.device)
+            self._free({call.key} & self.plans.keys(), call.device)
             return None
         self._recaptures[number] += moved
         self.counts.update(captured=1, recaptured=int(moved))
         return captured
 
-    def drop(self) -> None:
-        """The sampling is over: free the graphs and all their memory."""
-        devices = {plan.device for plan in self.plans.values()}
-        for device in devices:
-            self._free({key for key, plan in self.plans.items() if plan.device == device}, device)
-        self._begin()
+    def end(self) -> None:
+        """The sampling is over: its memory goes back to the card, and graphs whose own tensors are small stay."""
+        if self._sigmas is None:
+            return
+        self._sigmas = None
+        for device in {plan.device for plan in self.plans.values()}:
+            held, gone = 0, set()
+            most = _KEPT_SHARE * torch.cuda.mem_get_info(device)[1] if graph_plan.gives_memory_back() else 0
+            for key in sorted(self.plans, key=lambda key: key not in self._used):  # those of this sampling first
+                plan = self.plans[key]
+                if plan.device == device:
+                    held += plan.nbytes
+                    gone |= {key} if held > most else set()
+            self._free(gone, device, self._used)
+            self.places = small_tensors.places_of(self.blocks, device)
+        self._forget_sampling()
 
-    def _free(self, keys: set[tuple], device: torch.device) -> None:
-        plans = [self.plans.pop(key) for key in keys & self.plans.keys()]
-        self._kept += [plan.stream for plan in plans]  # the host's loop may still hand them on
-        if plans:
-            with graph_plan.apart(device):
-                for plan in plans:
-                    plan.free()
-                graph_plan.give_back(device)
+    def drop(self) -> None:
+        """Free the graphs and all their memory."""
+        self.places = []
+        for device in {plan.device for plan in self.plans.values()}:
+            self._free({key for key, plan in self.plans.items() if plan.device == device}, device)
+        self._forget_sampling()
+
+    def _free(self, keys: set[tuple], device: torch.device, used: Set[tuple] = frozenset()) -> None:
+        """Free these kinds of calls' graphs, and of those in ``used`` the graphs of LoRAs that were not.
+
+        What all others compute in goes back to the card until they run again.
+        """
+        plans = [self.plans.pop(key) for key in keys]
+        self._streams += [plan.stream for plan in plans]
+        with graph_plan.apart(device):
+            for plan in plans:
+                plan.free()
+            for key in used & self.plans.keys():
+                self.plans[key].free_unused()
+            graph_plan.give_back(device)
 
     def _say(self, reason: str) -> bool:
         """Log once why graphs are not used -> False."""

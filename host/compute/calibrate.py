@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from ...checkpoint.write.calibration import is_calibration_file, model_identity,
 from ...checkpoint.write.recipes import AUTO, find_recipe, select
 from ...measure.moments import Collector, block_width
 from ...measure.text import size_text
-from ..show import tell_files
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +30,15 @@ KEY = "nvfp4_video.calibrate"
 
 
 class Session:
-    """One calibration file in the making. ``width``: columns of a block of the Gram matrices."""
+    """One calibration file in the making. ``width``: columns of a block of the Gram matrices; ``on_new``: called when
+    the file is there for the first time.
+    """
 
-    def __init__(self, source: str, target: Path, layers: Mapping[str, torch.nn.Module], budget: int, recipe: str):
-        self.target, self.layers, self.recipe = target, layers, recipe
+    def __init__(
+        self, source: str, target: Path, layers: Mapping[str, torch.nn.Module], budget: int, recipe: str,
+        on_new: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.target, self.layers, self.recipe, self._on_new = target, layers, recipe, on_new
         self.model = model_identity(open_checkpoint(source))
         self.width = block_width(columns_of(layers), budget)
         self.collector = Collector(layers, self.width)
@@ -65,7 +69,7 @@ class Session:
             prompts=self.prompts, overwrite=True,
         )  # fmt: skip
         if new:
-            tell_files()
+            self._on_new()
         seen = max(found.tokens + found.held_tokens for found in self.collector.moments.values())
         logger.info(
             "Calibration: %d samplings, %d of %d layers reached, up to %s tokens, in %s.",
@@ -79,12 +83,15 @@ def columns_of(layers: Mapping[str, torch.nn.Module]) -> list[int]:
     return list(found.values())
 
 
-def collect(patcher: Any, source: str, target: str, budget: int, overwrite: bool, recipe: str = AUTO) -> str:
+def collect(
+    patcher: Any, source: str, target: str, budget: int, overwrite: bool, recipe: str = AUTO,
+    on_new: Callable[[], None] = lambda: None,
+) -> str:  # fmt: skip
     """Have a patcher's model counted whenever it samples -> what to expect, in words.
 
     ``source``: the checkpoint it was loaded from; ``target``: the file to write; ``budget``: bytes of GPU memory for
-    the sums. Raises CheckpointError for a file that may not be replaced, a model that is not that of the source, and a
-    budget that is too small.
+    the sums; ``on_new``: called when the file is there for the first time. Raises CheckpointError for a file that may
+    not be replaced, a model that is not that of the source, and a budget that is too small.
     """
     path = Path(target)
     if os.path.lexists(path) and not (overwrite and is_calibration_file(path)):
@@ -97,7 +104,7 @@ def collect(patcher: Any, source: str, target: str, budget: int, overwrite: bool
         remedy = "choose the checkpoint that the model was loaded from, and connect the node before torch.compile"
         raise CheckpointError(found, where=checkpoint.header.path.name, remedy=remedy)
     try:
-        session = Session(source, path, layers, budget, name)
+        session = Session(source, path, layers, budget, name, on_new)
     except ValueError as error:
         raise CheckpointError(str(error), where=path.name, remedy="allow more memory") from error
     path.parent.mkdir(parents=True, exist_ok=True)

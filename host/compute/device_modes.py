@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from .fusions import fuse
-from .linear import choose_mode
+from .linear import choose_mode, modes_of
 from .modes import Compute, describe
 
 logger = logging.getLogger(__name__)
@@ -40,17 +40,15 @@ def remember(
 def settle(model: torch.nn.Module | None, device: torch.device) -> None:
     """Have the layers compute as ``device`` can; nothing happens on the device they were set up for.
 
-    Raises ValueError where a mode was asked for by name that cannot run there.
+    Raises PackError where a mode was asked for by name that cannot run there.
     """
     modes = getattr(model, "__dict__", {}).get(_NAME)
     if modes is None or modes.device == device:
         return
-    how, counts = modes.choose(device), {}
+    how = modes.choose(device)
     for name, module in model.named_modules():
         if isinstance(module, modes.linear) and module.__dict__.get("nvfp4_mode"):
             choose_mode(module, how.of(name))
-            mode = module.__dict__["nvfp4_mode"]
-            counts[mode] = counts.get(mode, 0) + 1
     modes.device = device
     fuse(model, modes.linear)
-    logger.info("NVFP4 layers on %s: %s (%s)", device, describe(counts), how.reason)
+    logger.info("NVFP4 layers on %s: %s (%s)", device, describe(modes_of(model)), how.reason)

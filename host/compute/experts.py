@@ -16,6 +16,8 @@ from ...checkpoint.file.header import CheckpointError
 from ...kernels.format import PackedWeight, packed_shape
 from .matmul import multiply, wrap
 
+_AGAIN = "the file is damaged, or of another size of the model: download it again"
+
 
 class _Resident:
     """A bank on the device of its input, for as long as the host lends it."""
@@ -77,6 +79,3 @@ def bank_class(host: type, backend: str, source: str) -> type:
                 return bank.expert_linear(input, i)
 
     return MoEExperts
-
-
-_AGAIN = "the file is damaged, or of another size of the model: download it again"

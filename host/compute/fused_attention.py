@@ -94,7 +94,7 @@ def _normed(attn: Any, host: ModuleType, q, k, pe, k_pe) -> tuple[torch.Tensor, 
         if k_pe is None and q.shape == k.shape:
             return host.apply_rotary_emb_qk(q, k, pe)
         return host.apply_rotary_emb(q, pe), host.apply_rotary_emb(k, other)
-    turns = None if pe is None else pe[0], None if pe is None else other[0]
+    turns = (None, None) if pe is None else (pe[0], other[0])
     if turns[0] is turns[1] and q.shape == k.shape and attn.q_norm.eps == attn.k_norm.eps:
         return tuple(fused.norm_rope([(q, weights[0]), (k, weights[1])], turns[0], attn.q_norm.eps))
     return (

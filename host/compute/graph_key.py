@@ -5,6 +5,9 @@ A graph repeats kernels with the addresses and numbers they were captured with. 
 numbers is in one of three parts of a key: ``of_call``, the same for all blocks of a step (shapes, strides and types of
 the arguments, their plain values, the options that have a say); and of each block its LoRA branches and where all of
 its weights and scales lie. Whatever cannot be described has no key, and its block runs itself.
+
+Between two samplings more can change: other nodes run, which may exchange functions of the host or set torch's
+switches. ``surroundings`` has those.
 """
 
 from __future__ import annotations
@@ -28,6 +31,11 @@ _WITHOUT_EFFECT = frozenset((
 _EFFECTIVE = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn", "stg_skip_self_attn")  # ... and these do.
 SCHEDULED = "nvfp4_video.compute"  # the mode in which this step's layers compute, if it is not their own (schedule.py)
 _EMPTY: dict = {}
+# Modules whose functions a block calls, or other packs are known to exchange.
+_SURROUNDINGS = (
+    "comfy.ldm.common_dit", "comfy.ldm.lightricks.av_model", "comfy.ldm.lightricks.model",
+    "comfy.ldm.modules.attention", "comfy.ops", "comfy_kitchen", "torch.nn.functional",
+)  # fmt: skip
 
 
 def host_class(name: str) -> type | None:
@@ -141,3 +149,26 @@ def of_block(block: torch.nn.Module, device: torch.device) -> tuple[tuple, tuple
                 branches += (part.data_ptr(), tuple(part.shape), part.dtype)
         waiting += [child for child in own["_modules"].values() if child is not None]
     return tuple(branches), tuple(found)
+
+
+def surroundings(block: torch.nn.Module) -> tuple[tuple, tuple]:
+    """What stays as it is through a sampling, and may not have between two -> (functions and classes, numbers)."""
+    code = [vars(sys.modules[name]) for name in _SURROUNDINGS if name in sys.modules]
+    kinds = dict.fromkeys(type(module) for module in block.modules())
+    code += map(vars, dict.fromkeys(base for kind in kinds for base in kind.__mro__))
+    found = tuple(value for names in code for value in list(names.values()) if callable(value))
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    numbers = (
+        torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
+        cuda.matmul.allow_bf16_reduced_precision_reduction, cuda.matmul.allow_fp16_reduced_precision_reduction,
+        getattr(cuda.matmul, "allow_fp16_accumulation", None), cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(),
+        cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cudnn.allow_tf32, cudnn.benchmark,
+        cudnn.deterministic, cudnn.enabled,
+    )  # fmt: skip
+    return found, numbers
+
+
+def are_same(one: tuple[tuple, tuple], other: tuple[tuple, tuple]) -> bool:
+    """Whether two ``surroundings`` are of the same objects and equal numbers."""
+    same = len(one[0]) == len(other[0]) and all(a is b for a, b in zip(one[0], other[0], strict=True))
+    return same and one[1] == other[1]

@@ -27,12 +27,16 @@ _IS_CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _kept: list[BaseException] = []
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Captured:
-    """A block's graph, and what its weights and layers were (``graph_key.of_block``)."""
+    """A block's graph, what its weights and layers were (``graph_key.of_block``), and whether this sampling used it.
+
+    What else it knows by address are the plan's tensors and those that kernels keep for the process.
+    """
 
     graph: torch.cuda.CUDAGraph
     weights: tuple
+    used: bool = True
 
 
 class Plan:
@@ -57,6 +61,11 @@ class Plan:
         self.pool = torch.cuda.graph_pool_handle()
         self.forget()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that stay while the graphs do."""
+        return sum(tensor.nbytes for tensor in (*self.inputs, *self.stream))
+
     def forget(self) -> None:
         """The tensors of a finished step need not be kept."""
         self._seen: list[torch.Tensor | None] = [None] * len(self.inputs)
@@ -71,6 +80,7 @@ class Plan:
             if own is not tensor:
                 own.copy_(tensor)
         captured.graph.replay()
+        captured.used = True
 
     def capture(self, number: int, branches: tuple, weights: tuple, options: Any, original: Callable) -> Captured:
         """Record what ``original``, the host's call of a block, queues for this plan's tensors; nothing is computed.
@@ -99,6 +109,14 @@ class Plan:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         known[branches] = Captured(graph, weights)
         return known[branches]
+
+    def free_unused(self) -> None:
+        """Destroy the graphs that the sampling did not use, none of which may still run."""
+        for known in self.graphs.values():
+            for branches in [branches for branches, captured in known.items() if not captured.used]:
+                known.pop(branches).graph.reset()
+            for captured in known.values():
+                captured.used = False
 
     def free(self) -> None:
         """Destroy the graphs, none of which may still run, and let go of the tensors."""
@@ -147,11 +165,17 @@ def give_back(device: torch.device) -> None:
     """Return the memory of destroyed graphs to the card, where the VAE and other programs find it.
 
     torch's own allocator keeps what was a graph's in its cache; the driver keeps that of graphs whose allocations it
-    made itself (cudaMallocAsync, which ComfyUI uses) until it is told to trim.
+    made itself (cudaMallocAsync, which ComfyUI uses) until it is told to trim. That it does for graphs too which are
+    still there and do not run: it brings the memory to their addresses again when they do.
     """
     torch.cuda.empty_cache()
     if reason := _trim(device):
         logger.info("the driver may keep memory of finished CUDA graphs: %s", reason)
+
+
+def gives_memory_back() -> bool:
+    """Whether graphs need not be destroyed for it: only where the driver itself allocates what they compute in."""
+    return torch.cuda.get_allocator_backend() == "cudaMallocAsync"
 
 
 def _trim(device: torch.device) -> str:

@@ -10,6 +10,7 @@ host's forward, which is weight-only too but for the FP4 layers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -135,6 +136,11 @@ def choose_mode(module, mode: str) -> None:
     own["nvfp4_mode"] = mode
 
 
+def modes_of(model: torch.nn.Module) -> Counter[str]:
+    """How many of a model's NVFP4 layers compute in which mode."""
+    return Counter(mode for module in model.modules() if (mode := module.__dict__.get("nvfp4_mode")))
+
+
 def _unwrap(state_dict: dict, prefix: str, weight: QuantizedTensor, shape: tuple[int, int], source: str) -> None:
     """Give the host the tensors it expects to find in a file; refuse a weight of another layer's size."""
     packed, params = weight._qdata, weight._params
@@ -171,4 +177,4 @@ def _streamed(
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
 
-__all__ = ["LAYOUT", "choose_mode", "supports", "weight_only_operations", "wrap"]
+__all__ = ["LAYOUT", "choose_mode", "modes_of", "supports", "weight_only_operations", "wrap"]

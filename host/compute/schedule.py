@@ -22,7 +22,7 @@ from comfy import patcher_extension
 
 from ...kernels.errors import PackError
 from .graph_key import SCHEDULED
-from .linear import choose_mode
+from .linear import choose_mode, modes_of
 from .modes import MODES, describe
 
 KEY = "nvfp4_video.schedule"
@@ -98,10 +98,7 @@ def use_schedule(patcher: Any, steps: str, ranges: str = "") -> str:
     if steps not in STEPS:
         raise PackError(f"steps: found {steps!r}; expected {', '.join(STEPS)}")
     parsed = parse_ranges(ranges) if steps == RANGES else ()
-    modes: dict[str, int] = {}
-    for module in patcher.model.diffusion_model.modules():
-        if mode := module.__dict__.get("nvfp4_mode"):
-            modes[mode] = modes.get(mode, 0) + 1
+    modes = modes_of(patcher.model.diffusion_model)
     if not modes:
         return "none: the model has no NVFP4 layer of the NVFP4 Model Loader"
     if set(modes) == {"bf16"}:

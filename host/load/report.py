@@ -11,6 +11,7 @@ from ...checkpoint.identify.dialects import DialectPlan
 from ...checkpoint.identify.signatures import Model
 from ...measure.escape import report as text_report
 from .. import residency
+from ..compute.linear import modes_of
 from ..compute.modes import Compute, describe
 
 
@@ -93,8 +94,6 @@ def report_of(
     """What the loader read, decided and built -> its report; ``backend`` is a name and the reason for it."""
     tensors = {key: info for key, info in plan.header.tensors.items() if key.startswith(model.prefix)}
     layers = count_layers(plan)
-    modules = patcher.model.diffusion_model.modules()
-    modes = Counter(mode for module in modules if (mode := module.__dict__.get("nvfp4_mode")))
     return LoadReport(
         file=plan.header.path.name,
         family=model.family or type(patcher.model).__name__,
@@ -104,7 +103,7 @@ def report_of(
         gigabytes=sum(info.nbytes for info in tensors.values()) / 1e9,
         compute=compute.mode,
         compute_reason=compute.reason,
-        modes=dict(modes.most_common()),
+        modes=dict(modes_of(patcher.model.diffusion_model).most_common()),
         backend=backend[0],
         reason=backend[1],
         device=device,

@@ -22,7 +22,8 @@ from ...checkpoint.identify.host_layer import host_layer, input_scale
 from ...checkpoint.identify.layers import Layer, refuse
 from ...checkpoint.identify.values import Get, check_layer, expand, read_scale
 from ...measure.escape import line
-from ..compute.linear import supports, wrap
+from ..compute.linear import supports
+from ..compute.matmul import wrap
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..format import PackedWeight, block_scale_shape, check_output_dtype, packed_shape
 from .launch import Launcher, bf16_as_bits, part_reader, store_modifier
-from .tiles import decode_words, round_to_bf16_bits
+from .tiles import decode_words, scales_of_rows, to_output
 
 # Tile found by measurement on an H200 (benchmarks/results); the kernel is bound by its stores, hardly by the tile.
 _TILE_WORDS, _STEPS, _WARPS = 256, 2, 8
@@ -44,8 +44,7 @@ def _dequantize_kernel(
     first_word = tl.program_id(0) % column_programs * (WORDS * STEPS)
     # Scalar 64-bit bases and 32-bit offsets inside the tile: no vector arithmetic on 64-bit addresses.
     words = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + first_row.to(tl.int64) * words_per_row + first_word
-    scales = scale_ptr + (first_row // 128).to(tl.int64) * (scale_cols * 128) + first_word * 64
-    scales += first_row % 32 * 16 + first_row % 128 // 32 * 4
+    scales = scales_of_rows(scale_ptr, first_row, scale_cols) + first_word * 64
     out = out_ptr + first_row.to(tl.int64) * cols + first_word * 8
     global_scale = tl.load(global_ptr)
     # Flat tiles: with one word a thread, the joins leave eight neighbouring outputs in it, which is one 16-byte store.
@@ -68,10 +67,8 @@ def _dequantize_kernel(
             inside = None if FULL else row_inside & (first_word + shift + word_col < words_per_row)
             word = tl.load(words + shift + word_offset, mask=inside)
             scale_byte = tl.load(scales + shift * 64 + scale_offset, mask=inside)
-        if out_ptr.dtype.element_ty == tl.int16:
-            values = round_to_bf16_bits(values)
         out_inside = None if FULL else target_row_inside & ((first_word + step * WORDS) * 8 + column < cols)
-        values = values.to(out_ptr.dtype.element_ty)
+        values = to_output(values, out_ptr.dtype.element_ty)
         tl.store(out + step * (WORDS * 8) + out_offset, values, mask=out_inside, cache_modifier=STORE)
 
 

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from ..format import FP8, FP8Rows
 from .launch import Launcher, bf16_as_bits, warps
-from .norm_rows import load_row, write_row
+from .norm_rows import write_row
+from .tiles import load_row
 
 _WARP_COLS = 512
 

@@ -30,7 +30,7 @@ from ..format import TENSOR_CORE_DTYPES, PackedWeight, block_scale_shape, packed
 from ..reference import MAX_TOKENS
 from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap, part_reader
 from .quantize_rows import activated
-from .tiles import decode_operand, decode_scale, round_to_bf16_bits
+from .tiles import as_bf16, decode_operand, decode_scale, to_output
 
 # What the sum is multiplied by besides the global scale: the operands carry 2**-8 (BF16) or 2**-7 (FP16) of their own.
 _UNDO = {torch.bfloat16: 256.0, torch.float16: 128.0}
@@ -196,7 +196,7 @@ def _gemv_kernel(
     target = token[None, :] * all_rows + number[:, None]
     if SPLIT == 1 and not GATED:
         acc = _scaled(acc, number, all_rows, global_ptr, bias_ptr, UNDO, BIAS)
-        _store(out_ptr + target, acc, inside)
+        tl.store(out_ptr + target, to_output(acc, out_ptr.dtype.element_ty), mask=inside)
     else:
         size = tokens.to(tl.int64) * all_rows
         tl.store(sum_ptr + (part * SPLIT + tl.program_id(1)) * size + target, acc, mask=inside)
@@ -212,7 +212,7 @@ def _gemv_kernel(
                 acc = gate * _rounded(up, out_ptr.dtype.element_ty)
             else:
                 acc = _scaled(acc, number, all_rows, global_ptr, bias_ptr, UNDO, BIAS)
-            _store(out_ptr + target, acc, inside)
+            tl.store(out_ptr + target, to_output(acc, out_ptr.dtype.element_ty), mask=inside)
             tl.store(counter_ptr + counter, 0)
 
 
@@ -238,16 +238,9 @@ def _scaled(acc, number, rows, global_ptr, bias_ptr, UNDO: tl.constexpr, BIAS: t
 def _rounded(value, dtype: tl.constexpr):
     """fp32 -> fp32 of the nearest number of the output's dtype; int16: of BF16, in integers."""
     if dtype == tl.int16:
-        return (round_to_bf16_bits(value).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        return as_bf16(value, True)
     else:
         return value.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _store(target, value, inside):
-    if target.dtype.element_ty == tl.int16:
-        value = round_to_bf16_bits(value)
-    tl.store(target, value.to(target.dtype.element_ty), mask=inside)
 
 
 def plan(shape: tuple[int, int], programs: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launcher, bf16_as_bits, warps
-from .norm_rows import load_row, store_bf16
+from .tiles import load_row, store_bf16
 
 _WARP_PAIRS = 256
 

@@ -19,47 +19,12 @@ from ..format import FP8, FP8Rows
 from ..fused import Add, Want
 from .launch import Launcher, bf16_as_bits, warps
 from .quantize_rows import row_scale
-from .tiles import round_to_bf16_bits, to_e4m3
+from .tiles import as_bf16, load_row, store_bf16, store_row, to_e4m3
 
 # Rows a program and columns a warp, as measured on an H200 (benchmarks/fused.py): modulations in registers are worth
 # the more rows the fewer there are of them; a plain addition has none but its gate.
 _TILE, _TILE_OF_TWO, _TILE_OF_NONE = (8, 512), (4, 1024), (1, 512)
 _FEWEST_PROGRAMS = 512  # rather fewer rows a program than a GPU with nothing to do
-
-
-@triton.jit
-def as_bf16(value, BITS: tl.constexpr):
-    """fp32 -> fp32 of the nearest bf16. BITS: in integers, see ``launch.bf16_as_bits``."""
-    if BITS:
-        return (round_to_bf16_bits(value).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return value.to(tl.bfloat16).to(tl.float32)
-
-
-@triton.jit
-def load_row(pointer, mask, FULL: tl.constexpr):
-    """FULL: the tile has no columns too many, so that nothing has to be put in their place."""
-    if FULL:
-        return tl.load(pointer)
-    else:
-        return tl.load(pointer, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_row(pointer, value, mask, FULL: tl.constexpr):
-    if FULL:
-        tl.store(pointer, value)
-    else:
-        tl.store(pointer, value, mask=mask)
-
-
-@triton.jit
-def store_bf16(pointer, value, mask, FULL: tl.constexpr, BITS: tl.constexpr):
-    """Store fp32 as bf16, or as its bits."""
-    if BITS:
-        store_row(pointer, round_to_bf16_bits(value), mask, FULL)
-    else:
-        store_row(pointer, value.to(tl.bfloat16), mask, FULL)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import bf16_as_bits
-from .tiles import round_to_bf16_bits
+from .tiles import to_output
 
 _TILE = 4096  # numbers a program holds: 32 a thread
 
@@ -46,8 +46,8 @@ def _norm_silu_kernel(
     if RESIDUAL:
         total += tl.load(residual_ptr + first * CHANNELS + offset, mask=inside, other=0.0).to(tl.float32)
     if KEEP:
-        kept = round_to_bf16_bits(total) if sum_ptr.dtype.element_ty == tl.int16 else total
-        tl.store(sum_ptr + first * CHANNELS + offset, kept.to(sum_ptr.dtype.element_ty), mask=inside)
+        kept = to_output(total, sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + first * CHANNELS + offset, kept, mask=inside)
     if NORM:
         mean = tl.sum(total * total, axis=1, keep_dims=True) / CHANNELS
         total = total * tl.rsqrt(mean + eps)
@@ -56,8 +56,7 @@ def _norm_silu_kernel(
             shift = tl.load(shift_ptr + column, mask=column < CHANNELS, other=0.0).to(tl.float32)
             total = total * (1.0 + scale) + shift
         total = total * tl.sigmoid(total)
-    made = round_to_bf16_bits(total) if out_ptr.dtype.element_ty == tl.int16 else total
-    tl.store(out_ptr + first * CHANNELS + offset, made.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + first * CHANNELS + offset, to_output(total, out_ptr.dtype.element_ty), mask=inside)
 
 
 def norm_silu(

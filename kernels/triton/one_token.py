@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap, warps
-from .norm_rows import as_bf16, load_row, store_bf16
+from .tiles import as_bf16, load_row, store_bf16
 
 _WARP_COLS = 512
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launcher, bf16_as_bits
-from .tiles import round_to_bf16_bits
+from .tiles import to_output
 
 _TILE_ROWS, _TILE_COLS = 4, 1024
 
@@ -30,9 +30,8 @@ def _scale_sums_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BIAS: tl.constexpr,
-    BITS: tl.constexpr,
 ):
-    """Each program writes ROWS tokens x COLS rows of the weight. BITS: see ``launch.bf16_as_bits``."""
+    """Each program writes ROWS tokens x COLS rows of the weight; an int16 output receives bf16 bits."""
     column_programs = tl.cdiv(rows, COLS)
     token = tl.program_id(0) // column_programs * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % column_programs * COLS + tl.arange(0, COLS)
@@ -44,10 +43,7 @@ def _scale_sums_kernel(
     if BIAS:
         values += tl.load(bias_ptr + column, mask=column < rows, other=0.0).to(tl.float32)[None, :]
     target = out_ptr + token.to(tl.int64)[:, None] * rows + column[None, :]
-    if BITS:
-        tl.store(target, round_to_bf16_bits(values), mask=inside)
-    else:
-        tl.store(target, values.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(target, to_output(values, out_ptr.dtype.element_ty), mask=inside)
 
 
 @functools.cache
@@ -67,7 +63,7 @@ def prepare(rows: int, dtype: torch.dtype, device: torch.device) -> Callable[...
         launch = launchers.get(key)
         if launch is None:
             grid = (triton.cdiv(tokens, _TILE_ROWS) * triton.cdiv(rows, cols),)
-            arguments = (tokens, rows, padded_rows, _TILE_ROWS, cols, bias is not None, bits)
+            arguments = (tokens, rows, padded_rows, _TILE_ROWS, cols, bias is not None)
             launch = launchers[key] = Launcher(_scale_sums_kernel, grid, arguments, device, num_warps=4)
         launch(sums, scale, weight_scale, scale if bias is None else bias, out.view(torch.int16) if bits else out)
 

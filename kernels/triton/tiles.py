@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels share, as tiles: decoding packed words and scales, encoding numbers, and where a scale lies.
+"""What the kernels share, as tiles: decoding packed words and scales, encoding numbers, where a scale lies, rows.
 
 No FP4 or FP8 instruction is needed, and no BF16 one below compute capability 8.0: E2M1 codes and E4M3 scales are
 decoded by shifting their bits into an FP16 number's. One 32-bit word of ``packed`` holds eight neighbouring columns,
@@ -261,3 +261,48 @@ def round_to_bf16_bits(value):
     bits = value.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(value != value, 0x7FC0, rounded).to(tl.int16)  # the sum would carry a NaN's bits into the sign
+
+
+@triton.jit
+def to_output(value, dtype: tl.constexpr):
+    """fp32 -> ``dtype`` of an output, int16 being the bits of bf16: see ``launch.bf16_as_bits``."""
+    if dtype == tl.int16:
+        return round_to_bf16_bits(value)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
+def as_bf16(value, BITS: tl.constexpr):
+    """fp32 -> fp32 of the nearest bf16. BITS: in integers, see ``launch.bf16_as_bits``."""
+    if BITS:
+        return (round_to_bf16_bits(value).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def load_row(pointer, mask, FULL: tl.constexpr):
+    """FULL: the tile has no columns too many, so that nothing has to be put in their place."""
+    if FULL:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_row(pointer, value, mask, FULL: tl.constexpr):
+    """As ``load_row``."""
+    if FULL:
+        tl.store(pointer, value)
+    else:
+        tl.store(pointer, value, mask=mask)
+
+
+@triton.jit
+def store_bf16(pointer, value, mask, FULL: tl.constexpr, BITS: tl.constexpr):
+    """Store fp32 as bf16, or as its bits."""
+    if BITS:
+        store_row(pointer, round_to_bf16_bits(value), mask, FULL)
+    else:
+        store_row(pointer, value.to(tl.bfloat16), mask, FULL)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import bf16_as_bits
-from .tiles import round_to_bf16_bits
+from .tiles import to_output
 
 _TILE = 1024
 
@@ -44,9 +44,7 @@ def _to_pixels_kernel(
     if FINISH:
         value = (value + 1.0) * 0.5
         value = tl.where(value != value, value, tl.minimum(tl.maximum(value, 0.0), 1.0))
-    if out_ptr.dtype.element_ty == tl.int16:
-        value = round_to_bf16_bits(value)
-    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, to_output(value, out_ptr.dtype.element_ty), mask=inside)
 
 
 def to_pixels(

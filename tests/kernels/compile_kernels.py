@@ -187,7 +187,7 @@ def scale_sums_variants(capability: int) -> Iterator[Variant]:
     names = ("scale_ptr", "weight_scale_ptr")
     for dtype in ("*bf16" if capability >= 80 else "*fp16", "*fp32"):
         pointers = {"sums_ptr": "*i32", "bias_ptr": dtype, "out_ptr": dtype} | dict.fromkeys(names, "*fp32")
-        constants = {"ROWS": 4, "COLS": 1024, "BIAS": dtype != "*fp32", "BITS": False}
+        constants = {"ROWS": 4, "COLS": 1024, "BIAS": dtype != "*fp32"}
         yield dtype, scale_sums._scale_sums_kernel, pointers, constants
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -121,13 +122,14 @@ class Gpu:
 
     def __init__(self):
         self.waits, self.free, self.taken, self.fails = True, 30 << 30, 0, None
+        self.total, self.gives_back = 80 << 30, True
         self.model = None
         self.captured: list[int] = []
         self.given_back: list[torch.device] = []
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     found = Gpu()
     pretend_host(monkeypatch)
 
@@ -152,11 +154,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found.free, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found.free, found.total))
     monkeypatch.setattr(graph_plan, "apart", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(graph_plan, "give_back", found.given_back.append)
+    monkeypatch.setattr(graph_plan, "gives_memory_back", lambda: found.gives_back)
     monkeypatch.setattr(graph_plan.Plan, "capture", capture)
-    return found
+    yield found
+    for blocks in list(block_graphs._models.values()):
+        blocks.drop()  # while nothing of CUDA is asked for it
 
 
 def pretend_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,9 @@ def test_a_loaded_ltx_model_gets_the_wrapper_and_the_clean_up(switches):
     assert block_graphs.use_graphs(patcher).startswith("one a block")
     assert added == [
         (WrappersMP.DIFFUSION_MODEL, block_graphs.KEY, block_graphs.with_graphs),
-        (CallbacksMP.ON_CLEANUP, block_graphs.KEY, block_graphs.drop_graphs),
+        (CallbacksMP.ON_CLEANUP, block_graphs.KEY, block_graphs.end_of_sampling),
+        (CallbacksMP.ON_LOAD, block_graphs.KEY, block_graphs.put_back),
+        (CallbacksMP.ON_DETACH, block_graphs.KEY, block_graphs.drop_graphs),
     ]
 
 

@@ -10,6 +10,7 @@ class CallbacksMP:
     ON_CLONE = "on_clone"
     ON_LOAD = "on_load_after"
     ON_CLEANUP = "on_cleanup"
+    ON_DETACH = "on_detach_after"
     ON_PRE_RUN = "on_pre_run"
 
 

@@ -10,7 +10,7 @@ import pytest
 import server
 from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.verify.verify import verify
-from nvfp4_video.host.load.making import missing, nvfp4_of
+from nvfp4_video.host.making import missing, nvfp4_of
 from nvfp4_video.nodes.model import FOLDERS, NVFP4ModelLoader
 from nvfp4_video.nodes.quantize import MODEL_ONLY, WHOLE, NVFP4Quantize
 from nvfp4_video.tests.support.node_runs import watch_bars, written

@@ -13,14 +13,14 @@ from pathlib import Path, PurePath
 
 from comfy_api.v0_0_2 import io
 
-from ...checkpoint.file.header import CheckpointError
-from ...checkpoint.file.shards import open_checkpoint
-from ...checkpoint.identify.components import DIFFUSION_MODEL, find_components
-from ...checkpoint.identify.dialects import packed_layers
-from ...checkpoint.write.plan import QuantizeSettings
-from ...checkpoint.write.quantize import is_made_of, quantize_checkpoint
-from .. import files
-from ..show import tell, tell_files, telling
+from ..checkpoint.file.header import CheckpointError
+from ..checkpoint.file.shards import open_checkpoint
+from ..checkpoint.identify.components import DIFFUSION_MODEL, find_components
+from ..checkpoint.identify.dialects import packed_layers
+from ..checkpoint.write.plan import QuantizeSettings
+from ..checkpoint.write.quantize import is_made_of, quantize_checkpoint
+from . import files
+from .show import tell, tell_files, telling
 
 logger = logging.getLogger(__name__)
 
