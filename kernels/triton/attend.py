@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap
-from .norm_rows import store_bf16
+from .tiles import store_bf16
 
 # Slots a warp, warps a program, programs a head of the cache at most, and shares that are added at once, as measured on
 # an H200 (benchmarks/results/attend.txt). With fewer registers a thread the numbers outgrow them: up to 3 times slower.
