@@ -10,8 +10,8 @@ to ComfyUI's loader from memory, where all blocks share those of one (67 GB of n
 rest; on the GPU each block has its own); NVFP4 and the VAEs come from files, which the rows share. The text
 conditioning is given, no model is loaded or unloaded in a clip: what is timed is what a second prompt of a session
 takes, all models being on the GPU. Each row's first clip, of 3 steps, is not counted; then rows take turns, in another
-order each time. "frames" ends when all pixels lie in host memory. `--tiny --cpu` tries the script on a machine without
-a GPU.
+order each time. Nothing waits for the GPU between two steps, as in a ComfyUI that shows no previews; step.py times
+steps. "frames" ends when all pixels lie in host memory. `--tiny --cpu` tries the script on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def load_vae(path: Path, kind: str, decode: str) -> Any:
 def render(
     models: tuple, size: str, config: Mapping, options: Namespace, seed: int = 0, steps: int = 8
 ) -> dict[str, Any]:
-    """One clip -> seconds of its parts and of a step, latents, shapes."""
+    """One clip -> seconds of its parts, latents, shapes."""
     import torch
     from nvfp4_video.checkpoint.identify.signatures import context_width
     from nvfp4_video.host.bench.session import decode_sound
@@ -152,12 +152,12 @@ def render(
 
     _wait()
     clip = (patcher, size, config, options.frames, seed, steps)
-    seconds, latents = timed("sampling", lambda: in_process.sample(*clip, text=text))
+    _, latents = timed("sampling", lambda: in_process.sample(*clip, text=text, timed=False))
     pixels = timed("frames", lambda: video.decode(latents[0]))
     wave, rate = timed("sound", lambda: decode_sound(audio, latents[1]))
     if pixels.device.type != "cpu":
         raise AssertionError(f"the frames are on {pixels.device}, not in host memory")
-    found |= {"step": statistics.median(seconds), "clip": sum(found[part] for part in PARTS), "latents": latents}
+    found |= {"clip": sum(found[part] for part in PARTS), "latents": latents}
     return found | {"shapes": f"frames {tuple(pixels.shape)}, sound {tuple(wave.shape)} at {rate} Hz"}
 
 
@@ -192,7 +192,7 @@ def table(clips: Mapping[str, list[dict[str, Any]]], size: str) -> list[dict[str
         taken = clips[row]
         found: dict[str, Any] = {"size": size, "row": ROWS[row], "clip s": seconds, "n": len(taken)}
         found |= {"low": min(clip["clip"] for clip in taken), "high": max(clip["clip"] for clip in taken)}
-        for part in ("step", *PARTS):
+        for part in PARTS:
             found[f"{part} s"] = statistics.median(clip[part] for clip in taken)
         found |= {f"of {ROWS[base]}": seconds / whole[base] for base in STOCK if base in whole}
         found["weights GB"] = min(clip["weights_gb"] for clip in taken)

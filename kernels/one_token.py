@@ -88,24 +88,32 @@ def place_token(
 
 
 def prepare_attend(
-    heads: int, cache: tuple[int, int, int], scale: float, device: torch.device
-) -> Callable[..., torch.Tensor] | None:
-    """Heads of the query, (slots, G, D) of the cache -> function (query, key, value, bias) -> as ``attend``.
+    heads: int, cache: tuple[int, int, int], scale: float, window: int | None, device: torch.device
+) -> Callable[..., torch.Tensor]:
+    """Heads of the query, (slots, G, D) of the cache -> function (query, key, value, position) -> as ``attend``.
 
-    It keeps a tensor on the device. None where more heads share one of the cache than the kernel can take.
+    It keeps a tensor on the device. Where launches overlap, the function may read ``position`` and all slots but that
+    one before the kernel ahead of it has ended: that kernel must have written none of them.
     """
     if pick_backend(device)[0] == "triton":
-        return triton_module("attend").prepare(heads, cache, scale, device)
-    return functools.partial(attend, scale=scale)
+        return triton_module("attend").prepare(heads, cache, scale, window, device)
+    return functools.partial(attend, scale=scale, window=window)
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: torch.Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """(H, D) bf16 to keys and values (slots, G, D), H / G neighbouring heads sharing one -> (H, D), rounded once.
 
-    ``bias`` (slots,) fp32 is 0, or minus infinity for a slot that does not count; at least one does.
+    Slots up to ``position`` (1,) int64 count, of them the last ``window`` where that is given; the others are not read.
     """
+    end = int(position) + 1
+    seen = slice(max(0, end - window) if window else 0, end)
     grouped = query.view(key.shape[1], -1, query.shape[1]).float()
-    scores = grouped @ key.permute(1, 2, 0).float() * scale + bias
-    return (scores.softmax(-1) @ value.transpose(0, 1).float()).to(query.dtype).view(query.shape)
+    weights = (grouped @ key[seen].permute(1, 2, 0).float() * scale).softmax(-1)
+    return (weights @ value[seen].transpose(0, 1).float()).to(query.dtype).view(query.shape)

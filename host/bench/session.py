@@ -139,11 +139,13 @@ def sample(
     sigmas: Sequence[float] | None = None,
     text: Any = None,
     on_step: Callable[[int], None] | None = None,
+    timed: bool = True,
 ) -> tuple[list[float], list]:
     """Sample the first ``steps`` of the distilled sigmas; -> the seconds of each step but the first, and the latents.
 
     ``sigmas``: others than those. ``text``: the conditioning, (1, tokens, width), else one of random numbers.
-    ``on_step(done)`` is called outside the times.
+    ``on_step(done)`` is called outside the times. ``timed``: wait for the GPU after each step; without that there are
+    no seconds of steps, and the CPU may be ahead of the GPU, as in a ComfyUI that shows no previews.
     """
     import comfy.nested_tensor
     import comfy.sample
@@ -162,7 +164,7 @@ def sample(
     starts, ends = [], []
 
     def stamp(*_: Any) -> None:
-        if torch.cuda.is_available():
+        if timed and torch.cuda.is_available():
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
         if on_step is not None:
@@ -183,7 +185,8 @@ def sample(
         seed=seed,
     )
     end_of_node()
-    return [end - start for start, end in zip(starts, ends[1:], strict=False)], list(result.unbind())
+    seconds = [end - start for start, end in zip(starts, ends[1:], strict=False)] if timed else []
+    return seconds, list(result.unbind())
 
 
 def decode_sound(vae: Any, latent: Any) -> tuple[Any, int]:

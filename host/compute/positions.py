@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What LTX makes anew before the blocks of every step though it is the same in each, kept; the bits are the host's.
 
-The GPU waits for the CPU there, a hundred small kernels for the tables of rotations alone.
+The GPU waits for the CPU there, a hundred small kernels for the tables of rotations alone, and the CPU for the GPU: the
+host copies numbers to it from pageable memory, which ends when the whole step before has been computed.
 
-* The tables follow from the tokens' coordinates, which are compared with those of the step before. To compare the CPU
-  waits for the GPU, as the host does in each step too, when it copies the frequencies. They are kept for a sampling.
+* Without keyframes and reference audio the tokens' coordinates follow from the latents' shapes and numbers of the
+  module. They are made once, and nobody waits for them (``_KnownInput``).
+* The tables follow from the coordinates. Those of unknown origin are compared with those of the step before, for which
+  the CPU waits. They are kept for a sampling.
 * The frequencies of a timestep's embedding follow from numbers of the module.
 """
 
@@ -13,7 +16,9 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from typing import Any
+import operator
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from comfy import patcher_extension
@@ -23,10 +28,42 @@ from .fusions import fingerprint
 from .graph_key import host_class
 
 KEY = "nvfp4_video.positions"
-_KEPT, _FREQUENCIES = "_nvfp4_positions", "_nvfp4_frequencies"
+_KNOWN, _COORDS, _TABLES, _BEGUN = (f"_nvfp4_{name}" for name in ("known_input", "coordinates", "positions", "begun"))
+_FREQUENCIES = "_nvfp4_frequencies"
 _MAX_PERIOD = 10000
-_EMBEDDING = "24709fc251415a22"  # ``fusions.fingerprint`` of the host's Timesteps, in ComfyUI 0.33 and 0.38
-_ATTRIBUTES = ("positional_embedding_max_pos", "audio_positional_embedding_max_pos", "use_middle_indices_grid")
+# ``fusions.fingerprint`` of the host's Timesteps and of ``_input_functions``, in ComfyUI 0.33 and 0.38.
+_EMBEDDING, _INPUT = "24709fc251415a22", "b286b99b3c748faf"
+_ATTRIBUTES = (
+    "positional_embedding_max_pos", "audio_positional_embedding_max_pos", "use_middle_indices_grid",
+    "split_positional_embedding", "freq_grid_generator",
+)  # fmt: skip
+_METHODS = ("_prepare_positional_embeddings", "_precompute_freqs_cis")
+_FUNCTIONS = ("generate_freqs", "get_fractional_positions", "freqs_cis_matrix")
+
+
+class _Coordinates:
+    """Coordinates of video's and audio's tokens, made by the host for latents and modules as ``key`` says."""
+
+    def __init__(self, key: tuple, made: list[torch.Tensor]):
+        self.key = key
+        with torch.inference_mode(False):  # tensors made in it do not count what is written to them
+            self.tensors = [one.clone() for one in made]
+        self._versions = self._count()
+
+    def _count(self) -> list[int]:
+        return [one._version for one in self.tensors]
+
+    def are(self, given: list[torch.Tensor]) -> bool:
+        """Whether these very tensors are given, and nobody has written to them."""
+        same = len(given) == len(self.tensors) and all(map(operator.is_, given, self.tensors))
+        return same and self._versions == self._count()
+
+
+class _Tables(NamedTuple):
+    key: tuple  # what they follow from besides coordinates
+    source: _Coordinates | None
+    coords: list[torch.Tensor]
+    made: Any
 
 
 @functools.cache
@@ -36,21 +73,46 @@ def model_class(found: type) -> type:
     class KeepsPositions(found):
         host_class = found
 
+        def _process_input(self, x, keyframe_idxs, denoise_mask, **kwargs):
+            plain = keyframe_idxs is None and kwargs.get("ref_audio") is None and not _is_recorded()
+            key = _input_key(self, x, denoise_mask) if plain else None
+            if key is None:
+                return super()._process_input(x, keyframe_idxs, denoise_mask, **kwargs)
+            kept = self.__dict__.get(_COORDS)
+            if kept is None or kept.key != key or not kept.are(kept.tensors):
+                self.__dict__.pop(_COORDS, None)
+                out, made, more = super()._process_input(x, keyframe_idxs, denoise_mask, **kwargs)
+                kept = self.__dict__[_COORDS] = _Coordinates(key, made)
+                return out, list(kept.tensors), more
+            _keep_pace(self, x[0].device)
+            video, audio = self.separate_audio_and_video_latents(x, kwargs.get("audio_length", 0))
+            coords, shape = list(kept.tensors), list(video.shape)
+            video = self.patchify_proj(video.permute(0, 2, 3, 4, 1).flatten(1, 3))
+            video = self.apply_keyframes_abs_pos_embedding(
+                video, coords[0], orig_shape=shape, grid_mask=None, num_guide_tokens=0,
+                generated_keyframes=kwargs.get("generated_keyframes"),
+            )  # fmt: skip
+            audio = self.audio_patchify_proj(audio.transpose(1, 2).flatten(2))
+            return [video, audio], coords, {"orig_shape": shape, "has_spatial_mask": _vary_in_frames(denoise_mask)}
+
         def _prepare_positional_embeddings(self, pixel_coords, frame_rate, x_dtype):
-            make = functools.partial(super()._prepare_positional_embeddings, pixel_coords, frame_rate, x_dtype)
             known = _are_tensors(pixel_coords) and isinstance(frame_rate, int | float)
-            if not known or torch.compiler.is_compiling() or torch.is_grad_enabled():
-                return make()
-            # Whatever else the tables follow from: another node may set it on the model or its class.
-            key = (frame_rate, x_dtype, *(repr(getattr(self, name, None)) for name in _ATTRIBUTES),
-                   found._prepare_positional_embeddings, found._precompute_freqs_cis)  # fmt: skip
-            kept = self.__dict__.get(_KEPT)
-            if kept is not None and kept[0] == key and all(map(_same, kept[1], pixel_coords)):
-                return kept[2]
-            self.__dict__.pop(_KEPT, None)  # its memory is for the new ones
-            coords = [one.clone() for one in pixel_coords]  # the host writes to its own
-            made = make()
-            self.__dict__[_KEPT] = key, coords, made
+            if not known or _is_recorded():
+                return super()._prepare_positional_embeddings(pixel_coords, frame_rate, x_dtype)
+            key = (frame_rate, x_dtype, *_tables_follow(self, found))
+            kept, source = self.__dict__.get(_TABLES), self.__dict__.get(_COORDS)
+            source = source if source is not None and source.are(pixel_coords) else None
+            if kept is not None and kept.key == key:
+                if source is not None and kept.source is source:
+                    return kept.made
+                if all(map(_same, kept.coords, pixel_coords)):
+                    self.__dict__[_TABLES] = kept._replace(source=source)
+                    return kept.made
+            del kept
+            self.__dict__.pop(_TABLES, None)  # its memory is for the new ones
+            coords, given = ([one.clone() for one in pixel_coords] for _ in range(2))  # the host writes to what it gets
+            made = super()._prepare_positional_embeddings(given, frame_rate, x_dtype)
+            self.__dict__[_TABLES] = _Tables(key, source, coords, made)
             return made
 
     KeepsPositions.__name__, KeepsPositions.__qualname__ = found.__name__, found.__qualname__  # others ask for them
@@ -99,16 +161,90 @@ def use_positions(patcher: Any) -> None:
             if type(module) is embedding and module.num_channels % 2 == 0:
                 module.__class__ = embedding_class(embedding)
         model.__class__ = model_class(found)
+        model.__dict__[_KNOWN] = _known_input(found)
         patcher.add_callback_with_key(patcher_extension.CallbacksMP.ON_CLEANUP, KEY, _drop)
 
 
 def _drop(patcher: Any) -> None:
     """The host's ON_CLEANUP: sampling is over, and its memory is wanted for the decode."""
-    patcher.model.diffusion_model.__dict__.pop(_KEPT, None)
+    for name in (_COORDS, _TABLES, _BEGUN):
+        patcher.model.diffusion_model.__dict__.pop(name, None)
 
 
-def _are_tensors(coords: Any) -> bool:
-    return type(coords) is list and all(type(one) is torch.Tensor for one in coords)
+def _input_code(found: type) -> tuple[tuple[type, type], tuple]:
+    """The host's classes of patchifiers, and the functions between latents and coordinates, as they are now."""
+    host, base = importlib.import_module(found.__base__.__module__), found.__base__
+    video, audio = host.SymmetricPatchifier, importlib.import_module(found.__module__).AudioPatchifier
+    return (video, audio), (
+        found._process_input, base._process_input, host.latent_to_pixel_coords, video.patchify,
+        video.get_latent_coords, audio.patchify, audio._get_audio_latent_time_in_sec,
+    )  # fmt: skip
+
+
+def _known_input(found: type) -> tuple | None:
+    """``_input_code`` if its source is as known."""
+    try:
+        code = _input_code(found)
+        return code if fingerprint(*code[1]) == _INPUT else None
+    except (ImportError, AttributeError, OSError, TypeError, SyntaxError):
+        return None
+
+
+def _input_key(model: torch.nn.Module, x: Any, denoise_mask: torch.Tensor | None) -> tuple | None:
+    """What coordinates follow from, of latents of video and audio; None: the host has to make them each time."""
+    known = model.__dict__.get(_KNOWN)
+    if known is None or known != _input_code(type(model).host_class):
+        return None
+    patchifiers = model.patchifier, model.a_patchifier
+    if tuple(map(type, patchifiers)) != known[0] or model.patchifier.patch_size != (1, 1, 1):
+        return None
+    if any(hasattr(type(one), name) for one in patchifiers for name in vars(one)):
+        return None  # somebody's function stands in the place of a method
+    if not _are_tensors(x) or [one.dim() for one in x] != [5, 4]:
+        return None
+    if denoise_mask is not None and (denoise_mask.dim() != 5 or not denoise_mask.numel()):
+        return None
+    numbers = (*map(vars, patchifiers), model.vae_scale_factors, model.causal_temporal_positioning)
+    return repr(numbers), *((one.shape, one.device) for one in x)
+
+
+def _tables_follow(model: torch.nn.Module, found: type) -> list:
+    """Whatever tables follow from besides the coordinates: another node may set it on the model, a class, a module."""
+    numbers = [repr(getattr(model, name, None)) for name in _ATTRIBUTES]
+    methods = [getattr(place, name, None) for name in _METHODS for place in (found, found.__base__)]
+    methods += [model.__dict__.get(name) for name in _METHODS]
+    module = sys.modules[found.__base__.__module__]
+    return numbers + methods + [getattr(module, name, None) for name in _FUNCTIONS]
+
+
+def _keep_pace(model: torch.nn.Module, device: torch.device) -> None:
+    """Wait until the GPU has begun the call of the model before this one; the CPU is never ahead by more.
+
+    So the GPU has always work, and progress and interruption are those of the step.
+    """
+    if device.type == "cuda":
+        begun, before = torch.cuda.Event(), model.__dict__.get(_BEGUN)
+        begun.record(torch.cuda.current_stream(device))
+        model.__dict__[_BEGUN] = begun
+        if before is not None:
+            before.synchronize()
+
+
+def _vary_in_frames(mask: torch.Tensor | None) -> bool:
+    """Whether a mask of noise, (batch, 1, frames, height, width), differs within a frame of the first: one wait."""
+    if mask is None:
+        return False
+    frames = mask[0, 0].flatten(1)
+    return bool((frames.amin(1) != frames.amax(1)).any())
+
+
+def _is_recorded() -> bool:
+    """Whether operations are recorded, by torch.compile or for gradients: that is for the host's own code."""
+    return torch.compiler.is_compiling() or torch.is_grad_enabled()
+
+
+def _are_tensors(found: Any) -> bool:
+    return type(found) is list and all(type(one) is torch.Tensor for one in found)
 
 
 def _same(kept: torch.Tensor, given: torch.Tensor) -> bool:

@@ -131,12 +131,12 @@ def _parts(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def _functions(block: Any, x: torch.Tensor, weights: _Weights, cache: Any, backend: str) -> _Functions | None:
-    """Prepared once for a cache's size, None if the GPU has no such kernel.
+    """Prepared once for a cache's size and window, None if the GPU has no such kernel.
 
     The block keeps them, since a graph of it knows their tensors by address.
     """
     own, attention = block.__dict__, block.self_attn
-    key = tuple(cache.key.shape), x.device
+    key = tuple(cache.key.shape), cache.slots.window, x.device
     kept = own.get("_nvfp4_token")
     if kept is not None and kept[0] == key:
         return kept[1]
@@ -152,7 +152,7 @@ def _functions(block: Any, x: torch.Tensor, weights: _Weights, cache: Any, backe
             out=group((shape(weights.out),)),
             gate_up=group(tuple(map(shape, weights.gate_up)), gated=True),
             down=group((shape(weights.down),)),
-            attend=one_token.prepare_attend(attention.num_heads, size, scale, x.device),
+            attend=one_token.prepare_attend(attention.num_heads, size, scale, cache.slots.window, x.device),
         )
     own["_nvfp4_token"] = key, None if None in found else found
     return own["_nvfp4_token"][1]
@@ -169,7 +169,7 @@ def _run(
     qkv = call.qkv(hidden, *map(_parts, weights.qkv))
     kept = cache.key[0], cache.value[0]
     query = one_token.place_token(qkv, weights.heads, rotation, cache.position, kept, eps)
-    out = call.attend(query, *kept, cache.slots.bias)
+    out = call.attend(query, *kept, cache.position)
     out = call.out(out.view(1, -1), _parts(weights.out))
     hidden = one_token.add_norm(row, (out, after_attention), before_mlp, eps)
     hidden = call.gate_up(hidden, *map(_parts, weights.gate_up))

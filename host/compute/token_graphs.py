@@ -21,6 +21,7 @@ import importlib
 import inspect
 import logging
 import types
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -38,11 +39,12 @@ EAGER = "block by block"
 class Slots:
     """Which slots of a cache count, on the device, shared by all layers of one window.
 
-    ``position`` (1,) int64: where the next token goes; ``bias`` (capacity,) FP32: 0 or minus infinity.
+    ``position`` (1,) int64: where the next token goes; ``bias`` (capacity,) FP32: 0 or minus infinity. ``rotations``
+    are kept here for as long as the cache is.
     """
 
-    def __init__(self, capacity: int, window: int | None, device: torch.device):
-        self.window, self.end = window, 0
+    def __init__(self, capacity: int, window: int | None, device: torch.device, rotations: Any = None):
+        self.window, self.end, self.rotations = window, 0, rotations
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.bias = torch.full((capacity,), float("-inf"), device=device)
 
@@ -116,19 +118,34 @@ def _derive(llama: ModuleType, prefetch: ModuleType) -> tuple[type, type, type]:
         def fixed_caches(self, capacity, device, dtype):
             """One DecodeCache a layer; made before the loop, so that nothing of it is new in a recorded step."""
             _products_in_fp32(device, dtype)
+            rotations = self.table_of_rotations(-(-capacity // 8) * 8, device)
             slots: dict[int | None, Slots] = {}
             shape = (1, -(-capacity // 8) * 8, self.config.num_key_value_heads, self.config.head_dim)
             caches = []
             for layer in self.layers:
                 window = layer.sliding_attention or None
                 if window not in slots:
-                    slots[window] = Slots(shape[1], window, device)
+                    slots[window] = Slots(shape[1], window, device, rotations)
                 # Zeros, because a hidden slot counts with the weight 0, and 0 times NaN is NaN.
                 key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                 caches.append(DecodeCache(key, value, slots[window]))
             return caches
 
+        def table_of_rotations(self, capacity, device):
+            """The host's rotations of all tokens, as one tensor: a token's own are some thirty launches. Or None."""
+            self.__dict__["_nvfp4_rotations"] = None
+            table = self.compute_freqs_cis(torch.arange(capacity, device=device)[None], device)
+            if not isinstance(table, torch.Tensor):
+                return None
+            self.__dict__["_nvfp4_rotations"] = weakref.ref(table)
+            return table
+
         def compute_freqs_cis(self, position_ids, device):
+            kept = self.__dict__.get("_nvfp4_rotations")
+            table = None if kept is None else kept()
+            one = position_ids.shape == (1, 1) and position_ids.dtype == torch.int64
+            if table is not None and one and position_ids.device == table.device:
+                return table.index_select(-4, position_ids[0])
             # The compiler's decode buffers hold one tensor; Gemma 3 rotates by two matrices, of which a block takes
             # its own by index. Older hosts have buffers for a list, and nothing that makes a matrix of one.
             rotations = super().compute_freqs_cis(position_ids, device)

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of one token to a cache in Triton: the cache divided among programs, their shares added by the last.
+"""Attention of one token to a cache in Triton: the slots that count divided among programs, whose shares the last adds.
 
-A program takes a part of the slots of one head of the cache, for all heads of the query that share it, with the tensor
-cores: these heads are the rows of a tile of 16. The weights of the values are rounded to BF16, as the host's are. The
-last program of a head, found by a counter that it sets back to zero, adds the shares in their order, so that two calls
-give the same bits. The counters belong to a shape: two streams must not attend with one at once.
+A program takes one or two heads of the query that share a head of the cache, and a tile of slots, each warp some of
+them and every column of those: a thread loads all its keys and values at once, and up to the sum of the warps nothing
+goes through shared memory. Where the window lies is computed from the token's position, which the GPU knows; slots
+outside it are not read. The last program of a head, found by a counter that it sets back to zero, adds the shares in
+their order, so that two calls give the same bits. The counters belong to a shape: two streams must not attend with one
+at once.
+
+What ``overlap`` allows is used: all slots but the token's own are read while the kernel before this one, which writes
+that slot, still runs. Whatever wrote the others and the position must have ended before that kernel began.
 """
 
 from __future__ import annotations
@@ -18,11 +23,89 @@ import triton
 import triton.language as tl
 
 from .launch import Launcher, after_the_one_before, bf16_as_bits, overlap
-from .norm_rows import as_bf16, store_bf16
+from .tiles import store_bf16
 
-# Slots a step, programs a head of the cache, warps a program and steps that are loaded ahead, as measured on an H200.
-_SLOTS, _PARTS, _WARPS, _STAGES = 32, 16, 4, 2
+# Slots a warp, warps a program, programs a head of the cache at most, and shares that are added at once, as measured on
+# an H200 (benchmarks/results/attend.txt). With fewer registers a thread the numbers outgrow them: up to 3 times slower.
+_CONFIG = 16, 4, 512, 32
 _LEAST = tl.constexpr(-1e30)  # below every score, and what is left of it is not NaN
+
+
+@triton.jit
+def _tile(key_ptr, value_ptr, start, place, mask, SLOTS: tl.constexpr, WARPS: tl.constexpr, COLS: tl.constexpr):
+    """Keys and values (SLOTS, WARPS, COLS) at places (SLOTS * WARPS, COLS) from ``start`` on.
+
+    Loaded as rows: then each warp has whole ones, whatever the compiler would make of three dimensions.
+    """
+    keys = tl.load(key_ptr + start + place, mask=mask, other=0.0)
+    values = tl.load(value_ptr + start + place, mask=mask, other=0.0)
+    return tl.reshape(keys, (SLOTS, WARPS, COLS)), tl.reshape(values, (SLOTS, WARPS, COLS))
+
+
+@triton.jit
+def _attended(keys, values, inside, query, most, weight, total):
+    """Each warp's largest score so far, the sum of its weights and of its values, with one more tile.
+
+    query (WARPS, COLS) fp32 times the scale, for powers of two; most, weight (WARPS), total (WARPS, COLS) fp32.
+    """
+    scores = tl.where(inside, tl.sum(keys.to(tl.float32) * query[None, :, :], axis=2), float("-inf"))
+    now = tl.maximum(most, tl.max(scores, axis=0))
+    weights, old = tl.exp2(scores - now[None, :]), tl.exp2(most - now)
+    total = total * old[:, None] + tl.sum(values.to(tl.float32) * weights[:, :, None], axis=0)
+    return now, weight * old + tl.sum(weights, axis=0), total
+
+
+@triton.jit
+def _together(one, other, TWO: tl.constexpr):
+    """(...) of the first and of the second head -> (..., 2), or (..., 1) where there is one."""
+    if TWO:
+        return tl.join(one, other)
+    else:
+        return tl.reshape(one, one.shape + [1])
+
+
+@triton.jit
+def _sum_of_warps(values, HALVINGS: tl.constexpr):
+    """(2**HALVINGS, COLS, heads), each warp having its own -> (COLS, heads).
+
+    By halves, which the compiler brings together in shared memory in whole vectors; a sum along the warps would put
+    what a warp stores at once into one bank.
+    """
+    for _ in tl.static_range(HALVINGS):
+        paired = tl.reshape(values, (2, values.shape[0] // 2, values.shape[1], values.shape[2]))
+        first, second = tl.split(tl.permute(paired, (1, 2, 3, 0)))
+        values = first + second
+    return tl.reshape(values, (values.shape[1], values.shape[2]))
+
+
+@triton.jit
+def _add_shares(
+    share_ptr, end_ptr, out_ptr, parts, HEADS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr,
+    FEW: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """What ``parts`` programs have stored of HEADS heads, FEW parts a step -> their outputs."""
+    every = tl.arange(0, HEADS * COLS)
+    head, column = every // COLS, every % COLS
+    across, mask = head * WIDTH + column, column < WIDTH
+    # As rows of all heads, and logarithms and weights as wide: then a thread has what it needs of all parts.
+    top, weight = tl.full((HEADS, COLS), _LEAST, tl.float32), tl.zeros((HEADS, COLS), tl.float32)
+    total = tl.zeros((HEADS, COLS), tl.float32)
+    for before in range(0, parts, FEW):
+        part = before + tl.arange(0, FEW)
+        ends = end_ptr + part[:, None] * (2 * HEADS) + tl.arange(0, HEADS)[None, :]
+        inside = (part < parts)[:, None]
+        place = share_ptr + part[:, None] * (HEADS * WIDTH) + across[None, :]
+        sums = tl.load(place, mask=inside & mask[None, :], other=0.0, cache_modifier=".cg")
+        sums = tl.reshape(sums, (FEW, HEADS, COLS))
+        most = tl.load(ends, mask=inside, other=_LEAST, cache_modifier=".cg")
+        counts = tl.load(ends + HEADS, mask=inside, other=0.0, cache_modifier=".cg")
+        most = tl.broadcast_to(most[:, :, None], (FEW, HEADS, COLS))
+        now = tl.maximum(top, tl.max(most, axis=0))
+        factor, old = tl.exp2(most - now[None, :, :]), tl.exp2(top - now)
+        total = total * old + tl.sum(sums * factor, axis=0)
+        weight = weight * old + tl.sum(counts[:, :, None] * factor, axis=0)
+        top = now
+    store_bf16(out_ptr + across, tl.reshape(total / weight, (HEADS * COLS,)), mask, False, BITS)
 
 
 @triton.jit
@@ -30,94 +113,133 @@ def _attend_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    bias_ptr,
+    position_ptr,
     out_ptr,
     share_ptr,
     end_ptr,
     counter_ptr,
-    slots,
     groups,
-    steps,
+    bunches,
+    window,
     scale,
-    HEADS: tl.constexpr,
+    TWO: tl.constexpr,
     WIDTH: tl.constexpr,
     COLS: tl.constexpr,
     SLOTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    HALVINGS: tl.constexpr,
     PARTS: tl.constexpr,
+    FEW: tl.constexpr,
+    STEPS: tl.constexpr,
     BITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program (g, p): head g of the cache, ``steps`` times SLOTS slots from p * steps * SLOTS on.
+    """Program (b, p): bunch b of heads, two if TWO; STEPS tiles of slots from the p * STEPS-th of the window on.
 
-    ``share_ptr`` (groups, PARTS, HEADS, WIDTH) fp32: sums of values; ``end_ptr`` (groups, PARTS, HEADS, 2): the sum of
-    their weights, and the logarithm of 2 to which all refer. ``scale`` is for that logarithm.
+    ``bunches`` of heads share a head of the cache. ``share_ptr`` (bunches, PARTS, heads of one, WIDTH) fp32: sums of
+    values; ``end_ptr`` (bunches, PARTS, 2, heads of one): the logarithm of 2 to which they refer, and the sum of their
+    weights. ``scale`` is for that logarithm.
     """
-    group, part = tl.program_id(0), tl.program_id(1)
-    head, column, few = tl.arange(0, 16), tl.arange(0, COLS), tl.arange(0, SLOTS)
-    is_head, across = head < HEADS, column < WIDTH
+    bunch, part = tl.program_id(0), tl.program_id(1)
+    heads: tl.constexpr = 1 + TWO
+    group = bunch // bunches
+    column, head = tl.arange(0, COLS), tl.arange(0, heads)
+    tile: tl.constexpr = SLOTS * WARPS
+    position = tl.load(position_ptr).to(tl.int32)
+    first = tl.maximum(position + 1 - window, 0)
+    parts = (position - first) // (tile * STEPS) + 1  # those that have a slot
+    first += part * (tile * STEPS)
+    number, across = tl.arange(0, tile)[:, None], (column < WIDTH)[None, :]
+    slot = first + tl.arange(0, SLOTS)[:, None] * WARPS + tl.arange(0, WARPS)[None, :]
+    # A scalar 64-bit base and 32-bit offsets inside the tile: no vector arithmetic on 64-bit addresses.
+    start = (first.to(tl.int64) * groups + group) * WIDTH
+    place, left = number * (groups * WIDTH) + column[None, :], position - first
+    keys, values = _tile(key_ptr, value_ptr, start, place, (number < left) & across, SLOTS, WARPS, COLS)
     after_the_one_before(OVERLAP)
-    asked = (group * HEADS + head)[:, None] * WIDTH + column[None, :]
-    query = tl.load(query_ptr + asked, mask=is_head[:, None] & across[None, :], other=0.0)
-    if BITS:  # Triton's interpreter multiplies no BF16
-        query = query.to(tl.float32)
-    total = tl.zeros((16, COLS), tl.float32)
-    weight, most = tl.zeros((16,), tl.float32), tl.full((16,), _LEAST, tl.float32)
-    for step in range(steps):
-        slot = (part * steps + step) * SLOTS + few
-        inside = slot < slots
-        place = (slot.to(tl.int64) * groups + group)[:, None] * WIDTH + column[None, :]
-        mask = inside[:, None] & across[None, :]
-        keys = tl.load(key_ptr + place, mask=mask, other=0.0).to(query.dtype)
-        values = tl.load(value_ptr + place, mask=mask, other=0.0).to(query.dtype)
-        bias = tl.load(bias_ptr + slot, mask=inside, other=float("-inf"))
-        scores = tl.dot(query, tl.trans(keys)) * scale + bias[None, :]
-        now = tl.maximum(most, tl.max(scores, axis=1))
-        weights, old = tl.exp2(scores - now[:, None]), tl.exp2(most - now)
-        weight = weight * old + tl.sum(weights, axis=1)
-        total = tl.dot(as_bf16(weights, BITS).to(query.dtype), values, total * old[:, None])
-        most = now
-    mine = (group * PARTS + part) * HEADS + head
-    tl.store(share_ptr + mine[:, None] * WIDTH + column[None, :], total, mask=is_head[:, None] & across[None, :])
-    tl.store(end_ptr + mine * 2, weight, mask=is_head)
-    tl.store(end_ptr + mine * 2 + 1, most, mask=is_head)
-    tl.debug_barrier()  # all of the program's stores come before its first thread's counting
-    finished = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel")
-    if finished == PARTS - 1:
-        for number in tl.static_range(HEADS):
-            share = (group * PARTS + tl.arange(0, PARTS)) * HEADS + number
-            logarithm = tl.load(end_ptr + share * 2 + 1, cache_modifier=".cg")
-            count = tl.load(end_ptr + share * 2, cache_modifier=".cg")
-            every = share[:, None] * WIDTH + column[None, :]
-            sums = tl.load(share_ptr + every, mask=across[None, :], other=0.0, cache_modifier=".cg")
-            factor = tl.exp2(logarithm - tl.max(logarithm, axis=0))
-            found = tl.sum(sums * factor[:, None], axis=0) / tl.sum(count * factor, axis=0)
-            store_bf16(out_ptr + (group * HEADS + number) * WIDTH + column, found, across, False, BITS)
-        tl.store(counter_ptr + group, 0)
+    if part < parts:
+        # By each warp, as the tile is; the last part has the token's own slot, which has just been written.
+        warp, last = tl.arange(0, WARPS), part == parts - 1
+        first_warp = (warp == 0)[None, :]
+        each = warp[:, None] * 0 + column[None, :]
+        asked, mask = query_ptr + bunch * (heads * WIDTH) + each, each < WIDTH
+        query = tl.load(asked, mask=mask, other=0.0).to(tl.float32) * scale
+        query1 = query
+        if TWO:
+            query1 = tl.load(asked + WIDTH, mask=mask, other=0.0).to(tl.float32) * scale
+        own, mask = (position.to(tl.int64) * groups + group) * WIDTH, mask & (warp == 0)[:, None] & last
+        own_keys, own_values = _tile(key_ptr, value_ptr, own, each, mask, 1, WARPS, COLS)
+        most, weight = tl.full((WARPS,), _LEAST, tl.float32), tl.zeros((WARPS,), tl.float32)
+        total = tl.zeros((WARPS, COLS), tl.float32)
+        most1, weight1, total1 = most, weight, total
+        if last:
+            most, weight, total = _attended(own_keys, own_values, first_warp, query, most, weight, total)
+            if TWO:
+                most1, weight1, total1 = _attended(own_keys, own_values, first_warp, query1, most1, weight1, total1)
+        inside = slot < position
+        most, weight, total = _attended(keys, values, inside, query, most, weight, total)
+        if TWO:
+            most1, weight1, total1 = _attended(keys, values, inside, query1, most1, weight1, total1)
+        for step in range(1, STEPS):
+            start += tile * groups * WIDTH
+            left -= tile
+            inside = slot + step * tile < position
+            keys, values = _tile(key_ptr, value_ptr, start, place, (number < left) & across, SLOTS, WARPS, COLS)
+            most, weight, total = _attended(keys, values, inside, query, most, weight, total)
+            if TWO:
+                most1, weight1, total1 = _attended(keys, values, inside, query1, most1, weight1, total1)
+        # What the warps have found, (WARPS, heads) and (WARPS, COLS, heads), becomes the program's.
+        most, weight = _together(most, most1, TWO), _together(weight, weight1, TWO)
+        total = _together(total, total1, TWO)
+        top = tl.max(most, axis=0)
+        factor = tl.exp2(most - top[None, :])
+        share_ptr += bunch * (PARTS * heads * WIDTH)
+        end_ptr += bunch * (PARTS * 2 * heads)
+        target = share_ptr + (part * heads + head)[None, :] * WIDTH + column[:, None]
+        total = _sum_of_warps(total * factor[:, None, :], HALVINGS)
+        tl.store(target, total, mask=(column < WIDTH)[:, None])
+        tl.store(end_ptr + part * (2 * heads) + head, top)
+        tl.store(end_ptr + (part * 2 + 1) * heads + head, tl.sum(weight * factor, axis=0))
+        tl.debug_barrier()  # all of the program's stores come before its first thread's counting
+        finished = tl.atomic_add(counter_ptr + bunch, 1, sem="acq_rel")
+        if finished == parts - 1:
+            _add_shares(share_ptr, end_ptr, out_ptr + bunch * (heads * WIDTH), parts, heads, WIDTH, COLS, FEW, BITS)
+            tl.store(counter_ptr + bunch, 0)
 
 
 @functools.lru_cache(maxsize=64)
 def prepare(
-    heads: int, cache: tuple[int, int, int], scale: float, device: torch.device
-) -> Callable[..., torch.Tensor] | None:
-    """Heads of the query, (slots, G, D) of the cache -> ``one_token.attend`` but for the scale, in one kernel.
+    heads: int,
+    cache: tuple[int, int, int],
+    scale: float,
+    window: int | None,
+    device: torch.device,
+    config: tuple[int, int, int, int] = _CONFIG,
+) -> Callable[..., torch.Tensor]:
+    """Heads of the query, (slots, G, D) of the cache -> ``one_token.attend`` but for scale and window, in one kernel.
 
-    None where more than 16 heads share one of the cache.
+    ``config``: slots a warp, warps a program, most programs a head of the cache, shares added at once: powers of two.
     """
     slots, groups, width = cache
-    shared, bits, options = heads // groups, bf16_as_bits(torch.bfloat16, device), overlap(device)
-    if shared > 16:
-        return None
-    tile = shared, width, max(16, triton.next_power_of_2(width)), _SLOTS, _PARTS, bits, bool(options)
-    arguments = slots, groups, triton.cdiv(slots, _SLOTS * _PARTS), scale * math.log2(math.e), *tile
-    options |= {"num_warps": _WARPS, "num_stages": _STAGES}
-    launch = Launcher(_attend_kernel, (groups, _PARTS), arguments, device, **options)
-    counters = torch.zeros(groups, dtype=torch.int32, device=device)
+    slots_a_warp, warps, most, at_once = config
+    bits, options = bf16_as_bits(torch.bfloat16, device), overlap(device)
+    seen = min(window or slots, slots)
+    tiles = triton.cdiv(seen, slots_a_warp * warps)
+    steps = triton.cdiv(tiles, most)
+    parts = triton.cdiv(tiles, steps)
+    few = min(triton.next_power_of_2(parts), at_once)
+    two = (heads // groups) % 2 == 0
+    bunches = heads // 2 if two else heads
+    cols = max(16, triton.next_power_of_2(width))
+    constants = two, width, cols, slots_a_warp, warps, warps.bit_length() - 1, parts, few, steps, bits, bool(options)
+    arguments = groups, bunches // groups, seen, scale * math.log2(math.e), *constants
+    launch = Launcher(_attend_kernel, (bunches, parts), arguments, device, num_warps=warps, num_stages=1, **options)
+    counters = torch.zeros(bunches, dtype=torch.int32, device=device)
 
-    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         out = torch.empty((heads, width), dtype=torch.bfloat16, device=device)
-        shares = torch.empty((groups, _PARTS, shared, width), dtype=torch.float32, device=device)
-        ends = torch.empty((groups, _PARTS, shared, 2), dtype=torch.float32, device=device)
-        launch(query, key, value, bias, out.view(torch.int16) if bits else out, shares, ends, counters)
+        shares = torch.empty((heads, parts, width), dtype=torch.float32, device=device)
+        ends = torch.empty((heads, parts, 2), dtype=torch.float32, device=device)
+        launch(query, key, value, position, out.view(torch.int16) if bits else out, shares, ends, counters)
         return out
 
     return run

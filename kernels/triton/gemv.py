@@ -46,8 +46,10 @@ MOST_WEIGHTS = 3  # of a launch
 @triton.jit
 def _multiply(acc, x, token_inside, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
     """acc (R, T) += word (R, 4) x x (T, 32), ``scale`` (R, 4) being the words', decoded; column: (32,) of x."""
-    inside = token_inside if FULL else token_inside & (column < cols)[None, :]
-    values = tl.load(x + column[None, :], mask=inside, other=0.0)
+    if FULL:
+        values = tl.load(x + column[None, :])
+    else:
+        values = tl.load(x + column[None, :], mask=token_inside & (column < cols)[None, :], other=0.0)
     weight = decode_operand(word, scale, PACKED, values.dtype)
     values = values.to(weight.dtype)
     # K's bits, from (thread, 4, 2, 1) to (2, thread, 1, 4): the two columns decoded together share a register.
@@ -57,14 +59,13 @@ def _multiply(acc, x, token_inside, column, cols, word, scale, FULL: tl.constexp
 
 
 @triton.jit
-def _step(acc, bad, x, token_inside, column, cols, word, scale, FULL: tl.constexpr, PACKED: tl.constexpr):
-    """acc (R, T) += word (R, 16) x x, 128 columns; ``scale`` (4, R) int16 holds the two scales of four words.
+def _step(acc, bad, x, token_inside, column, cols, word, scale, lower, FULL: tl.constexpr, PACKED: tl.constexpr):
+    """acc (R, T) += word (R, 16) x x, 128 columns; ``scale`` (R / 2, 4) int16 holds the two scales of four words.
 
-    ``bad`` (4, R) gets a bit where a byte of ``scale`` is above 126.
+    ``lower`` are those of the lower half of the rows. ``bad`` (R, 4) gets a bit where a byte of either is above 126.
     """
-    pair = scale.to(tl.int32)
+    pair = tl.reshape(tl.permute(tl.join(scale, lower), (2, 0, 1)), (acc.shape[0], 4)).to(tl.int32)
     bad |= (pair | (pair + 0x0101)) & 0x8080
-    pair = tl.trans(pair)
     low = decode_scale(pair & 0x7F, PACKED, x.dtype.element_ty)
     high = decode_scale((pair >> 8) & 0x7F, PACKED, x.dtype.element_ty)
     even, odd = tl.split(tl.reshape(word, (acc.shape[0], 4, 2, 2)))
@@ -144,35 +145,46 @@ def _gemv_kernel(
     four = tl.arange(0, 4)
     word_col = tl.arange(0, 16)
     word_offset = (row * words_per_row)[:, None] + word_col[None, :]
-    # Loaded as (4, R), and with & so that the compiler sees no neighbours: the layout that it gives is the one needed.
-    scale_offset = (four // 2 * 256 + (four & 1))[:, None] + (first_row * 8 + number // 4 * 8 + number % 4 * 2)[None, :]
+    # Loaded in halves of 8 rows, one number a thread: so a warp's threads have the scales of their own words in every
+    # version of the compiler. Of 16 rows at once some give a thread two neighbours, others take the rows first.
+    half = tl.arange(0, ROWS // 2)
+    scale_offset = (first_row * 8 + half // 4 * 8 + half % 4 * 2)[:, None] + (four // 2 * 256 + four % 2)[None, :]
     token = tl.arange(0, TOKENS)
     token_inside = (token < tokens)[:, None]
-    x = x_ptr + (token * cols)[:, None]
+    # Rows that x has not are the last one again where that spares a mask: what comes of them is not stored.
+    x = x_ptr + ((tl.minimum(token, tokens - 1) if FULL else token) * cols)[:, None]
     column = tl.arange(0, 32) // 8 * 32 + tl.arange(0, 32) % 8
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    bad = tl.zeros((4, ROWS), tl.int32)
+    bad = tl.zeros((ROWS, 4), tl.int32)
     end = first_step + steps
     if FULL:
         # What is next is loaded before what is here is decoded: the memory does not wait for the arithmetic.
-        word, scale = tl.load(words + first_step * 16 + word_offset), tl.load(scales + first_step * 512 + scale_offset)
+        word = tl.load(words + first_step * 16 + word_offset)
+        scale = tl.load(scales + first_step * 512 + scale_offset)
+        lower = tl.load(scales + first_step * 512 + ROWS + scale_offset)
         after_the_one_before(OVERLAP, SMALL=False)
         for step in range(first_step, end):
             ahead = tl.minimum(step + 1, end - 1)
             next_word = tl.load(words + ahead * 16 + word_offset)
             next_scale = tl.load(scales + ahead * 512 + scale_offset)
-            acc, bad = _step(acc, bad, x, token_inside, column + step * 128, cols, word, scale, FULL, PACKED)
-            word, scale = next_word, next_scale
+            next_lower = tl.load(scales + ahead * 512 + ROWS + scale_offset)
+            place = column + step * 128
+            acc, bad = _step(acc, bad, x, token_inside, place, cols, word, scale, lower, FULL, PACKED)
+            word, scale, lower = next_word, next_scale, next_lower
     else:
         after_the_one_before(OVERLAP, SMALL=False)
-        row_inside = group * 128 + row < (own_rows + 15) // 16 * 16  # as many as are packed
+        packed_rows = (own_rows + 15) // 16 * 16 - group * 128
+        half_row = half % 4 * 32 + first_row + half // 4
         for step in range(first_step, end):
-            inside = row_inside[:, None] & (step * 16 + word_col < words_per_row)[None, :]
+            inside = (row < packed_rows)[:, None] & (step * 16 + word_col < words_per_row)[None, :]
             word = tl.load(words + step * 16 + word_offset, mask=inside, other=0)
-            inside = (step * 16 + four * 4 < words_per_row)[:, None] & row_inside[None, :]
+            inside = (half_row < packed_rows)[:, None] & (step * 16 + four * 4 < words_per_row)[None, :]
             scale = tl.load(scales + step * 512 + scale_offset, mask=inside, other=0)
-            acc, bad = _step(acc, bad, x, token_inside, column + step * 128, cols, word, scale, FULL, PACKED)
-    acc = tl.where((tl.max(bad, 0) != 0)[:, None], float("nan"), acc)
+            inside = (half_row + ROWS // 8 < packed_rows)[:, None] & (step * 16 + four * 4 < words_per_row)[None, :]
+            lower = tl.load(scales + step * 512 + ROWS + scale_offset, mask=inside, other=0)
+            place = column + step * 128
+            acc, bad = _step(acc, bad, x, token_inside, place, cols, word, scale, lower, FULL, PACKED)
+    acc = tl.where((tl.max(bad, 1) != 0)[:, None], float("nan"), acc)
     number = group * 128 + row
     inside = (number < own_rows)[:, None] & (token < tokens)[None, :]
     if GATED:

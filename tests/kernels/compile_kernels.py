@@ -57,6 +57,22 @@ def compiled_bytes(kernel, capability: int, pointers: dict[str, str], constants:
     return len(triton_compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
 
 
+def exchanges(capability: int) -> int:
+    """How often the product of one row, as it is launched, hands something from thread to thread before its sums."""
+    _, kernel, pointers, constants = next(gemv_variants(capability))
+    names = kernel.arg_names
+    constants = constants | {"TOKENS": 8, "BIAS": False}
+    types_of = {name: pointers.get(name) or ("constexpr" if name in constants else "i32") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    even = [name for name in names if name.endswith("_ptr")] + ["rows", "cols", "words_per_row", "scale_cols"]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
+    source = ASTSource(fn=kernel, signature=types_of, constexprs=values, attrs=attributes)
+    options = {"num_warps": 1, "num_stages": 1}
+    text = triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    before = text[: text.rindex("mma.sync")]
+    return before.count("shfl.sync") + before.count("st.shared")
+
+
 def dequantize_variants(capability: int) -> Iterator[Variant]:
     for out in ("*bf16" if capability >= 80 else "*i16", "*fp16", "*fp32"):
         for full in (False, True):
@@ -120,11 +136,12 @@ def one_token_variants(capability: int) -> Iterator[Variant]:
 def attend_variants(capability: int) -> Iterator[Variant]:
     kernel = attend._attend_kernel
     pointers = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), "*bf16")
-    pointers |= {"bias_ptr": "*fp32", "share_ptr": "*fp32", "end_ptr": "*fp32", "counter_ptr": "*i32", "scale": "fp32"}
-    constants = {"HEADS": 2, "WIDTH": 256, "COLS": 256, "SLOTS": 32, "PARTS": 16, "BITS": False}
-    constants |= {"OVERLAP": capability >= 90}
-    if capability >= 80:
-        yield "*bf16", kernel, pointers, constants
+    pointers |= {"share_ptr": "*fp32", "end_ptr": "*fp32", "counter_ptr": "*i32", "position_ptr": "*i64"}
+    pointers |= {"scale": "fp32"}
+    constants = {"WIDTH": 256, "COLS": 256, "SLOTS": 16, "WARPS": 4, "HALVINGS": 2}
+    constants |= {"PARTS": 32, "FEW": 32, "BITS": False, "OVERLAP": capability >= 90}
+    for two, steps in ((True, 1), (False, 2)) if capability >= 80 else ():
+        yield f"two {two} steps {steps}", kernel, pointers, constants | {"TWO": two, "STEPS": steps}
 
 
 def to_fp8_variants(capability: int) -> Iterator[Variant]:
@@ -279,7 +296,8 @@ def main() -> None:
                 kernel, pointers, constants = variant
                 size = compiled_bytes(kernel, capability, pointers, constants)
                 sizes[f"{capability} {kernel_name} {name}"] = size
-    sys.stdout.write(json.dumps(sizes))
+    found = {"sizes": sizes, "exchanges": {capability: exchanges(capability) for capability in capabilities[-1:]}}
+    sys.stdout.write(json.dumps(found))
 
 
 main()

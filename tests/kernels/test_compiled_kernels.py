@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-COUNTS = {"75": 21, "80": 18, "89": 19, "90": 19, "100": 19, "120": 57}
+COUNTS = {"75": 21, "80": 18, "89": 19, "90": 19, "100": 19, "120": 58}
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
@@ -24,7 +24,10 @@ def test_the_kernels_compile_from_turing_to_blackwell(tmp_path: Path):
         command, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=1800
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    sizes = json.loads(run.stdout)
+    found = json.loads(run.stdout)
+    sizes = found["sizes"]
     # BF16 tensor cores from 8.0 on, E4M3 conversions from 8.9 on; all variants of the first and the last, one between.
     assert Counter(name.split()[0] for name in sizes) == COUNTS
     assert all(size > 1000 for size in sizes.values())
+    # What a thread loads of a weight is what its tensor core takes: which thread has what is up to Triton's version.
+    assert found["exchanges"] == {"120": 0}

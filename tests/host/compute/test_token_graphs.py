@@ -69,6 +69,25 @@ def test_the_rotations_of_a_prompt_are_the_host_s_two_matrices(llama, clip):
     assert torch.equal(model_of(clip).compute_freqs_cis(positions, None), torch.stack(wanted))
 
 
+@pytest.mark.parametrize("form", ["matrix"], indirect=True)
+@torch.no_grad()
+def test_a_token_s_rotations_are_looked_up_while_its_cache_is_there(llama, clip):
+    text_decode.use_graphs(clip)
+    model, cpu, computed = model_of(clip), torch.device("cpu"), []
+    wanted = [model.compute_freqs_cis(torch.tensor([[place]]), cpu) for place in range(11)]
+    angles = llama.Llama2_.compute_freqs_cis
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama.Llama2_, "compute_freqs_cis", lambda *given: computed.append(given) or angles(*given))
+        caches = model.fixed_caches(11, cpu, torch.float32)
+        assert len(computed) == 1
+        assert all(torch.equal(model.compute_freqs_cis(torch.tensor([[n]]), cpu), wanted[n]) for n in range(11))
+        model.compute_freqs_cis(torch.arange(3, 5)[None], cpu)
+        assert len(computed) == 2
+        del caches
+        assert torch.equal(model.compute_freqs_cis(torch.tensor([[4]]), cpu), wanted[4])
+        assert len(computed) == 3
+
+
 @pytest.mark.parametrize("form", ["changed"], indirect=True)
 @torch.no_grad()
 def test_a_host_that_keeps_its_cache_otherwise_is_named_and_decodes_as_without_the_pack(llama, clip, monkeypatch):
