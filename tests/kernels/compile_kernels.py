@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 package = types.ModuleType("nvfp4_video")
@@ -57,20 +58,31 @@ def compiled_bytes(kernel, capability: int, pointers: dict[str, str], constants:
     return len(triton_compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
 
 
-def exchanges(capability: int) -> int:
-    """How often the product of one row, as it is launched, hands something from thread to thread before its sums."""
-    _, kernel, pointers, constants = next(gemv_variants(capability))
+def ptx(variant: Variant, capability: int, whole: Iterable[str], **options: int) -> str:
+    """A variant as it is launched: its tensors, and its numbers ``whole``, are multiples of 16."""
+    _, kernel, pointers, constants = variant
     names = kernel.arg_names
-    constants = constants | {"TOKENS": 8, "BIAS": False}
     types_of = {name: pointers.get(name) or ("constexpr" if name in constants else "i32") for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
-    even = [name for name in names if name.endswith("_ptr")] + ["rows", "cols", "words_per_row", "scale_cols"]
+    even = [name for name in names if name.endswith("_ptr")] + list(whole)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(fn=kernel, signature=types_of, constexprs=values, attrs=attributes)
-    options = {"num_warps": 1, "num_stages": 1}
-    text = triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    return triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+
+
+def exchanges(capability: int) -> int:
+    """How often the product of one row hands something from thread to thread before its sums."""
+    *variant, constants = next(gemv_variants(capability))
+    variant = (*variant, constants | {"TOKENS": 8, "BIAS": False})
+    text = ptx(variant, capability, ("rows", "cols", "words_per_row", "scale_cols"), num_warps=1, num_stages=1)
     before = text[: text.rindex("mma.sync")]
     return before.count("shfl.sync") + before.count("st.shared")
+
+
+def byte_loads(capability: int) -> int:
+    """How often a thread loads a single byte where factors are unpacked from 8 bits."""
+    text = ptx(next(factor_variants(capability)), capability, ())
+    return len(re.findall(r"ld\.global\S*\.[bus]8\b", text))
 
 
 def dequantize_variants(capability: int) -> Iterator[Variant]:
@@ -296,7 +308,7 @@ def main() -> None:
                 kernel, pointers, constants = variant
                 size = compiled_bytes(kernel, capability, pointers, constants)
                 sizes[f"{capability} {kernel_name} {name}"] = size
-    found = {"sizes": sizes, "exchanges": {capability: exchanges(capability) for capability in capabilities[-1:]}}
+    found = {"sizes": sizes, "exchanges": exchanges(capabilities[-1]), "byte loads": byte_loads(capabilities[-1])}
     sys.stdout.write(json.dumps(found))
 
 
