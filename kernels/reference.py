@@ -321,7 +321,7 @@ def pack_factor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, cols = values.shape
     blocks = torch.nn.functional.pad(values, (0, -cols % FACTOR_BLOCK)).view(rows, -1, FACTOR_BLOCK)
     amax = blocks.abs().amax(2, keepdim=True)
-    scale = torch.where(amax == 0, 1.0, amax / 127)
+    scale = torch.where(amax == 0, 1.0, _divide(amax, 127.0))
     return (blocks / scale).round().to(torch.int8).flatten(1)[:, :cols].contiguous(), scale.squeeze(2)
 
 

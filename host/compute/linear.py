@@ -26,7 +26,7 @@ from .. import residency
 from . import lora
 from .experts import bank_class
 from .low_rank import LOW_RANK, add_low_rank
-from .matmul import LAYOUT, multiply, multiply_with_lora, wrap
+from .matmul import multiply, multiply_with_lora
 from .modes import EIGHT_BITS, OWN, Compute
 
 _WEIGHT_ONLY = Compute()
@@ -175,6 +175,3 @@ def _streamed(
         return out if branch is None else lora.add(out, input, *lora.factors(branch, input, backend))
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-
-
-__all__ = ["LAYOUT", "choose_mode", "modes_of", "supports", "weight_only_operations", "wrap"]

@@ -240,9 +240,3 @@ def _not_plain(value: Any, shape: tuple[int, int]) -> str:
     if up.numel() != shape[0] * rank or down.numel() != rank * shape[1] or up.shape[0] != shape[0]:
         return f"it is of another shape, {up.shape[0]} x {down.numel() // max(rank, 1)}"
     return ""
-
-
-__all__ = [
-    "ADAPTER_BYTES", "OTHER_FORMAT", "Branch", "Term", "adapter_bytes", "add", "beside", "branch_of", "factors",
-    "make_branch", "obstacle", "terms_of", "to_pack",
-]  # fmt: skip

@@ -321,6 +321,3 @@ def _in_8_bits(layers: _Layers) -> str:
     whole = sum(adapter_bytes(*size) for size in sizes.values()) / 1e9
     count = "all" if packed == len(layers.patched) else f"the largest {packed:,}"
     return f", {count} in 8 bits: in 16 they would hold {whole:.2f} GB, the budget is {ADAPTER_BYTES / 1e9:g} GB"
-
-
-__all__ = ["use_branches"]

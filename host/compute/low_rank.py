@@ -50,6 +50,3 @@ def _with_low_rank(parameters: dict, out: torch.Tensor, x: torch.Tensor) -> torc
     )
     x = x.to(out.dtype) if smoothing is None else x.to(out.dtype) * smoothing
     return out + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
-
-
-__all__ = ["LOW_RANK", "add_low_rank"]

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..format import PackedWeight, block_scale_shape, packed_shape
 from .launch import Launcher, bf16_as_bits, part_reader, store_modifier
-from .tiles import decode_in_place, four_scales, round_to_bf16_bits
+from .tiles import decode_in_place, four_scales, to_output
 
 # Tiles: rows, words of 8 columns, warps, stages of the loop; the fastest on an H200 at rank 64 and at rank 384: larger
 # ones read the factors less often.
@@ -115,12 +115,10 @@ def _dequantize_sum_kernel(
         packed_ptr, scale_ptr, global_ptr, up_ptr, down_ptr, row, first_word, rows, cols, packed_rows, words_per_row,
         scale_cols, rank, WORDS, RANK, FULL, PRODUCTS,
     )  # fmt: skip
-    if out_ptr.dtype.element_ty == tl.int16:
-        values = round_to_bf16_bits(values)
     column = first_word * 8 + tl.arange(0, WORDS * 8)
     target = out_ptr + row.to(tl.int64)[:, None] * cols + column[None, :]
     inside = None if FULL else (row < rows)[:, None] & (column < cols)[None, :]
-    tl.store(target, values.to(out_ptr.dtype.element_ty), mask=inside, cache_modifier=STORE)
+    tl.store(target, to_output(values, out_ptr.dtype.element_ty), mask=inside, cache_modifier=STORE)
 
 
 def check_factors(up: torch.Tensor, down: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:

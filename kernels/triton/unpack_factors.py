@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..format import FACTOR_BLOCK, check_output_dtype
 from .launch import Launcher, bf16_as_bits
-from .tiles import round_to_bf16_bits
+from .tiles import to_output
 
 _ELEMENTS, _MOST_COLS = 2048, 1024  # of a program, of its rows; packed ones are those of one scale
 
@@ -45,9 +45,7 @@ def _scale_tile(
     inside = (row < rows) & (column < cols)
     scale = tl.load(scale_ptr + row * scale_cols + first * BLOCKS, mask=row < rows, other=0.0)
     values = tl.load(values_ptr + row * cols + column, mask=inside, other=0).to(tl.float32) * scale
-    if out_ptr.dtype.element_ty == tl.int16:
-        values = round_to_bf16_bits(values)
-    tl.store(out_ptr + row * cols + column, values.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * cols + column, to_output(values, out_ptr.dtype.element_ty), mask=inside)
 
 
 # As a constant, 1 column makes Triton 3.6 pack undefined bytes beside it.

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import namedtuple
 
 import torch
-from nvfp4_video.host.compute import linear
+from nvfp4_video.host.compute import linear, matmul
 from nvfp4_video.host.compute.modes import Compute
 from nvfp4_video.kernels import reference
 
@@ -28,7 +28,7 @@ def build(rows: int, cols: int, mode: str = "bf16", **tensors) -> tuple[torch.nn
     record = reference.quantize(torch.randn(rows, cols))
     operations = linear.weight_only_operations(torch.bfloat16, CPU, compute=Compute(mode))
     model = torch.nn.ModuleDict({"to_q": operations.Linear(cols, rows)})
-    state = {"weight": linear.wrap(record), "comfy_quant": NVFP4, "bias": torch.randn(rows).bfloat16()} | tensors
+    state = {"weight": matmul.wrap(record), "comfy_quant": NVFP4, "bias": torch.randn(rows).bfloat16()} | tensors
     model.load_state_dict({f"to_q.{key}": value for key, value in state.items()})
     decoded = reference.dequantize(record, torch.float32)
     return model["to_q"], decoded

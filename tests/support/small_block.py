@@ -183,7 +183,7 @@ def build(mode: str = "fp8", **options: Any) -> tuple[torch.nn.Module, torch.nn.
         if isinstance(module, operations.Linear):
             record = reference.quantize(torch.randn(module.out_features, module.in_features) / module.in_features**0.5)
             bias = torch.randn(module.out_features).bfloat16() / 4
-            state |= {f"{name}.weight": linear.wrap(record), f"{name}.comfy_quant": NVFP4, f"{name}.bias": bias}
+            state |= {f"{name}.weight": matmul.wrap(record), f"{name}.comfy_quant": NVFP4, f"{name}.bias": bias}
         elif isinstance(module, torch.nn.RMSNorm):
             state[f"{name}.weight"] = torch.randn(module.weight.shape)
     state |= {name: torch.randn(table.shape) / 4 for name, table in pair[0]._parameters.items()}

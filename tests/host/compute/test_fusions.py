@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from nvfp4_video.host.compute import fusions, linear
+from nvfp4_video.host.compute import fusions, linear, matmul
 from nvfp4_video.host.compute.modes import EIGHT_BITS, Compute
 from nvfp4_video.kernels import dispatch, fp8, reference
 from nvfp4_video.tests.support.lora_helpers import CPU, NVFP4
@@ -84,7 +84,7 @@ def build(
         if isinstance(module, operations.Linear):
             record = reference.quantize(torch.randn(module.out_features, module.in_features))
             bias = torch.randn(module.out_features).bfloat16()
-            state |= {f"{name}.weight": linear.wrap(record), f"{name}.comfy_quant": NVFP4, f"{name}.bias": bias}
+            state |= {f"{name}.weight": matmul.wrap(record), f"{name}.comfy_quant": NVFP4, f"{name}.bias": bias}
     for module in pair:
         module.load_state_dict(dict(state))
     fusions.fuse(pair[0], operations.Linear)

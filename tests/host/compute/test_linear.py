@@ -8,7 +8,7 @@ import comfy.ops
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-from nvfp4_video.host.compute import linear
+from nvfp4_video.host.compute import linear, matmul
 from nvfp4_video.kernels import reference
 from nvfp4_video.kernels.format import OUTPUT_DTYPES
 
@@ -26,7 +26,7 @@ def build(record, bias: bool = True, compute_dtype=torch.bfloat16, backend: str 
     rows, cols = record.shape
     operations = linear.weight_only_operations(compute_dtype, CPU, backend)
     layer = operations.Linear(cols, rows, bias=bias, dtype=compute_dtype)
-    state = {"weight": linear.wrap(record), "comfy_quant": NVFP4} | tensors
+    state = {"weight": matmul.wrap(record), "comfy_quant": NVFP4} | tensors
     if bias:
         state["bias"] = torch.randn(rows, dtype=compute_dtype)
     layer.load_state_dict(state)
@@ -161,7 +161,7 @@ def test_inputs_of_other_dtypes_and_classes_go_to_the_host(layer_and_host_calls,
     layer(torch.zeros(3, 32, dtype=torch.float64))
     layer(torch.zeros(3, 32, dtype=torch.float8_e4m3fn))
     layer(torch.nn.Parameter(torch.zeros(3, 32), requires_grad=False))
-    layer(QuantizedTensor.from_float(torch.randn(16, 32, dtype=torch.bfloat16), linear.LAYOUT))
+    layer(QuantizedTensor.from_float(torch.randn(16, 32, dtype=torch.bfloat16), matmul.LAYOUT))
     assert len(calls) == 4
 
 
@@ -233,7 +233,7 @@ def test_a_managed_weight_is_given_back_even_if_the_matmul_fails(layer_and_host_
 def test_a_weight_that_the_prefetch_has_made_resident_is_used_as_it_is(layer_and_host_calls, monkeypatch):
     layer, _, calls = layer_and_host_calls
     resident = random_record(24, 32)
-    layer._v, layer._v_weight = object(), linear.wrap(resident)
+    layer._v, layer._v_weight = object(), matmul.wrap(resident)
     layer._v_bias = torch.randn(24, dtype=torch.bfloat16)
     layer._prefetch = {"signature": object(), "resident": True}
     cast = []
@@ -247,7 +247,7 @@ def test_a_weight_that_the_prefetch_has_made_resident_is_used_as_it_is(layer_and
 @pytest.mark.parametrize("prefetch", [None, {"signature": None, "resident": False}, {}, ("another", "host's", "books")])
 def test_a_prefetch_that_has_not_the_weight_yet_leaves_it_to_the_host_to_bring(prefetch, layer_and_host_calls):
     layer, record, calls = layer_and_host_calls
-    layer._v, layer._v_weight = object(), linear.wrap(random_record(24, 32))  # out of date
+    layer._v, layer._v_weight = object(), matmul.wrap(random_record(24, 32))  # out of date
     layer._prefetch = prefetch
     x = torch.randn(3, 32, dtype=torch.bfloat16)
     assert torch.equal(layer(x), expected(layer, record, x))
@@ -282,7 +282,7 @@ def test_a_host_with_fp4_arithmetic_is_told_to_leave_activations_alone(monkeypat
 
 def test_wrapping_shows_the_logical_shape_and_copies_nothing():
     record = random_record(30, 112)
-    wrapped = linear.wrap(record)
+    wrapped = matmul.wrap(record)
     assert wrapped.shape == (30, 112)
     assert wrapped._qdata.data_ptr() == record.packed.data_ptr()
     assert wrapped._params.block_scale.data_ptr() == record.block_scale.data_ptr()
@@ -303,7 +303,7 @@ def test_loading_copies_nothing_and_saving_gives_back_the_same_bytes():
 def test_a_weight_of_another_layer_s_size_is_refused_with_both_sizes():
     operations = linear.weight_only_operations(torch.bfloat16, CPU)
     model = torch.nn.ModuleDict({"to_q": operations.Linear(64, 24, bias=False)})
-    state = {"to_q.weight": linear.wrap(random_record(24, 32)), "to_q.comfy_quant": NVFP4}
+    state = {"to_q.weight": matmul.wrap(random_record(24, 32)), "to_q.comfy_quant": NVFP4}
     with pytest.raises(ValueError, match=r"layer to_q: .*\(32, 32\).*expect.*\(24, 64\)"):
         model.load_state_dict(state)
 

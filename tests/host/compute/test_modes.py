@@ -9,7 +9,7 @@ import comfy.model_management
 import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import read_header
-from nvfp4_video.host.compute import linear
+from nvfp4_video.host.compute import linear, matmul
 from nvfp4_video.host.compute import modes as compute
 from nvfp4_video.host.compute.modes import Compute
 from nvfp4_video.host.load.model import load_model
@@ -67,7 +67,7 @@ def build(compute_plan: Compute, marker=NVFP4, rows: int = 48, cols: int = 64, n
     model: torch.nn.Module = layer
     for part in reversed(parts):
         model = torch.nn.ModuleDict({part: model})
-    state = {"weight": linear.wrap(record), "comfy_quant": marker, "bias": torch.randn(rows).bfloat16()}
+    state = {"weight": matmul.wrap(record), "comfy_quant": marker, "bias": torch.randn(rows).bfloat16()}
     model.load_state_dict({f"{name}.{key}": value for key, value in state.items()})
     return layer, record
 

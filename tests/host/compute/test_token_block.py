@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nvfp4_video.host.compute import linear, rows, token_block, token_graphs
+from nvfp4_video.host.compute import linear, matmul, rows, token_block, token_graphs
 from nvfp4_video.kernels import one_token, reference
 from nvfp4_video.tests.support import token_loops, token_twins
 from nvfp4_video.tests.support.lora_helpers import CPU, NVFP4
@@ -37,7 +37,7 @@ def build(llama) -> SimpleNamespace:
     for name, module in model.named_modules():
         if isinstance(module, operations.Linear):
             weight = torch.randn(module.out_features, module.in_features, generator=generator)
-            state[f"{name}.weight"] = linear.wrap(reference.quantize(weight * module.in_features**-0.5))
+            state[f"{name}.weight"] = matmul.wrap(reference.quantize(weight * module.in_features**-0.5))
             state[f"{name}.comfy_quant"] = NVFP4
     model.load_state_dict(state)
     for layer in model.layers:
