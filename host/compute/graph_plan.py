@@ -51,11 +51,12 @@ class Plan:
         self.inputs = [_like(tensor) for tensor in tensors]
         self.stream = tuple(torch.empty_like(tensor) for tensor in arguments["img"])
         given = iter(self.inputs)
+        # Not the options, which are each call's own and may know the model that these graphs must not keep alive.
         self.arguments = {
-            name: value if name in ("img", "transformer_options") else graph_key.rebuild(value, given)
+            name: self.stream if name == "img" else graph_key.rebuild(value, given)
             for name, value in arguments.items()
+            if name != "transformer_options"
         }
-        self.arguments["img"] = self.stream
         self.graphs: dict[int, dict[tuple, Captured]] = {}
         self.device = self.stream[0].device
         self.pool = torch.cuda.graph_pool_handle()
