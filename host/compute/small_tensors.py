@@ -60,7 +60,10 @@ def put_back(patcher: Any, places: Iterable[Place]) -> bool:
 
 def _alike(old: torch.Tensor, new: Any) -> bool:
     kinds = [
-        (type(one), one.shape, one.stride(), one.dtype, one.device) if isinstance(one, torch.Tensor) else None
+        # Tensors made in inference mode are no good where a node trains, outside it.
+        (type(one), one.shape, one.stride(), one.dtype, one.device, one.is_inference())
+        if isinstance(one, torch.Tensor)
+        else None
         for one in (old, new)
     ]
     return kinds[0] == kinds[1]

@@ -53,6 +53,7 @@ def test_new_tensors_go_where_the_old_ones_lay_with_their_numbers():
         ("originals that are not in RAM", {"device": "meta"}),
         ("a tensor of another shape", {}),
         ("no tensor", {}),
+        ("a tensor that gradients may need", {}),
     ],
 )
 def test_nothing_is_written_to_where_that_might_destroy_something(case, given):
@@ -63,6 +64,9 @@ def test_nothing_is_written_to_where_that_might_destroy_something(case, given):
         norm.table = torch.arange(4)
     elif case == "no tensor":
         norm.bias = None
+    elif case == "a tensor that gradients may need":
+        with torch.inference_mode():
+            places = [place._replace(tensor=torch.nn.Parameter(place.tensor * 1, False)) for place in places[:1]]
     assert not small_tensors.put_back(patcher(**given), places)
     assert places[0].tensor.tolist() == [1.0] * 4 and norm.weight.tolist() == [7.0] * 4
 
