@@ -5,7 +5,7 @@ The GPU waits for the CPU there, a hundred small kernels for the tables of rotat
 host copies numbers to it from pageable memory, which ends when the whole step before has been computed.
 
 * Without keyframes and reference audio the tokens' coordinates follow from the latents' shapes and numbers of the
-  module. They are made once, and nobody waits for them (``_KnownInput``).
+  module. They are made once, and nobody waits for them (``_process_input``).
 * The tables follow from the coordinates. Those of unknown origin are compared with those of the step before, for which
   the CPU waits. They are kept for a sampling.
 * The frequencies of a timestep's embedding follow from numbers of the module.
@@ -31,7 +31,7 @@ KEY = "nvfp4_video.positions"
 _KNOWN, _COORDS, _TABLES, _BEGUN = (f"_nvfp4_{name}" for name in ("known_input", "coordinates", "positions", "begun"))
 _FREQUENCIES = "_nvfp4_frequencies"
 _MAX_PERIOD = 10000
-# ``fusions.fingerprint`` of the host's Timesteps and of ``_input_functions``, in ComfyUI 0.33 and 0.38.
+# ``fusions.fingerprint`` of the host's Timesteps and of the functions of ``_input_code``, in ComfyUI 0.33 and 0.38.
 _EMBEDDING, _INPUT = "24709fc251415a22", "b286b99b3c748faf"
 _ATTRIBUTES = (
     "positional_embedding_max_pos", "audio_positional_embedding_max_pos", "use_middle_indices_grid",
