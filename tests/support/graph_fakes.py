@@ -208,3 +208,8 @@ def step(gpu: Gpu, model: Model, tokens: int = 6, **more) -> None:
 
 def patcher_of(model, device=CPU):
     return type("Patcher", (), {"model": type("Base", (), {"diffusion_model": model}), "load_device": device})
+
+
+def counts(model) -> dict[str, int]:
+    """How often blocks of a model were replayed, captured or ran themselves."""
+    return dict(block_graphs.blocks_of(model).counts)

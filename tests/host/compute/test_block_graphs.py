@@ -13,6 +13,7 @@ from nvfp4_video.tests.support.graph_fakes import (
     Gpu,
     Model,
     branch,
+    counts,
     inputs,
     patcher_of,
     pretend_host,
@@ -22,9 +23,6 @@ from nvfp4_video.tests.support.graph_fakes import (
 )
 
 gpu = graph_fakes.gpu
-
-def counts(model) -> dict:
-    return dict(block_graphs.blocks_of(model).counts)
 
 
 def test_a_replayed_block_computes_what_the_block_does_on_every_step_s_own_inputs(gpu: Gpu):

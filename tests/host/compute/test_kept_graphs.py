@@ -15,6 +15,7 @@ from nvfp4_video.tests.support.graph_fakes import (
     Gpu,
     Model,
     branch,
+    counts,
     inputs,
     patcher_of,
     pretend_host,
@@ -24,10 +25,6 @@ from nvfp4_video.tests.support.graph_fakes import (
 )
 
 gpu = graph_fakes.gpu
-
-
-def counts(model) -> dict:
-    return dict(block_graphs.blocks_of(model).counts)
 
 
 def graphs_of(model) -> list:
