@@ -23,6 +23,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 PACK = Path(__file__).resolve().parents[2]
 PACK_FOLDER = "nvfp4-video"
@@ -76,6 +77,14 @@ def run_in_host(script: Path | str, *args: str, timeout: float = 300) -> subproc
     path = comfyui_path()
     command = [comfyui_python(path), str(script), *args]
     return subprocess.run(command, cwd=path, env=host_environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def facts_in_host(script: Path | str, *args: str, mark: str, timeout: float = 300) -> Any:
+    """``run_in_host``, and what the file prints last as JSON behind ``mark``."""
+    result = run_in_host(script, *args, timeout=timeout)
+    lines = [line for line in result.stdout.splitlines() if line.startswith(mark)]
+    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return json.loads(lines[-1].removeprefix(mark))
 
 
 class ComfyUI:

@@ -6,12 +6,11 @@ encoders_child.py gathers the facts in the host's own Python, once for all tests
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import encoders_child
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 FAMILIES = {
     "QWEN3_4B": 14,
@@ -29,10 +28,7 @@ FAMILIES = {
 def all_facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Topic -> what encoders_child.py found."""
     folder = tmp_path_factory.mktemp("encoders")
-    result = run_in_host(Path(encoders_child.__file__), str(folder), timeout=900)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(encoders_child.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    return json.loads(lines[-1].removeprefix(encoders_child.MARK))
+    return facts_in_host(Path(encoders_child.__file__), str(folder), mark=encoders_child.MARK, timeout=900)
 
 
 def facts_of(all_facts: dict, topic: str) -> dict:

@@ -6,21 +6,17 @@ families_in_process.py gathers the facts in the host's own Python, once for all 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import families_in_process
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 
 @pytest.fixture(scope="module")
 def all_facts() -> dict:
     """Family or topic -> what families_in_process.py found."""
-    result = run_in_host(Path(families_in_process.__file__), timeout=600)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(families_in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    return json.loads(lines[-1].removeprefix(families_in_process.MARK))
+    return facts_in_host(Path(families_in_process.__file__), mark=families_in_process.MARK, timeout=600)
 
 
 def of(all_facts: dict, topic: str) -> dict:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import fast_vae_in_process
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 TOLERANCE = 3e-5  # FP32 in another order, over some 40 layers
 
@@ -16,10 +15,7 @@ TOLERANCE = 3e-5  # FP32 in another order, over some 40 layers
 @pytest.fixture(scope="module")
 def facts() -> dict:
     """Topic -> what fast_vae_in_process.py found."""
-    result = run_in_host(Path(fast_vae_in_process.__file__), timeout=600)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(fast_vae_in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    found = json.loads(lines[-1].removeprefix(fast_vae_in_process.MARK))
+    found = facts_in_host(Path(fast_vae_in_process.__file__), mark=fast_vae_in_process.MARK, timeout=600)
     if not found["in_chunks"]:
         pytest.skip(f"ComfyUI {found['version']} decodes LTX's video VAE in no chunks, and the loader says so")
     for topic in fast_vae_in_process.TOPICS:

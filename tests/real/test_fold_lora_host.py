@@ -3,22 +3,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import fold_lora_in_process
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Topic -> what fold_lora_in_process.py found."""
     script = Path(fold_lora_in_process.__file__)
-    result = run_in_host(script, str(tmp_path_factory.mktemp("fold")), timeout=600)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(fold_lora_in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    found = json.loads(lines[-1].removeprefix(fold_lora_in_process.MARK))
+    found = facts_in_host(script, str(tmp_path_factory.mktemp("fold")), mark=fold_lora_in_process.MARK, timeout=600)
     if found["ltx"] is None:
         pytest.skip(f"ComfyUI {found['version']} does not build the small LTX")
     return found

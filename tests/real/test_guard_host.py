@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from nvfp4_video.tests.real import harness
-from nvfp4_video.tests.real.harness import ComfyUI, HostError, run_in_host
+from nvfp4_video.tests.real.harness import ComfyUI, HostError, facts_in_host
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
@@ -223,10 +223,7 @@ def test_a_pack_that_is_there_twice_adds_the_guard_once(tmp_path: Path):
 @pytest.fixture(scope="module")
 def cured(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What guard_in_process.py found."""
-    result = run_in_host(HERE / "guard_in_process.py", str(tmp_path_factory.mktemp("cure")), timeout=600)
-    found = [line for line in result.stdout.splitlines() if line.startswith(MARK)]
-    assert found, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    facts = json.loads(found[-1].removeprefix(MARK))
+    facts = facts_in_host(HERE / "guard_in_process.py", str(tmp_path_factory.mktemp("cure")), mark=MARK, timeout=600)
     if facts["ltx"] is None:
         pytest.skip(f"ComfyUI {facts['version']} builds the embeddings connectors in their released size only")
     return facts

@@ -6,21 +6,18 @@ in_process.py gathers the facts in the host's own Python, once for all tests of 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import in_process
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 
 @pytest.fixture(scope="module")
 def all_facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Topic -> what in_process.py found."""
-    result = run_in_host(Path(in_process.__file__), str(tmp_path_factory.mktemp("in_process")), timeout=600)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    return json.loads(lines[-1].removeprefix(in_process.MARK))
+    folder = str(tmp_path_factory.mktemp("in_process"))
+    return facts_in_host(Path(in_process.__file__), folder, mark=in_process.MARK, timeout=600)
 
 
 def facts_of(all_facts: dict, topic: str) -> dict:

@@ -6,13 +6,12 @@ joint_in_process.py runs each case once, with scaled-down models, in the host's 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import in_process
-from nvfp4_video.tests.real.harness import comfyui_path, run_in_host, small_model
+from nvfp4_video.tests.real.harness import comfyui_path, facts_in_host, small_model
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +19,8 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Topic -> case -> what became of it."""
     if small_model(comfyui_path()) != "ltx23":
         pytest.skip("this ComfyUI cannot build a small LTX-2.3")
-    folder = tmp_path_factory.mktemp("joint")
-    result = run_in_host(Path(__file__).with_name("joint_in_process.py"), str(folder), timeout=600)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    return json.loads(lines[-1].removeprefix(in_process.MARK))
+    script, folder = Path(__file__).with_name("joint_in_process.py"), str(tmp_path_factory.mktemp("joint"))
+    return facts_in_host(script, folder, mark=in_process.MARK, timeout=600)
 
 
 def of(facts: dict, topic: str) -> dict[str, str]:

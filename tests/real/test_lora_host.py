@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import lora_in_process
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 BF16 = 0.004  # roundings of the output, of x A^T and of the adapters
 PACKED = 12  # layers that the LoRAs change and that are NVFP4; one more is BF16
@@ -18,10 +17,7 @@ PACKED = 12  # layers that the LoRAs change and that are NVFP4; one more is BF16
 def all_facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Topic -> what lora_in_process.py found."""
     folder = str(tmp_path_factory.mktemp("lora"))
-    result = run_in_host(Path(lora_in_process.__file__), folder, timeout=600)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(lora_in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    facts = json.loads(lines[-1].removeprefix(lora_in_process.MARK))
+    facts = facts_in_host(Path(lora_in_process.__file__), folder, mark=lora_in_process.MARK, timeout=600)
     if facts["ltx"] != "ltx23":
         pytest.skip(f"ComfyUI {facts['version']} does not build the small LTX-2.3")
     return facts

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import positions_in_process
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What positions_in_process.py found."""
-    result = run_in_host(Path(positions_in_process.__file__), str(tmp_path_factory.mktemp("positions")), timeout=400)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(positions_in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    facts = json.loads(lines[-1].removeprefix(positions_in_process.MARK))
+    folder = str(tmp_path_factory.mktemp("positions"))
+    facts = facts_in_host(Path(positions_in_process.__file__), folder, mark=positions_in_process.MARK, timeout=400)
     if facts["ltx"] is None:
         pytest.skip(f"ComfyUI {facts['version']} builds the embeddings connectors in their released size only")
     assert "failed" not in facts["positions"], facts["positions"]["failed"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from nvfp4_video.checkpoint.verify.verify import verify
 from nvfp4_video.tests.real import quantized_in_process
-from nvfp4_video.tests.real.harness import ComfyUI, run_in_host
+from nvfp4_video.tests.real.harness import ComfyUI, facts_in_host
 from nvfp4_video.tests.real.quantized_in_process import KINDS
 from nvfp4_video.tests.support.quantize_sources import PREFIX, save, tiny
 
@@ -25,10 +25,8 @@ LOADERS = ("unet_model", "unet_whole", "checkpoint_whole", "ours_model", "ours_w
 @pytest.fixture(scope="module")
 def all_facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Kind of source -> what quantized_in_process.py found."""
-    result = run_in_host(Path(quantized_in_process.__file__), str(tmp_path_factory.mktemp("quantized")), timeout=900)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(quantized_in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    facts = json.loads(lines[-1].removeprefix(quantized_in_process.MARK))
+    folder = str(tmp_path_factory.mktemp("quantized"))
+    facts = facts_in_host(Path(quantized_in_process.__file__), folder, mark=quantized_in_process.MARK, timeout=900)
     if facts["ltx"] is None:
         pytest.skip(f"ComfyUI {facts['version']} builds the embeddings connectors in their released size only")
     return facts

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 MARK = "facts: "
 WHOSE = "ComfyUI_Old/sampling.py"
@@ -16,10 +15,7 @@ WHOSE = "ComfyUI_Old/sampling.py"
 @pytest.fixture(scope="module")
 def found() -> dict:
     """What replaced_in_process.py found."""
-    result = run_in_host(Path(__file__).with_name("replaced_in_process.py"))
-    lines = [line for line in result.stdout.splitlines() if line.startswith(MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stderr[-6000:]}"
-    return json.loads(lines[-1].removeprefix(MARK))
+    return facts_in_host(Path(__file__).with_name("replaced_in_process.py"), mark=MARK)
 
 
 def test_the_host_s_own_functions_pass(found: dict):

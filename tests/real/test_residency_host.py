@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests import record_contract
 from nvfp4_video.tests.real import dynamic_in_process
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What dynamic_in_process.py found."""
-    result = run_in_host(Path(dynamic_in_process.__file__), str(tmp_path_factory.mktemp("dynamic")))
-    lines = [line for line in result.stdout.splitlines() if line.startswith(dynamic_in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    return json.loads(lines[-1].removeprefix(dynamic_in_process.MARK))
+    folder = str(tmp_path_factory.mktemp("dynamic"))
+    return facts_in_host(Path(dynamic_in_process.__file__), folder, mark=dynamic_in_process.MARK)
 
 
 @pytest.fixture

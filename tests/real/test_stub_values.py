@@ -8,16 +8,13 @@ from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import stub_values
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 
 @pytest.fixture(scope="module")
 def host_values() -> dict:
     """Name of a case -> the real host's value."""
-    result = run_in_host(Path(stub_values.__file__))
-    lines = [line for line in result.stdout.splitlines() if line.startswith(stub_values.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    return json.loads(lines[-1].removeprefix(stub_values.MARK))
+    return facts_in_host(Path(stub_values.__file__), mark=stub_values.MARK)
 
 
 @pytest.mark.parametrize("name", stub_values.cases())

@@ -6,22 +6,18 @@ text_encoder_child.py gathers the facts in the host's own Python, once for all t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import small_gemma, text_encoder_child
-from nvfp4_video.tests.real.harness import ComfyUI, run_in_host
+from nvfp4_video.tests.real.harness import ComfyUI, facts_in_host
 
 
 @pytest.fixture(scope="module")
 def all_facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Topic -> what text_encoder_child.py found."""
     folder = tmp_path_factory.mktemp("text_encoder")
-    result = run_in_host(Path(text_encoder_child.__file__), str(folder), timeout=900)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(text_encoder_child.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    return json.loads(lines[-1].removeprefix(text_encoder_child.MARK))
+    return facts_in_host(Path(text_encoder_child.__file__), str(folder), mark=text_encoder_child.MARK, timeout=900)
 
 
 def facts_of(all_facts: dict, topic: str) -> dict:

@@ -7,7 +7,6 @@ through a running server.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 from nvfp4_video.checkpoint.file.container import TensorReader
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.real import vae_in_process
-from nvfp4_video.tests.real.harness import ComfyUI, HostError, run_in_host
+from nvfp4_video.tests.real.harness import ComfyUI, HostError, facts_in_host
 
 VIDEO_BYTES, AUDIO_TENSORS = 1_452_212_450, 1329
 
@@ -26,11 +25,10 @@ VIDEO_BYTES, AUDIO_TENSORS = 1_452_212_450, 1329
 def all_facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Topic -> what vae_in_process.py found."""
     folder = tmp_path_factory.mktemp("vae")
-    result = run_in_host(Path(vae_in_process.__file__), str(folder), timeout=1800)
-    shutil.rmtree(folder)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(vae_in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    return json.loads(lines[-1].removeprefix(vae_in_process.MARK))
+    try:
+        return facts_in_host(Path(vae_in_process.__file__), str(folder), mark=vae_in_process.MARK, timeout=1800)
+    finally:
+        shutil.rmtree(folder)
 
 
 def facts_of(all_facts: dict, topic: str) -> dict:

@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from nvfp4_video.tests.real import in_process
-from nvfp4_video.tests.real.harness import run_in_host
+from nvfp4_video.tests.real.harness import facts_in_host
 
 
 @pytest.fixture(scope="module")
 def facts() -> dict:
     """What values_in_process.py found."""
-    result = run_in_host(Path(__file__).with_name("values_in_process.py"), timeout=600)
-    lines = [line for line in result.stdout.splitlines() if line.startswith(in_process.MARK)]
-    assert lines, f"the host's Python ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    found = json.loads(lines[-1].removeprefix(in_process.MARK))
+    found = facts_in_host(Path(__file__).with_name("values_in_process.py"), mark=in_process.MARK, timeout=600)
     if "schedules" not in found:
         pytest.skip(f"ComfyUI {found['version']} has only {found['has']} of the nodes in question")
     return found
