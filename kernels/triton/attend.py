@@ -32,22 +32,15 @@ _LEAST = tl.constexpr(-1e30)  # below every score, and what is left of it is not
 
 
 @triton.jit
-def _tile(key_ptr, value_ptr, start, place, mask, SLOTS: tl.constexpr, WARPS: tl.constexpr, COLS: tl.constexpr):
-    """Keys and values (SLOTS, WARPS, COLS) at places (SLOTS * WARPS, COLS) from ``start`` on.
-
-    Loaded as rows: then each warp has whole ones, whatever the compiler would make of three dimensions.
-    """
-    keys = tl.load(key_ptr + start + place, mask=mask, other=0.0)
-    values = tl.load(value_ptr + start + place, mask=mask, other=0.0)
-    return tl.reshape(keys, (SLOTS, WARPS, COLS)), tl.reshape(values, (SLOTS, WARPS, COLS))
-
-
-@triton.jit
 def _attended(keys, values, inside, query, most, weight, total):
     """Each warp's largest score so far, the sum of its weights and of its values, with one more tile.
 
-    query (WARPS, COLS) fp32 times the scale, for powers of two; most, weight (WARPS), total (WARPS, COLS) fp32.
+    keys, values (SLOTS * WARPS, COLS): loaded as rows, each warp has whole ones, whatever the compiler would make of
+    three dimensions. query (WARPS, COLS) fp32 times the scale, for powers of two; most, weight (WARPS), total
+    (WARPS, COLS) fp32.
     """
+    shape: tl.constexpr = [inside.shape[0], inside.shape[1], query.shape[1]]
+    keys, values = tl.reshape(keys, shape), tl.reshape(values, shape)
     scores = tl.where(inside, tl.sum(keys.to(tl.float32) * query[None, :, :], axis=2), float("-inf"))
     now = tl.maximum(most, tl.max(scores, axis=0))
     weights, old = tl.exp2(scores - now[None, :]), tl.exp2(most - now)
@@ -154,36 +147,32 @@ def _attend_kernel(
     # A scalar 64-bit base and 32-bit offsets inside the tile: no vector arithmetic on 64-bit addresses.
     start = (first.to(tl.int64) * groups + group) * WIDTH
     place, left = number * (groups * WIDTH) + column[None, :], position - first
-    keys, values = _tile(key_ptr, value_ptr, start, place, (number < left) & across, SLOTS, WARPS, COLS)
+    before = (number < left) & across
+    keys = tl.load(key_ptr + start + place, mask=before, other=0.0)
+    values = tl.load(value_ptr + start + place, mask=before, other=0.0)
     after_the_one_before(OVERLAP)
     if part < parts:
-        # By each warp, as the tile is; the last part has the token's own slot, which has just been written.
-        warp, last = tl.arange(0, WARPS), part == parts - 1
-        first_warp = (warp == 0)[None, :]
-        each = warp[:, None] * 0 + column[None, :]
+        own = (number == left) & across  # the token's slot, which has just been written
+        keys = tl.load(key_ptr + start + place, mask=own, other=keys)
+        values = tl.load(value_ptr + start + place, mask=own, other=values)
+        each = tl.arange(0, WARPS)[:, None] * 0 + column[None, :]
         asked, mask = query_ptr + bunch * (heads * WIDTH) + each, each < WIDTH
         query = tl.load(asked, mask=mask, other=0.0).to(tl.float32) * scale
-        query1 = query
-        if TWO:
-            query1 = tl.load(asked + WIDTH, mask=mask, other=0.0).to(tl.float32) * scale
-        own, mask = (position.to(tl.int64) * groups + group) * WIDTH, mask & (warp == 0)[:, None] & last
-        own_keys, own_values = _tile(key_ptr, value_ptr, own, each, mask, 1, WARPS, COLS)
         most, weight = tl.full((WARPS,), _LEAST, tl.float32), tl.zeros((WARPS,), tl.float32)
         total = tl.zeros((WARPS, COLS), tl.float32)
-        most1, weight1, total1 = most, weight, total
-        if last:
-            most, weight, total = _attended(own_keys, own_values, first_warp, query, most, weight, total)
-            if TWO:
-                most1, weight1, total1 = _attended(own_keys, own_values, first_warp, query1, most1, weight1, total1)
-        inside = slot < position
+        query1, most1, weight1, total1 = query, most, weight, total
+        if TWO:
+            query1 = tl.load(asked + WIDTH, mask=mask, other=0.0).to(tl.float32) * scale
+        inside = slot <= position
         most, weight, total = _attended(keys, values, inside, query, most, weight, total)
         if TWO:
             most1, weight1, total1 = _attended(keys, values, inside, query1, most1, weight1, total1)
         for step in range(1, STEPS):
             start += tile * groups * WIDTH
             left -= tile
-            inside = slot + step * tile < position
-            keys, values = _tile(key_ptr, value_ptr, start, place, (number < left) & across, SLOTS, WARPS, COLS)
+            inside, until = slot + step * tile <= position, (number <= left) & across
+            keys = tl.load(key_ptr + start + place, mask=until, other=0.0)
+            values = tl.load(value_ptr + start + place, mask=until, other=0.0)
             most, weight, total = _attended(keys, values, inside, query, most, weight, total)
             if TWO:
                 most1, weight1, total1 = _attended(keys, values, inside, query1, most1, weight1, total1)

@@ -12,7 +12,7 @@ import triton.language as tl
 from .launch import bf16_as_bits
 from .tiles import to_output
 
-_TILE = 4096  # numbers a program holds: 32 a thread
+_WARP_NUMBERS = 1024  # that a warp holds, 32 a thread; programs of one warp came nearest to a copy's time
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -77,12 +77,12 @@ def norm_silu(
         return
     shift, scale = (x, x) if modulation is None else (part.contiguous() for part in modulation)
     cols = triton.next_power_of_2(channels)
-    rows = max(_TILE // cols, 1)
+    rows = max(_WARP_NUMBERS // cols, 1)
     bits = bf16_as_bits(x.dtype, x.device)
     with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
         _norm_silu_kernel[(triton.cdiv(positions, rows),)](
             x, x.view(torch.int16) if bits else x, out.view(torch.int16) if bits else out,
             x if bias is None else bias, x if residual is None else residual, shift, scale, positions, eps or 0.0,
             channels, rows, cols, bias is not None, residual is not None, modulation is not None, eps is not None, keep,
-            num_warps=4,
+            num_warps=max(cols // _WARP_NUMBERS, 1),
         )  # fmt: skip
