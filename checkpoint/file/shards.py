@@ -33,7 +33,7 @@ from .header import (
 if TYPE_CHECKING:
     import torch
 
-_SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors)")
+_SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>(\.\w+)?\.safetensors)")
 _INDEX_ENDING = ".safetensors.index.json"
 # What a file of a sharded checkpoint has in its name beside that of the checkpoint.
 _NOT_THE_NAME = re.compile(r"-\d{5}-of-\d{5}|\.(safetensors|sft)(\..*)?$|[*?\[\]]")

@@ -106,9 +106,10 @@ def _place(
     ``prefix``: of the video VAE that the name would belong to; ``bare``: whether there is one without a prefix;
     ``starts``: how names of the audio VAE begin, below its prefix ``sound``.
     """
+    if model is not None and model.prefix and name.startswith(model.prefix):
+        return DIFFUSION_MODEL, name[len(model.prefix) :]
     if name.startswith(MODEL_PREFIXES):
-        known = model is not None and model.prefix and name.startswith(model.prefix)
-        return (DIFFUSION_MODEL, name[len(model.prefix) :]) if known else (REST, name)
+        return REST, name
     if name.startswith(_TEXT_PROJECTION_START):
         return TEXT_PROJECTION, name
     if name.startswith(starts):

@@ -17,13 +17,12 @@ from . import dialects
 from .components import AUDIO_VAE, DIFFUSION_MODEL, VIDEO_VAE, Component, find_components, model_of
 from .formats import FORMATS, FP8_FORMATS, OLD_FP8
 from .layers import Layer
-from .signatures import MODEL_PREFIXES, Model, diffusers_names, families_under
+from .signatures import Model, config_fault, diffusers_names
 from .vae_signatures import find_vaes
 
 FULL_PREFIX = "model.diffusion_model."
 # What ComfyUI's loaders for diffusion models strip: comfy/model_detection.py, unet_prefix_from_state_dict.
 _STRIPPED = ("", FULL_PREFIX, "model.model.", "net.", "model.")
-_MOST_PARTS, _FEWEST_NAMES = 3, 6  # of a prefix that nobody expects
 _STOCK_ON_FOREIGN = {
     "modelopt": "does not recognise the layers; with markers added it loads and the result is noise, without an error",
     "modelopt_swizzled": "loads it where the header lists the layers, and the result is noise, without an error",
@@ -71,7 +70,8 @@ class Diagnosis:
 def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
     """Checkpoint -> Diagnosis. An open dialect is a fault, damage a CheckpointError."""
     header = checkpoint.header
-    model, components, prefix = _model(header)
+    model, components = model_of(header, find_vaes(header)), find_components(header)
+    prefix = model.prefix if model else ""
     vaes = {name for key in (VIDEO_VAE, AUDIO_VAE) if key in components for name in components[key].names}
     body = header.of(name for name in header.tensors if name not in vaes)
     with Source(checkpoint) as reader:
@@ -95,9 +95,10 @@ def diagnose(checkpoint: Checkpoint, dialect: str = dialects.AUTO) -> Diagnosis:
     diffusers = diffusers_names(header) if model is None else None
     if diffusers is not None and not diffusers.loads:
         faults.append(Fault("diffusers", diffusers.found, diffusers.stock, curable=False))
-    if model is not None and model.needs_config and "config" not in header.metadata:
-        text = "the header has no `config`, from which ComfyUI builds this model"
-        faults.append(Fault("config", text, "guesses the model's settings, several of them wrong", curable=False))
+    lacks = config_fault(header) if model is not None and model.needs_config else ""
+    if lacks:
+        stock = "guesses the model's settings, several of them wrong"
+        faults.append(Fault("config", f"{lacks}, from which ComfyUI builds this model", stock, curable=False))
     return Diagnosis(
         checkpoint, components, model, plan, open_dialect, tuple(faults), unmarked, misnamed, prefix, new_prefix
     )
@@ -121,7 +122,7 @@ def _plan(body: Header, dialect: str, read) -> tuple[dialects.DialectPlan | None
     except CheckpointError as error:
         if dialect != dialects.AUTO or not _is_open(body):
             raise
-        return None, str(error).removeprefix(f"{body.path.name}: ")
+        return None, str(error).removeprefix(body.path.name).lstrip(":, ")
 
 
 def _is_open(body: Header) -> bool:
@@ -133,43 +134,6 @@ def _is_open(body: Header) -> bool:
             continue
         return True
     return False
-
-
-def _model(header: Header) -> tuple[Model | None, Mapping[str, Component], str]:
-    """Model, components and the model's prefix, also where that prefix is one that nobody expects."""
-    model = model_of(header, find_vaes(header))
-    if model is not None and model.family is not None:
-        return model, find_components(header), model.prefix
-    prefix, family = _unexpected(header)
-    if family is not None:
-        components = dict(find_components(header))
-        own = {name: name[len(prefix) :] for name in header.tensors if name.startswith(prefix)}
-        for key, component in list(components.items()):
-            left = {name: new for name, new in component.names.items() if name not in own}
-            components[key] = Component(key, component.prefix, left)
-        components[DIFFUSION_MODEL] = Component(DIFFUSION_MODEL, prefix, own)
-        return Model(family, prefix), {k: c for k, c in components.items() if c.names}, prefix
-    return model, find_components(header), model.prefix if model else ""
-
-
-def _unexpected(header: Header) -> tuple[str, str | None]:
-    """The shortest beginning of up to three parts that many names share and below which a known family lies."""
-    families = families_under(header.tensors)
-    counts = dict.fromkeys(families, 0)
-    for name in header.tensors:
-        end = 0
-        for _ in range(_MOST_PARTS):
-            end = name.find(".", end) + 1
-            if not end:
-                break
-            prefix = name[:end]
-            if prefix in counts:
-                counts[prefix] += 1
-                if name.startswith(MODEL_PREFIXES, end):  # then the model's prefix is a longer one
-                    counts[prefix] = -len(header.tensors)
-    found = [prefix for prefix, count in counts.items() if count >= _FEWEST_NAMES]
-    prefix = min(found, key=lambda prefix: (prefix.count("."), prefix), default="")
-    return prefix, families.get(prefix) if found else None
 
 
 def _misnamed(header: Header, groups: Mapping[str, dialects.Group], prefix: str) -> dict[str, str]:

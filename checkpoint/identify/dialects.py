@@ -13,7 +13,7 @@ Sources: ComfyUI ``comfy/ops.py`` (comfy), NVIDIA ModelOpt ``unified_export_hf``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -169,19 +169,21 @@ def detect(
     if not shown:
         refuse(name, {}, strays=tuple(strays.values()))
     packed = {layer: members for layer, members in groups.items() if _is_packed(members)}
+    entries = match_entries(header, groups, prefix)
     stated, order = bool(packed) and requested != AUTO, None
     if not packed:
         dialect, evidence = None, "no NVFP4 layer"
     elif stated:
         dialect, evidence = requested, STATED
     else:
-        dialect, evidence, order = _declared(header, packed, read)
+        dialect, evidence, order = _declared(header, packed, packed.keys() & entries.layers, read)
     nvfp4 = {layer: _check_layer(name, layer, members, dialect) for layer, members in packed.items()}
     if dialect:
         _check_scale_layout(name, packed, DIALECTS[dialect], dialect)
+    if dialect == "comfy" and not stated:
+        _check_all(header, packed, entries.layers)
     if stated:
         evidence, order = _measured(header, packed, dialect, read)
-    entries = match_entries(header, groups, prefix)
     old = {key.removesuffix(OLD_FP8): info for key, info in header.tensors.items() if key.split(".")[-1] == OLD_FP8}
     asks = quantization(header, sidecar=False)
     layers = {}
@@ -276,8 +278,13 @@ def _lightricks(header: Header) -> bool:
     return "Transformer3DModel" in str(transformer.get("_class_name", ""))
 
 
-def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) -> tuple[str, str, Order | None]:
-    """-> (dialect, evidence, what was measured), the specific marks before the general ones."""
+def _declared(
+    header: Header, packed: Mapping[str, Group], listed: Collection[str], read: Read | None
+) -> tuple[str, str, Order | None]:
+    """-> (dialect, evidence, what was measured), the specific marks before the general ones.
+
+    ``listed``: those of them that the header entry of ComfyUI speaks of.
+    """
     group = next(iter(packed.values()))
     if "weight_packed" in group:
         return "compressed_tensors", "keys `weight_packed`", None
@@ -303,8 +310,13 @@ def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) ->
             expected = ", ".join(name for name in _MODELOPT_ALGORITHMS if name)
             remedy = "state `dialect` if that entry is left over from another file"
             raise CheckpointError(found, where=header.path.name, expected=expected, remedy=remedy)
-        return _modelopt_layout(header, packed, layouts, modelopt, read)
-    if HEADER_ENTRY in header.metadata:
+        layout = _modelopt_layout(header, packed, layouts, modelopt, read)
+        if layout[0] == "modelopt_swizzled" and modelopt == SIDECAR and _lightricks(header):
+            found = f"its scales are tiled, as Lightricks' own header has them, and {SIDECAR} says ModelOpt"
+            remedy = "set `dialect` (comfy if that file came with another model, modelopt_swizzled if with this)"
+            raise CheckpointError(found, where=header.path.name, expected="one declaration", remedy=remedy)
+        return layout
+    if listed:
         return "comfy", f"header entry {HEADER_ENTRY}", None
     if ROW_MAJOR not in layouts and _lightricks(header):
         proof = f", tiled scales in {layouts[TILED]}" if TILED in layouts else ""
@@ -319,6 +331,19 @@ def _declared(header: Header, packed: Mapping[str, Group], read: Read | None) ->
         expected="a declared dialect: nibble order does not show in shapes, and a wrong one gives noise, no error",
         remedy=f"set `dialect` ({likely})",
     )
+
+
+def _check_all(header: Header, packed: Mapping[str, Group], listed: Collection[str]) -> None:
+    """Markers and the header entry speak of single layers: CheckpointError if of some NVFP4 layers only."""
+    silent = [layer for layer, members in packed.items() if MARKER not in members and layer not in listed]
+    if silent and len(silent) < len(packed):
+        raise CheckpointError(
+            f"{len(silent):,} of its {len(packed):,} NVFP4 layers are declared neither by markers nor by the header, "
+            f"{silent[0]} for one",
+            where=header.path.name,
+            expected="a declaration of each: another tool may have written these, in another layout",
+            remedy="set `dialect` (comfy if tools for ComfyUI wrote them all)",
+        )
 
 
 def _modelopt_layout(

@@ -51,7 +51,7 @@ FORMATS = {
     "fp8_rows": Format("FP8 scaled by rows", _FP8, "", optional=_INPUTS, quantises=True),
     "fp8_blocks": Format("FP8 scaled in blocks", _FP8, None, (), _INPUTS, quantises=True, repairs=False),
     "fp8_cast": Format("FP8", _FP8, None, quantises=True),
-    "int8": Format("scaled INT8", ("I8",), "int8_tensorwise", _SCALE),
+    "int8": Format("scaled INT8", ("I8",), "int8_tensorwise", _SCALE, ("input_scale",)),
     "mxfp8": Format("MXFP8", ("F8_E4M3",), "mxfp8", _SCALE, ("input_scale",)),
     "convrot_w4a4": Format("ConvRot INT4", ("I8",), "convrot_w4a4", _SCALE),
     "asym_w4a8_int8": Format(

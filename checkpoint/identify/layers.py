@@ -155,7 +155,9 @@ def read_layer(
     """
 
     def error(found: str, expected: str = "", remedy: str = _AGAIN) -> CheckpointError:
-        return CheckpointError(found, where=f"{where}, layer {name}", expected=expected, remedy=remedy)
+        return CheckpointError(
+            found, where=f"{where}, layer {name}" if name else where, expected=expected, remedy=remedy
+        )
 
     weight = weight_suffix(members)
     if weight is None:

@@ -21,7 +21,7 @@ from .components import AUDIO_VAE, COMPONENTS, DIFFUSION_MODEL, TEXT_PROJECTION,
 from .diagnosis import CONTAINER, Diagnosis, diagnose
 from .formats import FORMATS, title_of, weight_suffix
 from .layers import group_tensors
-from .signatures import diffusers_names, find_model
+from .signatures import config_fault, diffusers_names, find_model
 from .vae_signatures import AUDIO, FULL, Identity, Vae, identify
 
 _BLOCK = re.compile(r"(?:transformer_blocks|double_blocks|single_blocks|blocks|layers|double_layers)\.(\d+)\.")
@@ -180,7 +180,7 @@ def _missing(found: Diagnosis, identity: Identity):
     if found.has("diffusers"):
         yield "ComfyUI's own names: nothing here loads this model under those of diffusers"
     if found.has("config"):
-        yield "`config` in the header, without which ComfyUI misbuilds the model"
+        yield f"a description of the model, without which ComfyUI misbuilds it: {config_fault(found.checkpoint.header)}"
     if DIFFUSION_MODEL in found.components:
         for title, count in _unloadable(found).items():
             yield f"weights in a format that ComfyUI or this pack loads: {count:,} layers are {title}"

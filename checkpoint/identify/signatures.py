@@ -16,6 +16,7 @@ from .diffusers_names import DiffusersNames, find_diffusers_names
 
 # Where full checkpoints and re-saved models keep the diffusion model. The host knows the first one only.
 MODEL_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_MOST_PARTS, _FEWEST_NAMES = 3, 6  # of a prefix that nobody expects
 
 # Family -> names that all must be present, without prefix and up to the last component that quantisation may change.
 _FAMILIES = {
@@ -31,7 +32,13 @@ _FAMILIES = {
 _TAILS = tuple(dict.fromkeys(name for wanted in _FAMILIES.values() for name in wanted))
 _NEEDS_CONFIG = ("LTX-2.3", "LTX-2")
 _VAE_STARTS = {"decoder", "encoder", "per_channel_statistics", "quant_conv", "post_quant_conv"}
-_LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".lora_A", ".lokr_w1")
+# How names end in LoRAs and their kin: comfy/lora.py and comfy/weight_adapter.
+_LORA_ENDINGS = (
+    *(f"{a}{b}.weight" for a in (".lora_", "_lora.", ".lora.", ".lora_linear_layer.") for b in ("up", "down")),
+    *(f".lora_{one}{ending}" for one in "AB" for ending in ("", ".weight", ".default.weight")),
+    *(f".{kind}{part}" for kind in ("lokr_w", "hada_w") for part in ("1", "1_a", "1_b", "2", "2_a", "2_b")),
+    *(".oft_blocks", ".diff", ".diff_b", ".set_weight", ".dora_scale"),
+)
 _LORA = ("this is a LoRA", "put it into models/loras and use LoraLoaderModelOnly after the model loader")
 _TEXT_ENCODER_STARTS = ("model.layers.", "model.language_model.", "language_model.", "text_model.", "encoder.block.")
 
@@ -50,14 +57,17 @@ class Model:
 
 
 def find_model(header: Header) -> Model:
-    """Header -> the diffusion model it holds.
+    """Header -> the diffusion model it holds; one of a known family under any prefix of up to three parts.
 
     CheckpointError for a LoRA, a VAE, a text encoder, an empty file, or a model with the names of diffusers.
     """
     names = header.tensors.keys()
     prefix = _prefix(names)
-    modules = {name[len(prefix) :].rpartition(".")[0] for name in names if name.startswith(prefix)}
-    family = _family(modules)
+    own = [name for name in names if not name.endswith(_LORA_ENDINGS)]
+    family = _family({name[len(prefix) :].rpartition(".")[0] for name in own if name.startswith(prefix)})
+    if family is None:
+        other, family = _unexpected(own)
+        prefix = prefix if family is None else other
     if family is None:
         mistake = _mistaken_for_a_model(names)
         # Beside a prefixed model a full checkpoint may hold anything; a LoRA has the same prefix and nothing else.
@@ -81,7 +91,27 @@ def _prefix(names: Collection[str]) -> str:
     return next((prefix for prefix in MODEL_PREFIXES if any(name.startswith(prefix) for name in names)), "")
 
 
-def families_under(names: Collection[str]) -> dict[str, str]:
+def _unexpected(names: Collection[str]) -> tuple[str, str | None]:
+    """The shortest beginning of up to three parts that many names share and below which a known family lies."""
+    families = _families_under(names)
+    counts = dict.fromkeys(families, 0)
+    for name in names if families else ():
+        end = 0
+        for _ in range(_MOST_PARTS):
+            end = name.find(".", end) + 1
+            if not end:
+                break
+            prefix = name[:end]
+            if prefix in counts:
+                counts[prefix] += 1
+                if name.startswith(MODEL_PREFIXES, end):  # then the model's prefix is a longer one
+                    counts[prefix] = -len(names)
+    found = [prefix for prefix, count in counts.items() if count >= _FEWEST_NAMES]
+    prefix = min(found, key=lambda prefix: (prefix.count("."), prefix), default="")
+    return prefix, families.get(prefix) if found else None
+
+
+def _families_under(names: Collection[str]) -> dict[str, str]:
     """Prefix -> family, for every prefix below which lie all the names that tell a family."""
     found: dict[str, set[str]] = {}
     for name in names:
@@ -120,11 +150,16 @@ def _family(modules: set[str]) -> str | None:
     return next((family for family, wanted in _FAMILIES.items() if modules.issuperset(wanted)), None)
 
 
+def is_lora(names: Collection[str]) -> bool:
+    """Whether a file is a LoRA, or of another kind that changes a model's weights."""
+    return any(name.endswith(_LORA_ENDINGS) for name in names)
+
+
 def _mistaken_for_a_model(names: Collection[str]) -> tuple[str, str] | None:
     """-> (what was found, which node takes it), or None if the names do not say."""
     if not names:
         return "the file holds no tensors", "download it again"
-    if any(name.endswith(_LORA_ENDINGS) for name in names):
+    if is_lora(names):
         return _LORA
     starts = {name.split(".")[0] for name in names}
     if starts & {"vocoder", "audio_vae"}:
@@ -146,6 +181,18 @@ def transformer_config(header: Header) -> dict | None:
     except (ValueError, AttributeError, RecursionError) as error:
         raise header.unreadable("`config`", error, "a JSON object") from error
     return section if isinstance(section, dict) else None
+
+
+def config_fault(header: Header) -> str:
+    """What keeps the header from describing the transformer, from which the host builds LTX-2; "" if nothing does."""
+    try:
+        if transformer_config(header):
+            return ""
+    except CheckpointError:
+        return "the header's `config` is no JSON object"
+    if "config" not in header.metadata:
+        return "the header has no `config`"
+    return "the header's `config` has no section transformer, or an empty one"
 
 
 def context_width(config: Mapping) -> int:

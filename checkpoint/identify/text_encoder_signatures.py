@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..file.header import CheckpointError, Header
-from .signatures import MODEL_PREFIXES
+from .signatures import MODEL_PREFIXES, is_lora
 
 PROJECTION = "text_embedding_projection."
 # Connectors of LTX-2's first checkpoints, which the host runs as a part of the text encoder.
@@ -23,7 +23,6 @@ CONNECTORS = tuple(f"model.diffusion_model.{kind}_embeddings_connector." for kin
 _NORM, _Q_NORM, _V = "post_feedforward_layernorm", "self_attn.q_norm", "self_attn.v_proj"
 _BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _TYPE = "set `type` to the model that it is for"
-_LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight")
 _WEIGHTS = ("weight", "weight_packed")
 _ENCODERS = "a Gemma 3 12B (LTX-2, LTX-2.3) or Gemma 4 12B (LTX-2.5) file for ComfyUI"
 # What people pick instead: beginning of a name -> what it is, and where it belongs.
@@ -155,7 +154,7 @@ def _family(modules: Collection[str], layers: int) -> str:
 
 def _what_else(names: Collection[str]) -> tuple[str, str]:
     """-> (what the file is, what to do) for a file that is no Gemma of the host's."""
-    if any(name.endswith(_LORA_ENDINGS) for name in names):
+    if is_lora(names):
         return "this is a LoRA", "load it with LoraLoader behind the text encoder"
     if any(name.startswith(PROJECTION) for name in names) and not any(name.startswith("vae.") for name in names):
         return "this is a text projection, without a text encoder", "choose it as `projection`"

@@ -296,7 +296,7 @@ def _problems(
     if quantised:
         formats = ", ".join(f"{count} as {name}" for name, count in quantised.items())
         yield Problem("quantized", f"weights stored quantized: {formats}; ComfyUI does not dequantize a VAE")
-    if prefix and row.kind != AUDIO:
+    if prefix:
         yield Problem("prefix", f"its names begin with `{prefix}`; a VAE file of its own has none")
 
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 
 from ...kernels.geometry import E2M1_MAX, E4M3_MAX
-from ..file.header import CheckpointError
-from .formats import SMOOTHING
+from ..file.header import CheckpointError, quote
+from ..file.torch_dtypes import DTYPES
+from .formats import FP8_FORMATS, SMOOTHING
 from .layers import Layer
 
 Get = Callable[[str], torch.Tensor]  # key suffix of one layer -> tensor
@@ -25,6 +26,7 @@ _E8M0_NAN = 0xFF
 _SAMPLE = 1 << 16
 # Scaled FP8 codes fill their range, RMS about 90; plain casts are weights, and those are of the order of one.
 _BARE_RMS = 8.0
+_FP8 = tuple(DTYPES[name] for name in FP8_FORMATS)
 _INPUTS = ("input_scale", "scale_input", "input_global_scale", "input_absmax")
 
 
@@ -93,11 +95,22 @@ def expand(scale: torch.Tensor, layer: Layer) -> torch.Tensor:
 
 def check_cast(where: str, layer: Layer, codes: torch.Tensor) -> None:
     """CheckpointError for FP8 without scale whose numbers are as large as only scaled codes are; its start is read."""
-    sample = codes.reshape(-1)[:_SAMPLE].float()
-    rms = sample.square().mean().sqrt().item() if sample.numel() else 0.0
+    rms = _rms(codes)
     if not rms <= _BARE_RMS:
         found = f"its FP8 weight has no scale, and numbers as large as scaled codes (RMS {rms:.3g})"
         raise _error(where, layer, found, "`weight_scale`")
+
+
+def check_bare(where: str, name: str, tensor: torch.Tensor) -> None:
+    """As ``check_cast``, for what is no layer's weight: biases, tables, statistics. Other dtypes pass."""
+    if tensor.dtype in _FP8 and not (rms := _rms(tensor)) <= _BARE_RMS:
+        found = f"tensor {quote(name)} is FP8 without a scale, and its numbers as large as scaled codes (RMS {rms:.3g})"
+        raise CheckpointError(found, where=where, expected="floating point", remedy=_DAMAGED)
+
+
+def _rms(codes: torch.Tensor) -> float:
+    sample = codes.reshape(-1)[:_SAMPLE].float()
+    return sample.square().mean().sqrt().item() if sample.numel() else 0.0
 
 
 def check_packed(

@@ -25,7 +25,7 @@ from ..identify import dialects
 from ..identify.components import DIFFUSION_MODEL, VIDEO_VAE, find_components
 from ..identify.formats import FP8_SCALES, OLD_FP8
 from ..identify.layers import Layer, refuse
-from ..identify.signatures import find_model
+from ..identify.signatures import config_fault, find_model
 from .calibration import Statistics, find_statistics
 from .card import licence_of, tool_version
 from .lora import Lora, read_loras
@@ -124,8 +124,9 @@ def plan_quantization(
     component = find_components(header).get(DIFFUSION_MODEL)
     if component is None:
         raise CheckpointError("there is no diffusion model in it", where=header.path.name, remedy="choose another file")
-    if model.needs_config and "config" not in header.metadata:
-        found = f"its header has no `config`, without which ComfyUI misbuilds {model.family}"
+    lacks = config_fault(header) if model.needs_config else ""
+    if lacks:
+        found = f"{lacks}, without which ComfyUI misbuilds {model.family}"
         remedy = "name a file of the same model version that has it (config_from)"
         raise CheckpointError(found, where=header.path.name, remedy=remedy)
     _refuse_packed(header, component.names)

@@ -125,13 +125,13 @@ def repair(
     if target is not None:
         sources = [file.path for file in checkpoint.files]
         path = check_targets(header, {"": target}, sources, base, overwrite or dry_run)[""]
-    if not cured:
-        return Repaired(header.path, "nothing", (), remaining, 0, None, evidence)
-    _check_sidecar(path, found)
-    converted = 0 if found.plan.native else len(found.plan.nvfp4)
     with Source(checkpoint) as reader:
         _check_values(found.plan, reader, on_bytes or (lambda done, total: None))
+        if not cured:
+            return Repaired(header.path, "nothing", (), remaining, 0, None, evidence)
         names = _names(found, reader)
+    _check_sidecar(path, found)
+    converted = 0 if found.plan.native else len(found.plan.nvfp4)
     guard.check()
     if dry_run:
         return Repaired(header.path, "planned", cured, remaining, converted, None, evidence)

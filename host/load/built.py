@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +17,14 @@ import torch
 import torch.utils.deterministic
 from comfy.quant_ops import QuantizedTensor
 
-from ...checkpoint.file.header import CheckpointError
+from ...checkpoint.file.header import MARKER, CheckpointError
 from ...kernels.format import packed_shape
 from ...measure.escape import line
 
 logger = logging.getLogger(__name__)
+
+_AGAIN = "the file is damaged, or of another version of the model than its `config` says: download it again"
+_BLOCK = re.compile(r"(.*?\.)\d+\.")  # the first numbered part of a name, and the stack that it is of
 
 
 def check_model(
@@ -34,7 +38,8 @@ def check_model(
 
     ``tensors``: what the host was given, named as the model names it; ``build``: the model once more, before any file,
     its unwritten memory filled with NaN. Two things may be lacking, with a warning: parameters to which the model gives
-    values by itself, and whole components, which some hosts build and do not use: using one is made an error.
+    values by itself, and whole components, which some hosts build and do not use: using one is made an error. Weights
+    that the host has no place for are told, too, and refused where they are a block of its own stacks.
     """
     layers = {layer: module for layer, module in model.named_modules() if isinstance(module, linear)}
     _check_layers(layers, tensors, name)
@@ -44,11 +49,16 @@ def check_model(
     own = _own_values({key: parameters[key] for key in lost}, build) if lost else []
     stopped = _stop_use(model, empty, [key for key in lost if key not in own], tensors, name)
     for key, value in parameters.items():
-        if key in tensors and value.is_floating_point() and not tensors[key].is_floating_point():
-            layer, _, suffix = key.rpartition(".")
-            if layer not in layers or suffix != "weight":
-                raise _refusal(name, layer, f"its `{suffix}` is {tensors[key].dtype}", tuple(value.shape))
-    notes = []
+        layer, _, suffix = key.rpartition(".")
+        if key not in tensors or not value.is_floating_point() or (layer in layers and suffix == "weight"):
+            continue
+        if not tensors[key].is_floating_point():
+            raise _refusal(name, layer, f"its `{suffix}` is {tensors[key].dtype}", tuple(value.shape))
+        user = model.get_submodule(layer)
+        if suffix == "weight" and f"{layer}.{MARKER}" in tensors and getattr(user, "quant_format", None) is None:
+            found = f"its `weight` is quantized, which this ComfyUI does not read in a {type(user).__name__}"
+            raise _refusal(name, layer, found, tuple(value.shape))
+    notes = _no_place(model, tensors, name)
     if stopped:
         notes.append(f"nothing of {', '.join(stopped)}, which this ComfyUI builds: it is an error to use it")
     if own:
@@ -56,6 +66,19 @@ def check_model(
     if notes:
         logger.warning("%s has %s", name, line("; ".join(notes)))
     return "; ".join(notes)
+
+
+def _no_place(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> list[str]:
+    """What to tell of weights that the host leaves out. CheckpointError for a block of a stack whose others it uses."""
+    own = {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
+    left = [key for key in tensors if key.endswith((".weight", ".bias")) and key not in own]
+    used = [found for key in own if (found := _BLOCK.match(key))]
+    blocks, stacks = {block[0] for block in used}, {block[1] for block in used}
+    for block in filter(None, map(_BLOCK.match, left)):
+        if block[1] in stacks and block[0] not in blocks:
+            found = f"it has {block[0][:-1]}, which the model that ComfyUI builds of its `config` would leave out"
+            raise CheckpointError(found, where=name, expected="as many blocks as the model has", remedy=_AGAIN)
+    return [f"{len(left):,} weights that this ComfyUI has no place for, such as {left[0]}"] if left else []
 
 
 def _check_layers(layers: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], name: str) -> None:
@@ -88,7 +111,7 @@ def _stop_use(
             raise _refusal(name, layer, f"it has no `{suffix}`", tuple(shape))
         if key in lost and user.get_parameter(suffix).is_floating_point():
             user.get_parameter(suffix).data.fill_(math.nan)  # for those who read it without calling its module
-        user.register_forward_pre_hook(functools.partial(_stop, name=name, layer=layer))
+        user.register_forward_pre_hook(functools.partial(stop, name=name, layer=layer))
     return sorted({key.partition(".")[0] for key in [*empty, *lost]})
 
 
@@ -115,7 +138,8 @@ def _own_values(parameters: Mapping[str, torch.Tensor], build: Callable[[], torc
     return [key for key, value in parameters.items() if key in again and torch.equal(value.cpu(), again[key].cpu())]
 
 
-def _stop(module: torch.nn.Module, inputs: tuple, *, name: str, layer: str) -> None:
+def stop(module: torch.nn.Module, inputs: tuple, *, name: str, layer: str) -> None:
+    """A hook before a module's forward: the error that this file does not have it."""
     remedy = "the file is incomplete: download it again, or use one with all parts of the model"
     found = "the model needs it, and the file does not have it"
     raise CheckpointError(found, where=f"{name}, layer {layer}", remedy=remedy)
@@ -123,8 +147,7 @@ def _stop(module: torch.nn.Module, inputs: tuple, *, name: str, layer: str) -> N
 
 def _refusal(name: str, layer: str, found: str, shape: tuple[int, ...]) -> CheckpointError:
     where = f"{name}, layer {layer}" if layer else name
-    remedy = "the file is damaged, or of another version of the model than its `config` says: download it again"
-    return CheckpointError(found, where=where, expected=f"floating point of shape {shape}", remedy=remedy)
+    return CheckpointError(found, where=where, expected=f"floating point of shape {shape}", remedy=_AGAIN)
 
 
 def as_named(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -21,10 +21,10 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...checkpoint.file.header import CheckpointError
+from ...checkpoint.file.header import CheckpointError, Header
 from ...checkpoint.file.shards import open_checkpoint
 from ...checkpoint.identify.dialects import AUTO, DIALECTS, DialectPlan
-from ...checkpoint.identify.signatures import Model, find_model, transformer_config
+from ...checkpoint.identify.signatures import Model, config_fault, find_model, transformer_config
 from ...kernels import backends
 from ..compute.attention import BY_COMPUTE, use_attention
 from ..compute.block_graphs import use_graphs
@@ -66,7 +66,7 @@ def load_model(
     backend_name, reason = backends.pick_backend(device, backend)
     checkpoint = open_checkpoint(path)
     header = checkpoint.header
-    model = find_model(header)
+    model = _known_to_host(find_model(header), header)
     plan = plan_file(checkpoint, dialect, model.prefix)
     how = _plan_compute(picked, overrides, plan, model)
     state_dict, metadata = read_tensors(checkpoint)
@@ -134,6 +134,15 @@ def _pick_device(
     raise refusal
 
 
+def _known_to_host(model: Model, header: Header) -> Model:
+    """A model of a family that only the host may know lies under the prefix that the host would strip."""
+    if model.family is None and not model.prefix:
+        prefix = comfy.model_detection.unet_prefix_from_state_dict(header.tensors)
+        if any(name.startswith(prefix) for name in header.tensors):
+            return Model(None, prefix)
+    return model
+
+
 def _plan_compute(picked: tuple[str, str], overrides: dict[str, str], plan: DialectPlan, model: Model) -> Compute:
     """Modes by layer, named as the model will name them."""
     start = len(model.prefix)
@@ -147,23 +156,25 @@ def _plan_compute(picked: tuple[str, str], overrides: dict[str, str], plan: Dial
 
 def _complete_config(metadata: dict, header, model: Model, config_from: str | None) -> str | None:
     """Make sure the metadata has the `config` the model needs -> the name of the file it came from, if another."""
-    if transformer_config(header) is not None:
+    lacks = config_fault(header)
+    if not lacks:
         return None
     if config_from is not None:
         other = open_checkpoint(config_from).header
-        if transformer_config(other) is None:
+        if config_fault(other):
             found = "its header has no `config` with a `transformer` section"
             raise CheckpointError(found, where=other.path.name, expected="the file of a model of the same version")
         metadata["config"] = other.metadata["config"]
         return other.path.name
     if model.needs_config:
         raise CheckpointError(
-            f"its header has no `config`, and {model.family} cannot be built rightly without it: ComfyUI would guess "
+            f"{lacks}, and {model.family} cannot be built rightly without it: ComfyUI would guess "
             "dimensions and leave rotary embeddings and time scales at wrong defaults",
             where=header.path.name,
             expected="the header entry `config` of the original file",
             remedy="set `config_from` to another file of the same model version, or convert the file again",
         )
+    transformer_config(header)  # of any family, the host stops at an entry that is no JSON
     return None
 
 

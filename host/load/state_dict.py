@@ -20,7 +20,7 @@ from ...checkpoint.identify.dialects import AUTO, DialectPlan, detect
 from ...checkpoint.identify.formats import LOW_RANK, OLD_FP8, SMOOTHING
 from ...checkpoint.identify.host_layer import host_layer, input_scale
 from ...checkpoint.identify.layers import Layer, refuse
-from ...checkpoint.identify.values import Get, check_layer, expand, read_scale
+from ...checkpoint.identify.values import Get, check_bare, check_layer, expand, read_scale
 from ...measure.escape import line
 from ..compute.linear import supports
 from ..compute.matmul import wrap
@@ -58,7 +58,8 @@ def rewrite(plan: DialectPlan, state_dict: dict) -> dict:
     """State dict as stored -> in the host's layout with markers, layer by layer and in place.
 
     NVFP4 weights become the host's QuantizedTensor; a converted layer's original is dropped before the next is read.
-    FP8 scaled in blocks, which the host does not have, becomes BF16. Raises CheckpointError for scales that are NaN.
+    FP8 that the host would not decode becomes BF16. Raises CheckpointError for scales that are NaN, and for other
+    tensors that hold FP8 codes without a scale.
     """
     for name, layer in plan.layers.items():
         if f"{name}.{layer.weight}" not in state_dict:
@@ -66,7 +67,7 @@ def rewrite(plan: DialectPlan, state_dict: dict) -> dict:
         get = functools.partial(_tensor_of, state_dict, name)
         check_layer(plan.header.path.name, layer, get)
         new = _converted(plan, layer, get)
-        if layer.marker is not None:
+        if layer.marker is not None and not _restores(layer):
             new[MARKER] = torch.tensor(list(json.dumps(dict(layer.marker)).encode()), dtype=torch.uint8)
         for suffix in (*layer.read, *layer.ignored):
             if suffix not in _KEPT_KEYS or suffix in new:
@@ -74,7 +75,16 @@ def rewrite(plan: DialectPlan, state_dict: dict) -> dict:
         state_dict.update({f"{name}.{suffix}": tensor for suffix, tensor in new.items()})
     for key in [key for key in state_dict if key.rpartition(".")[2] == OLD_FP8]:
         del state_dict[key]
+    weights = {f"{name}.{layer.weight}" for name, layer in plan.layers.items()}
+    for key in [key for key in state_dict if key not in weights]:
+        check_bare(plan.header.path.name, key, state_dict[key])
     return state_dict
+
+
+def _restores(layer: Layer) -> bool:
+    """Whether it becomes BF16: FP8 in blocks, which the host does not have, or of no matrix, whose scale it drops."""
+    scaled = layer.kind.startswith("fp8") and layer.scale is not None
+    return layer.kind == "fp8_blocks" or (scaled and len(layer.shape) not in (2, 3))  # 3: a bank of experts
 
 
 def _converted(plan: DialectPlan, layer: Layer, get: Get) -> dict[str, torch.Tensor]:
@@ -97,7 +107,7 @@ def _converted(plan: DialectPlan, layer: Layer, get: Get) -> dict[str, torch.Ten
         # What the host reads by itself stays under its own names.
         return {suffix: get(suffix) for suffix in layer.read if suffix != MARKER}
     scale = expand(read_scale(plan.header.path.name, layer, get), layer)
-    if layer.kind == "fp8_blocks":
+    if _restores(layer):
         return {"weight": (get("weight").float() * scale).to(torch.bfloat16)}
     new = {"weight": get("weight"), "weight_scale": scale}
     old = next((get(suffix) for suffix in ("input_scale", "scale_input") if suffix in layer.read), None)

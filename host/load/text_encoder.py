@@ -152,10 +152,8 @@ def load_text_encoder(
     if parts.gemma is not None:
         _check_family(clip.cond_stage_model, parts.gemma, name)
     check_shapes(clip.cond_stage_model, operations.Linear, name)
-    left = []
-    if parts.gemma is None:
-        placed = {key for tensors in parts.state_dicts for key in tensors}
-        left = check_taken(clip.cond_stage_model, given | placed, placed, name)
+    placed = {key for tensors in parts.state_dicts for key in tensors}
+    left = check_taken(clip.cond_stage_model, given | placed, placed, name)
     use_branches(clip.patcher)
     decode = "ComfyUI's own"
     if parts.gemma is not None:
@@ -174,7 +172,7 @@ def load_text_encoder(
         device=str(clip.patcher.load_device),
         dynamic_vram=bool(getattr(clip.patcher, "is_dynamic", bool)()),
         decode=decode,
-        warnings=(*restored, *parts.warnings, *left),
+        warnings=(*restored, *parts.warnings, *(left if parts.gemma is None else ())),  # a Gemma has its own
     )
     logger.info("%s", str(report).replace("\n", "; "))
     return clip, report

@@ -7,6 +7,7 @@ restores quantised weights once, and refuses what would decode badly.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
@@ -24,16 +25,19 @@ from ...checkpoint.file.shards import Checkpoint, Source, open_checkpoint
 from ...checkpoint.identify.components import AUDIO_VAE, VIDEO_VAE, Component, find_components
 from ...checkpoint.identify.dialects import AUTO
 from ...checkpoint.identify.vae_signatures import AUDIO, Vae, find_vaes, pick_vae, refusal
+from ...checkpoint.identify.values import check_bare
 from ...checkpoint.write.restore import plan_restoration
 from ...checkpoint.write.split import metadata_of, with_config
 from ...kernels.errors import PackError
 from ...measure.escape import report as text_report
 from ..decode.decoder import finishing
 from ..decode.trial import install_in
+from .built import stop
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("auto", "video", "audio")
+_TRAINED = (".weight", ".bias", "scale_shift_table")
 EXACT, FAST = DECODES = ("exact", "fast")
 PREVIEW_WARNING = (
     "this is a preview decoder, several times softer than the full VAE, and it decodes without tiles. Take the full "
@@ -178,6 +182,7 @@ def _read(checkpoint: Checkpoint, header: Header, component: Component, dialect:
                 formats[made.stored_as] = formats.get(made.stored_as, 0) + 1
             elif name not in restoration.leftover:
                 state_dict[own] = reader.tensor(name)
+                check_bare(header.path.name, name, state_dict[own])
     return state_dict, formats
 
 
@@ -197,14 +202,28 @@ def _build(vae: Vae, state_dict: dict, metadata: dict[str, str], file: str) -> A
     if model is None:
         remedy = "update ComfyUI"
         raise CheckpointError(f"this ComfyUI does not know the {vae.title}", where=file, remedy=remedy)
-    if vae.final_decoder:
-        # Without an initial value of their own, such weights would be whatever the memory held.
-        needed = [name for name, _ in model.named_parameters() if name.startswith("decoder.")]
-        missing = [name for name in needed if name.endswith((".weight", ".bias")) and name not in names]
-        if missing:
-            found = f"{len(missing)} weights of its decoder are missing, `{missing[0]}` for one"
-            raise CheckpointError(found, where=file, remedy="download or convert it again, or check its `config`")
+    if not vae.preview:
+        _check_whole(model, names, file)
     return host_vae
+
+
+def _check_whole(model: Any, names: set[str], file: str) -> None:
+    """Refuse a VAE that lacks weights of its decoder or vocoder; what its encoder lacks is an error once it is used.
+
+    Without initial values of their own, such weights would be whatever the memory held, or drawn at random.
+    """
+    stored = {key: key.replace("autoencoder.", "audio_vae.", 1) for key, _ in model.named_parameters()}
+    for key, name in stored.items():
+        if name in names or not key.endswith(_TRAINED):
+            continue
+        part = next((part for part in key.split(".") if part in ("encoder", "decoder", "vocoder")), None)
+        layer = name.rpartition(".")[0]
+        if part == "encoder":
+            user = model.get_submodule(key.rpartition(".")[0])
+            user.register_forward_pre_hook(functools.partial(stop, name=file, layer=layer))
+        elif part is not None:
+            found = f"weights of its {part} are missing, `{name}` for one"
+            raise CheckpointError(found, where=file, remedy="download or convert it again, or check its `config`")
 
 
 def _construct(vae: Vae, state_dict: dict, metadata: dict[str, str]) -> Any:

@@ -70,6 +70,8 @@ def padded(weight: PackedWeight) -> tuple[int, int]:
 @pytest.mark.parametrize("sidecar", [False, True], ids=["header", "sidecar"])
 @pytest.mark.parametrize("kind", FOUND)
 def test_every_kind_of_file_is_told_by_what_its_writer_declared(kind, sidecar, full, model, tmp_path: Path):
+    if sidecar and kind == "modelopt_swizzled":
+        pytest.skip("ModelOpt tiles scales only in files that say so in their header; test_dialects_refused.py")
     synthetic.write(tmp_path / "file.safetensors", kind, *model, full=full, sidecar=sidecar)
     prefix = DIT if full or kind == "comfy_header_unprefixed" else ""
     plan = detect(read_header(tmp_path / "file.safetensors"), prefix=prefix)
@@ -169,7 +171,7 @@ def test_layers_outside_the_prefix_are_none_of_the_model_s_business():
 
 
 def test_header_entries_of_layers_that_are_not_in_the_file_change_nothing():
-    head = header({ENTRY: json.dumps({"layers": {"gone": {"format": "nvfp4"}}})}, q=comfy_layer())
+    head = header({ENTRY: json.dumps({"layers": dict.fromkeys(("gone", "q"), {"format": "nvfp4"})})}, q=comfy_layer())
     assert detect(head).formats == {"q": {"format": "nvfp4"}}
 
 
@@ -194,7 +196,8 @@ def test_the_dialect_asked_for_decides_how_the_same_bytes_are_read(dialect: str)
 
 
 def test_the_dialect_asked_for_overrides_what_the_header_declares():
-    for metadata, requested in ((MODELOPT, "comfy"), ({ENTRY: '{"layers": {}}'}, "modelopt"), (LIGHTRICKS, "modelopt")):
+    listed = {ENTRY: json.dumps({"layers": {"q": {"format": "nvfp4"}}})}
+    for metadata, requested in ((MODELOPT, "comfy"), (listed, "modelopt"), (LIGHTRICKS, "modelopt")):
         head = header(metadata, q=comfy_layer(32, 32) if metadata is MODELOPT else comfy_layer())
         assert detect(head).dialect != requested
         assert (detect(head, requested).dialect, detect(head, requested).evidence) == (requested, "stated by the user")

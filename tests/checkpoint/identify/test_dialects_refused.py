@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from nvfp4_video.tests.support.header_by_hand import (
     refusal,
     row_major_layer,
 )
+
+LISTED = {ENTRY: json.dumps({"layers": dict.fromkeys(("q", "bad"), {"format": "nvfp4"})})}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_modelopt_with_layer_entries_and_only_aligned_shapes_is_left_to_the_user
 
 def test_a_file_beside_the_checkpoint_never_decides_over_markers_or_header_entries(tmp_path: Path):
     (tmp_path / "hf_quant_config.json").write_text('{"producer": {"name": "modelopt"}}')
-    layers = header({ENTRY: '{"layers": {}}'}, q=comfy_layer()), header(q=marked(comfy_layer(32, 32)))
+    layers = header(LISTED, q=comfy_layer()), header(q=marked(comfy_layer(32, 32)))
     for head in (replace(layer, path=tmp_path / "some.safetensors") for layer in layers):
         assert detect(head).dialect == "comfy"
 
@@ -70,7 +73,7 @@ def test_markers_win_over_a_quantization_config_that_modelopt_left_in_the_header
         (header(ok=comfy_layer(), bad=comfy_layer(32, 32)), "modelopt", "shape of tiled scales; expected row-major"),
         (header(ok=comfy_layer(), bad=row_major_layer()), "modelopt_swizzled", "expected tiled ones"),
         (header(a=marked(comfy_layer()), bad=marked(row_major_layer())), "auto", "expected tiled ones, as comfy has"),
-        (header({ENTRY: '{"layers": {}}'}, bad=row_major_layer()), "auto", "expected tiled ones, as comfy has"),
+        (header(LISTED, bad=row_major_layer()), "auto", "expected tiled ones, as comfy has"),
         (header(a=row_major_layer(), bad=comfy_layer(32, 32)), "modelopt", "expected row-major ones, as modelopt has"),
         (header(bad=comfy_layer()), "compressed_tensors", "it has no `weight_packed`, only weight, weight_scale"),
         (header(bad=comfy_layer()), "lightx2v", "no global scale, only .*; expected `alpha` . `input_global_scale` or"),
@@ -88,6 +91,36 @@ def test_a_file_in_two_dialects_is_refused_at_the_layer_of_the_other():
     first = packed | {"weight_global_scale": entry("F32", 1)}
     assert refusal(header(a=first, bad=marked(row_major_layer()))).startswith("some.safetensors, layer bad: ")
     assert refusal(header(a=marked(comfy_layer()), bad=first)).startswith("some.safetensors, layer bad: ")
+
+
+@pytest.mark.parametrize("more", [{}, LIGHTRICKS, MODELOPT], ids=["nothing", "lightricks", "modelopt"])
+def test_layers_without_a_mark_beside_marked_ones_may_be_of_another_writer(more: dict):
+    """Both are aligned, so no shape tells the ModelOpt layers that somebody merged into a file for ComfyUI."""
+    some = {ENTRY: json.dumps({"layers": {"a": {"format": "nvfp4"}}})}
+    heads = [header(more, a=marked(comfy_layer()), b=comfy_layer())]
+    heads += [header(more | some, a=comfy_layer(), b=comfy_layer())] if more is not MODELOPT else []
+    for head in heads:
+        message = refusal(head)
+        assert "1 of its 2 NVFP4 layers are declared neither by markers nor by the header, b for one" in message
+        assert "set `dialect` (comfy if tools for ComfyUI wrote them all)" in message
+        assert detect(head, "comfy").dialect == "comfy"
+    both = header(more | some, a=comfy_layer(), b=marked(comfy_layer()))
+    assert more is MODELOPT or detect(both).dialect == "comfy"
+
+
+def test_a_header_entry_that_names_no_nvfp4_layer_declares_none():
+    head = header({ENTRY: json.dumps({"layers": {"other": {"format": "nvfp4"}}})}, q=comfy_layer())
+    assert "neither markers nor the header say in which layout" in refusal(head)
+
+
+def test_modelopt_s_file_in_the_folder_does_not_decide_over_lightricks_own_header(tmp_path: Path):
+    (tmp_path / "hf_quant_config.json").write_text('{"producer": {"name": "modelopt"}}')
+    head = replace(header(LIGHTRICKS, q=comfy_layer(32, 32)), path=tmp_path / "some.safetensors")
+    message = refusal(head)
+    assert "hf_quant_config.json beside the file says ModelOpt" in message
+    assert "set `dialect` (comfy if that file came with another model" in message
+    rows = replace(header(LIGHTRICKS, q=row_major_layer()), path=tmp_path / "some.safetensors")
+    assert detect(rows).dialect == "modelopt"
 
 
 DAMAGE = {

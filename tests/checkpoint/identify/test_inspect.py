@@ -16,6 +16,7 @@ from nvfp4_video.checkpoint.identify.report import inspect_checkpoint
 from nvfp4_video.kernels.format import block_scale_shape, packed_shape
 from nvfp4_video.samples import synthetic
 from nvfp4_video.samples.recorded import recorded
+from nvfp4_video.tests.support.files import load as load_file
 from nvfp4_video.tests.support.files import save as save_tensors
 
 
@@ -120,6 +121,27 @@ def test_an_open_dialect_is_reported_with_the_widget_that_decides(tmp_path, mode
     assert any("declared dialect" in text for text in found.missing)
     assert "dialect: open" in str(found)
     assert inspect_checkpoint(path, dialect="comfy").dialect == "comfy"
+
+
+@pytest.mark.parametrize("config", ['{"vae": {}}', '{"transformer": {}}', "{"])
+def test_a_config_that_does_not_describe_the_model_is_missing(tmp_path, model, config):
+    path = tmp_path / "odd.safetensors"
+    synthetic.write(path, "comfy_markers", *model)
+    save_tensors(path, load_file(path), {"config": config})
+    found = inspect_checkpoint(path)
+    assert any("without which ComfyUI misbuilds it: the header's `config`" in text for text in found.missing)
+    assert "guesses the model's settings" in found.stock["diffusion_model"]
+
+
+@pytest.mark.parametrize("prefix", ["net.", "my.own."])
+def test_a_full_checkpoint_under_a_prefix_of_others_is_taken_apart(tmp_path, model, prefix):
+    path = tmp_path / "full.safetensors"
+    synthetic.write(path, "comfy_markers", *model, full=True)
+    names = {name.replace(synthetic.DIT_PREFIX, prefix): tensor for name, tensor in load_file(path).items()}
+    parts = {part.name: part for part in inspect_checkpoint(path).parts}
+    found = {part.name: part for part in inspect_checkpoint(save_tensors(path, names, {"config": "{}"})).parts}
+    assert found.keys() == parts.keys() and found["diffusion_model"].prefix == prefix
+    assert all(found[name].tensors == parts[name].tensors for name in parts)
 
 
 def save(path: Path, shapes: dict[str, tuple], metadata: dict | None = None, dtypes: dict | None = None) -> Path:

@@ -228,7 +228,8 @@ def test_header_names_reach_their_layer_whichever_of_the_two_lacks_a_prefix(stor
 
 
 def test_an_entry_for_a_layer_that_is_not_there_is_reported():
-    assert detect(header({ENTRY: '{"layers": {"gone": {"format": "nvfp4"}}}'}, q=comfy_layer())).absent == ("gone",)
+    about = {ENTRY: '{"layers": {"gone": {"format": "nvfp4"}, "q": {"format": "nvfp4"}}}'}
+    assert detect(header(about, q=comfy_layer())).absent == ("gone",)
 
 
 def test_low_rank_tensors_of_some_layers_only_are_refused():

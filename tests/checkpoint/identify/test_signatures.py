@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from nvfp4_video.checkpoint.file.header import CheckpointError, Header, TensorInfo, read_header
-from nvfp4_video.checkpoint.identify.signatures import Model, find_model, transformer_config
+from nvfp4_video.checkpoint.identify.signatures import Model, config_fault, find_model, transformer_config
 from nvfp4_video.samples import synthetic
 from nvfp4_video.samples.recorded import recorded
 
@@ -52,6 +52,13 @@ def test_the_released_ltx_2_3_is_found_under_any_prefix_of_the_host(prefix: str,
     assert find_model(header(prefix + name for name in released)) == Model("LTX-2.3", prefix)
 
 
+@pytest.mark.parametrize("prefix", ["net.", "model.", "model.model.", "transformer.", "my.own."])
+def test_a_known_family_is_found_under_prefixes_of_others_too(prefix: str, released):
+    beside = ["vae.decoder.conv_in.weight", "vocoder.conv_pre.weight"]
+    for others in ([], beside):
+        assert find_model(header([*others, *(prefix + name for name in released)])) == Model("LTX-2.3", prefix)
+
+
 def test_a_full_checkpoint_is_its_model_and_neither_its_vae_nor_its_text_encoder(released):
     vaes = recorded("ltx_vae_keys")
     others = [f"vae.{name}" for name in vaes["video_vae"]] + list(vaes["audio_vae"])
@@ -86,6 +93,15 @@ def test_a_model_nobody_listed_is_left_to_the_host():
     assert find_model(header(["novel_blocks.0.mixer.weight"])) == Model(None, "")
 
 
+def test_a_config_without_the_transformer_describes_no_model():
+    assert config_fault(header([], '{"transformer": {"num_layers": 48}}')) == ""
+    assert config_fault(header([])) == "the header has no `config`"
+    for config in ('{"vae": {}}', '{"transformer": {}}', '{"transformer": "LTX"}'):
+        assert "no section transformer" in config_fault(header([], config))
+    for config in ("{", "null", '"{}"'):
+        assert config_fault(header([], config)) == "the header's `config` is no JSON object"
+
+
 def test_only_the_audio_video_families_cannot_do_without_their_config(released):
     assert Model("LTX-2.3", "").needs_config and Model("LTX-2", DIT).needs_config
     assert not any(Model(family, "").needs_config for family in (None, *OTHER_FAMILIES))
@@ -100,6 +116,16 @@ def refusal(head: Header) -> str:
     message = str(raised.value)
     assert "expected a diffusion model" in message and "\n" not in message
     return message
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["lora_A.default.weight", "lora_up.weight", "lora.down.weight", "lokr_w2", "hada_w1_a", "oft_blocks", "diff"],
+)
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer."])
+def test_changes_of_every_kind_are_sent_to_the_lora_loader(prefix: str, ending: str, released):
+    layers = [name.removesuffix(".weight") for name in released if name.endswith(".weight")]
+    assert "this is a LoRA" in refusal(header(f"{prefix}{layer}.{ending}" for layer in layers))
 
 
 def test_a_lora_is_sent_to_the_lora_loader(tmp_path: Path):

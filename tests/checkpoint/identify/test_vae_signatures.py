@@ -151,6 +151,7 @@ def test_a_full_checkpoint_holds_both_vaes_under_their_prefixes():
 
 
 def test_a_prefix_left_on_is_found_and_named():
+    assert codes(only(header(vae_shapes("audio_vae"), prefix="x."))) == {"prefix"}
     vae = only(header(vae_shapes("video_vae"), prefix="vae."))
     assert (vae.prefix, codes(vae), vae.final_decoder) == ("vae.", {"prefix"}, True)
 

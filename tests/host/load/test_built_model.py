@@ -122,3 +122,21 @@ def test_names_that_the_host_changes_are_compared_as_it_changes_them():
     model.model_config = SimpleNamespace(process_unet_state_dict=rename)
     (found,) = as_named(model, {"a.weight": torch.zeros(2, 3)}).items()
     assert (found[0], found[1].shape, found[1].device.type) == ("new.a.weight", (2, 3), "meta")
+
+
+def test_a_block_that_the_model_would_leave_out_is_refused_and_other_weights_are_told(caplog):
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+    given = model.state_dict() | {"blocks.1.more.weight": torch.zeros(2), "extra.0.weight": torch.zeros(2)}
+    assert check(model, given) == "2 weights that this ComfyUI has no place for, such as blocks.1.more.weight"
+    assert "some.safetensors has 2 weights that" in caplog.text
+    with pytest.raises(CheckpointError, match="some.safetensors: it has blocks.2, which the model .* would leave out"):
+        check(model, given | {"blocks.2.weight": torch.zeros(4, 4)})
+
+
+def test_a_quantised_weight_of_a_module_that_drops_scales_is_refused():
+    model = built()
+    given = model.state_dict() | {"a.norm.comfy_quant": torch.zeros(2, dtype=torch.uint8)}
+    given["a.norm.weight"] = given["a.norm.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match="layer a.norm: its `weight` is quantized, .* in a LayerNorm"):
+        check(model, given)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nvfp4_video.checkpoint.file.header import CheckpointError
-from nvfp4_video.host.load.model import load_model
+from nvfp4_video.checkpoint.file.header import CheckpointError, read_header
+from nvfp4_video.checkpoint.identify.signatures import Model
+from nvfp4_video.host.load.model import _known_to_host, load_model
 from nvfp4_video.tests.support import containers
 from nvfp4_video.tests.support.files import save
+from safetensors import safe_open
 
 
 def outputs(path) -> list[torch.Tensor]:
@@ -28,6 +30,21 @@ def test_such_a_checkpoint_loads_as_its_whole_file(tmp_path, make):
     (tmp_path / "other").mkdir()
     for found, wanted in zip(outputs(make(whole, tmp_path / "other")), outputs(whole), strict=True):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.", "transformer.", "my.own."])
+def test_a_model_loads_whatever_its_names_begin_with(tmp_path, prefix):
+    whole = containers.whole(tmp_path / "whole.safetensors")
+    with safe_open(whole, "pt") as file:
+        metadata, tensors = file.metadata(), {prefix + name: file.get_tensor(name) for name in file.keys()}
+    for found, wanted in zip(outputs(save(tmp_path / "m.safetensors", tensors, metadata)), outputs(whole), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_family_that_only_the_host_may_know_loses_the_prefix_that_the_host_strips(tmp_path):
+    tensors = {f"net.novel_blocks.{number}.mixer.weight": torch.ones(4, 4) for number in range(6)}
+    found = _known_to_host(Model(None, ""), read_header(save(tmp_path / "m.safetensors", tensors)))
+    assert found == Model(None, "net.")
 
 
 def test_a_shard_whose_sibling_is_missing_is_refused_by_the_name_of_what_is_missing(tmp_path):

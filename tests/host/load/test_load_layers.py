@@ -216,3 +216,26 @@ def test_a_tensor_beside_the_model_of_a_dtype_that_torch_lacks_is_refused_by_nam
 def test_a_tensor_that_does_not_fit_into_the_host_s_model_is_one_clear_error(name: str, edit):  # noqa: F811
     path = edit("comfy_markers", put(name, torch.zeros(7, dtype=torch.bfloat16)))
     assert_refused(path, rf"edited\.safetensors.*{name.rpartition('.')[2]}.*")
+
+
+def test_an_fp8_norm_with_a_scale_becomes_bf16_since_the_host_would_drop_the_scale(edit):  # noqa: F811
+    name = "transformer_blocks.2.attn1.q_norm.weight"
+    meant = {}
+
+    def change(tensors, metadata):
+        codes, meant[name] = coded(tensors[name] * 1.3, torch.tensor(1.3 / 448))
+        scale = {"weight_scale": torch.tensor(1.3 / 448), "comfy_quant": bytes_of('{"format": "float8_e4m3fn"}')}
+        replaced(tensors, name.removesuffix(".weight"), {"weight": codes} | scale)
+
+    found = load_model(edit("comfy_markers", change))[0].model.diffusion_model.get_parameter(name)
+    assert torch.equal(found, meant[name].bfloat16())
+
+
+def test_a_table_of_fp8_codes_never_loads_without_a_scale(edit):  # noqa: F811
+    def change(tensors, metadata):
+        scale = tensors["scale_shift_table"].abs().amax().float() / 448
+        tensors["scale_shift_table"] = coded(tensors["scale_shift_table"], scale)[0]
+        tensors["scale_shift_table_scale"] = scale
+
+    path = edit("comfy_markers", change)
+    assert_refused(path, r"edited\.safetensors: tensor 'scale_shift_table' is FP8 without a scale.*RMS.*")

@@ -106,7 +106,7 @@ def test_of_a_full_checkpoint_only_the_model_is_loaded(kind: str, model, tmp_pat
     assert report.layers == {"nvfp4": len(model[2]), "BF16": 260 - len(model[2])}
 
 
-@pytest.mark.parametrize("kind", ["modelopt", "modelopt_swizzled", "compressed_tensors"])
+@pytest.mark.parametrize("kind", ["modelopt", "compressed_tensors"])
 def test_a_dialect_that_only_a_file_beside_it_declares_is_found(kind: str, model, tmp_path: Path):
     path = tmp_path / "model.safetensors"
     synthetic.write(path, kind, *model, sidecar=True)

@@ -263,6 +263,19 @@ def test_a_host_that_builds_another_gemma_is_told_to_update(put, monkeypatch):
     assert "does not know Gemma 4 12B as a text encoder of LTX; update ComfyUI" in refusal(path)
 
 
+def test_a_gemma_that_lacks_a_norm_of_the_host_s_model_is_refused(put, state, projection, monkeypatch):
+    path = put("text_encoders", "gemma.safetensors", state)
+    build = comfy.sd.load_text_encoder_state_dicts
+
+    def whole(state_dicts, **options):
+        clip = build(state_dicts, **options)
+        layer_of(clip, "model.layers.7").further_norm = torch.nn.LayerNorm(4)
+        return clip
+
+    monkeypatch.setattr(comfy.sd, "load_text_encoder_state_dicts", whole)
+    assert "it has nothing for 2 parameters of the model that ComfyUI builds, such as" in refusal(path, projection)
+
+
 def test_a_header_tells_the_gemma_and_its_projection(put, state):
     vision = {"vision_model.embeddings.patch_embedding.weight": random(2, 2)}
     header = read_header(put("text_encoders", "gemma.safetensors", state | dual() | vision))

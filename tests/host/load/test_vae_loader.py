@@ -16,7 +16,7 @@ import pytest
 import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.host.files import SAME_FILE
-from nvfp4_video.host.load.vae import ResidentVAE, load_vae
+from nvfp4_video.host.load.vae import ResidentVAE, _check_whole, load_vae
 from nvfp4_video.kernels import reference
 from nvfp4_video.kernels.errors import PackError
 from nvfp4_video.nodes.vae import NVFP4VAELoader
@@ -236,7 +236,7 @@ def test_a_decoder_with_missing_weights_is_refused_because_the_host_would_leave_
     lost = "decoder.up_blocks.9.conv.weight"
     config = json.dumps({"vae": {"expected": [lost, "encoder.unused.weight", "decoder.scale"]}})
     put("vae", "cut.safetensors", video, {"config": config})
-    with pytest.raises(CheckpointError, match=f"^cut.safetensors: 1 weights of its decoder are missing, `{lost}`"):
+    with pytest.raises(CheckpointError, match=f"^cut.safetensors: weights of its decoder are missing, `{lost}`"):
         run("cut.safetensors")
 
 
@@ -260,6 +260,28 @@ def test_a_vae_on_the_cpu_beside_a_gpu_is_reported(put, video, monkeypatch, capl
         _, report = load_vae(path)
     assert report.warnings == ("decoding runs on the CPU, which is slow: start ComfyUI without --cpu-vae.",)
     assert "--cpu-vae" in caplog.text
+
+
+def test_an_audio_vae_with_missing_weights_is_refused_and_a_missing_encoder_is_an_error_once_it_is_used():
+    linear = lambda: torch.nn.Linear(2, 2)  # noqa: E731
+    parts = torch.nn.ModuleDict({"encoder": linear(), "decoder": linear()})
+    model = torch.nn.ModuleDict({"autoencoder": parts, "vocoder": linear()})
+    names = {name.replace("autoencoder.", "audio_vae.") for name in model.state_dict()}
+    for lost in ("audio_vae.decoder.bias", "vocoder.weight"):
+        part = lost.split(".")[-2]
+        with pytest.raises(CheckpointError, match=f"^a.safetensors: weights of its {part} are missing, `{lost}`"):
+            _check_whole(model, names - {lost}, "a.safetensors")
+    _check_whole(model, names - {"audio_vae.encoder.weight"}, "a.safetensors")
+    parts["decoder"](torch.zeros(1, 2))
+    with pytest.raises(CheckpointError, match="a.safetensors, layer audio_vae.encoder: the model needs it"):
+        parts["encoder"](torch.zeros(1, 2))
+
+
+def test_statistics_of_fp8_codes_are_refused(put, video):
+    name = "per_channel_statistics.std-of-means"
+    path = put("vae", "codes.safetensors", video | {name: torch.full((16,), 448.0).to(torch.float8_e4m3fn)})
+    with pytest.raises(CheckpointError, match=f"tensor '{name}' is FP8 without a scale"):
+        load_vae(path)
 
 
 def test_hosts_before_the_audio_vae_became_a_vae_get_their_own_object(put, audio, monkeypatch):
