@@ -187,6 +187,10 @@ def _layer_faults(
         text = f"the scales of {len(flat):,} layers, one a row, are vectors, that of {flat[0]} for one"
         stock = "multiplies columns by them: an error, or noise where a layer has as many columns as rows"
         faults.append(Fault("rows", text, stock))
+    lost = [name for name, layer in plan.layers.items() if layer.loses_scale]
+    if lost:
+        text = f"{len(lost):,} weights that are no matrices are FP8 with a scale, {lost[0]} for one"
+        faults.append(Fault("format", text, "drops the scale, without an error", curable=False))
     for kind in dict.fromkeys(layer.kind for layer in plan.layers.values()):
         own = [layer for layer in plan.layers.values() if layer.kind == kind]
         form, text = FORMATS[kind], f"{len(own):,} layers are {FORMATS[kind].title}"

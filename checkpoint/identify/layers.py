@@ -104,6 +104,11 @@ class Layer:
         return self.kind in ("fp8_rows", "int8") and header.tensors[f"{self.name}.{self.scale}"].numel > 1
 
     @property
+    def loses_scale(self) -> bool:
+        """Whether it is FP8 with a scale that ComfyUI drops: it decodes matrices, and banks of them."""
+        return self.kind.startswith("fp8") and self.scale is not None and len(self.shape) not in (2, 3)
+
+    @property
     def undeclared(self) -> bool:
         """Whether it is of a kind that only a declaration explains, and has none."""
         return self.marker is None and FORMATS[self.kind].host is not None

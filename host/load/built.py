@@ -33,13 +33,15 @@ def check_model(
     tensors: Mapping[str, torch.Tensor],
     name: str,
     build: Callable[[], torch.nn.Module],
+    whole: bool = False,
 ) -> str:
     """Refuse a model built with something the file lacks or has otherwise -> what it may lack, a text for the report.
 
     ``tensors``: what the host was given, named as the model names it; ``build``: the model once more, before any file,
     its unwritten memory filled with NaN. Two things may be lacking, with a warning: parameters to which the model gives
     values by itself, and whole components, which some hosts build and do not use: using one is made an error. Weights
-    that the host has no place for are told, too, and refused where they are a block of its own stacks.
+    that the host has no place for are told, too, and refused where they are a block of its own stacks, or, ``whole``,
+    anything in one.
     """
     layers = {layer: module for layer, module in model.named_modules() if isinstance(module, linear)}
     _check_layers(layers, tensors, name)
@@ -58,7 +60,7 @@ def check_model(
         if suffix == "weight" and f"{layer}.{MARKER}" in tensors and getattr(user, "quant_format", None) is None:
             found = f"its `weight` is quantized, which this ComfyUI does not read in a {type(user).__name__}"
             raise _refusal(name, layer, found, tuple(value.shape))
-    notes = _no_place(model, tensors, name)
+    notes = _no_place(model, tensors, name, whole)
     if stopped:
         notes.append(f"nothing of {', '.join(stopped)}, which this ComfyUI builds: it is an error to use it")
     if own:
@@ -68,16 +70,21 @@ def check_model(
     return "; ".join(notes)
 
 
-def _no_place(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> list[str]:
-    """What to tell of weights that the host leaves out. CheckpointError for a block of a stack whose others it uses."""
+def _no_place(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], name: str, whole: bool) -> list[str]:
+    """What to tell of weights that the host leaves out. CheckpointError for a block of a stack whose others it uses.
+
+    ``whole``: also for a part of such a block.
+    """
     own = {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
     left = [key for key in tensors if key.endswith((".weight", ".bias")) and key not in own]
     used = [found for key in own if (found := _BLOCK.match(key))]
     blocks, stacks = {block[0] for block in used}, {block[1] for block in used}
-    for block in filter(None, map(_BLOCK.match, left)):
-        if block[1] in stacks and block[0] not in blocks:
-            found = f"it has {block[0][:-1]}, which the model that ComfyUI builds of its `config` would leave out"
-            raise CheckpointError(found, where=name, expected="as many blocks as the model has", remedy=_AGAIN)
+    for key in left:
+        block = _BLOCK.match(key)
+        if block and block[1] in stacks and (whole or block[0] not in blocks):
+            found = f"it has `{key}`, which the model that ComfyUI builds of its `config` would leave out"
+            remedy = f"{_AGAIN}, or update ComfyUI"
+            raise CheckpointError(found, where=name, expected="a model with all of its blocks", remedy=remedy)
     return [f"{len(left):,} weights that this ComfyUI has no place for, such as {left[0]}"] if left else []
 
 

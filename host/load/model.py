@@ -82,7 +82,8 @@ def load_model(
         patcher = use_branches(_load(state_dict, options, metadata, disable_dynamic, header.path.name))
     dit = patcher.model.diffusion_model
     again = functools.partial(build_again, patcher.model)
-    lacks = check_model(dit, operations.Linear, as_named(patcher.model, given), header.path.name, again)
+    named = as_named(patcher.model, given)
+    lacks = check_model(dit, operations.Linear, named, header.path.name, again, whole=model.needs_config)
     fusions = fuse(dit, operations.Linear)
 
     def compute_on(other: torch.device) -> Compute:

@@ -82,9 +82,8 @@ def rewrite(plan: DialectPlan, state_dict: dict) -> dict:
 
 
 def _restores(layer: Layer) -> bool:
-    """Whether it becomes BF16: FP8 in blocks, which the host does not have, or of no matrix, whose scale it drops."""
-    scaled = layer.kind.startswith("fp8") and layer.scale is not None
-    return layer.kind == "fp8_blocks" or (scaled and len(layer.shape) not in (2, 3))  # 3: a bank of experts
+    """Whether it becomes BF16, since the host would not decode it."""
+    return layer.kind == "fp8_blocks" or layer.loses_scale
 
 
 def _converted(plan: DialectPlan, layer: Layer, get: Get) -> dict[str, torch.Tensor]:

@@ -128,3 +128,9 @@ def test_an_index_of_files_that_cannot_exist_is_refused(tmp_path, name):
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="of its 1 files 1 are missing"):
         open_checkpoint(index)
+
+
+def test_shards_of_a_variant_are_parts_of_one_checkpoint(tmp_path):
+    for number in (1, 2):
+        save(tmp_path / f"m-0000{number}-of-00002.fp16.safetensors", {f"t{number}": torch.zeros(1)})
+    assert open_checkpoint(tmp_path / "m-00002-of-00002.fp16.safetensors").homes.keys() == {"t1", "t2"}

@@ -232,6 +232,12 @@ def test_an_entry_for_a_layer_that_is_not_there_is_reported():
     assert detect(header(about, q=comfy_layer())).absent == ("gone",)
 
 
+def test_an_fp8_weight_that_is_no_matrix_loses_its_scale_in_comfyui():
+    for shape, loses in (((8,), True), ((8, 4), False), ((2, 8, 4), False), ((8, 4, 3, 3), True)):
+        members = {"weight": entry("F8_E4M3", *shape), "weight_scale": entry("F32")}
+        assert detect(header(q=members)).layers["q"].loses_scale is loses
+
+
 def test_low_rank_tensors_of_some_layers_only_are_refused():
     low = {"svdquant_lora_a": entry("BF16", 4, 64), "svdquant_lora_b": entry("BF16", 128, 4)}
     assert detect(header(q=comfy_layer() | low), "modelopt").layers["q"].low_rank

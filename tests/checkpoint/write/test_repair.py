@@ -263,3 +263,11 @@ def test_target_and_in_place_exclude_each_other(tmp_path, model):
             repair(source, **options)
     with pytest.raises(CheckpointError, match="outside the output folder"):
         repair(source, "../o.safetensors", base=tmp_path)
+
+
+def test_a_file_with_nothing_to_cure_is_not_called_sound_with_a_damaged_scale(tmp_path, model):
+    path = write(tmp_path / "m.safetensors", "comfy_markers", model)
+    tensors, name = load(path), f"{next(iter(model[2]))}.weight_scale_2"
+    save(path, tensors | {name: 1 / tensors[name]}, read_header(path).metadata)
+    with pytest.raises(CheckpointError, match="its global scale is .*; perhaps it is stored as its reciprocal"):
+        repair(path, tmp_path / "new.safetensors")

@@ -130,8 +130,12 @@ def test_a_block_that_the_model_would_leave_out_is_refused_and_other_weights_are
     given = model.state_dict() | {"blocks.1.more.weight": torch.zeros(2), "extra.0.weight": torch.zeros(2)}
     assert check(model, given) == "2 weights that this ComfyUI has no place for, such as blocks.1.more.weight"
     assert "some.safetensors has 2 weights that" in caplog.text
-    with pytest.raises(CheckpointError, match="some.safetensors: it has blocks.2, which the model .* would leave out"):
+    with pytest.raises(CheckpointError, match="some.safetensors: it has `blocks.2.weight`, which .* leave out"):
         check(model, given | {"blocks.2.weight": torch.zeros(4, 4)})
+    with pytest.raises(CheckpointError, match="it has `blocks.1.more.weight`, which the model .* update ComfyUI"):
+        check_model(model, torch.nn.Linear, given, "some.safetensors", lambda: model, whole=True)
+    del given["blocks.1.more.weight"]
+    assert check_model(model, torch.nn.Linear, given, "some.safetensors", lambda: model, whole=True)
 
 
 def test_a_quantised_weight_of_a_module_that_drops_scales_is_refused():

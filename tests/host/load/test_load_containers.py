@@ -59,3 +59,10 @@ def test_a_model_with_the_names_of_diffusers_is_refused_by_that_word(tmp_path):
     path = save(tmp_path / "m.safetensors", {f"{layer}.weight": torch.ones(4, 4) for layer in layers})
     with pytest.raises(CheckpointError, match=r"diffusers names \(FLUX\).*Load Diffusion Model"):
         load_model(str(path))
+
+
+def test_a_safetensors_file_of_another_ending_is_not_unpickled(tmp_path):
+    whole = containers.whole(tmp_path / "whole.safetensors")
+    (tmp_path / "model.ckpt").write_bytes(whole.read_bytes())
+    for found, wanted in zip(outputs(tmp_path / "model.ckpt"), outputs(whole), strict=True):
+        assert torch.equal(found, wanted)
