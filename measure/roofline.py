@@ -19,7 +19,7 @@ the sum of these, or what the CPU needs to launch it, whichever is more.
   tokens), between which and 0.35 (arXiv:2407.08608, FlashAttention-2 on an H100) there is little; elsewhere 0.70, from
   arXiv:2307.08691 (A100), which was not measured here. FASTEST_ATTENTION_SHARE_HOPPER: this pack in ``fp8`` and ``fp4``
   takes the fastest of torch's kernels, on 9.0 cuDNN's: 272.5 ms a step of 14,080 tokens (step_kernels.txt).
-* STEP_ERROR: the largest error over the rows of step.json and, in ``fp8``, of step_fp8.json, whose steps a test predicts
+* STEP_ERROR: the largest error over the rows of step.json and, in ``fp8``, of step_fp8.json; a test predicts them
   again.
 * LAUNCH_SECONDS, OTHER_SECONDS_PER_BLOCK: CPU time of a Xeon with 16 cores for a Linear of stock ComfyUI (step.json,
   `launch_us`) and for the rest of a block (fitted to its 6,144 tokens). This pack replays blocks as CUDA graphs where
