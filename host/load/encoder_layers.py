@@ -26,7 +26,7 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens\w*|shared|token_embedding|position
 # Parts without which the text is encoded all the same.
 _APART = re.compile(
     r"(^|\.)(visual|vision\w*|multi_modal_projector|embed_vision|audio\w*|embed_audio|lm_head|logit_scale"
-    r"|text_projection)(\.|$)"
+    r"|text_projection|text_embedding_projection|\w+_embeddings_connector)(\.|$)"
 )
 _NEEDED = re.compile(r"\.\d+\.|embed|norm|(^|\.)shared\.")
 _DEFAULTED = ("logit_scale", "text_projection.weight")

@@ -75,8 +75,8 @@ def rewrite(plan: DialectPlan, state_dict: dict) -> dict:
         state_dict.update({f"{name}.{suffix}": tensor for suffix, tensor in new.items()})
     for key in [key for key in state_dict if key.rpartition(".")[2] == OLD_FP8]:
         del state_dict[key]
-    weights = {f"{name}.{layer.weight}" for name, layer in plan.layers.items()}
-    for key in [key for key in state_dict if key not in weights]:
+    read = {f"{name}.{suffix}" for name, layer in plan.layers.items() for suffix in layer.read}
+    for key in [key for key in state_dict if key not in read]:
         check_bare(plan.header.path.name, key, state_dict[key])
     return state_dict
 
