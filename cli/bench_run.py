@@ -40,6 +40,8 @@ TURNS_NOTE = (
 def run_bench(args: argparse.Namespace, comfyui: Path, console: Console) -> tuple[dict[str, Any], bool]:
     """Checked arguments -> (the result, whether no row failed); writes the files of the result."""
     begun, settings = time.monotonic(), _settings(args)
+    if args.scratch and not args.scratch.is_dir():
+        raise CommandError(f"--scratch {args.scratch} is not a folder that is there; make it, or name another")
     out = _folder(args.out)
     with ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _stop))

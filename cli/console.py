@@ -71,11 +71,15 @@ def check_folder(out: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all, replacing an old one. OSError; CommandError without its folder."""
+    """Write a small file whole or not at all, replacing an old one. CommandError if that cannot be done."""
     from ..checkpoint.file.place import write_small  # and with it torch, which --help does without
 
     check_folder(path)
-    write_small(path, data, overwrite=True)
+    try:
+        write_small(path, data, overwrite=True)
+    except OSError as error:
+        found = f"{path} cannot be written ({error.strerror})"
+        raise CommandError(f"{found}; check free space and rights, or name another file") from error
 
 
 def put(stream: TextIO, text: str) -> None:

@@ -48,8 +48,9 @@ def split(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the new files go; made if need be")
     parser.add_argument(
-        "--only", nargs="+", choices=list(COMPONENTS), metavar="COMPONENT", help=f"some of {', '.join(COMPONENTS)}"
-    )
+        "--only", action="extend", nargs="+", choices=list(COMPONENTS), metavar="COMPONENT",
+        help=f"some of {', '.join(COMPONENTS)}",
+    )  # fmt: skip
     parser.add_argument("--name", help="beginning of the new names, by default that of the checkpoint")
     parser.add_argument("--dtype", choices=(KEEP, BF16), default=KEEP, help="bf16 converts plain floats of other types")
     parser.add_argument("--vae-prefix", metavar="PREFIX", help="which VAE, where the checkpoint has several")

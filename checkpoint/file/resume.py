@@ -197,7 +197,8 @@ class PartFile:
         try:
             yield
         except OSError as error:
-            remedy = f"what is finished stays in {self.path.name}: free space or mend the cause, and run it again"
+            kept = f"what is finished stays in {self.path.name}: " if _exists(self.path) else ""
+            remedy = f"{kept}free space or mend the cause, and run it again"
             raise CheckpointError(f"it cannot be written ({error})", where=self.target.name, remedy=remedy) from error
 
     @contextlib.contextmanager

@@ -32,6 +32,7 @@ _TAILS = tuple(dict.fromkeys(name for wanted in _FAMILIES.values() for name in w
 _NEEDS_CONFIG = ("LTX-2.3", "LTX-2")
 _VAE_STARTS = {"decoder", "encoder", "per_channel_statistics", "quant_conv", "post_quant_conv"}
 _LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".lora_A", ".lokr_w1")
+_CALIBRATION_ENDINGS = (".mean_square", ".gram", ".held_out")  # as checkpoint/write/calibration.py writes them
 _LORA = ("this is a LoRA", "put it into models/loras and use LoraLoaderModelOnly after the model loader")
 _TEXT_ENCODER_STARTS = ("model.layers.", "model.language_model.", "language_model.", "text_model.", "encoder.block.")
 
@@ -126,6 +127,8 @@ def _mistaken_for_a_model(names: Collection[str]) -> tuple[str, str] | None:
         return "the file holds no tensors", "download it again"
     if any(name.endswith(_LORA_ENDINGS) for name in names):
         return _LORA
+    if all(name.endswith(_CALIBRATION_ENDINGS) for name in names):
+        return "this is a calibration file", "name it as the `calibration` of NVFP4 Quantize; choose the model itself"
     starts = {name.split(".")[0] for name in names}
     if starts & {"vocoder", "audio_vae"}:
         return "this is an audio VAE", "put it into models/vae and use the loader for audio VAEs"
@@ -149,7 +152,14 @@ def transformer_config(header: Header) -> dict | None:
 
 
 def context_width(config: Mapping) -> int:
-    """Transformer config -> width of a text context: LTX-2.3 joins the two contexts, LTX-2.0 projects in the model."""
-    if config.get("caption_proj_before_connector"):
-        return config["cross_attention_dim"] + config["audio_cross_attention_dim"]
-    return 2 * config["caption_channels"]
+    """Transformer config -> width of a text context: LTX-2.3 joins the two contexts, LTX-2.0 projects in the model.
+
+    CheckpointError for a config that does not say.
+    """
+    joined = config.get("caption_proj_before_connector")
+    names = ("cross_attention_dim", "audio_cross_attention_dim") if joined else ("caption_channels",)
+    widths = [config.get(name) for name in names]
+    if not all(isinstance(width, int) for width in widths):
+        found, expected = f"its `config` gives the transformer no {' and '.join(names)}", "whole numbers"
+        raise CheckpointError(found, expected=expected, remedy="take the `config` of the released checkpoint")
+    return sum(widths) if joined else 2 * widths[0]

@@ -286,7 +286,9 @@ def _record(
     header = checkpoint.header
     components = find_components(header)
     contents = ["diffusion model"] if settings.only_model else [part.title for part in components.values()]
-    given = {key: value for key, value in asdict(settings.options).items() if value not in (None, False, ())}
+    # Identity with False, since 0, which equals it, is a number of blocks that was asked for.
+    options = asdict(settings.options).items()
+    given = {key: value for key, value in options if not (value is None or value is False or value == ())}
     return {
         "tool": tool_version(),
         "family": family,

@@ -28,7 +28,7 @@ from ..file.shards import Source
 from ..identify import dialects
 from ..identify.values import check_layer
 from .budget import spend
-from .card import PROVENANCE, provenance, write_card
+from .card import PROVENANCE, provenance, provenance_of, write_card
 from .lora import Deltas, hash_of, merged
 from .pack import Packer
 from .plan import QuantizePlan, QuantizeSettings, plan_quantization
@@ -83,10 +83,13 @@ def quantize_checkpoint(
 
 def is_made_of(path: str | os.PathLike[str], source: str | os.PathLike[str], settings: QuantizeSettings) -> bool:
     """Whether the file at ``path`` says that it was made of a source of this name with these settings."""
-    said = json.loads(read_header(path).metadata.get(PROVENANCE, "{}"))
+    said = dict(provenance_of(read_header(path)))
     due = json.loads(provenance(plan_quantization(source, settings).record))
+    if not isinstance(files := said.get("source"), list):
+        return False
+    said["source"] = [file.get("file") if isinstance(file, dict) else None for file in files]
+    due["source"] = [file["file"] for file in due["source"]]
     for side in (said, due):
-        side["source"] = [file["file"] for file in side.get("source", [])]
         side.pop("tool", None)  # another version of the pack made it
     return said == due
 

@@ -212,7 +212,7 @@ def _edges(recipe: Recipe, layers: Mapping[str, object], count: int | None) -> s
     blocks = {block for layer in layers if (block := _block(recipe, layer)) is not None}
     order = sorted(blocks, key=lambda block: (recipe.stacks.index(block[0]), block[1]))
     first, last = recipe.first_last if count is None else (count, count)
-    return {*order[:first], *order[len(order) - last :]} if last else set(order[:first])
+    return {*order[:first], *order[max(len(order) - last, 0) :]}
 
 
 def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:

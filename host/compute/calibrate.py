@@ -62,6 +62,10 @@ class Session:
         if not self._ran:
             return
         self._ran = False
+        if not self.collector.moments:
+            logger.warning("Calibration: no layer was reached, %s is not written; connect the node before whatever "
+                           "compiles or replaces the model's layers.", self.target.name)  # fmt: skip
+            return
         self.prompts += 1
         new = not self.target.exists()
         write_calibration(
