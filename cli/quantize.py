@@ -107,7 +107,7 @@ def _device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):  # no other was tried
         raise CommandError(f"--device: found {name!r}, expected auto, cpu, cuda or cuda:N")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= found:
+    if device.type == "cuda" and not 0 <= (device.index or 0) < found:  # torch makes a negative one of cuda:999
         there = f"torch finds {found or 'no'} CUDA device{'s' * (found > 1)}"
         raise CommandError(f"--device: found {name!r}, but {there}; use --device cpu" + " or another" * bool(found))
     return device

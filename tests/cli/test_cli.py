@@ -255,7 +255,19 @@ def test_an_input_is_never_overwritten_by_a_picture(pictures, capsys):
     assert main(["sharpness", path, "--picture", path]) == 2
     assert main(["compare", path, str(pictures["soft"]), "--picture", path]) == 2
     assert pictures["sharp"].read_bytes() == before
-    assert capsys.readouterr().err.count("is an input") == 2
+    other = ["sharpness", str(pictures["soft"]), "--reference", path, "--picture", path]
+    assert main(other) == 2
+    assert pictures["sharp"].read_bytes() == before
+    assert capsys.readouterr().err.count("is an input") == 3
+
+
+def test_no_picture_is_put_among_the_frames_that_are_measured(pictures, capsys):
+    folder = pictures["sharp"].parent
+    count = len([*folder.iterdir()])
+    for out in (folder / "plot.png", pictures["soft"]):
+        assert main(["sharpness", str(folder), "--picture", str(out)]) == 2
+        assert main(["compare", str(folder), str(folder), "--picture", str(out)]) == 2
+    assert capsys.readouterr().err.count("would be a frame of") == 4 and len([*folder.iterdir()]) == count
 
 
 def test_one_plot_file_for_two_pictures_is_refused(pictures, tmp_path: Path, capsys):
