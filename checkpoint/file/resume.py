@@ -127,7 +127,8 @@ class PartFile:
 
     def _open(self) -> dict[str, str]:
         """Open or make both files -> digests of the units that the journal calls finished."""
-        allocated = _allocated(self.path)
+        with self._writing():  # its name, longer than the target's, may be one too long
+            allocated = _allocated(self.path)
         check_target(self.target, max(self.nbytes - allocated, 0))
         _check_ours(self.target)
         with self._writing():
