@@ -100,6 +100,8 @@ def run_split(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any
     """-> ({"files": what was written}, True)."""
     from ..checkpoint.write.split import split as split_checkpoint
 
+    if args.folder.exists() and not args.folder.is_dir():
+        raise CommandError(f"{args.folder} is a file; name a folder for the new files")
     header = open_checkpoint(args.source).header
     parts = args.only or list(find_components(header, args.vae_prefix))
     name = args.name or plain_name(header.path)

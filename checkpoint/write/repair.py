@@ -159,6 +159,9 @@ def restore_header(path: str | os.PathLike[str], backup: str | os.PathLike[str] 
     """
     path = Path(path)
     backup = Path(backup) if backup else path.with_name(path.name + BACKUP_ENDING)
+    if not os.path.lexists(backup):
+        found, remedy = "no header was kept", "a repair in place keeps it only where it changes nothing but the header"
+        raise CheckpointError(found, where=path, expected=backup.name, remedy=remedy)
     with open_regular(backup) as file:
         saved = file.read()
     size = int.from_bytes(saved[:8], "little") + 8

@@ -89,3 +89,11 @@ def test_a_calibration_file_is_taken_for_no_model(source, tmp_path, capsys):
     assert main(["plan", str(file), "--gpu", "GB10"]) == 2
     assert main(["quantize", str(file), str(tmp_path / "t.safetensors")]) == 2
     assert "name it as the --calibration of `quantize`" in capsys.readouterr().err
+
+
+def test_split_into_a_file_and_undo_without_a_kept_header_say_what_they_need(made, tmp_path, capsys):
+    assert main(["split", str(made), str(made)]) == 2
+    assert f"{made} is a file; name a folder" in capsys.readouterr().err
+    assert main(["repair", str(made), "--undo"]) == 2
+    said = capsys.readouterr().err
+    assert "no header was kept; expected made.safetensors.header-backup; a repair in place keeps it only" in said
