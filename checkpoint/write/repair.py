@@ -124,7 +124,7 @@ def repair(
     path = header.path
     if target is not None:
         sources = [file.path for file in checkpoint.files]
-        path = check_targets(header, {"": target}, sources, base, overwrite or dry_run)[""]
+        path = check_targets(header, {"": target}, sources, base, overwrite or dry_run, [config_from])[""]
     if not cured:
         return Repaired(header.path, "nothing", (), remaining, 0, None, evidence)
     _check_sidecar(path, found)
