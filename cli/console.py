@@ -38,7 +38,9 @@ size = functools.partial(size_text, decimals=2)  # columns of sizes line up
 
 
 # The pack's messages speak of nodes and their widgets; what those are called on the command line.
-_FLAGS = "dialect config_from vae_prefix common_prefix keep_non_finite calibration overwrite memory_gib".split()
+_FLAGS = (
+    "dialect config_from vae_prefix common_prefix keep_first_last keep_non_finite calibration overwrite memory_gib"
+).split()
 _WIDGET = re.compile(rf"`({'|'.join(_FLAGS)})`")
 _COMMANDS = {"Repair": "repair", "Split Checkpoint": "split", "Quantize": "quantize", "Verify": "verify"}
 _NODE = re.compile(rf"NVFP4 ({'|'.join(_COMMANDS)})")
@@ -130,7 +132,7 @@ class Console:
         An empty ``head`` leaves the heading out.
         """
         lines = [[(text, "dim") for text in head], *rows] if head else rows
-        texts = [[line(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in lines]
+        texts = [[line(for_terminal(cell if isinstance(cell, str) else cell[0])) for cell in row] for row in lines]
         styles = [["" if isinstance(cell, str) else cell[1] for cell in row] for row in lines]
         widths, excess = _widths(texts, align, self.width - indent, bool(head))
         names = [column for column, how in enumerate(align) if how == "<"]

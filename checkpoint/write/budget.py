@@ -157,7 +157,7 @@ def trade_off(plan: QuantizePlan, nbytes: int, device: torch.device, on_layer: C
     CheckpointError without a calibration file that has Gram matrices.
     """
     if plan.statistics is None or plan.statistics.calibration is None:
-        remedy = "name one (--calibration, calibration): it tells how much each layer matters"
+        remedy = "name one in `calibration`: it tells how much each layer matters"
         raise CheckpointError("a budget needs a calibration file", remedy=remedy)
     own = dict(zip(plan.jobs, plan.selection.quantized, strict=True))
     steps: list[Step] = []

@@ -126,7 +126,7 @@ def plan_quantization(
         raise CheckpointError("there is no diffusion model in it", where=header.path.name, remedy="choose another file")
     if model.needs_config and "config" not in header.metadata:
         found = f"its header has no `config`, without which ComfyUI misbuilds {model.family}"
-        remedy = "name a file of the same model version that has it (config_from)"
+        remedy = "name a file of the same model version that has it (`config_from`)"
         raise CheckpointError(found, where=header.path.name, remedy=remedy)
     _refuse_packed(header, component.names)
     stored = dialects.detect(header.of(component.names), prefix=component.prefix)
@@ -146,7 +146,8 @@ def plan_quantization(
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(kept.values()).most_common(3))
         raise CheckpointError(
             f"nothing in it would be quantized ({reasons or 'no matrices'})", where=header.path.name,
-            expected=f"layers for the recipe {recipe.name}", remedy="choose another recipe or `quantize` patterns",
+            expected=f"layers for the recipe {recipe.name}",
+            remedy="choose another recipe, or keep less; on the command line --quantize names layers all the same",
         )  # fmt: skip
     selection = Selection(tuple(packed), kept, selection.warnings)
     quantized = {job.layer for job in (*jobs.values(), *fp8.values())}

@@ -342,7 +342,7 @@ def _back_up(header: Header, new: bytes, overwrite: bool) -> tuple[Path, bytes]:
     with open_regular(header.path) as file:
         old = file.read(len(new))
     if os.path.lexists(backup) and not overwrite:
-        remedy = "it is the backup of an earlier repair: move it away, or allow overwriting"
+        remedy = "it is the backup of an earlier repair: move it away, or allow overwriting (`overwrite`)"
         raise CheckpointError("it exists already", where=backup.name, remedy=remedy)
     try:
         write_small(backup, old + new, overwrite)

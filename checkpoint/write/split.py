@@ -134,7 +134,7 @@ def check_targets(
         if any(same_file(path, other) or str(path).casefold() == str(other).casefold() for other in paths.values()):
             raise CheckpointError("two components have this one target", where=path.name, remedy="choose two names")
         if path.exists() and not overwrite:
-            remedy = "choose another name, or allow overwriting"
+            remedy = "choose another name, or allow overwriting (`overwrite`)"
             raise CheckpointError("the target exists", where=path.name, remedy=remedy)
         paths[name] = path
     return paths

@@ -99,7 +99,7 @@ def collect(
     """
     path = Path(target)
     if os.path.lexists(path) and not (overwrite and is_calibration_file(path)):
-        remedy = "choose another name" if overwrite else "choose another name, or allow overwriting"
+        remedy = "choose another name" if overwrite else "choose another name, or allow overwriting (`overwrite`)"
         raise CheckpointError("the target exists", where=path.name, remedy=remedy)
     checkpoint = open_checkpoint(source)
     name, layers, total = watched_layers(patcher.model.diffusion_model, checkpoint.header, recipe)

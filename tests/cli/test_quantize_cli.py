@@ -37,6 +37,17 @@ def test_patterns_of_one_option_or_of_several_are_all_kept(source, capsys):
     assert kept[0]["transformer_blocks.0.attn1.to_q"] == kept[0]["transformer_blocks.0.attn2.to_k"]
 
 
+def test_what_is_advised_is_called_as_on_the_command_line(source, made, capsys):
+    assert main(["quantize", str(source), "t.safetensors", "--estimate"]) == 0
+    assert "--keep-first-last 2, 2.2 GB more" in " ".join(capsys.readouterr().out.split())
+    assert main(["quantize", str(source), "t.safetensors", "--keep", "."]) == 2
+    assert "or keep less; on the command line --quantize names layers all the same" in capsys.readouterr().err
+    assert main(["quantize", str(source), "t.safetensors", "--budget", "balanced"]) == 2
+    assert "name one in --calibration: it tells" in capsys.readouterr().err
+    assert main(["quantize", str(source), str(made)]) == 2
+    assert "the target exists; choose another name, or allow overwriting (--overwrite)" in capsys.readouterr().err
+
+
 def test_components_of_several_options_are_all_split_off(source, tmp_path, capsys):
     words = ["--only", "video_vae", "--only", "audio_vae", "--json"]
     assert main(["split", str(source), str(tmp_path), *words]) == 0
