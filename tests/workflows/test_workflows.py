@@ -183,10 +183,14 @@ def test_the_check_of_names_notices(what: str, node_type: str, change):
 @every_workflow
 def test_ids_are_unique_and_the_counters_stand_at_the_last(name: str):
     graph = GRAPHS[name]
-    nodes, links = [node["id"] for node in all_nodes(graph)], [link[0] for link in graph["links"]]
+    nodes = [node["id"] for node in all_nodes(graph)]
+    links = [link[0] for _, level in levels(graph) for link in level]
     assert graph["version"] == 0.4
     assert len(set(nodes)) == len(nodes) and graph["last_node_id"] == max(nodes)
     assert len(set(links)) == len(links) and graph["last_link_id"] == max(links)
+    inner = graph["definitions"]["subgraphs"]
+    reroutes = [entry["id"] for kept in (graph["extra"], *inner) for entry in kept.get("reroutes", [])]
+    assert len(set(reroutes)) == len(reroutes)
     assert sorted(node["order"] for node in graph["nodes"]) == list(range(len(graph["nodes"])))
 
 

@@ -75,8 +75,8 @@ NUMBERS = """
 TROUBLE = """
 ### If something looks wrong
 
-- Open the subgraph with the button at its upper right: *Launch Guard*, *Sharpness* and the settings say what they
-  found. NVFP4 Doctor in the sidebar says it, too.
+- Open the subgraph with the button at its upper right, *Enter* below it in the newer look: *Launch Guard*,
+  *Sharpness* and the settings say what they found. NVFP4 Doctor in the sidebar says it, too.
 - Blurred: a preview decoder (`taeltx`) instead of the full VAE; the VAE loader refuses it.
 - Leave VAE Decode as it is: it decodes in chunks of time, exactly, and goes on in tiles by itself if memory runs out.
 
