@@ -189,8 +189,9 @@ def test_ids_are_unique_and_the_counters_stand_at_the_last(name: str):
     assert len(set(nodes)) == len(nodes) and graph["last_node_id"] == max(nodes)
     assert len(set(links)) == len(links) and graph["last_link_id"] == max(links)
     inner = graph["definitions"]["subgraphs"]
-    reroutes = [entry["id"] for kept in (graph["extra"], *inner) for entry in kept.get("reroutes", [])]
-    assert len(set(reroutes)) == len(reroutes)
+    for key, outer in (("reroutes", graph["extra"]), ("groups", graph)):
+        found = [entry["id"] for kept in (outer, *inner) for entry in kept.get(key, [])]
+        assert len(set(found)) == len(found)
     assert sorted(node["order"] for node in graph["nodes"]) == list(range(len(graph["nodes"])))
 
 

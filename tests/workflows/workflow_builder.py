@@ -129,7 +129,7 @@ class Sheet:
         y = min(node.at[1] for node in nodes) - TITLE - GROUP_TITLE
         right, lowest = max(node.right for node in nodes) + PAD, max(node.bottom for node in nodes) + PAD + bottom
         bounding = [x, y, right - x, lowest - y]
-        entry = {"id": len(self.groups) + 1, "title": title, "bounding": bounding}
+        entry = {"id": self.first + len(self.groups), "title": title, "bounding": bounding}
         self.groups.append(entry | {"color": GROUP_COLOR, "font_size": 24, "flags": {}})
 
     def save(self) -> dict:
@@ -258,7 +258,7 @@ class Sheet:
 class Subgraph(Sheet):
     """A graph that stands as one node in another: ``define`` makes its kind known to that sheet.
 
-    Its nodes, links and reroutes count from ``first``: the front end wants each number only once in a workflow.
+    Its nodes, links, reroutes and groups count from ``first``: the front end wants each number only once in a workflow.
     """
 
     def __init__(self, name: str, info: Mapping[str, Mapping], first: int = 101):
@@ -322,7 +322,7 @@ class Subgraph(Sheet):
         return {
             "id": self.kind,
             "version": 1,
-            "state": {"lastGroupId": 0, "lastNodeId": self.nodes[-1].id, "lastLinkId": self._last_link(),
+            "state": {"lastGroupId": self.first + len(self.groups) - 1, "lastNodeId": self.nodes[-1].id, "lastLinkId": self._last_link(),
                       "lastRerouteId": self.first + len(reroutes) - 1},
             "revision": 0,
             "config": {},
