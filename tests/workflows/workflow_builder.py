@@ -322,8 +322,12 @@ class Subgraph(Sheet):
         return {
             "id": self.kind,
             "version": 1,
-            "state": {"lastGroupId": self.first + len(self.groups) - 1, "lastNodeId": self.nodes[-1].id, "lastLinkId": self._last_link(),
-                      "lastRerouteId": self.first + len(reroutes) - 1},
+            "state": {
+                "lastGroupId": self.first + len(self.groups) - 1,
+                "lastNodeId": self.nodes[-1].id,
+                "lastLinkId": self._last_link(),
+                "lastRerouteId": self.first + len(reroutes) - 1,
+            },
             "revision": 0,
             "config": {},
             "name": self.name,

@@ -119,7 +119,8 @@ def test_a_sound_prompt_goes_on_as_it_came(host, caplog, monkeypatch):
     data = queued()
     assert routes.on_prompt(data) is data
     assert lines(caplog) == []
-    assert host.sent == [("nvfp4.findings", {"findings": [], "refused": False})], "the client drops what it was told of another prompt"
+    sent = ("nvfp4.findings", {"findings": [], "refused": False})
+    assert host.sent == [sent], "the client drops what it was told of another prompt"
 
 
 def test_switched_off_the_handler_is_silent_unless_a_guard_is_in_the_graph(host, caplog, tmp_path):
