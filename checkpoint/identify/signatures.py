@@ -151,15 +151,16 @@ def transformer_config(header: Header) -> dict | None:
     return section if isinstance(section, dict) else None
 
 
-def context_width(config: Mapping) -> int:
+def context_width(config: Mapping, where: str = "") -> int:
     """Transformer config -> width of a text context: LTX-2.3 joins the two contexts, LTX-2.0 projects in the model.
 
-    CheckpointError for a config that does not say.
+    CheckpointError, naming the file ``where``, for a config that does not say.
     """
     joined = config.get("caption_proj_before_connector")
     names = ("cross_attention_dim", "audio_cross_attention_dim") if joined else ("caption_channels",)
     widths = [config.get(name) for name in names]
     if not all(isinstance(width, int) for width in widths):
         found, expected = f"its `config` gives the transformer no {' and '.join(names)}", "whole numbers"
-        raise CheckpointError(found, expected=expected, remedy="take the `config` of the released checkpoint")
+        remedy = "take the `config` of the released checkpoint"
+        raise CheckpointError(found, where=where, expected=expected, remedy=remedy)
     return sum(widths) if joined else 2 * widths[0]

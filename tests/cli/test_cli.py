@@ -279,6 +279,8 @@ def test_compare_of_a_clip_with_itself_finds_no_difference(pictures, capsys):
     assert main(["compare", str(pictures["sharp"]), str(pictures["sharp"]), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["identical"] and record["psnr_db"] is None and record["ssim"] == pytest.approx(1.0)
+    assert main(["compare", str(pictures["sharp"]), str(pictures["sharp"])]) == 0
+    assert ": 1 frame of " in " ".join(capsys.readouterr().out.split())
 
 
 def test_compare_of_a_sharp_with_a_soft_picture_exits_with_1_and_writes_card_and_numbers(pictures, tmp_path, capsys):
