@@ -48,8 +48,9 @@ class Plan:
     """
 
     def __init__(self, arguments: Mapping, tensors: list[torch.Tensor]):
-        self.inputs = [_like(tensor) for tensor in tensors]
-        self.stream = tuple(torch.empty_like(tensor) for tensor in arguments["img"])
+        with torch.inference_mode(False):  # tensors made in it cannot be written to in a sampling outside of it
+            self.inputs = [_like(tensor) for tensor in tensors]
+            self.stream = tuple(torch.empty_like(tensor) for tensor in arguments["img"])
         given = iter(self.inputs)
         # Not the options, which are each call's own and may know the model that these graphs must not keep alive.
         self.arguments = {
