@@ -69,7 +69,7 @@ def fuse(model: torch.nn.Module, linear: type) -> str:
         elif type(module) is block and not reason:
             _become(module, block_class(block, av), exact)
         elif (fused := _feed_forward(type(module))) is not None and _in_8_bits(module.net[2], linear):
-            module.__class__ = fused
+            _become(module, fused, exact)
     if exact:
         return "" if reason else "norms, modulations and rotations, where attention is not ComfyUI's own"
     if reason:
@@ -83,12 +83,13 @@ def _become(module: torch.nn.Module, own: type, exact: bool) -> None:
 
 
 def release(model: torch.nn.Module) -> None:
-    """Give all modules the host's classes back."""
+    """Give all modules that ``fuse`` prepared the host's classes back."""
     for module in model.modules():
-        module.__dict__.pop(EXACT, None)
-        own = type(module).__dict__
-        if "host_class" in own and "host_forward" in own:
-            module.__class__ = own["host_class"]
+        own = module.__dict__
+        for name in ("_nvfp4_shared", "_nvfp4_sharers"):
+            own.pop(name, None)
+        if own.pop(EXACT, None) is not None:
+            module.__class__ = type(module).__dict__.get("host_class", type(module))
 
 
 def _stands_down(host: ModuleType | None, av: ModuleType | None) -> str:
