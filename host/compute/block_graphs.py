@@ -83,6 +83,8 @@ def obstacle(model: torch.nn.Module, device: torch.device) -> str:
         return "ComfyUI runs with --assert-graph-breaks, and a block that is replayed allocates otherwise than before"
     if residency.option("disable_cuda_graphs") is not False:  # without that switch nobody could turn them off
         return "ComfyUI runs with --disable-cuda-graphs, or is too old to have that switch"
+    if graph_plan.has_leaked():  # once is enough
+        return "a capture failed before in a way that keeps its memory until ComfyUI ends"
     return str(residency.check())
 
 
