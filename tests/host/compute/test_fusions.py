@@ -133,6 +133,22 @@ def test_who_replaced_a_layer_s_forward_gets_what_the_layer_would_get(where, x):
     assert torch.equal(*inputs)
 
 
+def test_a_feed_forward_whose_source_is_not_known_is_the_host_s(monkeypatch, x):
+    class Newer(FeedForward):
+        def forward(self, x):
+            return self.net(x) * 2
+
+    monkeypatch.setattr(sys.modules["comfy.ldm.lightricks.model"], "FeedForward", Newer)
+    fused, plain = build(Newer)
+    assert type(fused) is Newer and torch.equal(run(fused, x), run(plain, x))
+
+
+def test_an_activation_that_somebody_set_on_the_host_s_class_is_computed(monkeypatch, x):
+    fused, plain = build(FeedForward)
+    monkeypatch.setattr(GELU_approx, "forward", lambda self, x: self.proj(x).relu())
+    assert type(fused).__name__ == "FusedFeedForward" and torch.equal(run(fused, x), run(plain, x))
+
+
 def test_core_s_bypass_lora_on_the_second_linear_takes_the_activated_tensor(x):
     fused, plain = build(FeedForward)
     weights = [Bypass(module.net[2]) for module in (fused, plain)]
