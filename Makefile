@@ -1,4 +1,4 @@
-# make demo | test | lint | fuzz | bench
+# make demo | test | lint | fuzz | sanitize | bench
 #
 # The first target run makes .venv and installs requirements-dev.lock and .txt into it. `make test PY=/path/to/python` uses an
 # interpreter of your own instead. ARGS goes to the command: make test ARGS="-k dialects".
@@ -16,7 +16,7 @@ PY := .venv/bin/python
 setup := .venv/.installed
 endif
 
-.PHONY: demo test lint fuzz bench
+.PHONY: demo test lint fuzz sanitize bench
 
 demo: $(setup)
 	$(PY) . demo $(ARGS)
@@ -29,6 +29,11 @@ lint: $(setup)
 
 fuzz: $(setup)
 	$(PY) . fuzz $(ARGS)
+
+# The one test left out only times torch's attention kernels, among them cuDNN's, which racecheck does not get through.
+sanitize: $(setup)
+	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m pytest -q -m cuda \
+		$(if $(ARGS),$(ARGS),tests/kernels tests/host/compute tests/host/decode) --deselect tests/host/compute/test_attention.py || exit; done
 
 bench: $(setup)
 	$(PY) benchmarks/dequant.py $(ARGS)

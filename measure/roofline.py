@@ -6,9 +6,10 @@ For each Linear of the diffusion model, T tokens and a weight of (N, K):
     FLOPs = 2 T N K        bytes = weight as the matrix product reads it + 2 T K + 2 T N
 
 Weights that are not stored the way they are multiplied are rewritten first, layer by layer, which only moves bytes.
-Attention costs 4 Tq Tk D FLOPs, and what lies between the products (norms, rotary embedding, gates, GELU) 51 passes
-over the tokens of a block, counted in ComfyUI's code. A step takes what the GPU needs for the sum of these, or what the
-CPU needs to launch it, whichever is more.
+Attention costs 4 Tq Tk D FLOPs, and what lies between the products (norms, rotary embedding, gates, GELU) passes over
+the tokens of a block: 51, counted in ComfyUI's code; 36 where this pack computes in ``fp8`` and 39 in ``fp4``, counted
+in host/compute/fused_block.py, those in ``fp8`` with what the products read in FP8. A step takes what the GPU needs for
+the sum of these, or what the CPU needs to launch it, whichever is more.
 
 ``Step.floor`` uses peak rates and no overhead: nothing can be faster. ``Step.seconds`` uses these constants:
 
@@ -16,8 +17,10 @@ CPU needs to launch it, whichever is more.
   14,080 x 16384 x 4096). For FP4 no measurement of ours exists; 0.67 as for BF16.
 * ATTENTION_SHARE: compute capability 9.0 fitted to ONE row of benchmarks/results/step.json (stock BF16 at 14,080
   tokens), between which and 0.35 (arXiv:2407.08608, FlashAttention-2 on an H100) there is little; elsewhere 0.70, from
-  arXiv:2307.08691 (A100), which was not measured here.
-* STEP_ERROR: the largest error over the rows of step.json, whose steps a test predicts again.
+  arXiv:2307.08691 (A100), which was not measured here. FASTEST_ATTENTION_SHARE_HOPPER: this pack in ``fp8`` and ``fp4``
+  takes the fastest of torch's kernels, on 9.0 cuDNN's: 272.5 ms a step of 14,080 tokens (step_kernels.txt).
+* STEP_ERROR: the largest error over the rows of step.json and, in ``fp8``, of step_fp8.json; a test predicts them
+  again.
 * LAUNCH_SECONDS, OTHER_SECONDS_PER_BLOCK: CPU time of a Xeon with 16 cores for a Linear of stock ComfyUI (step.json,
   `launch_us`) and for the rest of a block (fitted to its 6,144 tokens). This pack replays blocks as CUDA graphs where
   that is too much, GRAPH_SECONDS_PER_BLOCK: 34 Linears at what DynamicVRAM adds to one, 81 - 18 microseconds
@@ -40,7 +43,7 @@ MODES = ("bf16", "fp8", "fp4")
 MATMUL_SHARE = {"bf16": 0.67, "fp8": 0.65, "fp4": 0.67}
 BANDWIDTH_SHARE = 0.89
 STEP_ERROR = 0.15
-ATTENTION_SHARE_HOPPER, ATTENTION_SHARE = 0.29, 0.70
+ATTENTION_SHARE_HOPPER, FASTEST_ATTENTION_SHARE_HOPPER, ATTENTION_SHARE = 0.29, 0.59, 0.70
 LAUNCH_SECONDS = {"BF16": 62e-6, "QuantizedTensor": 191e-6}
 OTHER_SECONDS_PER_BLOCK = 6.25e-3
 GRAPHS, GRAPH_SECONDS_PER_BLOCK = "graphs", 2.1e-3
@@ -48,7 +51,7 @@ GRAPHS, GRAPH_SECONDS_PER_BLOCK = "graphs", 2.1e-3
 TEXT_ENCODER_PARAMETERS, TEXT_TOKENS = 10_758_389_760, 1024
 # Convolutions of LTX-2.3's decoder for one position of the latent, from their shapes; a test recounts them.
 VAE_FLOPS_PER_LATENT = 20_108_279_808
-_PASSES = 51
+_PASSES = {"": 51, "fp8": 36, "fp4": 39}
 _STORED_BYTES = {"NVFP4": 0.5625, "FP8": 1.0, "INT8": 1.0, "F32": 4.0}
 QUANTISED = ("NVFP4", "FP8", "INT8")
 _FORMATS = {"U8": "NVFP4", "F8_E4M3": "FP8", "F8_E5M2": "FP8", "I8": "INT8", "F32": "F32"}
@@ -229,9 +232,11 @@ def step(model: Transformer, clip: Clip, gpu: Gpu, mode: str = "bf16", launch: s
     if obstacle:
         raise PackError(f"no prediction for {mode} compute: {obstacle}")
     tokens = clip.tokens
-    kinds = [_linear(one, count, tokens[one.tokens], gpu, mode) for one, count in model.linears.items()]
-    kinds += [_attend(*key, count, tokens, gpu) for key, count in model.attention.items()]
-    passes = 2.0 * model.blocks * model.width * _PASSES
+    ours = any(one.stored == "NVFP4" for one in model.linears) and launch == GRAPHS
+    fused = mode if ours and mode != "bf16" else ""  # in ``bf16`` attention is ComfyUI's, and so is what surrounds it
+    kinds = [_linear(one, count, tokens[one.tokens], gpu, mode, fused == "fp8") for one, count in model.linears.items()]
+    kinds += [_attend(*key, count, tokens, gpu, bool(fused)) for key, count in model.attention.items()]
+    passes = 2.0 * model.blocks * model.width * _PASSES[fused]
     kinds.append(_move("norms, gates, GELU", passes * (tokens["video"] + tokens["audio"] / 2), gpu))
     work = _merge([one for one in kinds if one.nbytes])
     shares = dict.fromkeys(("math", "weights", "attention", "between"), 0.0)
@@ -282,7 +287,8 @@ def multiplied_as(stored: str, mode: str) -> str:
     return "fp4" if mode == "fp4" and stored == "NVFP4" else "fp8"
 
 
-def _linear(one: Linear, count: int, tokens: int, gpu: Gpu, mode: str) -> Work:
+def _linear(one: Linear, count: int, tokens: int, gpu: Gpu, mode: str, rows: bool) -> Work:
+    """``rows``: the activations are among what is passed over between the products."""
     label = f"{one.tokens} {one.rows}x{one.cols}"
     if not tokens:
         return Work(label, "math", 0.0, 0.0, 0.0, 0.0)
@@ -291,22 +297,25 @@ def _linear(one: Linear, count: int, tokens: int, gpu: Gpu, mode: str) -> Work:
     flops = 2.0 * tokens * size
     stored = stored_bytes(one.stored)
     rewritten = size * (stored + weight) if stored != weight else 0.0
-    activations = tokens * one.cols * (2.0 + weight) if how != "bf16" else 0.0
+    activations = tokens * one.cols * (2.0 + weight) if how != "bf16" and not rows else 0.0
     product = size * weight + tokens * one.cols * weight + 2.0 * tokens * one.rows
     rate, bandwidth = getattr(gpu, how), gpu.bandwidth * BANDWIDTH_SHARE
     math, reading = flops / (rate * MATMUL_SHARE[how]), product / bandwidth
     seconds = max(math, reading) + (rewritten + activations) / bandwidth
-    least = size * min(stored, weight) + 2.0 * tokens * (one.cols + one.rows)
+    least = size * min(stored, weight) + tokens * (one.cols * (weight if rows else 2.0) + 2.0 * one.rows)
     floor = max(flops / rate, least / gpu.bandwidth)
     kind = "math" if math >= seconds / 2 else "weights"
     moved = product + rewritten + activations
     return Work(label, kind, flops * count, moved * count, seconds * count, floor * count)
 
 
-def _attend(queries: str, keys: str, width: int, count: int, tokens: Mapping[str, int], gpu: Gpu) -> Work:
+def _attend(
+    queries: str, keys: str, width: int, count: int, tokens: Mapping[str, int], gpu: Gpu, fastest: bool
+) -> Work:
     rows, cols = tokens[queries], tokens[keys]
     flops, nbytes = 4.0 * rows * cols * width, 4.0 * width * (rows + cols) * bool(rows and cols)
-    share = ATTENTION_SHARE_HOPPER if gpu.capability == (9, 0) else ATTENTION_SHARE
+    hopper = FASTEST_ATTENTION_SHARE_HOPPER if fastest else ATTENTION_SHARE_HOPPER
+    share = hopper if gpu.capability == (9, 0) else ATTENTION_SHARE
     seconds = max(flops / (gpu.bf16 * share), nbytes / (gpu.bandwidth * BANDWIDTH_SHARE))
     floor = max(flops / gpu.bf16, nbytes / gpu.bandwidth)
     label = f"attention {queries} to {keys}"

@@ -155,7 +155,7 @@ def _attend_kernel(
         own = (number == left) & across  # the token's slot, which has just been written
         keys = tl.load(key_ptr + start + place, mask=own, other=keys)
         values = tl.load(value_ptr + start + place, mask=own, other=values)
-        each = tl.arange(0, WARPS)[:, None] * 0 + column[None, :]
+        each = tl.arange(0, WARPS)[:, None] * 0 + column[None, :]  # a row for each warp, as in the tile
         asked, mask = query_ptr + bunch * (heads * WIDTH) + each, each < WIDTH
         query = tl.load(asked, mask=mask, other=0.0).to(tl.float32) * scale
         most, weight = tl.full((WARPS,), _LEAST, tl.float32), tl.zeros((WARPS,), tl.float32)

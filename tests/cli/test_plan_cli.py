@@ -47,7 +47,7 @@ def test_the_clip_and_the_compute_mode_are_taken_from_the_arguments(files, capsy
     _, found = record(capsys, files["NVFP4"], *words)
     assert found["clip"]["tokens"] == {"video": 14_080, "audio": 121, "text": 1024, "one": 1}
     assert found["step"]["mode"] == "fp8"
-    assert found["seconds"] == pytest.approx(0.98, rel=0.1)
+    assert found["seconds"] == pytest.approx(0.671, rel=0.1)  # measured: step_fp8.json
 
 
 def test_an_unlisted_gpu_is_described_by_its_numbers(files, capsys):

@@ -239,7 +239,7 @@ def video_pointers(kernel, dtype: str) -> dict[str, str]:
 def norm_silu_variants(capability: int) -> Iterator[Variant]:
     """After the second convolution of a block; before an upsampling; with a timestep."""
     kernel = norm_silu._norm_silu_kernel
-    tile = {"CHANNELS": 512, "ROWS": 8, "COLS": 512, "BIAS": True}
+    tile = {"CHANNELS": 512, "ROWS": 2, "COLS": 512, "BIAS": True}
     for flags in ("RNK", "R", "MN") if capability >= 80 else ():
         names = {"NORM": "N", "RESIDUAL": "R", "KEEP": "K", "MODULATED": "M"}
         constants = tile | {name: letter in flags for name, letter in names.items()}
