@@ -40,6 +40,8 @@ TURNS_NOTE = (
 def run_bench(args: argparse.Namespace, comfyui: Path, console: Console) -> tuple[dict[str, Any], bool]:
     """Checked arguments -> (the result, whether no row failed); writes the files of the result."""
     begun, settings = time.monotonic(), _settings(args)
+    if args.scratch and not args.scratch.is_dir():
+        raise CommandError(f"--scratch {args.scratch} is not a folder that is there; make it, or name another")
     out = _folder(args.out)
     with ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _stop))
@@ -148,7 +150,8 @@ def _plan(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """-> (the result without measurements, a job for each row)."""
     headers = {name: read_header(path) for name, path in files.items() if name in bench.FORMATS}
-    config = next((found for header in headers.values() if (found := transformer_config(header))), None)
+    configs = ((transformer_config(header), header.path.name) for header in headers.values())
+    config, said_by = next((pair for pair in configs if pair[0]), (None, ""))
     families = {name: find_model(header) for name, header in headers.items()}
     for name, model in families.items():
         if not model.needs_config or config is None:
@@ -156,7 +159,7 @@ def _plan(
             what = what if config is not None else f"{what} without the header entry `config`"
             raise CommandError(f"{files[name].name} holds {what}; bench renders joint audio and video of LTX-2.x")
     if args.conditioning:
-        _check_conditioning(args.conditioning, context_width(config))
+        _check_conditioning(args.conditioning, context_width(config, said_by))
     blocks = config.get("num_layers")
     made = f", {blocks} blocks, random weights" + (", scaled down" if args.small else "") if args.synthetic else ""
     rows, jobs = [], {}

@@ -38,7 +38,9 @@ size = functools.partial(size_text, decimals=2)  # columns of sizes line up
 
 
 # The pack's messages speak of nodes and their widgets; what those are called on the command line.
-_FLAGS = "dialect config_from vae_prefix common_prefix keep_non_finite calibration overwrite memory_gib".split()
+_FLAGS = (
+    "dialect config_from vae_prefix common_prefix keep_first_last keep_non_finite calibration overwrite memory_gib"
+).split()
 _WIDGET = re.compile(rf"`({'|'.join(_FLAGS)})`")
 _COMMANDS = {"Repair": "repair", "Split Checkpoint": "split", "Quantize": "quantize", "Verify": "verify"}
 _NODE = re.compile(rf"NVFP4 ({'|'.join(_COMMANDS)})")
@@ -71,11 +73,15 @@ def check_folder(out: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all, replacing an old one. OSError; CommandError without its folder."""
+    """Write a small file whole or not at all, replacing an old one. CommandError if that cannot be done."""
     from ..checkpoint.file.place import write_small  # and with it torch, which --help does without
 
     check_folder(path)
-    write_small(path, data, overwrite=True)
+    try:
+        write_small(path, data, overwrite=True)
+    except OSError as error:
+        found = f"{path} cannot be written ({error.strerror})"
+        raise CommandError(f"{found}; check free space and rights, or name another file") from error
 
 
 def put(stream: TextIO, text: str) -> None:
@@ -126,7 +132,7 @@ class Console:
         An empty ``head`` leaves the heading out.
         """
         lines = [[(text, "dim") for text in head], *rows] if head else rows
-        texts = [[line(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in lines]
+        texts = [[line(for_terminal(cell if isinstance(cell, str) else cell[0])) for cell in row] for row in lines]
         styles = [["" if isinstance(cell, str) else cell[1] for cell in row] for row in lines]
         widths, excess = _widths(texts, align, self.width - indent, bool(head))
         names = [column for column, how in enumerate(align) if how == "<"]

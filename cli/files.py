@@ -48,8 +48,9 @@ def split(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the new files go; made if need be")
     parser.add_argument(
-        "--only", nargs="+", choices=list(COMPONENTS), metavar="COMPONENT", help=f"some of {', '.join(COMPONENTS)}"
-    )
+        "--only", action="extend", nargs="+", choices=list(COMPONENTS), metavar="COMPONENT",
+        help=f"some of {', '.join(COMPONENTS)}",
+    )  # fmt: skip
     parser.add_argument("--name", help="beginning of the new names, by default that of the checkpoint")
     parser.add_argument("--dtype", choices=(KEEP, BF16), default=KEEP, help="bf16 converts plain floats of other types")
     parser.add_argument("--vae-prefix", metavar="PREFIX", help="which VAE, where the checkpoint has several")
@@ -99,6 +100,8 @@ def run_split(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any
     """-> ({"files": what was written}, True)."""
     from ..checkpoint.write.split import split as split_checkpoint
 
+    if args.folder.exists() and not args.folder.is_dir():
+        raise CommandError(f"{args.folder} is a file; name a folder for the new files")
     header = open_checkpoint(args.source).header
     parts = args.only or list(find_components(header, args.vae_prefix))
     name = args.name or plain_name(header.path)

@@ -59,8 +59,8 @@ def _add_limit(parser: argparse.ArgumentParser) -> None:
 
 def run_sharpness(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> ({"files": [record]}, whether none calls for a warning)."""
+    pictures = _plot_paths(args.paths, [*args.paths, *([Path(args.reference)] if args.reference else [])], args.picture)
     reference = _reference(args, console)
-    pictures = _plot_paths(args.paths, args.picture)
     records, rows, measured = [], [], []
     for path, picture in zip(args.paths, pictures, strict=True):
         found = _measure(path, args.max_frames, reference, console)
@@ -106,7 +106,7 @@ def _frames(count: int) -> str:
     return f"{count} frame{'s' * (count != 1)}"
 
 
-def _plot_paths(paths: list[Path], out: Path | None) -> list[Path | None]:
+def _plot_paths(paths: list[Path], inputs: list[Path], out: Path | None) -> list[Path | None]:
     """Where the plot of each path goes; refuses an answer that would hit an input or another plot."""
     if out is None:
         return [None] * len(paths)
@@ -114,19 +114,23 @@ def _plot_paths(paths: list[Path], out: Path | None) -> list[Path | None]:
         if len(paths) > 1:
             raise CommandError(f"--picture {out} is one file for {len(paths)} plots; name a folder")
         check_ending(out, ".png")
-        _check_output(out, paths)
+        _check_output(out, inputs)
         return [out]
     pictures = [out / f"{path.resolve().name}-sharpness.png" for path in paths]
     for picture in pictures:
-        _check_output(picture, paths)
+        _check_output(picture, inputs)
     if len(set(pictures)) < len(pictures):
         raise CommandError("two of the paths have the same name, and their plots would too; measure them one by one")
     return pictures
 
 
 def _check_output(out: Path, inputs: list[Path]) -> None:
-    if any(out.resolve() == path.resolve() for path in inputs):
-        raise CommandError(f"{out} is an input; choose another name for the output")
+    """Refuse an output that would replace an input, or be a frame of one the next time."""
+    for path in inputs:
+        if out.resolve() == path.resolve():
+            raise CommandError(f"{out} is an input; choose another name for the output")
+        if out.suffix.lower() == ".png" and out.resolve().parent == path.resolve():
+            raise CommandError(f"{out} would be a frame of {path}, which is measured; choose another folder")
 
 
 def run_compare(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:

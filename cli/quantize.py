@@ -17,7 +17,7 @@ from ..checkpoint.verify.found import Verification, summary, worst_layers
 from ..checkpoint.verify.quality import quality_card
 from ..checkpoint.verify.verify import verify as verify_files
 from ..checkpoint.write.budget import PRESETS
-from ..checkpoint.write.card import budget_text, calibration_text, curve_rows, lora_text
+from ..checkpoint.write.card import budget_text, calibration_text, curve_rows, less_text, lora_text
 from ..checkpoint.write.estimate import estimate
 from ..checkpoint.write.plan import QUALITIES, QuantizeSettings
 from ..checkpoint.write.quantize import quantize_checkpoint
@@ -49,10 +49,9 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-first-last", type=count, metavar="N", help="keep N blocks at either end; default: as the recipe"
     )
-    parser.add_argument("--keep", nargs="+", default=[], metavar="REGEX", help="keep the layers these match")
-    parser.add_argument(
-        "--quantize", nargs="+", default=[], metavar="REGEX", help="quantize these, though the recipe keeps them"
-    )
+    patterns = {"action": "extend", "nargs": "+", "default": [], "metavar": "REGEX"}
+    parser.add_argument("--keep", **patterns, help="keep the layers these match")
+    parser.add_argument("--quantize", **patterns, help="quantize these, though the recipe keeps them")
     parser.add_argument(
         "--keep-non-finite", action="store_true", help="keep layers with NaN or infinity; reads the source twice"
     )
@@ -103,10 +102,14 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise CommandError(f"{name!r} is not a device ({error})") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CommandError("torch finds no CUDA device; use --device cpu")
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):  # no other was tried
+        raise CommandError(f"--device: found {name!r}, expected auto, cpu, cuda or cuda:N")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and not 0 <= (device.index or 0) < found:  # torch makes a negative one of cuda:999
+        there = f"torch finds {found or 'no'} CUDA device{'s' * (found > 1)}"
+        raise CommandError(f"--device: found {name!r}, but {there}; use --device cpu" + " or another" * bool(found))
     return device
 
 
@@ -141,7 +144,7 @@ def run_quantize(args: argparse.Namespace, console: Console) -> tuple[dict[str, 
     _say_warnings(record, console)
     resumed = f", {record['resumed']:,} tensors were there already" if record["resumed"] else ""
     rows = [
-        ("file", f"{record['path']}, {size(record['nbytes'])}, {_less(record)} than the source"),
+        ("file", f"{record['path']}, {size(record['nbytes'])}, {less_text(record)} than the source"),
         ("sha256", record["sha256"]),
         ("layers", f"{record['layers']:,} in NVFP4, {sum(record['kept'].values()):,} kept (recipe {record['recipe']})"),
         *(("LoRA", lora_text(lora)) for lora in record["loras"]),
@@ -158,7 +161,7 @@ def _say_estimate(found: dict[str, Any], console: Console, target: Path) -> None
     rates = found["rates"]
     _say_warnings(found, console)
     rows = [
-        ("size", f"{size(found['nbytes'])}, {_less(found)} than the source ({size(found['source_bytes'])})"),
+        ("size", f"{size(found['nbytes'])}, {less_text(found)} than the source ({size(found['source_bytes'])})"),
         ("time", f"about {found['seconds'] / 60:.1f} min (reads {size(int(rates['read']))}/s, writes "
          f"{size(int(rates['write']))}/s, quantizes {rates['quantize'] / 1e6:.0f} M weights/s)"),
         ("disk", f"{size(found['free_bytes'])} free" + ("" if found["fits"] else ": NOT ENOUGH")),
@@ -188,11 +191,6 @@ def _say_warnings(record: dict[str, Any], console: Console) -> None:
         console.say(f"Warning: {text}", "yellow")
 
 
-def _less(record: dict[str, Any]) -> str:
-    shrunk = 1 - record["nbytes"] / record["source_bytes"]
-    return f"{100 * abs(shrunk):.1f} % {'less' if shrunk >= 0 else 'more'}"
-
-
 def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
     """-> (the verification, whether nothing is wrong)."""
     check_ending(args.picture, ".png")
@@ -202,6 +200,8 @@ def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
             args.file, args.source, dialect=args.dialect, loras=args.lora, calibration=args.calibration,
             device=_device(args.device), on_step=progress.of,
         )  # fmt: skip
+    console.say(summary(found))  # before the files, which a full disk may refuse: what was found took minutes
+    _say_worst(found, console, args.worst)
     if args.picture:
         from ..draw.verify import verification_picture  # Pillow, which only the picture needs
         from ..measure.media import encode_png
@@ -209,8 +209,6 @@ def run_verify(args: argparse.Namespace, console: Console) -> tuple[dict[str, An
         write_file(args.picture, encode_png(verification_picture(found)))
     if args.card:
         write_file(args.card, quality_card(found, args.picture.name if args.picture else "").encode())
-    console.say(summary(found))
-    _say_worst(found, console, args.worst)
     for what, path in (("Picture", args.picture), ("Quality card", args.card)):
         if path:
             console.say(f"{what}: {path}")

@@ -121,6 +121,8 @@ def clip_text(result: Mapping[str, Any]) -> str:
 def machine_text(result: Mapping[str, Any]) -> str:
     """Hardware and versions in one line."""
     facts = result["facts"]
+    if not facts:
+        return "No row came so far that it could tell of the machine"
     place = facts.get("gpu") if not result["settings"]["cpu"] else None
     parts = [place or f"CPU ({facts.get('cpu')})"]
     parts += [f"driver {facts['driver']}"] if place and facts.get("driver") else []

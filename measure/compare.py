@@ -139,7 +139,8 @@ class Comparison:
     def head(self) -> str:
         """What was compared."""
         a = self.sharpness[0]
-        head = f"{self.names[0]} (A) and {self.names[1]} (B): {self.frames} frames of {a.width}x{a.height}."
+        frames = f"{self.frames} frame{'s' * (self.frames != 1)}"
+        head = f"{self.names[0]} (A) and {self.names[1]} (B): {frames} of {a.width}x{a.height}."
         if any(self.left_out):
             head += f" Compared over the common part; left out: {self.left_out[0]} of A, {self.left_out[1]} of B."
         return head

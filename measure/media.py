@@ -51,7 +51,8 @@ def to_frames(images: np.ndarray | torch.Tensor | Sequence[Any]) -> np.ndarray:
         parts = [to_frames(item) for item in images]
         sizes = sorted({part.shape[1:3] for part in parts})
         if len(sizes) > 1:
-            raise MediaError(f"found frames of sizes {sizes} in one clip; expected one size. Resize them first.")
+            named = ", ".join(f"{width}x{height}" for height, width in sizes)
+            raise MediaError(f"found frames of sizes {named} in one clip; expected one size. Resize them first.")
         return np.concatenate(parts)
     shape = tuple(images.shape)
     if len(shape) == 2:
@@ -267,7 +268,9 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
 
 
 def _unreadable(path: Path) -> MediaError:
-    return MediaError(f"found a file that is not a readable image: {path}; expected {', '.join(IMAGE_SUFFIXES)}.")
+    remedy = "It is damaged or of another kind: copy it again."
+    suffixes = ", ".join(IMAGE_SUFFIXES)
+    return MediaError(f"found a file that is not a readable image: {path}; expected {suffixes}. {remedy}")
 
 
 def _decode_video(path: Path) -> Iterator[np.ndarray]:

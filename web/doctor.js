@@ -70,6 +70,7 @@ const STYLE = `
   user-select: text;
 }
 .nvfp4-doctor code { font-size: 0.75rem; }
+.nvfp4-doctor .nd-flag { display: inline-block; }
 .nvfp4-doctor dl { margin: 0; }
 .nvfp4-doctor .nd-flags dt { margin-top: 0.5rem; }
 .nvfp4-doctor .nd-flags dd { margin: 0; color: var(--nd-muted); }
@@ -94,9 +95,13 @@ function h(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** Text in which no line ends within a flag, at whose hyphens browsers would wrap. */
+const flagged = (text) =>
+  visible(text).split(/(--[\w-]+)/).map((part, index) => (index % 2 ? h("span", { class: "nd-flag" }, part) : part));
+
 /** A sentence of the server -> text and, for what stands in backticks, code. */
 const prose = (sentence) =>
-  visible(sentence).split("`").map((part, index) => (index % 2 ? h("code", {}, part) : part));
+  visible(sentence).split("`").flatMap((part, index) => (index % 2 ? h("code", {}, part) : flagged(part)));
 
 const tone = (word) => h("span", { class: "nd-tone" }, word);
 const icon = (name) => h("i", { class: ICONS[name] ?? ICONS.unknown, "aria-hidden": "true" });
@@ -257,7 +262,7 @@ function factGroups(facts, text, closed) {
       const toggled = (event) => closed[event.target.open ? "delete" : "add"](group);
       const rows = members.flatMap((fact) => [
         h("dt", {}, text(`facts.${fact.id}`, {}, fact.label)),
-        h("dd", { title: fact.source, class: fact.known ? null : "nd-muted" }, fact.text),
+        h("dd", { title: fact.source, class: fact.known ? null : "nd-muted" }, flagged(fact.text)),
       ]);
       return h(
         "details",

@@ -71,11 +71,11 @@ function distinct(findings) {
 async function onFindings(event) {
   const findings = distinct(event.detail?.findings ?? []);
   const text = await show({ findings, reading: null, problem: null });
-  if (findings.length && setting(ENABLED) !== false) notify(findings, text);
+  if (findings.length && setting(ENABLED) !== false) notify(findings, event.detail?.refused, text);
   else dismissToast(PANEL);
 }
 
-function notify(findings, text) {
+function notify(findings, refused, text) {
   const [finding] = findings;
   const { severity, title, remedy, fixes = [] } = finding;
   const kind = SEVERITIES.includes(severity) ? severity : "warning";
@@ -87,7 +87,7 @@ function notify(findings, text) {
     id: PANEL,
     kind,
     title: text("title"),
-    paragraphs: [plain(title) + more, remedy && `${text("remedy")} ${plain(remedy)}`],
+    paragraphs: [refused && text("refused"), plain(title) + more, remedy && `${text("remedy")} ${plain(remedy)}`],
     actions,
     close: text("close"),
     life: kind === "error" ? undefined : TOAST_LIFE_MS,
@@ -128,7 +128,7 @@ app.registerExtension({
       id: "NVFP4.guard.policy",
       category: ["NVFP4 Video", "Launch guard", "policy"],
       name: "When a queued workflow is in danger",
-      tooltip: "Warn shows what was found and runs the workflow; block refuses it with an error on the node.",
+      tooltip: "Warn shows what was found and runs the workflow; Block refuses it with an error on the node.",
       type: "combo",
       options: [
         { text: "Warn", value: "warn" },

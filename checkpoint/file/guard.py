@@ -32,10 +32,10 @@ class SourceGuard:
     def _state(self, path: Path) -> tuple[int, ...]:
         try:
             found = os.stat(path)
-        except OSError:
-            self._fail(path)
+        except OSError as error:
+            self._fail(path, error)
         return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
 
-    def _fail(self, path: Path) -> None:
+    def _fail(self, path: Path, error: OSError | None = None) -> None:
         remedy = "run it again once nothing writes to that file; what was made of the old one is thrown away"
-        raise CheckpointError("the source changed while it was in use", where=path.name, remedy=remedy)
+        raise CheckpointError("the source changed while it was in use", where=path.name, remedy=remedy) from error

@@ -77,7 +77,7 @@ def put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
         else:
             _rename_new(temporary, target)
     except FileExistsError as error:
-        remedy = "choose another name, or allow overwriting"
+        remedy = "choose another name, or allow overwriting (`overwrite`)"
         found = "the target exists, it appeared during this run"
         raise CheckpointError(found, where=target.name, remedy=remedy) from error
 

@@ -127,7 +127,8 @@ class PartFile:
 
     def _open(self) -> dict[str, str]:
         """Open or make both files -> digests of the units that the journal calls finished."""
-        allocated = _allocated(self.path)
+        with self._writing():  # its name, longer than the target's, may be one too long
+            allocated = _allocated(self.path)
         check_target(self.target, max(self.nbytes - allocated, 0))
         _check_ours(self.target)
         with self._writing():
@@ -197,7 +198,8 @@ class PartFile:
         try:
             yield
         except OSError as error:
-            remedy = f"what is finished stays in {self.path.name}: free space or mend the cause, and run it again"
+            kept = f"what is finished stays in {self.path.name}: " if _exists(self.path) else ""
+            remedy = f"{kept}free space or mend the cause, and run it again"
             raise CheckpointError(f"it cannot be written ({error})", where=self.target.name, remedy=remedy) from error
 
     @contextlib.contextmanager

@@ -39,6 +39,7 @@ _LORA_ENDINGS = (
     *(f".{kind}{part}" for kind in ("lokr_w", "hada_w") for part in ("1", "1_a", "1_b", "2", "2_a", "2_b")),
     *(".oft_blocks", ".diff", ".diff_b", ".set_weight", ".dora_scale"),
 )
+_CALIBRATION_ENDINGS = (".mean_square", ".gram", ".held_out")  # as checkpoint/write/calibration.py writes them
 _LORA = ("this is a LoRA", "put it into models/loras and use LoraLoaderModelOnly after the model loader")
 _TEXT_ENCODER_STARTS = ("model.layers.", "model.language_model.", "language_model.", "text_model.", "encoder.block.")
 
@@ -161,6 +162,8 @@ def _mistaken_for_a_model(names: Collection[str]) -> tuple[str, str] | None:
         return "the file holds no tensors", "download it again"
     if is_lora(names):
         return _LORA
+    if all(name.endswith(_CALIBRATION_ENDINGS) for name in names):
+        return "this is a calibration file", "name it as the `calibration` of NVFP4 Quantize; choose the model itself"
     starts = {name.split(".")[0] for name in names}
     if starts & {"vocoder", "audio_vae"}:
         return "this is an audio VAE", "put it into models/vae and use the loader for audio VAEs"
@@ -195,8 +198,16 @@ def config_fault(header: Header) -> str:
     return "the header's `config` has no section transformer, or an empty one"
 
 
-def context_width(config: Mapping) -> int:
-    """Transformer config -> width of a text context: LTX-2.3 joins the two contexts, LTX-2.0 projects in the model."""
-    if config.get("caption_proj_before_connector"):
-        return config["cross_attention_dim"] + config["audio_cross_attention_dim"]
-    return 2 * config["caption_channels"]
+def context_width(config: Mapping, where: str = "") -> int:
+    """Transformer config -> width of a text context: LTX-2.3 joins the two contexts, LTX-2.0 projects in the model.
+
+    CheckpointError, naming the file ``where``, for a config that does not say.
+    """
+    joined = config.get("caption_proj_before_connector")
+    names = ("cross_attention_dim", "audio_cross_attention_dim") if joined else ("caption_channels",)
+    widths = [config.get(name) for name in names]
+    if not all(isinstance(width, int) for width in widths):
+        found, expected = f"its `config` gives the transformer no {' and '.join(names)}", "whole numbers"
+        remedy = "take the `config` of the released checkpoint"
+        raise CheckpointError(found, where=where, expected=expected, remedy=remedy)
+    return sum(widths) if joined else 2 * widths[0]

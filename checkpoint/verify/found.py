@@ -106,7 +106,7 @@ def summary(found: Verification) -> str:
     wrong = [check for check in found.layers if check.verdict]
     lines = [
         f"{found.file} against {found.source}: {'as good as its format allows' if found.ok else 'NOT in order'}",
-        f"dialect: {found.dialect} ({found.evidence})",
+        f"dialect: {found.dialect or 'none'} ({found.evidence})",
         f"{len(found.layers):,} quantized layers, mean error {mean}, {len(wrong):,} worse than allowed; "
         f"{found.identical:,} other tensors identical, {len(found.changed):,} changed, {len(found.missing):,} missing, "
         f"{len(found.extra):,} extra; {found.sampled:,} layers read a second time, without the pack's readers",

@@ -111,7 +111,8 @@ class PlainFile:
             scales = scales[row, block]
         else:  # tiles of 128 rows and 4 blocks; in one, 32 groups of 4 rows by 4 blocks
             scales = scales.reshape(-1)[block // 4 * 512 + row % 32 * 16 + row // 32 * 4 + block % 4]
-        return _E2M1[codes] * np.repeat(scales * self._factor(layer), 16, 1)
+        with np.errstate(all="ignore"):  # infinity is a finding, told with the layer's name
+            return _E2M1[codes] * np.repeat(scales * self._factor(layer), 16, 1)
 
     def _factor(self, layer: str) -> np.float32:
         def number(suffix: str) -> np.float32:

@@ -107,7 +107,7 @@ def spend(
 ) -> QuantizePlan:
     """Plan without the budget of its settings, its source, what else was kept -> the plan with it, told in its record.
 
-    CheckpointError as ``bytes_of`` and ``trade_off``.
+    CheckpointError as ``bytes_of`` and ``trade_off``, and where the budget leaves nothing to quantise.
     """
     asked = plan.settings.budget
     check_budget(asked)
@@ -115,7 +115,12 @@ def spend(
     header, total = build_header(Path(plan.checkpoint.header.path.name), plan.tensors, metadata)
     trade = trade_off(plan, len(header) + total, device, on_layer)
     steps = trade.taken(bytes_of(asked, trade, plan))
-    again = plan_quantization(source, plan.settings, non_finite, trade.spent(steps))
+    spent = trade.spent(steps)
+    if len(spent.whole) == len(plan.jobs):
+        found = f"a budget of {asked} has room for all {len(spent.whole):,} layers as they are"
+        remedy = "use the source itself, or allow less"
+        raise CheckpointError(found, where=plan.checkpoint.header.path.name, remedy=remedy)
+    again = plan_quantization(source, plan.settings, non_finite, spent)
     told = {"asked": asked, "layers": trade.layers, "curve": trade.curve()} | trade.after(steps)
     return replace(again, record=dict(again.record) | {"budget": told})
 
@@ -152,7 +157,7 @@ def trade_off(plan: QuantizePlan, nbytes: int, device: torch.device, on_layer: C
     CheckpointError without a calibration file that has Gram matrices.
     """
     if plan.statistics is None or plan.statistics.calibration is None:
-        remedy = "name one (--calibration, calibration): it tells how much each layer matters"
+        remedy = "name one in `calibration`: it tells how much each layer matters"
         raise CheckpointError("a budget needs a calibration file", remedy=remedy)
     own = dict(zip(plan.jobs, plan.selection.quantized, strict=True))
     steps: list[Step] = []

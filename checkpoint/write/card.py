@@ -115,7 +115,6 @@ def _card_text(record: Mapping[str, Any]) -> str:
     sources = record["sources"]
     kept = [f"| {markdown(reason)} | {count:,} |" for reason, count in record["kept"].items()]
     options = "; ".join(markdown(f"{key.replace('_', ' ')}: {value}") for key, value in record["options"].items())
-    shrunk = 1 - record["nbytes"] / record["source_bytes"]
     search = {
         "mse": "block scales chosen for the least squared error among candidates, same format as plain NVFP4",
         "amax": "plain block maxima, as comfy-kitchen's quantizer",
@@ -141,7 +140,7 @@ def _card_text(record: Mapping[str, Any]) -> str:
             "",
             "| | |",
             "|---|---|",
-            f"| size | {size_text(record['nbytes'])}, {100 * shrunk:.1f} % less than the source "
+            f"| size | {size_text(record['nbytes'])}, {less_text(record)} than the source "
             f"({size_text(record['source_bytes'])}) |",
             f"| sha256 | `{record['sha256']}` |",
             *(f"| made from | {markdown(name)}, sha256 `{sha}` |" for name, sha in sources.items()),
@@ -172,9 +171,8 @@ def _card_text(record: Mapping[str, Any]) -> str:
 
 def text_of(record: Mapping[str, Any]) -> str:
     """Record of a written file, or of an estimate, -> lines for people."""
-    shrunk = 1 - record["nbytes"] / record["source_bytes"]
-    less = f"{100 * abs(shrunk):.1f} % {'less' if shrunk >= 0 else 'more'} than the source"
-    lines = [f"{record['file']}: {size_text(record['nbytes'])}, {less} ({size_text(record['source_bytes'])})"]
+    size, before = size_text(record["nbytes"]), size_text(record["source_bytes"])
+    lines = [f"{record['file']}: {size}, {less_text(record)} than the source ({before})"]
     if "sha256" in record:
         lines += [f"sha256: {record['sha256']}", f"time: {record['seconds']:.0f} s, card: {Path(record['card']).name}"]
     else:
@@ -188,6 +186,12 @@ def text_of(record: Mapping[str, Any]) -> str:
     lines += [f"kept: {count:,} {reason}" for reason, count in record["kept"].items()]
     lines += [f"warning: {text}" for text in record["warnings"]]
     return report(lines)
+
+
+def less_text(record: Mapping[str, Any]) -> str:
+    """Record of a file, or of an estimate -> `50.5 % less`, or `more`, to go on with "than the source"."""
+    shrunk = 1 - record["nbytes"] / record["source_bytes"]
+    return f"{100 * abs(shrunk):.1f} % {'less' if shrunk >= 0 else 'more'}"
 
 
 def budget_text(record: Mapping[str, Any]) -> str:
@@ -243,6 +247,7 @@ def write_card(target: Path, record: Mapping[str, Any]) -> Path:
     """Write the card of ``target`` beside it, complete or not at all -> its path.
 
     A text of that name that is not our card, or was edited since, stays: the card gets the next free name.
+    CheckpointError where none can be written.
     """
     text = model_card(record).encode()
     for number in itertools.count(1):
@@ -255,6 +260,9 @@ def write_card(target: Path, record: Mapping[str, Any]) -> Path:
             write_small(path, text, overwrite=ours)
         except CheckpointError:  # it appeared at this moment
             continue
+        except OSError as error:
+            found, remedy = f"the card cannot be written ({error.strerror})", "mend the cause, and run it again"
+            raise CheckpointError(found, where=path, remedy=f"{target.name} is complete: {remedy}") from error
         sync_folder(path.parent)
         return path
     raise AssertionError("unreachable")

@@ -127,7 +127,7 @@ def plan_quantization(
     lacks = config_fault(header) if model.needs_config else ""
     if lacks:
         found = f"{lacks}, without which ComfyUI misbuilds {model.family}"
-        remedy = "name a file of the same model version that has it (config_from)"
+        remedy = "name a file of the same model version that has it (`config_from`)"
         raise CheckpointError(found, where=header.path.name, remedy=remedy)
     _refuse_packed(header, component.names)
     stored = dialects.detect(header.of(component.names), prefix=component.prefix)
@@ -147,7 +147,8 @@ def plan_quantization(
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(kept.values()).most_common(3))
         raise CheckpointError(
             f"nothing in it would be quantized ({reasons or 'no matrices'})", where=header.path.name,
-            expected=f"layers for the recipe {recipe.name}", remedy="choose another recipe or `quantize` patterns",
+            expected=f"layers for the recipe {recipe.name}",
+            remedy="choose another recipe, or keep less; on the command line --quantize names layers all the same",
         )  # fmt: skip
     selection = Selection(tuple(packed), kept, selection.warnings)
     quantized = {job.layer for job in (*jobs.values(), *fp8.values())}
@@ -287,7 +288,9 @@ def _record(
     header = checkpoint.header
     components = find_components(header)
     contents = ["diffusion model"] if settings.only_model else [part.title for part in components.values()]
-    given = {key: value for key, value in asdict(settings.options).items() if value not in (None, False, ())}
+    # Identity with False, since 0, which equals it, is a number of blocks that was asked for.
+    options = asdict(settings.options).items()
+    given = {key: value for key, value in options if not (value is None or value is False or value == ())}
     return {
         "tool": tool_version(),
         "family": family,

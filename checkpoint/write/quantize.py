@@ -28,7 +28,7 @@ from ..file.shards import Source
 from ..identify import dialects
 from ..identify.values import check_layer
 from .budget import spend
-from .card import PROVENANCE, provenance, write_card
+from .card import PROVENANCE, provenance, provenance_of, write_card
 from .lora import Deltas, hash_of, merged
 from .pack import Packer
 from .plan import QuantizePlan, QuantizeSettings, plan_quantization
@@ -63,8 +63,9 @@ def quantize_checkpoint(
     plan = plan_quantization(source, settings, bad) if bad else plan
     request = _request(plan, guard)
     sources = [file.path for file in plan.checkpoint.files]
-    sources += [file.path for lora in plan.loras for file in lora.checkpoint.files]
-    path = check_targets(plan.checkpoint.header, {"": target}, sources, base, True)[""]
+    also_read = [file.path for lora in plan.loras for file in lora.checkpoint.files]
+    also_read += [settings.calibration, settings.config_from]
+    path = check_targets(plan.checkpoint.header, {"": target}, sources, base, True, also_read)[""]
     if (left := left_behind(path, request)) is not None:
         return _finish(path, left)
     check_targets(plan.checkpoint.header, {"": target}, sources, base, overwrite)
@@ -73,20 +74,18 @@ def quantize_checkpoint(
         plan = spend(plan, source, bad, device, lambda: step(0, 1))
     if base is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        record = _write(plan, path, guard, request, device, step, overwrite)
-    except _NonFinite:
-        discard(path)  # of no use to a run that keeps these layers
-        raise
-    return _finish(path, record)
+    return _finish(path, _write(plan, path, guard, request, device, step, overwrite))
 
 
 def is_made_of(path: str | os.PathLike[str], source: str | os.PathLike[str], settings: QuantizeSettings) -> bool:
     """Whether the file at ``path`` says that it was made of a source of this name with these settings."""
-    said = json.loads(read_header(path).metadata.get(PROVENANCE, "{}"))
+    said = dict(provenance_of(read_header(path)))
     due = json.loads(provenance(plan_quantization(source, settings).record))
+    if not isinstance(files := said.get("source"), list):
+        return False
+    said["source"] = [file.get("file") if isinstance(file, dict) else None for file in files]
+    due["source"] = [file["file"] for file in due["source"]]
     for side in (said, due):
-        side["source"] = [file["file"] for file in side.get("source", [])]
         side.pop("tool", None)  # another version of the pack made it
     return said == due
 
@@ -118,7 +117,13 @@ def _write(
         PartFile(path, plan.tensors, plan.units, metadata, request, lambda _: step(0, total), overwrite) as part,
     ):
         resumed = len(part.finished)
-        hashes, done = _stream(plan, reader, deltas, part, guard, packer, lambda done: step(done, total))
+        try:
+            hashes, done = _stream(plan, reader, deltas, part, guard, packer, lambda done: step(done, total))
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, OSError):  # it is in what is read: no run of this request can go on
+                part.__exit__()
+                discard(path)
+            raise
         for name, content in plan.made.items():
             if name not in part.finished:
                 part.write(name, [memoryview(content)])
@@ -185,7 +190,7 @@ def _quantised(plan, reader, rows: FloatRows, packer: Packer, on_bytes, done):
         rest = {key: plan.jobs[key] for key in names if key != job.name}
         bad = [job.layer] + [rest[key].layer for key in non_finite(reader, rest, packer.device, lambda: on_bytes(done))]
         listed = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
-        raise _NonFinite(
+        raise CheckpointError(
             f"NaN or infinity in {len(bad)} layers: {listed}", where=plan.checkpoint.header.path.name,
             expected="finite weights", remedy="take a sound file, or have these layers kept as they are "
             "(`keep_non_finite`)",
@@ -212,10 +217,6 @@ def _restored(plan: QuantizePlan, rows: FloatRows) -> memoryview:
     """The bytes of a weight in BF16, for a layer that is kept but has a format ComfyUI does not know."""
     made = torch.cat([values.to(torch.bfloat16).cpu() for _, values in rows])
     return _bytes(plan.units[rows.weight.name][0], made)
-
-
-class _NonFinite(CheckpointError):
-    """Weights that no format can hold."""
 
 
 def _not_finite(plan: QuantizePlan, device: torch.device, step: OnStep) -> frozenset[str]:

@@ -92,7 +92,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "LTX-2.3", ("transformer_blocks",), (_LTX_GATES,), (0, 0),
             "all 48 blocks, which is what makes 19.5 GB of 29.2 GB; published files keep blocks 0, 1, 46 and 47 in "
-            "BF16 (keep_first_last 2, 2.2 GB more)",
+            "BF16 (`keep_first_last` 2, 2.2 GB more)",
             _LTX_SOURCES, _LTX_AUDIO, _LTX_CROSS,
         ),
         Recipe("LTX-2.5", ("transformer_blocks",), (_LTX_GATES,), (1, 5), _LTX2_WHY, _LTX_SOURCES, _LTX_AUDIO,
@@ -212,7 +212,7 @@ def _edges(recipe: Recipe, layers: Mapping[str, object], count: int | None) -> s
     blocks = {block for layer in layers if (block := _block(recipe, layer)) is not None}
     order = sorted(blocks, key=lambda block: (recipe.stacks.index(block[0]), block[1]))
     first, last = recipe.first_last if count is None else (count, count)
-    return {*order[:first], *order[len(order) - last :]} if last else set(order[:first])
+    return {*order[:first], *order[max(len(order) - last, 0) :]}
 
 
 def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:

@@ -124,7 +124,7 @@ def repair(
     path = header.path
     if target is not None:
         sources = [file.path for file in checkpoint.files]
-        path = check_targets(header, {"": target}, sources, base, overwrite or dry_run)[""]
+        path = check_targets(header, {"": target}, sources, base, overwrite or dry_run, [config_from])[""]
     with Source(checkpoint) as reader:
         _check_values(found.plan, reader, on_bytes or (lambda done, total: None))
         if not cured:
@@ -159,6 +159,9 @@ def restore_header(path: str | os.PathLike[str], backup: str | os.PathLike[str] 
     """
     path = Path(path)
     backup = Path(backup) if backup else path.with_name(path.name + BACKUP_ENDING)
+    if not os.path.lexists(backup):
+        found, remedy = "no header was kept", "a repair in place keeps it only where it changes nothing but the header"
+        raise CheckpointError(found, where=path, expected=backup.name, remedy=remedy)
     with open_regular(backup) as file:
         saved = file.read()
     size = int.from_bytes(saved[:8], "little") + 8
@@ -339,7 +342,7 @@ def _back_up(header: Header, new: bytes, overwrite: bool) -> tuple[Path, bytes]:
     with open_regular(header.path) as file:
         old = file.read(len(new))
     if os.path.lexists(backup) and not overwrite:
-        remedy = "it is the backup of an earlier repair: move it away, or allow overwriting"
+        remedy = "it is the backup of an earlier repair: move it away, or allow overwriting (`overwrite`)"
         raise CheckpointError("it exists already", where=backup.name, remedy=remedy)
     try:
         write_small(backup, old + new, overwrite)

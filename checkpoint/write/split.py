@@ -76,7 +76,7 @@ def split(
     if dtype not in (KEEP, BF16):
         raise CheckpointError(f"unknown dtype {dtype!r}", where=header.path.name, expected=f"{KEEP} or {BF16}")
     chosen = _choose(header, list(targets), vae_prefix)
-    paths = check_targets(header, targets, [file.path for file in checkpoint.files], base, overwrite)
+    paths = check_targets(header, targets, [file.path for file in checkpoint.files], base, overwrite, [config_from])
     with Source(checkpoint) as reader:
         plans = {}
         for name, component in chosen.items():
@@ -107,9 +107,11 @@ def check_targets(
     sources: Sequence[Path],
     base: str | os.PathLike[str] | None,
     overwrite: bool,
+    also_read: Sequence[str | os.PathLike[str] | None] = (),
 ) -> dict[str, Path]:
     """Targets -> resolved paths. CheckpointError for one outside ``base``, that exists, is a source or named twice.
 
+    ``also_read``: files beside the source that are read, a calibration or a LoRA; None stands for one not given.
     No name leads out of ``base``, nor does a link in the place of the file. Folders in it may be links: whoever has
     made them can write there anyway.
     """
@@ -127,10 +129,12 @@ def check_targets(
             raise CheckpointError("this is no name for the new file", where=path.name, expected="one in .safetensors")
         if any(same_file(path, file) for file in sources):
             raise CheckpointError("the target is the source itself", where=path.name, remedy="choose another name")
+        if any(same_file(path, Path(file)) for file in also_read if file is not None):
+            raise CheckpointError("the target is a file that is read", where=path.name, remedy="choose another name")
         if any(same_file(path, other) or str(path).casefold() == str(other).casefold() for other in paths.values()):
             raise CheckpointError("two components have this one target", where=path.name, remedy="choose two names")
         if path.exists() and not overwrite:
-            remedy = "choose another name, or allow overwriting"
+            remedy = "choose another name, or allow overwriting (`overwrite`)"
             raise CheckpointError("the target exists", where=path.name, remedy=remedy)
         paths[name] = path
     return paths

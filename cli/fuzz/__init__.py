@@ -56,8 +56,9 @@ def run_fuzz(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any]
     if not hasattr(os, "fork"):
         raise CommandError("fuzz runs its cases in processes made by fork(), which this system does not have")
     names = list(dict.fromkeys(name.strip() for name in args.what.split(",") if name.strip()))
-    if unknown := [name for name in names if name not in KINDS] or not names:
-        raise CommandError(f"--what {args.what}: {unknown or 'nothing'} is none of {', '.join(KINDS)}")
+    unknown = [name for name in names if name not in KINDS]
+    if unknown or not names:
+        raise CommandError(f"--what names {', '.join(unknown) or 'nothing'}; expected some of {', '.join(KINDS)}")
     if args.case is not None and len(names) > 1:
         raise CommandError("--case is the number of a case of one kind: say which with --what")
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed

@@ -18,13 +18,12 @@ import torch
 from ...checkpoint.file.header import CheckpointError
 from ...checkpoint.identify.report import inspect_checkpoint
 from ...checkpoint.verify.verify import verify
-from ...checkpoint.write.plan import AMAX, QuantizeSettings
 from ...checkpoint.write.quantize import quantize_checkpoint
 from ...checkpoint.write.repair import repair, restore_header
 from ...checkpoint.write.split import split
 from ...samples import synthetic
 from ..console import write_file
-from .files import KEPT, small
+from .files import KEPT, PLAIN, small
 
 DONE, REFUSED = 0, 3
 FITS = "base_model.model.transformer."  # a prefix that goes, so that the new header fits in the old one's place
@@ -43,7 +42,7 @@ class Job:
 
 
 def _quantize(source: Path, target: Path, overwrite: bool, step: Callable[[int, int], None]) -> None:
-    quantize_checkpoint(source, target, QuantizeSettings(search=AMAX), overwrite=overwrite, on_step=step)
+    quantize_checkpoint(source, target, PLAIN, overwrite=overwrite, on_step=step)
 
 
 def _split(source: Path, target: Path, overwrite: bool, step: Callable[[int, int], None]) -> None:

@@ -256,20 +256,24 @@ def use_attention(patcher: Any, choice: str, mode: str = "bf16") -> str:
     """Have a model's attention computed by ``choice`` (from ``choices``) -> what to expect, for the report.
 
     ``mode``: how its layers compute. BY_COMPUTE leaves models that promise the host's own result ("bf16") to the
-    host's attention. Raises PackError for a choice that is not to be had here.
+    host's attention. An earlier choice of this pack's, such as the loader's, is no more. Raises PackError for a choice
+    that is not to be had here.
     """
     if choice not in choices():
         raise PackError(f"attention: there is no {choice!r} here; there are {', '.join(choices())}")
     if choice == BY_COMPUTE:
         choice = HOST if mode == "bf16" else AUTO
     device, options = patcher.load_device, patcher.model_options.setdefault("transformer_options", {})
+    if isinstance(options.get(OVERRIDE), Attention):
+        del options[OVERRIDE]
+        patcher.callbacks.get(patcher_extension.CallbacksMP.ON_PRE_RUN, {}).pop(KEY, None)
     if choice == HOST:
         return "ComfyUI's own"
     if not _is_gpu(device):
         return f"ComfyUI's own: {choice} is for GPUs"
     if choice == AUTO and (reason := _stands_down(patcher.model)):
         return f"ComfyUI's own, {reason}"
-    if OVERRIDE in options and not isinstance(options[OVERRIDE], Attention):
+    if OVERRIDE in options:
         return f"that of {_owner(options[OVERRIDE])}, which is before this one in the workflow"
     options[OVERRIDE] = own = Attention(choice)
     patcher.add_callback_with_key(patcher_extension.CallbacksMP.ON_PRE_RUN, KEY, functools.partial(_look, own))

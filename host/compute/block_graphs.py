@@ -83,6 +83,8 @@ def obstacle(model: torch.nn.Module, device: torch.device) -> str:
         return "ComfyUI runs with --assert-graph-breaks, and a block that is replayed allocates otherwise than before"
     if residency.option("disable_cuda_graphs") is not False:  # without that switch nobody could turn them off
         return "ComfyUI runs with --disable-cuda-graphs, or is too old to have that switch"
+    if graph_plan.has_leaked():  # once is enough
+        return "a capture failed before in a way that keeps its memory until ComfyUI ends"
     return str(residency.check())
 
 
@@ -98,11 +100,15 @@ def with_graphs(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if not blocks.may_pay(options):
         return executor(*args, **kwargs)
     blocks.begin(options["sample_sigmas"])
-    options["patches_replace"] = {**options.get("patches_replace", {}), "dit": dict(blocks.replacements)}
+    replaced = options.get("patches_replace")
+    options["patches_replace"] = {**(replaced or {}), "dit": dict(blocks.replacements)}
     try:
         return executor(*args, **kwargs)
     finally:
         blocks.end_of_step()
+        options["patches_replace"] = replaced  # a wrapper before this one may call again with the same options
+        if replaced is None:
+            del options["patches_replace"]
 
 
 def _device_of(args: tuple) -> torch.device:
@@ -165,7 +171,7 @@ class Blocks:
     """
 
     def __init__(self, model: torch.nn.Module):
-        self.blocks = model.transformer_blocks
+        self._model = weakref.ref(model)  # ``drop`` waits for its end, which a hook on a block kept here could put off
         self.module = type(model).__dict__.get("host_class", type(model)).__module__
         self.plans: dict[tuple, graph_plan.Plan] = {}
         self.waits_for_cpu: set[tuple] = set()
@@ -174,13 +180,18 @@ class Blocks:
         self.replacements = {("double_block", i): functools.partial(self.run, i) for i in range(len(self.blocks))}
         self._passes: Counter[tuple] = Counter()
         self._waits: Counter[tuple] = Counter()
-        self._ran: list[dict[int, None]] = [{} for _ in self.blocks]  # calls of each block, the latest last
+        self._ran: list[dict[int, None]] = [{} for _ in self.replacements]  # calls of each block, the latest last
         self._said: set[str] = set()
         self._most_bytes = 0  # GPU memory that one graph took
         self._last_block: tuple[tuple, torch.cuda.Event] | None = None
         self._surroundings: tuple = ((), ())
         self._sigmas: Any = None  # of the sampling that goes on; the host hands on one tensor through all its steps
         self._forget_sampling()
+
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        """The model's, as they are now."""
+        return self._model().transformer_blocks
 
     def _forget_sampling(self) -> None:
         """What holds for one sampling only."""
@@ -196,6 +207,7 @@ class Blocks:
             found = graph_key.surroundings(self.blocks[0])
             if not graph_key.are_same(found, self._surroundings):
                 self.drop()
+                self._ran = [{} for _ in self._ran]  # what runs now may load kernels of its own
             self._sigmas, self._surroundings = sigmas, found
 
     def may_pay(self, options: Mapping) -> bool:

@@ -62,6 +62,10 @@ class Session:
         if not self._ran:
             return
         self._ran = False
+        if not self.collector.moments:
+            logger.warning("Calibration: no layer was reached, %s is not written; connect the node before whatever "
+                           "compiles or replaces the model's layers.", self.target.name)  # fmt: skip
+            return
         self.prompts += 1
         new = not self.target.exists()
         write_calibration(
@@ -95,7 +99,7 @@ def collect(
     """
     path = Path(target)
     if os.path.lexists(path) and not (overwrite and is_calibration_file(path)):
-        remedy = "choose another name" if overwrite else "choose another name, or allow overwriting"
+        remedy = "choose another name" if overwrite else "choose another name, or allow overwriting (`overwrite`)"
         raise CheckpointError("the target exists", where=path.name, remedy=remedy)
     checkpoint = open_checkpoint(source)
     name, layers, total = watched_layers(patcher.model.diffusion_model, checkpoint.header, recipe)

@@ -48,6 +48,8 @@ def is_apart(module: torch.nn.Module, options: Mapping | None = None) -> bool:
 def attention_class(found: type, host: ModuleType) -> type:
     """The host's CrossAttention and its module -> a class derived from it."""
 
+    rotary = _rotary(host)
+
     class FusedAttention(found):
         host_class, host_forward = found, found.forward
 
@@ -75,7 +77,7 @@ def attention_class(found: type, host: ModuleType) -> type:
             if context is None and transformer_options.get("stg_skip_self_attn", False):
                 out = v
             else:
-                q, k = _normed(self, host, q, k, pe, k_pe)
+                q, k = _normed(self, host, rotary, q, k, pe, k_pe)
                 out = _attend(self, host, q, k, v, mask, transformer_options)
             del q, k, v
             return _projected(self, out, gates)
@@ -83,11 +85,17 @@ def attention_class(found: type, host: ModuleType) -> type:
     return FusedAttention
 
 
-def _normed(attn: Any, host: ModuleType, q, k, pe, k_pe) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norms of q and k, and their rotations if there are any."""
+def _rotary(host: ModuleType) -> tuple:
+    """The host's functions that rotate, as they are now."""
+    return host.apply_rotary_emb, host.apply_rotary_emb_qk
+
+
+def _normed(attn: Any, host: ModuleType, rotary: tuple, q, k, pe, k_pe) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norms of q and k, and their rotations if there are any; ``rotary``: the functions that this stands for."""
     other = pe if k_pe is None else k_pe
     weights = _weight(attn.q_norm, q), _weight(attn.k_norm, k)
-    if any(weight is None for weight in weights) or not (_rotates(pe, q) and _rotates(other, k)):
+    fused_here = _rotates(pe, q) and _rotates(other, k) and _rotary(host) == rotary
+    if not fused_here or any(weight is None for weight in weights):
         q, k = attn.q_norm(q), attn.k_norm(k)
         if pe is None:
             return q, k

@@ -3,12 +3,14 @@
 
 ``block_class`` derives from the host's class. Between two products the stream is read once: the product's gated result
 is added, the sum normed, modulated and, where all layers that take it multiply FP8, handed on as FP8 rows. What the
-block does, and in which order, is the host's; a call that is not as known is the host's too.
+block does, and in which order, is the host's; a call that is not as known is the host's too, and all are while
+somebody's function has the place of one that is computed here.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -33,15 +35,24 @@ _METHODS = ("get_ada_values", "_apply_text_cross_attention", "get_av_ca_ada_valu
 def block_class(found: type, host: ModuleType) -> type:
     """The host's block and its module -> a class derived from it."""
 
+    known = _replaceable(found, host)
+
     class FusedBlock(found):
         host_class, host_forward = found, found.forward
 
         def forward(self, x, *args, **given):
-            apart = args or is_apart(self, given.get("transformer_options"))
+            apart = args or is_apart(self, given.get("transformer_options")) or _replaceable(found, host) != known
             call = None if apart else _read(self, host, x, given)
             return super().forward(x, *args, **given) if call is None else _run(self, call)
 
     return FusedBlock
+
+
+def _replaceable(found: type, host: ModuleType) -> tuple:
+    """The host's functions that ``_run`` stands for, as they are now."""
+    places = *((found, name) for name in _METHODS), (host, "apply_cross_attention_adaln")
+    norms = sys.modules.get("comfy.ldm.common_dit")
+    return tuple(getattr(place, name, None) for place, name in (*places, (norms, "rms_norm")))
 
 
 class _Side(NamedTuple):

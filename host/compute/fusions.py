@@ -35,7 +35,8 @@ from .matmul import rows_for
 from .modes import EIGHT_BITS
 
 _PROJECTIONS = ("to_q", "to_k", "to_v")
-# ``fingerprint`` of what the classes here stand for, in ComfyUI 0.33 and in 0.38.
+# ``fingerprint`` of what the classes here stand for, in ComfyUI 0.33 and in 0.38; of feed-forwards in older ones too.
+_FEED_FORWARDS = frozenset(("b540a05160192a2c", "05ec2b32a4fddd79"))
 _ATTENTIONS = frozenset(("a50b55954c4f2bc3", "c434d556e55fe4c8"))
 _BLOCKS = frozenset(("68f99ad48eef5f89",))
 
@@ -56,7 +57,7 @@ def fuse(model: torch.nn.Module, linear: type) -> str:
     known = attention, block, getattr(host, "FeedForward", None)
     if not any(type(module) in known for module in model.modules()):
         return ""
-    reason = _stands_down(host, av)
+    reason, activated = _stands_down(host, av), ""
     for module in model.modules():
         if type(module) is attention:
             layers = [getattr(module, name, None) for name in _PROJECTIONS]
@@ -69,11 +70,12 @@ def fuse(model: torch.nn.Module, linear: type) -> str:
         elif type(module) is block and not reason:
             _become(module, block_class(block, av), exact)
         elif (fused := _feed_forward(type(module))) is not None and _in_8_bits(module.net[2], linear):
-            module.__class__ = fused
+            _become(module, fused, exact)
+            activated = ", and the feed-forward's activation"
     if exact:
         return "" if reason else "norms, modulations and rotations, where attention is not ComfyUI's own"
     if reason:
-        return f"rows of q, k and v, and the feed-forward's activation; no more, {reason}"
+        return f"rows of q, k and v{activated}; no more, {reason}"
     return "norms, modulations, gates and rotations, each with its neighbours"
 
 
@@ -83,12 +85,13 @@ def _become(module: torch.nn.Module, own: type, exact: bool) -> None:
 
 
 def release(model: torch.nn.Module) -> None:
-    """Give all modules the host's classes back."""
+    """Give all modules that ``fuse`` prepared the host's classes back."""
     for module in model.modules():
-        module.__dict__.pop(EXACT, None)
-        own = type(module).__dict__
-        if "host_class" in own and "host_forward" in own:
-            module.__class__ = own["host_class"]
+        own = module.__dict__
+        for name in ("_nvfp4_shared", "_nvfp4_sharers"):
+            own.pop(name, None)
+        if own.pop(EXACT, None) is not None:
+            module.__class__ = type(module).__dict__.get("host_class", type(module))
 
 
 def _stands_down(host: ModuleType | None, av: ModuleType | None) -> str:
@@ -134,9 +137,15 @@ def _host(name: str) -> ModuleType | None:
 
 @functools.cache
 def _feed_forward(found: type) -> type | None:
-    """LTX's feed-forward -> a class derived from it, any other class -> None."""
+    """LTX's feed-forward, if its source is as known -> a class derived from it, any other class -> None."""
     host = _host("model")
     if found is not getattr(host, "FeedForward", None) or not hasattr(host, "GELU_approx"):
+        return None
+    gelu, activate = host.GELU_approx, host.GELU_approx.forward
+    try:
+        if fingerprint(found.forward, activate) not in _FEED_FORWARDS:
+            return None
+    except (OSError, TypeError, SyntaxError):
         return None
 
     class FusedFeedForward(found):
@@ -144,12 +153,13 @@ def _feed_forward(found: type) -> type | None:
 
         def accepts(self, rows: int, device: torch.device) -> bool:
             """Whether so many rows may come in FP8."""
-            free = not (residency.taken_over(self.__dict__) or is_apart(self))
-            return free and _as_built(self.net, host.GELU_approx) and rows_for(self.net[0].proj, rows, device)
+            free = not (residency.taken_over(self.__dict__) or is_apart(self)) and gelu.forward is activate
+            return free and _as_built(self.net, gelu) and rows_for(self.net[0].proj, rows, device)
 
         def forward(self, x):
-            if type(x) is not FP8Rows and (is_apart(self) or not _as_built(self.net, host.GELU_approx)):
-                return super().forward(x)
+            if type(x) is not FP8Rows:
+                if is_apart(self) or gelu.forward is not activate or not _as_built(self.net, gelu):
+                    return super().forward(x)
             return self.net[2](self.net[0].proj(x), activation="gelu_tanh")
 
     return FusedFeedForward

@@ -48,8 +48,9 @@ class Plan:
     """
 
     def __init__(self, arguments: Mapping, tensors: list[torch.Tensor]):
-        self.inputs = [_like(tensor) for tensor in tensors]
-        self.stream = tuple(torch.empty_like(tensor) for tensor in arguments["img"])
+        with torch.inference_mode(False):  # tensors made in it cannot be written to in a sampling outside of it
+            self.inputs = [_like(tensor) for tensor in tensors]
+            self.stream = tuple(torch.empty_like(tensor) for tensor in arguments["img"])
         given = iter(self.inputs)
         # Not the options, which are each call's own and may know the model that these graphs must not keep alive.
         self.arguments = {
@@ -130,7 +131,7 @@ class Plan:
 
 
 def _let_go(error: BaseException, stream: torch.cuda.Stream) -> None:
-    """Drop the tensors of a failing capture, which the frames of the error's traceback hold, while that can be done.
+    """Drop the tensors of a failing capture, which frames of the error and of those behind it hold, while possible.
 
     With cudaMallocAsync, which ComfyUI uses, an address of a capture that came to nothing cannot be freed after it, nor
     in one that the driver has given up: torch ends the process over that. There the error is kept, and the addresses
@@ -141,10 +142,18 @@ def _let_go(error: BaseException, stream: torch.cuda.Stream) -> None:
         failed = _driver().cuStreamIsCapturing(ctypes.c_void_p(stream.cuda_stream), ctypes.byref(status))
     except (OSError, AttributeError):
         failed = True
-    if not failed and status.value == _IS_CAPTURING:
-        traceback.clear_frames(error.__traceback__)
-    else:
+    if failed or status.value != _IS_CAPTURING:
         _kept.append(error)
+        return
+    behind: BaseException | None = error
+    while behind is not None:
+        traceback.clear_frames(behind.__traceback__)
+        behind = behind.__cause__ or behind.__context__
+
+
+def has_leaked() -> bool:
+    """Whether the error of a capture is kept, and with its frames all that they know, until ComfyUI ends."""
+    return bool(_kept)
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,9 @@ host copies numbers to it from pageable memory, which ends when the whole step b
 * The tables follow from the coordinates. Those of unknown origin are compared with those of the step before, for which
   the CPU waits. They are kept for a sampling.
 * The frequencies of a timestep's embedding follow from numbers of the module.
+
+Where somebody's function stands in the place of one of the host's, nothing is kept of what it makes: it may give
+something else in each step.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import functools
 import importlib
 import math
 import operator
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +30,11 @@ from .fusions import fingerprint
 from .graph_key import host_class
 
 KEY = "nvfp4_video.positions"
-_KNOWN, _COORDS, _TABLES, _BEGUN = (f"_nvfp4_{name}" for name in ("known_input", "coordinates", "positions", "begun"))
+_KNOWN, _COORDS, _TABLES, _BEGUN = (f"_nvfp4_{name}" for name in ("known_code", "coordinates", "positions", "begun"))
 _FREQUENCIES = "_nvfp4_frequencies"
 _MAX_PERIOD = 10000
-# ``fusions.fingerprint`` of the host's Timesteps and of the functions of ``_input_code``, in ComfyUI 0.33 and 0.38.
-_EMBEDDING, _INPUT = "24709fc251415a22", "b286b99b3c748faf"
+# ``fusions.fingerprint`` of the host's Timesteps and of the functions of ``_code``, in ComfyUI 0.33 and 0.38.
+_EMBEDDING, _CODE = "24709fc251415a22", "c6eb5a99d413309f"
 _ATTRIBUTES = (
     "positional_embedding_max_pos", "audio_positional_embedding_max_pos", "use_middle_indices_grid",
     "split_positional_embedding", "freq_grid_generator",
@@ -96,10 +98,10 @@ def model_class(found: type) -> type:
             return [video, audio], coords, {"orig_shape": shape, "has_spatial_mask": _vary_in_frames(denoise_mask)}
 
         def _prepare_positional_embeddings(self, pixel_coords, frame_rate, x_dtype):
-            known = _are_tensors(pixel_coords) and isinstance(frame_rate, int | float)
-            if not known or _is_recorded():
+            plain = _are_tensors(pixel_coords) and isinstance(frame_rate, int | float) and not _is_recorded()
+            if not plain or not _is_as_known(self):
                 return super()._prepare_positional_embeddings(pixel_coords, frame_rate, x_dtype)
-            key = (frame_rate, x_dtype, *_tables_follow(self, found))
+            key = (frame_rate, x_dtype, *(repr(getattr(self, name, None)) for name in _ATTRIBUTES))
             kept, source = self.__dict__.get(_TABLES), self.__dict__.get(_COORDS)
             source = source if source is not None and source.are(pixel_coords) else None
             if kept is not None and kept.key == key:
@@ -161,7 +163,7 @@ def use_positions(patcher: Any) -> None:
             if type(module) is embedding and module.num_channels % 2 == 0:
                 module.__class__ = embedding_class(embedding)
         model.__class__ = model_class(found)
-        model.__dict__[_KNOWN] = _known_input(found)
+        model.__dict__[_KNOWN] = _known_code(found)
         patcher.add_callback_with_key(patcher_extension.CallbacksMP.ON_CLEANUP, KEY, _drop)
 
 
@@ -171,32 +173,40 @@ def _drop(patcher: Any) -> None:
         patcher.model.diffusion_model.__dict__.pop(name, None)
 
 
-def _input_code(found: type) -> tuple[tuple[type, type], tuple]:
-    """The host's classes of patchifiers, and the functions between latents and coordinates, as they are now."""
+def _code(found: type) -> tuple[tuple[type, type], tuple]:
+    """The host's classes of patchifiers, and the functions from latents to tables, as they are now."""
     host, base = importlib.import_module(found.__base__.__module__), found.__base__
     video, audio = host.SymmetricPatchifier, importlib.import_module(found.__module__).AudioPatchifier
     return (video, audio), (
         found._process_input, base._process_input, host.latent_to_pixel_coords, video.patchify,
         video.get_latent_coords, audio.patchify, audio._get_audio_latent_time_in_sec,
+        *(getattr(place, name) for name in _METHODS for place in (found, base)),
+        *(getattr(host, name) for name in _FUNCTIONS),
     )  # fmt: skip
 
 
-def _known_input(found: type) -> tuple | None:
-    """``_input_code`` if its source is as known."""
+def _known_code(found: type) -> tuple | None:
+    """``_code`` if its source is as known."""
     try:
-        code = _input_code(found)
-        return code if fingerprint(*code[1]) == _INPUT else None
+        code = _code(found)
+        return code if fingerprint(*code[1]) == _CODE else None
     except (ImportError, AttributeError, OSError, TypeError, SyntaxError):
         return None
 
 
+def _is_as_known(model: torch.nn.Module) -> bool:
+    """Whether no function from latents to tables was exchanged since the model was loaded."""
+    known = model.__dict__.get(_KNOWN)
+    exchanged = any(name in model.__dict__ for name in _METHODS)
+    return known is not None and not exchanged and known == _code(type(model).host_class)
+
+
 def _input_key(model: torch.nn.Module, x: Any, denoise_mask: torch.Tensor | None) -> tuple | None:
     """What coordinates follow from, of latents of video and audio; None: the host has to make them each time."""
-    known = model.__dict__.get(_KNOWN)
-    if known is None or known != _input_code(type(model).host_class):
+    if not _is_as_known(model):
         return None
     patchifiers = model.patchifier, model.a_patchifier
-    if tuple(map(type, patchifiers)) != known[0] or model.patchifier.patch_size != (1, 1, 1):
+    if tuple(map(type, patchifiers)) != model.__dict__[_KNOWN][0] or model.patchifier.patch_size != (1, 1, 1):
         return None
     if any(hasattr(type(one), name) for one in patchifiers for name in vars(one)):
         return None  # somebody's function stands in the place of a method
@@ -206,15 +216,6 @@ def _input_key(model: torch.nn.Module, x: Any, denoise_mask: torch.Tensor | None
         return None
     numbers = (*map(vars, patchifiers), model.vae_scale_factors, model.causal_temporal_positioning)
     return repr(numbers), *((one.shape, one.device) for one in x)
-
-
-def _tables_follow(model: torch.nn.Module, found: type) -> list:
-    """Whatever tables follow from besides the coordinates: another node may set it on the model, a class, a module."""
-    numbers = [repr(getattr(model, name, None)) for name in _ATTRIBUTES]
-    methods = [getattr(place, name, None) for name in _METHODS for place in (found, found.__base__)]
-    methods += [model.__dict__.get(name) for name in _METHODS]
-    module = sys.modules[found.__base__.__module__]
-    return numbers + methods + [getattr(module, name, None) for name in _FUNCTIONS]
 
 
 def _keep_pace(model: torch.nn.Module, device: torch.device) -> None:

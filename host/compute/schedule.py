@@ -118,7 +118,7 @@ def _apply(steps: str, ranges: Sequence[Range], executor: Callable, x: Any, t: A
     if not mode:
         return executor(x, t, *args, **kwargs)
     outer = options.get(SCHEDULED)
-    options[SCHEDULED] = mode
+    options[SCHEDULED] = mode if outer is None else min(mode, outer, key=MODES.index)
     try:
         with computing_in(mode, executor.class_obj.diffusion_model):
             return executor(x, t, *args, **kwargs)

@@ -26,9 +26,11 @@ _MOST_REMEMBERED = 128
 _GGUF = ".gguf"
 _LONGEST_NAME = 4096  # PATH_MAX
 _LONGEST_ENTRY = 4096  # `config` and the like say nothing about it and may be large
-# All forms of "distilled", but not "undistilled", "non-distilled", "not_distilled", "dedistilled".
-_DISTILLED = re.compile("distil")
-_DENIED = re.compile(r"(?:^|[^a-z])(?:un|non|not|no|de|pre|without|before)[^a-z0-9]*$")
+# All forms of "distilled", but not "undistilled", "non-distilled", "not_distilled", "dedistilled", "distill-free".
+_DISTILLED = re.compile(r"distil(?!l?[a-z]*[^a-z0-9]*(?:free|removed|undone)(?![a-z]))")
+_DENIED = re.compile(
+    r"(?:^|[^a-z])(?:un|non|not|no|de|pre|without|before|anti|undo|reversed?|never|isnt)[^a-z0-9]*$"
+)
 _LONGEST_DENIAL = 24
 # Header entries that name a model; others tell stories of it, and have licences.
 _NAMING = ("modelspec.title", "general.name", "general.basename", "general.finetune", "name", "title", "model_name",

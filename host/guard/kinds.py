@@ -6,6 +6,7 @@ from __future__ import annotations
 GUARD_NODE = "NVFP4LaunchGuard"
 CONCAT, SEPARATE, EMPTY_AUDIO = "LTXVConcatAVLatent", "LTXVSeparateAVLatent", "LTXVEmptyLatentAudio"
 UPSAMPLER, CONDITIONING = "LTXVLatentUpsampler", "LTXVConditioning"
+CFG_OVERRIDE = "CFGOverride"  # on a MODEL: another cfg than the guider's, between two points of the sampling
 # Nodes that make a film of pictures, and how they call its frame rate.
 FILMS = {
     "CreateVideo": "fps",

@@ -65,8 +65,12 @@ VAE_LOADERS = {
     **_CHECKPOINTS,
 }
 
-AUDIO_VAE_LOADERS = {"LTXVAudioVAELoader": Names(("ckpt_name",), ("checkpoints", "vae"))}
-UPSCALER_LOADERS = {"LatentUpscaleModelLoader": Names(("model_name",), ("latent_upscale_models",))}
+AUDIO_VAE_LOADERS = {
+    "LTXVAudioVAELoader": Names(("ckpt_name",), ("checkpoints", "vae")),
+    "LowVRAMAudioVAELoader": _CHECKPOINT,
+}
+_UPSCALER = Names(("model_name",), ("latent_upscale_models",))
+UPSCALER_LOADERS = {"LatentUpscaleModelLoader": _UPSCALER, "LowVRAMLatentUpscaleModelLoader": _UPSCALER}
 ALL_LOADERS = {**MODEL_LOADERS, **TEXT_LOADERS, **VAE_LOADERS, **AUDIO_VAE_LOADERS, **UPSCALER_LOADERS}
 
 

@@ -7,7 +7,12 @@ import sys
 from collections.abc import Mapping
 
 # As of ComfyUI 0.33, for where no host tells.
-_NAMES = {"LTXVEmptyLatentAudio": "LTXV Empty Latent Audio"}
+_NAMES = {
+    "LTXVEmptyLatentAudio": "LTXV Empty Latent Audio",
+    "LTXVConcatAVLatent": "Concat AV Latent",
+    "LTXVSeparateAVLatent": "Separate AV Latent",
+    "LTXVAudioVAELoader": "Load LTXV Audio VAE",
+}
 
 
 def shown(kind: str) -> str:

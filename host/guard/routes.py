@@ -131,10 +131,12 @@ def _handle(data: dict[str, Any]) -> dict[str, Any]:
     if policy is None:
         return data
     listed = [finding.as_dict() for finding in findings]
+    errors = [finding for finding in findings if finding.severity == guard.ERROR]
+    refused = policy == guard.BLOCK and bool(errors)
     client = data.get("client_id")
     # The host looks the client up in a dict, and its loop of messages ends on what cannot be a key.
     if isinstance(client, str):  # without findings too: the client drops those of the prompt before
-        PromptServer.instance.send_sync(EVENT, {"findings": listed}, client)
+        PromptServer.instance.send_sync(EVENT, {"findings": listed, "refused": refused}, client)
     if not findings:
         return data
     for finding in findings[:MOST_LINES]:
@@ -142,8 +144,7 @@ def _handle(data: dict[str, Any]) -> dict[str, Any]:
         logger.log(level, "NVFP4 guard: %s", guard.one_line(finding))
     if len(findings) > MOST_LINES:
         logger.warning("NVFP4 guard: %d more findings on this prompt", len(findings) - MOST_LINES)
-    errors = [finding for finding in findings if finding.severity == guard.ERROR]
-    if policy == guard.BLOCK and errors:
+    if refused:
         return _refused(data, errors)
     extra = data.get("extra_data", {})
     if not isinstance(extra, dict):  # the host's to refuse

@@ -10,12 +10,13 @@ from ..doctor.profiles import AUDIO_FLAGS
 from ..doctor.replaced import FROM_SAMPLER
 from . import kinds
 from .links import Node
+from .loaders import AUDIO_VAE_LOADERS
 from .view import ERROR, Finding, View, ids_of
 
 # Nodes that encode sound: how they call the VAE, and the loaders that give them LTX's in the dtype of the flags.
 _ENCODERS = {
-    "LTXVAudioVAEEncode": ("audio_vae", ("LTXVAudioVAELoader", "VAELoader")),
-    "VAEEncodeAudio": ("vae", ("LTXVAudioVAELoader",)),
+    "LTXVAudioVAEEncode": ("audio_vae", (*AUDIO_VAE_LOADERS, "VAELoader")),
+    "VAEEncodeAudio": ("vae", tuple(AUDIO_VAE_LOADERS)),
 }
 _SAMPLES_WITHOUT_NOISE = ("DisableNoise",)
 

@@ -9,6 +9,7 @@ from ...measure.ltx import TEMPORAL
 from . import kinds
 from .fixes import fixes_of
 from .links import Node
+from .names import shown
 from .vaes import DECODE
 from .values.latents import BATCHED, GUIDING, Conditioning, Sound, Video, frames_of
 from .view import ERROR, WARNING, Finding, View, ids_of
@@ -29,6 +30,7 @@ _PICTURE = {
 _SOUND = {"LTXVAudioVAEDecode": "samples", kinds.CONCAT: "audio_latent"}
 # Those that find their stream in a joint latent themselves.
 _TAKE_JOINT = ("VAEDecode", "VAEDecodeTiled", "LTXVAudioVAEDecode", kinds.CONCAT)
+_POSITIVE = ("positive", "conditioning", "cond1")  # how samplers and guiders call what the model is told
 _MAKE_SOUND = (kinds.EMPTY_AUDIO, "LTXVAudioVAEEncode")
 _NAMES = {kinds.VIDEO: "the video latent", kinds.AUDIO: "the audio latent", kinds.JOINT: "a joint latent"}
 
@@ -43,9 +45,9 @@ def swapped_streams(view: View) -> Iterator[Finding]:
             maker = view.graph.behind(node, table[node.kind])
             remedy = f"Connect {_NAMES[meant]} instead"
             if maker.kind == kinds.SEPARATE:
-                remedy += f": output {2 if meant == kinds.AUDIO else 1} of LTXV Separate AV Latent"
+                remedy += f": output {2 if meant == kinds.AUDIO else 1} of {shown(kinds.SEPARATE)}"
             elif got == kinds.JOINT:
-                remedy += ", by way of LTXV Separate AV Latent"
+                remedy += f", by way of {shown(kinds.SEPARATE)}"
             yield Finding(
                 "swapped_streams",
                 ERROR,
@@ -60,9 +62,9 @@ def swapped_streams(view: View) -> Iterator[Finding]:
             yield Finding(
                 "swapped_streams",
                 ERROR,
-                f"LTXV Separate AV Latent gets {_NAMES[got]}, in which there is nothing to separate.",
+                f"{shown(kinds.SEPARATE)} gets {_NAMES[got]}, in which there is nothing to separate.",
                 "It takes the second stream of a joint latent, which is not there, and stops.",
-                "Join both latents with LTXV Concat AV Latent before the sampler, or leave the node out.",
+                f"Join both latents with {shown(kinds.CONCAT)} before the sampler, or leave the node out.",
                 ids_of(node, view.graph.behind(node, "av_latent")),
             )
 
@@ -122,7 +124,7 @@ def uncropped_guides(view: View) -> Iterator[Finding]:
             WARNING,
             f"The clip ends with {count}, which were not cropped.",
             f"{guides[0].kind} puts the latents of its pictures behind the clip, where they stay in the decoded film.",
-            "Put LTXV Crop Guides between the sampler and the decode, with the conditioning that leaves the guide.",
+            "Put LTXVCropGuides between the sampler and the decode, with the conditioning that leaves the guide.",
             ids_of(use.node, *guides[:8]),
         )
 
@@ -157,10 +159,11 @@ def untold_rate(view: View) -> Iterator[Finding]:
         audio, rate = sounds[root.id]
         if rate is None or rate == DEFAULT_RATE:
             continue
-        conditioning = graph.behind(sampler.guided_by, "positive")
+        name = next((name for name in _POSITIVE if name in sampler.guided_by.inputs), _POSITIVE[0])
+        conditioning = graph.behind(sampler.guided_by, name)
         if conditioning is None or conditioning.kind == kinds.CONDITIONING:
             continue
-        told = graph.output(graph.source(sampler.guided_by.id, "positive"))
+        told = graph.output(graph.source(sampler.guided_by.id, name))
         if not isinstance(told, Conditioning) or told.rate is not None:
             continue
         if rated is None:

@@ -68,8 +68,8 @@ def no_audio_latent(view: View) -> Iterator[Finding]:
                 "This ComfyUI cannot sample an audio and video model without an audio latent.",
                 f"{file.name} is {file.family}; this ComfyUI stops in the first step on "
                 "the empty sound that it then assumes. ComfyUI 0.29.0 does that, 0.30.0 no longer.",
-                f"Join {shown(kinds.EMPTY_AUDIO)} of the same frames and frame rate with LTXV Concat AV Latent, and "
-                "take the video from LTXV Separate AV Latent behind the sampler; or update ComfyUI.",
+                f"Join {shown(kinds.EMPTY_AUDIO)} of the same frames and frame rate with {shown(kinds.CONCAT)}, and "
+                f"take the video from {shown(kinds.SEPARATE)} behind the sampler; or update ComfyUI.",
                 ids_of(sampler.node, sampler.latent.root),
             )
 

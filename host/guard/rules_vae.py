@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from ...checkpoint.identify.vae_signatures import LTX, PREVIEW, Vae, refusal
 from .loaders import AUDIO_VAE_LOADERS, OUR_VAE_LOADER
+from .names import shown
 from .vaes import DECODE, OWN_TILES, PICTURES, SOUND, UPSCALE, UPSCALERS, Use, find_sounds, is_ltx, upscaler_of
 from .view import ERROR, WARNING, Finding, View, ids_of
 
@@ -106,7 +107,7 @@ def confused_vaes(view: View) -> Iterator[Finding]:
                 ERROR,
                 f"{node.kind} gets a video VAE for its `audio_vae`, and stops.",
                 f"It works on sound; {loader.kind} hands on a VAE of pictures.",
-                "Connect LTXV Audio VAE Loader, or NVFP4 VAE Loader with `kind` audio.",
+                f"Connect {shown('LTXVAudioVAELoader')}, or NVFP4 VAE Loader with `kind` audio.",
                 ids_of(node, loader),
             )
     for loader in view.graph.of_kind(*AUDIO_VAE_LOADERS):
@@ -115,7 +116,7 @@ def confused_vaes(view: View) -> Iterator[Finding]:
             yield Finding(
                 "no_audio_vae",
                 ERROR,
-                f"{file.name} has no audio VAE in it, and LTXV Audio VAE Loader stops.",
+                f"{file.name} has no audio VAE in it, and {shown(loader.kind)} stops.",
                 "It has no tensors that begin with `audio_vae.`; ComfyUI says: VAE is invalid.",
                 "Choose the full LTX-2 checkpoint, or a file with its audio VAE (NVFP4 Split Checkpoint makes one).",
                 (loader.id,),

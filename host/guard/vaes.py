@@ -35,6 +35,7 @@ ENCODERS = {
 }
 UPSCALERS = ("LTXVLatentUpsampler", "LTXVLatentUpsamplerTiled")
 _SAMPLES = ("samples", "latents", "latent")
+_SAVED = "save_output"  # of Video Combine (VHS): off, it is a preview
 _SAVING = re.compile(r"save|video_?combine|createvideo", re.IGNORECASE)
 
 
@@ -96,7 +97,8 @@ def is_ltx(view: View, use: Use) -> bool:
 
 def saved_nodes(view: View) -> set[str]:
     """Those whose pictures are saved, not only previewed, and whatever else is needed for that."""
-    return view.graph.upstream(node.id for node in view.graph.nodes.values() if _saves(node.kind))
+    saving = (node.id for node in view.graph.nodes.values() if _saves(node.kind))
+    return view.graph.upstream(node for node in saving if view.graph.value(node, _SAVED) is not False)
 
 
 def find_sounds(view: View) -> Iterator[tuple[Node, Node, str | None]]:

@@ -21,7 +21,7 @@ from .values.pictures import Picture
 from .values.schedules import Sigmas
 from .walks import ENCODERS, Latent, Walks
 
-CFG_INPUTS = ("cfg", "video_cfg", "audio_cfg", "cfg_conds")
+CFG_INPUTS = ("cfg", "video_cfg", "audio_cfg", "cfg_conds", "cfg_cond2_negative")
 _LONGEST_LIST, _MOST_PARAMETERS = 400, 8
 _FEW_LOADERS = 25  # of up to four files each, so that all are looked up
 _MOST_FILES = 100  # a prompt names a few; each one costs looks into several folders
@@ -237,12 +237,21 @@ class View(Walks):
 
     def cfgs(self, guided_by: Node) -> list[tuple[Node, float]]:
         """Every cfg that a sampler or guider works with, and the node that has it."""
+        overrides = self.model(guided_by).overrides if "cfg" in guided_by.inputs else ()
         found = [(guided_by, self.graph.number(guided_by.id, name)) for name in CFG_INPUTS]
         listed = self.graph.value(guided_by.id, "cfg_values")
         if isinstance(listed, str) and len(listed) <= _LONGEST_LIST:
             found += [(guided_by, as_number(text)) for text in listed.split(",")]
         parameters = zip(range(_MOST_PARAMETERS), self._parameters(guided_by), strict=False)
         found += [(node, self.graph.number(node.id, "cfg")) for _, node in parameters]
+        for override in overrides:  # the one nearest the sampler wins where two overlap
+            start, end = (self.graph.number(override.id, name) for name in ("start_percent", "end_percent"))
+            if start is None or end is None:
+                return []
+            if start <= 0 and end >= 1:
+                found = []
+            if start < end:
+                found.append((override, self.graph.number(override.id, "cfg")))
         return [(node, cfg) for node, cfg in found if cfg is not None]
 
     def _parameters(self, guider: Node) -> Iterator[Node]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from .kinds import AUDIO, CONCAT, GUARD_NODE, JOINT, SEPARATE, SIZED, UNKNOWN, UPSAMPLER, VIDEO
+from .kinds import AUDIO, CFG_OVERRIDE, CONCAT, GUARD_NODE, JOINT, SEPARATE, SIZED, UNKNOWN, UPSAMPLER, VIDEO
 from .loaders import distilling_loras
 from .prompt_graph import Node, PromptGraph
 
@@ -47,8 +47,9 @@ _RESAMPLED = "ModelSampling"
 ENCODERS = ("VAEEncode", "VAEEncodeTiled")
 _VIDEO_ROOTS = (*SIZED, *ENCODERS)
 _SPLIT_SIGMAS = "SplitSigmas"
+_MOST_OVERRIDES = 16  # of one model's cfg
 # On the way from a decode to the video, these change how many frames there are.
-_RETIMES = re.compile(r"interpol|rife|film|fps|frame", re.IGNORECASE)
+_RETIMES = re.compile(r"interpol|rife|film|fps|frame|every|interleav|expand|speed|duplicat", re.IGNORECASE)
 
 
 class Latent(NamedTuple):
@@ -63,7 +64,8 @@ class ModelPath(NamedTuple):
     """Where a MODEL comes from: ``loader``, its file, and what is on the way.
 
     ``lora``: a node with a distilling LoRA; ``distilling``: the strengths of all of them, None where one is unknown.
-    ``cured``: a guard cures it. ``resampled``: its sampling is another than that of its class.
+    ``cured``: a guard cures it. ``resampled``: its sampling is another than that of its class. ``overrides``: the nodes
+    that change its cfg, the one nearest the sampler last.
     """
 
     loader: Node | None
@@ -71,6 +73,7 @@ class ModelPath(NamedTuple):
     cured: bool = False
     distilling: float | None = 0.0
     resampled: bool = False
+    overrides: tuple[Node, ...] = ()
 
 
 _make_latent = partial(tuple.__new__, Latent)
@@ -175,6 +178,8 @@ def _model_after(graph: PromptGraph, node: Node, before: ModelPath) -> ModelPath
         before = before._replace(cured=True)
     if _RESAMPLED in kind:
         before = before._replace(resampled=True)
+    if kind == CFG_OVERRIDE and len(before.overrides) < _MOST_OVERRIDES:
+        before = before._replace(overrides=(*before.overrides, node))
     for _, strength in distilling_loras(graph, node):
         if strength != 0:
             known = before.distilling is not None and strength is not None

@@ -18,6 +18,7 @@ from nvfp4_video.checkpoint.file.header import read_header
 from nvfp4_video.cli import bench_child, main
 from nvfp4_video.measure import bench, clip_quality, ltx
 from nvfp4_video.samples import released
+from nvfp4_video.tests.support.quantize_sources import save, tiny
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +94,7 @@ def test_files_that_cannot_be_used_end_with_2(files, comfyui, tmp_path, calls, c
     here = ["--comfyui", str(comfyui), "--out", str(tmp_path / "out")]
     text = tmp_path / "text.safetensors"
     save_file({"text": torch.zeros(1, 8, 100)}, text)
+    poor = save(tmp_path / "poor.safetensors", tiny())  # its `config` says next to nothing
     for words, reason in (
         ([], "--bf16 or --nvfp4"),
         (["--fp8", files["fp8"]], "--bf16 or --nvfp4"),
@@ -101,6 +103,8 @@ def test_files_that_cannot_be_used_end_with_2(files, comfyui, tmp_path, calls, c
         (["--bf16", files["bf16"], "--rows", "nvfp4"], "the row nvfp4 needs a file"),
         (["--bf16", files["bf16"], "--conditioning", text], "expected one of (1, tokens, 192)"),
         (["--bf16", tmp_path / "absent.safetensors"], "does not exist"),
+        (["--bf16", files["bf16"], "--scratch", tmp_path / "absent"], "is not a folder that is there"),
+        (["--bf16", poor, "--conditioning", text], "poor.safetensors: its `config` gives the transformer no"),
     ):
         assert main(["bench", *here, *map(str, words)]) == 2, words
         assert reason in capsys.readouterr().err
@@ -111,6 +115,10 @@ def test_files_that_cannot_be_used_end_with_2(files, comfyui, tmp_path, calls, c
     assert main(["bench", *here[:2], "--bf16", str(files["bf16"]), "--out", str(tmp_path / "full")]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert not calls.exists()
+
+
+def test_where_no_row_told_of_the_machine_none_is_named():
+    assert "CPU" not in bench.machine_text({"facts": {}, "settings": {"cpu": False}, "comfyui": None})
 
 
 def test_rows_take_turns_and_a_mode_that_cannot_run_is_a_row_with_its_reason(run, calls, capsys):

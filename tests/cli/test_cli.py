@@ -255,7 +255,19 @@ def test_an_input_is_never_overwritten_by_a_picture(pictures, capsys):
     assert main(["sharpness", path, "--picture", path]) == 2
     assert main(["compare", path, str(pictures["soft"]), "--picture", path]) == 2
     assert pictures["sharp"].read_bytes() == before
-    assert capsys.readouterr().err.count("is an input") == 2
+    other = ["sharpness", str(pictures["soft"]), "--reference", path, "--picture", path]
+    assert main(other) == 2
+    assert pictures["sharp"].read_bytes() == before
+    assert capsys.readouterr().err.count("is an input") == 3
+
+
+def test_no_picture_is_put_among_the_frames_that_are_measured(pictures, capsys):
+    folder = pictures["sharp"].parent
+    count = len([*folder.iterdir()])
+    for out in (folder / "plot.png", pictures["soft"]):
+        assert main(["sharpness", str(folder), "--picture", str(out)]) == 2
+        assert main(["compare", str(folder), str(folder), "--picture", str(out)]) == 2
+    assert capsys.readouterr().err.count("would be a frame of") == 4 and len([*folder.iterdir()]) == count
 
 
 def test_one_plot_file_for_two_pictures_is_refused(pictures, tmp_path: Path, capsys):
@@ -267,6 +279,8 @@ def test_compare_of_a_clip_with_itself_finds_no_difference(pictures, capsys):
     assert main(["compare", str(pictures["sharp"]), str(pictures["sharp"]), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["identical"] and record["psnr_db"] is None and record["ssim"] == pytest.approx(1.0)
+    assert main(["compare", str(pictures["sharp"]), str(pictures["sharp"])]) == 0
+    assert ": 1 frame of " in " ".join(capsys.readouterr().out.split())
 
 
 def test_compare_of_a_sharp_with_a_soft_picture_exits_with_1_and_writes_card_and_numbers(pictures, tmp_path, capsys):

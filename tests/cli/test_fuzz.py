@@ -168,7 +168,11 @@ def test_every_kind_of_damage_changes_something(name: str, bases, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--what", "nothing"], "none of files"), (["--case", "3"], "which with --what"), (["--what", ""], "none of")],
+    [
+        (["--what", "files,cats,dogs"], "names cats, dogs; expected some of files"),
+        (["--case", "3"], "which with --what"),
+        (["--what", ""], "--what names nothing; expected some of files"),
+    ],
 )
 def test_a_wrong_request_is_refused(arguments: list[str], said: str, capsys):
     assert main(["fuzz", *arguments]) == 2

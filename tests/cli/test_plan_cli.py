@@ -37,6 +37,19 @@ def test_the_article_s_question_is_answered_in_text_and_json(files, capsys):
     assert found["gpu"]["name"] == "RTX 5090" and found["picture"] is None
 
 
+@pytest.mark.parametrize("words", ["--text-encoder 1e300", "--memory 1e-300", "--fps inf", "--frames " + "9" * 400])
+def test_numbers_beyond_all_cards_and_clips_are_refused_and_not_reckoned_with(files, capsys, words):
+    code, found = record(capsys, files["NVFP4"], "--gpu", "RTX 5090", *words.split())
+    assert code == 2 and f"argument {words.split()[0]}: found '" in found["error"]
+
+
+def test_the_largest_numbers_that_are_taken_give_finite_ones(files, capsys):
+    most, count = "1e12", str(2**63 - 1)
+    words = f"--memory {most} --bandwidth 1e-12 --tflops 1e-12 --fps 1e-12 --text-encoder {most} --frames {count}"
+    code, found = record(capsys, files["NVFP4"], "--gpu", "Foo", *words.split(), "--width", count, "--height", count)
+    assert code == 1 and found["fit"]["verdict"] == "too large"
+
+
 def test_a_model_that_has_to_be_streamed_ends_with_1(files, capsys):
     code, found = record(capsys, files["FP8"], "--gpu", "RTX 4070 Ti SUPER")
     assert (code, found["fit"]["verdict"], found["runs"]) == (1, "partly resident", False)

@@ -63,6 +63,15 @@ def test_a_file_that_is_nvfp4_already_is_its_own(full: Path, output: Path, stub_
     assert not (output / "diffusion_models").exists()
 
 
+@pytest.mark.parametrize("said", ["no JSON", "[]", '{"source": 7}', '{"source": [7]}'])
+def test_a_file_of_unknown_provenance_is_refused_like_any_other(full: Path, output: Path, said: str):
+    target = output / MADE[1]
+    target.parent.mkdir(parents=True)
+    save(target, tiny(), {"nvfp4_video": said})
+    with pytest.raises(CheckpointError, match="was not made from full.safetensors as that is now"):
+        made()
+
+
 @pytest.mark.parametrize("why", ["other settings", "another source", "a newer source"])
 def test_another_file_under_the_name_is_neither_loaded_nor_replaced(full: Path, output: Path, why: str):
     if why == "another source":

@@ -46,6 +46,12 @@ def test_a_png_with_a_chunk_longer_than_the_file_costs_no_memory_of_that_length(
         media.read_frames(path)
 
 
+def test_what_is_wrong_with_frames_of_several_sizes_is_told_as_width_by_height():
+    frames = [np.zeros((8, 16, 3), np.uint8), np.zeros((24, 16, 3), np.uint8)]
+    with pytest.raises(media.MediaError, match="frames of sizes 16x8, 16x24 in one clip"):
+        media.to_frames(frames)
+
+
 @pytest.mark.parametrize(("ending", "size"), [(".jpg", (7680, 4320)), (".png", (12_000, 1_000)), (".png", (1, 70_000))])
 def test_an_8k_frame_and_a_panorama_are_read(ending: str, size: tuple[int, int], tmp_path: Path):
     width, height = size

@@ -84,6 +84,13 @@ def sample(patcher: ModelPatcher, steps: int = 8) -> None:
         callback(patcher)
 
 
+def test_a_sampling_that_reaches_no_layer_writes_nothing_and_says_so(full, target, caplog):
+    patcher, _ = run(patcher_of(Diffusion(tiny()))).args
+    patcher.model.diffusion_model.forward = lambda x: x.sum()  # what a compiled model does
+    sample(patcher)
+    assert not target.exists() and "no layer was reached, full_calibration.safetensors is not written" in caplog.text
+
+
 def test_samplings_add_up_in_a_file_that_the_quantiser_takes(full, target, stub_comfy):
     patcher, text = run(patcher_of(Diffusion(tiny()))).args
     assert text.startswith("20 of 20 layers (recipe LTX-2.3), Gram matrices of blocks of 64 columns")

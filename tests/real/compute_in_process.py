@@ -145,11 +145,11 @@ def graphs_of(scene) -> dict:
 
     def capture(self, number, branches, weights, options, original):
         # The host's own closure means another block as soon as its loop goes on.
-        block = patcher.model.diffusion_model.transformer_blocks[number]
+        block, rest = patcher.model.diffusion_model.transformer_blocks[number], {"transformer_options": dict(options)}
 
         def replayed(arguments):
             counts["replayed"] += 1
-            return block(arguments["img"], **{name: value for name, value in arguments.items() if name != "img"})
+            return block(**{"x" if name == "img" else name: value for name, value in (arguments | rest).items()})
 
         counts["captured"] += 1
         self.graphs.setdefault(number, {})[branches] = plans.Captured(FakeGraph(self, replayed), weights)

@@ -53,3 +53,11 @@ def test_the_example_ends_with_the_host_s_reason_for_a_refusal(host: ComfyUI, tm
     graph = CLIP | {"1": {"class_type": "EmptyImage", "inputs": PICTURE | {"width": 0}}}
     done = run(host, graph, tmp_path)
     assert done.returncode == 1 and "width" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_example_ends_with_the_reason_where_the_host_runs_all_but_the_film(host: ComfyUI, tmp_path: Path):
+    small = PICTURE | {"width": 0}
+    graph = CLIP | {"1": {"class_type": "EmptyImage", "inputs": small}}
+    graph |= {"5": {"class_type": "PreviewAny", "inputs": {"source": "a text"}}}
+    done = run(host, graph, tmp_path)
+    assert done.returncode == 1 and "width" in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -39,3 +39,12 @@ def test_schedules_are_the_host_s_and_linear_quadratic_is_the_trained_one(facts:
     assert found["simple"] > 0.01 and found["discarded"] == 9
     assert found["ltxv"] < 1e-5
     assert found["karras"][0] == found["karras"][1]
+
+
+def test_every_scheduler_makes_what_the_host_s_own_node_makes(facts: dict):
+    assert len(facts["schedulers"]) >= 5
+    assert [case for case in facts["schedulers"] if case[1] != case[2]] == []
+
+
+def test_truths_and_texts_are_what_the_host_s_nodes_make(facts: dict):
+    assert [case for case in facts["plain"] if case[1] != [found for found in case[2] if found is not None]] == []

@@ -38,6 +38,22 @@ NODES: tuple[tuple[str, dict[str, Any]], ...] = (
         {"target_width": 512, "target_height": 300, "padding_color": "white", "interpolation": "area"},
     ),
 )  # fmt: skip
+SCHEDULERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("AlignYourStepsScheduler", {"model_type": "SD1", "steps": 8, "denoise": 0.5}),
+    ("GITSScheduler", {"coeff": 1.2, "steps": 8, "denoise": 1.0}),
+    ("OptimalStepsScheduler", {"model_type": "FLUX", "steps": 8, "denoise": 1.0}),
+    ("BetaSamplingScheduler", {"steps": 8, "alpha": 0.6, "beta": 0.6}),
+    ("SDTurboScheduler", {"steps": 4, "denoise": 1.0}),
+    ("ExtendIntermediateSigmas", {"steps": 3, "start_at_sigma": -1.0, "end_at_sigma": 0.5, "spacing": "sine"}),
+)
+OF_MODEL = ("BetaSamplingScheduler", "SDTurboScheduler")
+PLAIN: tuple[tuple[str, Any], ...] = (
+    ("ComfyAndNode", (True, 0)), ("ComfyAndNode", (1, True)), ("ComfyOrNode", (False, 2)), ("ComfyOrNode", (0, 0)),
+    ("CustomCombo", {"choice": "large", "index": 2}),
+    ("StringConcatenate", {"string_a": "1.0", "string_b": "0.0", "delimiter": ", "}),
+    ("StringCompare", {"string_a": "Ab", "string_b": "ab", "mode": "Equal", "case_sensitive": False}),
+    ("StringCompare", {"string_a": "Ab", "string_b": "b", "mode": "Ends With", "case_sensitive": True}),
+)  # fmt: skip
 
 
 def run(kind: str, **inputs: Any) -> Any:
@@ -104,6 +120,36 @@ def latents() -> list[list[Any]]:
     return found
 
 
+def schedulers() -> list[list[Any]]:
+    """Node, the sigmas of the host, the guard's; where the host asks for a model, it gets LTX-2's sampling."""
+    values = importlib.import_module("nvfp4_video.host.guard.values.schedules")
+    torch = importlib.import_module("torch")
+    manual = {"m": {"class_type": "ManualSigmas", "inputs": {"sigmas": "1.0, 0.9, 0.5, 0.0"}}}
+    known = importlib.import_module("nodes").NODE_CLASS_MAPPINGS
+    found = []
+    for kind, inputs in SCHEDULERS:
+        given: dict[str, Any] = {"model": values._Model} if kind in OF_MODEL else {}
+        if kind == "ExtendIntermediateSigmas":
+            given = {"sigmas": torch.tensor([1.0, 0.9, 0.5, 0.0])}
+        links = {name: ["m", 0] for name in given}
+        if kind in known:
+            (theirs,) = run(kind, **given, **inputs)
+            found.append([kind, theirs.tolist(), computed(kind, manual, **links, **inputs)[0].values])
+    return found
+
+
+def plain() -> list[list[Any]]:
+    """Node, what the host makes of truths and texts, the guard's."""
+    found = []
+    for kind, inputs in PLAIN:
+        nested = {"values": {f"value{place}": value for place, value in enumerate(inputs)}}
+        given = {f"values.{name}": value for name, value in nested["values"].items()}
+        if isinstance(inputs, dict):
+            nested = given = inputs
+        found.append([kind, list(run(kind, **nested)), computed(kind, {}, **given)])
+    return found
+
+
 def schedules() -> dict[str, Any]:
     """The trained schedules and what the guard has the host compute; LTXVScheduler with a latent, run and computed."""
     ltx = importlib.import_module("nvfp4_video.measure.ltx")
@@ -137,6 +183,7 @@ def main() -> None:
     }
     if len(facts["has"]) == 2:
         facts |= {"expressions": expressions(), "pictures": pictures(), "latents": latents(), "schedules": schedules()}
+        facts |= {"schedulers": schedulers(), "plain": plain()}
     sys.stdout.write(f"\n{in_process.MARK}{json.dumps(facts)}\n")
 
 

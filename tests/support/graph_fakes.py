@@ -187,12 +187,12 @@ def inputs(tokens: int = 6, device=CPU) -> dict:
     }
 
 
-def run(model, given, wrapped=True, wrappers=(), **more):
-    """One step, through the pack's wrapper and those given after it, or without any, on copies of the streams."""
+def run(model, given, wrapped=True, wrappers=(), before=(), **more):
+    """One step, through the pack's wrapper and those ``before`` and after it, or without it, on copies of streams."""
     x = [tensor.clone() for tensor in given["x"]]
     rest = {name: value for name, value in given.items() if name != "x"}
     executor = WrapperExecutor.new_class_executor(
-        model.step, model, [block_graphs.with_graphs, *wrappers] if wrapped else list(wrappers)
+        model.step, model, [*before, block_graphs.with_graphs, *wrappers] if wrapped else [*before, *wrappers]
     )
     with torch.no_grad():
         return executor.execute(x, options(**more), **rest)

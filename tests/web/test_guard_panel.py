@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nvfp4_video.tests.web.doctor_page import DoctorPage
+from nvfp4_video.tests.web.doctor_page import EVENT, DoctorPage
 from nvfp4_video.tests.web.frontend_server import PACK, node_definitions
 
 HERE = Path(__file__).resolve().parent
@@ -128,6 +128,29 @@ def test_a_finding_becomes_a_toast_whose_details_open_the_panel(visit, settings)
     page.page.keyboard.press("Enter")
     page.panel.get_by_text(FRAMES["title"]).wait_for()
     toast.wait_for(state="detached")
+
+
+def test_the_toast_of_a_refused_workflow_says_that_it_was_not_run_and_why(visit):
+    page, _ = visit()
+    page.send(EVENT, {"findings": [CRASH], "refused": True})
+    page.toasts().get_by_text("Not run: the policy of the launch guard is block.").wait_for()
+    page.settle()
+    page.shot("refused")
+    page.find([CRASH])
+    page.toasts().get_by_text("Not run").wait_for(state="detached")
+    assert CRASH["title"] in page.toasts().inner_text()
+
+
+def test_no_line_of_the_panel_ends_within_a_flag(visit):
+    flags = "--cpu --listen --port --base-directory --disable-api-nodes --database-url --disable-dynamic-vram"
+    report = REPORT | {"facts": [fact | {"text": flags} for fact in REPORT["facts"]]}
+    page, _ = visit(routes={"/nvfp4/report": report, "/nvfp4/check": {"findings": []}})
+    page.open_panel()
+    lines = page.panel.locator(".nd-facts dd span").evaluate_all(
+        "(spans) => spans.map((span) => [span.textContent, Math.round(span.offsetHeight / 18)])"
+    )
+    assert [text for text, _ in lines[: len(flags.split())]] == flags.split()
+    assert {count for _, count in lines} == {1}
 
 
 def test_a_second_finding_replaces_the_first_toast(visit):

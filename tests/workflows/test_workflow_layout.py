@@ -86,6 +86,14 @@ def test_nodes_do_not_overlap(level: dict):
 
 
 @every_level
+def test_nothing_lies_below_a_note_which_the_newer_renderer_draws_as_long_as_its_text(level: dict):
+    for note in [node for node in level["nodes"] if node["type"] in NOTES]:
+        left, top, right, _ = rectangle(note)
+        others = [rectangle(node) for node in level["nodes"] if node is not note]
+        assert [box for box in others if box[1] > top and box[0] < right and left < box[2]] == []
+
+
+@every_level
 def test_every_node_sits_in_one_group_and_groups_do_not_overlap(level: dict):
     bounds = [group["bounding"] for group in level["groups"]]
     if not bounds:

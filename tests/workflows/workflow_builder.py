@@ -129,7 +129,7 @@ class Sheet:
         y = min(node.at[1] for node in nodes) - TITLE - GROUP_TITLE
         right, lowest = max(node.right for node in nodes) + PAD, max(node.bottom for node in nodes) + PAD + bottom
         bounding = [x, y, right - x, lowest - y]
-        entry = {"id": len(self.groups) + 1, "title": title, "bounding": bounding}
+        entry = {"id": self.first + len(self.groups), "title": title, "bounding": bounding}
         self.groups.append(entry | {"color": GROUP_COLOR, "font_size": 24, "flags": {}})
 
     def save(self) -> dict:
@@ -144,7 +144,7 @@ class Sheet:
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"nvfp4-video/{self.name}")),
             "revision": 0,
             "last_node_id": max(node.id for sheet in (self, *subgraphs) for node in sheet.nodes),
-            "last_link_id": len(links),
+            "last_link_id": max(sheet._last_link() for sheet in (self, *subgraphs)),
             "nodes": [self._node(node, links, order[node.id]) for node in self.nodes],
             "links": links,
             "groups": self.groups,
@@ -170,12 +170,12 @@ class Sheet:
                 value = node.inputs.get(name)
                 if not isinstance(value, Out):
                     continue
-                number, parent = len(links) + 1, None
+                number, parent = self.first + len(links), None
                 kind = value.node.info["output"][value.slot]
                 links.append([number, value.node.id, value.slot, node.id, inlet, kind])
                 for count in range(1, len(value.points) + 1):
                     key = (value.node.id, value.slot, value.points[:count])
-                    entry = reroutes.setdefault(key, {"id": len(reroutes) + 1})
+                    entry = reroutes.setdefault(key, {"id": self.first + len(reroutes)})
                     if parent is not None:
                         entry["parentId"] = parent
                     entry["pos"] = list(value.points[count - 1])
@@ -184,6 +184,9 @@ class Sheet:
                 if parent is not None:
                     extensions.append({"id": number, "parentId": parent})
         return links, list(reroutes.values()), extensions
+
+    def _last_link(self) -> int:
+        return self.first + len(self._links()[0]) - 1
 
     def _entries(self, node: Node) -> list[tuple[str, str, bool, bool]]:
         """Inputs as they are saved, sockets first: (name, type, whether it is a widget, whether it is optional)."""
@@ -255,7 +258,7 @@ class Sheet:
 class Subgraph(Sheet):
     """A graph that stands as one node in another: ``define`` makes its kind known to that sheet.
 
-    Its nodes count from ``first``: the front end wants each number only once in a workflow.
+    Its nodes, links, reroutes and groups count from ``first``: the front end wants each number only once in a workflow.
     """
 
     def __init__(self, name: str, info: Mapping[str, Mapping], first: int = 101):
@@ -296,6 +299,9 @@ class Subgraph(Sheet):
         """Put it on a sheet, its widgets with their values unless ``given`` has others; the rest as ``add``."""
         return sheet.add(self.define(sheet), at, wide, **(self.values | given))
 
+    def _last_link(self) -> int:
+        return super()._last_link() + len(self.exits)
+
     def definition(self) -> dict:
         """The subgraph as the front end saves it."""
         links, reroutes, extensions = self._links()
@@ -304,7 +310,7 @@ class Subgraph(Sheet):
         nodes = [self._node(node, links, order[node.id]) for node in self.nodes]
         leaving = []
         for slot, (_, out) in enumerate(self.exits):
-            number = len(links) + len(leaving) + 1
+            number = self.first + len(links) + len(leaving)
             leaving.append([number, out.node.id, out.slot, EXIT, slot, out.node.info["output"][out.slot]])
             nodes[out.node.id - self.first]["outputs"][out.slot]["links"].append(number)
         keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
@@ -316,8 +322,12 @@ class Subgraph(Sheet):
         return {
             "id": self.kind,
             "version": 1,
-            "state": {"lastGroupId": 0, "lastNodeId": self.nodes[-1].id, "lastLinkId": len(links) + len(leaving),
-                      "lastRerouteId": len(reroutes)},
+            "state": {
+                "lastGroupId": self.first + len(self.groups) - 1,
+                "lastNodeId": self.nodes[-1].id,
+                "lastLinkId": self._last_link(),
+                "lastRerouteId": self.first + len(reroutes) - 1,
+            },
             "revision": 0,
             "config": {},
             "name": self.name,

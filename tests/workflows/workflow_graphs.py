@@ -40,6 +40,7 @@ from .workflow_parts import (
 )
 
 LARGE = (1280, 704)
+LOWEST = 880  # of what is seen at once
 
 
 def clip(
@@ -70,12 +71,11 @@ def clip(
         x += 1500
     inner.leave("video", decoded(build, steps, x)["VIDEO"])
     inner.leave("report", build.report)
-    tall, x, linked = 400 if image else TALL, NOTE_WIDE + GAP, {}
-    sheet.note((0, 0), (NOTE_WIDE, tall), note[0], flow(note[1]))
-    if image:
-        at = 0, tall + GAP + TITLE
-        loaded = sheet.add("LoadImage", at, NOTE_WIDE, "First frame", room=300, image="example.png")
-        linked = {"image": loaded["IMAGE"].via((x - GAP // 2, tall + GAP), (x - GAP // 2, 30))}
+    x, y, linked = NOTE_WIDE + GAP, 0, {}
+    if image:  # above the note, which one of the front end's renderers draws as long as its text
+        loaded = sheet.add("LoadImage", (0, 0), NOTE_WIDE, "First frame", room=240, image="example.png")
+        y, linked = loaded.bottom + GAP + TITLE, {"image": loaded["IMAGE"]}
+    sheet.note((0, y), (NOTE_WIDE, LOWEST - y if image else TALL), note[0], flow(note[1]))
     shown = inner.stand(sheet, (x, 0), CHOICES_WIDE, text_height=220, **linked)
     x += CHOICES_WIDE + GAP
     prefix = f"video/ltx{choice.version.replace('.', '')}_nvfp4"

@@ -23,17 +23,21 @@ from .workflow_files import (
 
 # A line that begins a paragraph, a list item, a heading or a row of a table.
 _BEGINS = re.compile(r"(-|\d+\.|#+|\|) ?")
+_CODE = re.compile(r"`([^`\n]+)`")
 
 
 def flow(text: str) -> str:
-    """Wrapped Markdown -> one line a paragraph and list item, since the front end keeps line breaks."""
+    """Wrapped Markdown -> one line a paragraph and list item, since the front end keeps line breaks.
+
+    What is code becomes bold: the newer renderer of front end 1.49 draws code in blue on grey, unreadable in a note.
+    """
     lines: list[str] = []
     for line in text.strip().splitlines():
         if lines and lines[-1] and line.strip() and not _BEGINS.match(line):
             lines[-1] += " " + line.strip()
         else:
             lines.append(line.rstrip())
-    return "\n".join(lines)
+    return _CODE.sub(r"**\1**", "\n".join(lines))
 
 
 def _table(*files: File) -> str:
@@ -75,8 +79,8 @@ NUMBERS = """
 TROUBLE = """
 ### If something looks wrong
 
-- Open the subgraph with the button at its upper right: *Launch Guard*, *Sharpness* and the settings say what they
-  found. NVFP4 Doctor in the sidebar says it, too.
+- Open the subgraph with the button at its upper right, *Enter* below it in the newer look: *Launch Guard*,
+  *Sharpness* and the settings say what they found. NVFP4 Doctor in the sidebar says it, too.
 - Blurred: a preview decoder (`taeltx`) instead of the full VAE; the VAE loader refuses it.
 - Leave VAE Decode as it is: it decodes in chunks of time, exactly, and goes on in tiles by itself if memory runs out.
 

@@ -18,11 +18,13 @@ from .evaluate import Bundle, Choice, Given, Row, Unknown, as_number, stored_nam
 from .pictures import Picture
 
 _PRIMITIVES, _LOGIC = "comfy_extras/nodes_primitive.py", "comfy_extras/nodes_logic.py"
+_STRINGS = "comfy_extras/nodes_string.py"
 _EASY, _KJ, _IMPACT = "ComfyUI-Easy-Use py/nodes/logic.py", "ComfyUI-KJNodes nodes/nodes.py", "ComfyUI-Impact-Pack"
 _ESSENTIALS, _MX, _JW = "ComfyUI_essentials misc.py", "ComfyUI-mxToolkit mxtoolkit.py", "comfyui-various"
 _COMFYMATH, _RGTHREE = "ComfyMath src/comfymath", "rgthree-comfy py"
 _LITERALS = "ComfyLiterals nodes.py"
 _MOST_NAMES = 32  # inputs of one kind that are looked at
+_LONGEST_TEXT = 2000
 
 _OPERATIONS = {
     "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv,
@@ -32,6 +34,7 @@ _COMPARISONS = {
     "a = b": operator.eq, "a <> b": operator.ne, "a > b": operator.gt, "a < b": operator.lt, "a >= b": operator.ge,
     "a <= b": operator.le,
 }  # fmt: skip
+_TEXT_COMPARISONS = {"Equal": operator.eq, "Starts With": str.startswith, "Ends With": str.endswith}
 _SIDES = ("on_true", "on_false")
 _ROUNDINGS = {"round": round, "floor": math.floor, "ceiling": math.ceil}
 # ResolutionSelector, comfy_extras/nodes_resolution.py: the choice begins with the ratio.
@@ -130,6 +133,37 @@ def _compared(given: Given) -> Iterable[Any]:
     return (how == "tt",) if how in ("tt", "ff") else (_COMPARISONS[how](given.value("a"), given.value("b")),)
 
 
+def _truths(of: Callable[[Iterable[bool]], bool]) -> Callable[[Given], Iterable[Any]]:
+    """And, Or: of however many values."""
+
+    def outputs(given: Given) -> Iterable[Any]:
+        names = [name for name in given.node.inputs if name.startswith("values.")]
+        if not 0 < len(names) <= _MOST_NAMES:
+            raise Unknown
+        return (of([given.flag(name) for name in names]),)
+
+    return outputs
+
+
+def _chosen_text(given: Given) -> Iterable[Any]:
+    """Custom Combo: the text, and its place in the list, which the front end sends."""
+    return given.a(str, "choice"), given.integer("index") if given.has("index") else 0
+
+
+def _joined_text(given: Given) -> Iterable[Any]:
+    text = given.a(str, "delimiter").join(given.a(str, name) for name in ("string_a", "string_b"))
+    if len(text) > _LONGEST_TEXT:  # a chain of these doubles it with each node
+        raise Unknown
+    return (text,)
+
+
+def _compared_text(given: Given) -> Iterable[Any]:
+    a, b = (given.a(str, name) for name in ("string_a", "string_b"))
+    if not given.flag("case_sensitive"):
+        a, b = a.lower(), b.lower()
+    return (_TEXT_COMPARISONS[given.value("mode")](a, b),)
+
+
 def _size(given: Given) -> Iterable[Any]:
     return given.a(Picture, "image")
 
@@ -149,6 +183,11 @@ NUMBERS = {
     "ComfyMathExpression": Row(_core_expression, "comfy_extras/nodes_math.py"),
     "ComfyNumberConvert": Row(_converted, "comfy_extras/nodes_number_convert.py"),
     "ComfyNotNode": Row(lambda given: (not given.value("value"),), _LOGIC),
+    "ComfyAndNode": Row(_truths(all), _LOGIC),
+    "ComfyOrNode": Row(_truths(any), _LOGIC),
+    "CustomCombo": Row(_chosen_text, _LOGIC),
+    "StringConcatenate": Row(_joined_text, _STRINGS),
+    "StringCompare": Row(_compared_text, _STRINGS),
     "ResolutionSelector": Row(_resolution, "comfy_extras/nodes_resolution.py"),
     "GetImageSize": Row(_size, "comfy_extras/nodes_images.py"),
     "LTXFloatToInt": Row(_of(round, "a"), "ComfyUI-LTXVideo utiltily_nodes.py"),

@@ -87,11 +87,23 @@ def _ltxv(given: Given) -> Iterable[Any]:
     return (made,)
 
 
-def _alone(kind: str, *names: str) -> Callable[[Given], Iterable[Any]]:
-    """A scheduler of the host that needs no model."""
-    return lambda given: (
-        by_node(kind, **{name: given.integer(name) if name == "steps" else given.number(name) for name in names}),
-    )
+def _alone(kind: str, *names: str, of_model: bool = False) -> Callable[[Given], Iterable[Any]]:
+    """A scheduler of the host that needs no model, or only its sampling."""
+    return lambda given: (by_node(kind, of_model, **{name: _option(given, name) for name in names}),)
+
+
+def _option(given: Given, name: str) -> Any:
+    if name in ("steps", "model_type"):
+        return given.integer(name) if name == "steps" else given.a(str, name)
+    return given.number(name)
+
+
+def _extended(given: Given) -> Iterable[Any]:
+    whole = given.a(Sigmas, "sigmas")
+    options = {name: given.number(name) for name in ("start_at_sigma", "end_at_sigma")}
+    made = by_node("ExtendIntermediateSigmas", whole.of_model, sigmas=whole.values, steps=given.integer("steps"),
+                   spacing=given.a(str, "spacing"), **options)  # fmt: skip
+    return (made,)
 
 
 def calculated(scheduler: str, steps: int, denoise: float = 1.0, sampler: str = "") -> Sigmas:
@@ -129,25 +141,43 @@ def _sampling() -> Any:
     return made(type("Config", (), {"sampling_settings": settings})())
 
 
-def by_node(kind: str, **inputs: Any) -> Sigmas:
-    """What a scheduler node of the running ComfyUI makes of numbers; Unknown without it."""
+class _Model:
+    """Of a MODEL what schedulers ask it for."""
+
+    @staticmethod
+    def get_model_object(name: str) -> Any:
+        if name != "model_sampling":
+            raise AttributeError(name)
+        return _sampling()
+
+
+def by_node(kind: str, of_model: bool = False, **inputs: Any) -> Sigmas:
+    """What a scheduler node of the running ComfyUI makes of numbers, or of sigmas; Unknown without it.
+
+    ``of_model``: whether the sampling of the model counts, which a node without ``sigmas`` is then given.
+    """
     if not 1 <= inputs.get("steps", 1) <= MOST:
         raise Unknown
-    values = _by_node(kind, tuple(sorted(inputs.items())))
-    if values is None:
+    values = _by_node(kind, of_model, tuple(sorted(inputs.items())))
+    if values is None or len(values) > MOST:
         raise Unknown
-    return Sigmas(values)
+    return Sigmas(values, of_model)
 
 
 @lru_cache(maxsize=128)
-def _by_node(kind: str, inputs: tuple[tuple[str, Any], ...]) -> tuple[float, ...] | None:
+def _by_node(kind: str, of_model: bool, inputs: tuple[tuple[str, Any], ...]) -> tuple[float, ...] | None:
     classes = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", None)
     made_by = classes.get(kind) if isinstance(classes, Mapping) else None
     if not str(getattr(made_by, "RELATIVE_PYTHON_MODULE", "")).startswith("comfy_extras."):
         return None  # another pack's, whose code is not ours to run
+    given = dict(inputs)
     try:
-        return tuple(made_by.execute(**dict(inputs)).result[0].tolist())
-    except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError):
+        if "sigmas" in given:
+            given["sigmas"] = importlib.import_module("torch").tensor(given["sigmas"])
+        elif of_model:
+            given["model"] = _Model
+        return tuple(made_by.execute(**given).result[0].tolist())
+    except (ImportError, AttributeError, TypeError, ValueError, LookupError, RuntimeError, ArithmeticError):
         return None
 
 
@@ -164,5 +194,17 @@ SCHEDULES = {
         _alone("PolyexponentialScheduler", "steps", "sigma_max", "sigma_min", "rho"), _SAMPLER
     ),
     "LaplaceScheduler": Row(_alone("LaplaceScheduler", "steps", "sigma_max", "sigma_min", "mu", "beta"), _SAMPLER),
+    "AlignYourStepsScheduler": Row(
+        _alone("AlignYourStepsScheduler", "model_type", "steps", "denoise"), "comfy_extras/nodes_align_your_steps.py"
+    ),
+    "GITSScheduler": Row(_alone("GITSScheduler", "coeff", "steps", "denoise"), "comfy_extras/nodes_gits.py"),
+    "OptimalStepsScheduler": Row(
+        _alone("OptimalStepsScheduler", "model_type", "steps", "denoise"), "comfy_extras/nodes_optimalsteps.py"
+    ),
+    "BetaSamplingScheduler": Row(
+        _alone("BetaSamplingScheduler", "steps", "alpha", "beta", of_model=True), _SAMPLER
+    ),
+    "SDTurboScheduler": Row(_alone("SDTurboScheduler", "steps", "denoise", of_model=True), _SAMPLER),
+    "ExtendIntermediateSigmas": Row(_extended, _SAMPLER),
     "VPScheduler": Row(_alone("VPScheduler", "steps", "beta_d", "beta_min", "eps_s"), _SAMPLER),
 }

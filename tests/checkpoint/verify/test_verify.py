@@ -170,6 +170,17 @@ def test_a_file_that_leaves_its_dialect_open_is_read_in_the_one_that_fits(small,
     assert "fits the source" in found.evidence
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_layer_that_decodes_to_infinity_is_a_finding_and_no_warning_of_numpy(folder, tmp_path):
+    first = "transformer_blocks.0.attn1.to_q"  # which is read a second time, in plain numpy
+
+    def spoil(tensors):
+        tensors[f"{PREFIX}{first}.weight_scale_2"].fill_(3e38)
+
+    found = verify(changed(folder, tmp_path, spoil), folder / "source.safetensors")
+    assert check_of(found, first).non_finite and found.sampled == 3 and not found.ok
+
+
 def test_damage_is_named_by_layer(folder, tmp_path):
     def spoil(tensors):
         tensors[f"{PREFIX}{LAYER}.weight_scale"].view(torch.uint8)[0, 0] = 0x7F  # NaN in E4M3

@@ -180,6 +180,23 @@ def test_a_budget_for_all_of_it_leaves_nothing_to_quantise_but_what_was_not_reac
     assert record["budget"]["error"] == 0 and record["layers"] == 5
 
 
+def test_a_file_that_a_budget_leaves_without_nvfp4_layers_is_verified_like_others(folder, tmp_path):
+    source, target = save(tmp_path / "s.safetensors", tiny()), tmp_path / "t.safetensors"
+    names = [name.removeprefix(PREFIX) for name in linears(tiny())]
+    sums = {name: moments(tiny()[f"{PREFIX}{name}.weight"].shape[1], 1) for name in names}
+    model = calibration.model_identity(open_checkpoint(source))
+    file = tmp_path / "c.safetensors"
+    calibration.write_calibration(file, sums, {name: name for name in names}, model=model, recipe="", prompts=1)
+    with pytest.raises(CheckpointError, match="a budget of 1GB has room for all 20 layers as they are; use the source"):
+        quantize_checkpoint(source, target, QuantizeSettings(calibration=file, budget="1GB"))
+    assert not target.exists()
+    record = quantize_checkpoint(source, target, QuantizeSettings(calibration=file, budget="0.2MB"))
+    assert record["layers"] == 0 < record["fp8"]
+    found = verify(target, source)
+    assert found.ok and {check.format for check in found.layers} == {"FP8"} and len(found.layers) == record["fp8"]
+    assert not verify(target, save(tmp_path / "other.safetensors", tiny(seed=9))).ok
+
+
 def test_refusals_name_what_is_possible(folder):
     for asked, words in (("0.01MB", "the smallest file would have"), ("much", "budget 'much'; expected")):
         with pytest.raises(CheckpointError, match=words):

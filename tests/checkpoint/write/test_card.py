@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.write.card import PROVENANCE, model_card, provenance, text_of, tool_version, write_card
 from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
@@ -46,6 +48,32 @@ def test_it_names_hashes_source_recipe_licence_and_the_layers_that_were_kept(tmp
     for reason, count in record["kept"].items():
         assert f"| {reason} | {count} |" in text
     assert str(tmp_path) not in text
+
+
+def test_an_option_of_zero_is_told_too_and_others_that_were_not_given_are_not(tmp_path):
+    record, text = make(tmp_path, options=Options(keep_first_last=0))
+    assert record["options"] == {"keep_first_last": 0} and "| options | keep first last: 0 |" in text
+
+
+def test_a_file_that_is_larger_than_its_source_is_called_so(tmp_path):
+    record, _ = make(tmp_path)
+    larger = record | {"source_bytes": record["nbytes"] // 2}
+    assert ", 100.0 % more than the source" in model_card(larger) and "100.0 % more than" in text_of(larger)
+
+
+def test_a_card_that_cannot_be_written_is_named_and_the_file_is_not_made_again(tmp_path, monkeypatch):
+    def full(path, data, overwrite):
+        raise OSError(28, "No space left on device")
+
+    source, target = save(tmp_path / "source.safetensors", tiny()), tmp_path / "t.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr("nvfp4_video.checkpoint.write.card.write_small", full)
+        said = r"t\.md: the card cannot be written \(No space left on device\); t.safetensors is complete"
+        with pytest.raises(CheckpointError, match=said):
+            quantize_checkpoint(source, target)
+    before = target.stat().st_ino
+    record = quantize_checkpoint(source, target)
+    assert record["sha256"] in (tmp_path / "t.md").read_text(encoding="utf-8") and target.stat().st_ino == before
 
 
 def test_without_a_vae_or_a_licence_it_says_where_to_get_them(tmp_path):

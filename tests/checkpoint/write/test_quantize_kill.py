@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,26 @@ def test_a_run_killed_between_the_rename_and_the_card_is_finished_by_the_next(so
     assert leftovers(target) == set()
     with pytest.raises(CheckpointError, match="the target exists"):
         quantize_checkpoint(source, target, FAST)
+
+
+@pytest.mark.parametrize("harm", ("touched", "away"))
+def test_a_source_that_changed_leaves_nothing_and_one_that_is_out_of_reach_what_is_finished(source, tmp_path, harm):
+    mine, target = shutil.copy2(source, tmp_path / "mine.safetensors"), tmp_path / "t.safetensors"
+    away, calls = mine.with_suffix(".away"), 0
+
+    def step(done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            os.utime(mine) if harm == "touched" else mine.rename(away)
+
+    with pytest.raises(CheckpointError, match="the source changed while it was in use"):
+        quantize_checkpoint(mine, target, FAST, on_step=step)
+    kept = leftovers(target) - {mine.name, away.name}
+    assert kept == (set() if harm == "touched" else {target.name + PART, target.name + JOURNAL})
+    if harm == "away":
+        away.rename(mine)
+        assert quantize_checkpoint(mine, target, FAST)["resumed"] > 0
 
 
 def test_a_disk_that_fills_up_keeps_what_is_finished_for_the_next_run(source, wanted, tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ import torch
 from nvfp4_video.checkpoint.file.header import CheckpointError
 from nvfp4_video.checkpoint.write.plan import AMAX, QuantizeSettings
 from nvfp4_video.checkpoint.write.quantize import quantize_checkpoint
+from nvfp4_video.checkpoint.write.split import split
 from nvfp4_video.samples import synthetic
 from nvfp4_video.tests.support.files import load
-from nvfp4_video.tests.support.quantize_sources import PREFIX, save, tiny
+from nvfp4_video.tests.support.quantize_sources import PREFIX, linears, save, tiny
 
 FAST = QuantizeSettings(search=AMAX)
 LAYER = PREFIX + "transformer_blocks.1.attn1.to_q"
@@ -76,6 +77,18 @@ def test_what_cannot_be_quantised_is_refused_by_what_it_is(tmp_path, kind, words
     with pytest.raises(CheckpointError, match=words):
         quantize_checkpoint(source, tmp_path / "t.safetensors", FAST)
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_a_calibration_or_a_donor_of_the_config_is_never_the_target(source, tensors, tmp_path):
+    also = tmp_path / "also.safetensors"
+    save(also, {name.removeprefix(PREFIX): torch.ones(tensors[f"{name}.weight"].shape[1]) for name in linears(tensors)})
+    before = also.read_bytes()
+    for given in ({"calibration": also}, {"config_from": also}):
+        with pytest.raises(CheckpointError, match="the target is a file that is read"):
+            quantize_checkpoint(source, also, QuantizeSettings(**given), overwrite=True)
+    with pytest.raises(CheckpointError, match="the target is a file that is read"):
+        split(source, {"video_vae": also}, config_from=also, overwrite=True)
+    assert also.read_bytes() == before
 
 
 def test_the_source_is_never_the_target_and_an_existing_file_stays_unless_allowed(source, tmp_path):

@@ -89,6 +89,12 @@ def test_the_ltx_versions_keep_the_blocks_of_their_published_files(recipe, kept)
     assert blocks == set(range(48)) - kept
 
 
+def test_a_model_with_fewer_blocks_than_are_kept_at_an_end_is_kept_whole():
+    few = {layer: shape for layer, shape in LTX23.items() if not layer.startswith("transformer_blocks.") or
+           int(layer.split(".")[1]) < 4}  # fmt: skip
+    assert quantized("LTX-2", few) == set() and quantized("LTX-2.3", few)
+
+
 def test_two_blocks_at_either_end_are_the_choice_of_the_published_ltx23_files():
     found = quantized("LTX-2.3", LTX23, Options(keep_first_last=2))
     assert {int(layer.split(".")[1]) for layer in found} == set(range(2, 46))

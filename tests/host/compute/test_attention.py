@@ -213,6 +213,25 @@ def test_whoever_is_before_in_the_workflow_is_left_and_who_comes_after_is_named(
     assert caplog.messages == [f"attention auto is not used: {pytest.fail.__module__} has put its own there"]
 
 
+@pytest.mark.parametrize("obstacle", ["", "chosen when ComfyUI was started"])
+def test_a_later_choice_takes_the_place_of_this_pack_s_own_before_it(obstacle, times, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    loaded = patcher()
+    attention.use_attention(loaded, "sdpa_cudnn")
+    model, own = loaded.clone(), loaded.model_options["transformer_options"][OVERRIDE]
+    if obstacle:
+        monkeypatch.setattr(host_attention, "optimized_attention", print)
+    assert attention.use_attention(model, AUTO if obstacle else HOST).startswith("ComfyUI's own")
+    assert OVERRIDE not in model.model_options["transformer_options"]
+    monkeypatch.undo()
+    monkeypatch.setattr(attention, "_is_gpu", lambda device: True)
+    assert attention.use_attention(model, "sdpa").startswith("sdpa, and ComfyUI's own")
+    (look,) = model.callbacks[CallbacksMP.ON_PRE_RUN][attention.KEY]
+    look(model)
+    assert not caplog.messages, "nobody else's choice is in the way"
+    assert loaded.model_options["transformer_options"][OVERRIDE] is own and not own.replaced
+
+
 def test_a_name_that_is_not_to_be_had_is_an_error_that_names_those_there_are(times):
     with pytest.raises(ValueError, match="no 'flash4' here; there are by compute mode, host, auto, sdpa"):
         attention.use_attention(patcher(), "flash4")

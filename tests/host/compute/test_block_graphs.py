@@ -243,6 +243,26 @@ def test_other_replacements_of_blocks_are_left_in_their_place(gpu: Gpu, caplog):
     assert gpu.captured == [] and "changes blocks: patches_replace" in caplog.text
 
 
+def test_a_wrapper_that_calls_the_model_twice_with_the_same_options_finds_them_as_they_were(gpu: Gpu, caplog):
+    caplog.set_level("INFO")
+    model, seen = Model(), []
+
+    def twice(executor, x, transformer_options, **rest):
+        executor([tensor.clone() for tensor in x], transformer_options, **rest)
+        seen.append(transformer_options.get("patches_replace"))
+        return executor(x, transformer_options, **rest)
+
+    gpu.model = model
+    for replaced in ({}, {"patches_replace": {"dit": {}}}):
+        given = inputs()
+        for _ in range(4):
+            found, right = run(model, given, before=[twice], **replaced), run(model, given, wrapped=False)
+            assert all(map(torch.equal, found, right))
+        assert seen == [replaced.get("patches_replace")] * 4, "nothing keeps the model's blocks"
+        seen.clear()
+    assert gpu.captured == [0, 1, 2] and "changes blocks" not in caplog.text
+
+
 def test_an_original_that_is_not_the_host_s_own_is_called(gpu: Gpu, caplog):
     caplog.set_level("INFO")
     model = gpu.model = Model()

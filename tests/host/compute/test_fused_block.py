@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections import Counter
 
 import comfy.ops
@@ -125,6 +127,36 @@ def test_a_forward_that_somebody_set_on_the_host_s_class_is_called(monkeypatch, 
     block, _, _ = build()
     monkeypatch.setattr(small_block.BasicAVTransformerBlock, "forward", lambda self, x, **given: "somebody's")
     assert run(block, arguments()) == "somebody's" and not calls
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("class", "get_ada_values"), ("lightricks.av_model", "apply_cross_attention_adaln"), ("common_dit", "rms_norm")],
+)
+def test_a_function_of_the_host_s_that_somebody_exchanged_leaves_the_block_to_the_host(place, name, monkeypatch, calls):
+    block, plain, _ = build()
+    given, where = arguments(), small_block.BasicAVTransformerBlock
+    if place != "class":
+        where = sys.modules.setdefault(f"comfy.ldm.{place}", types.ModuleType(place))
+        monkeypatch.setitem(sys.modules, f"comfy.ldm.{place}", where)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, lambda *_, **__: None, raising=False)
+        assert far(run(block, given), run(plain, given)) < NEAR
+        assert not calls["norm_rows"]
+    run(block, given)
+    assert calls["norm_rows"] == 12, "and it is computed here again once that is over"
+
+
+def test_a_rotation_that_somebody_put_in_the_place_of_the_host_s_is_the_one_computed(monkeypatch, calls):
+    block, _, _ = build()
+    turned = []
+    for name in ("apply_rotary_emb", "apply_rotary_emb_qk"):
+        host_s = getattr(small_block, name)
+        watched = lambda *given, host_s=host_s: turned.append(1) or host_s(*given)  # noqa: E731
+        monkeypatch.setattr(sys.modules["comfy.ldm.lightricks.model"], name, watched)
+    run(block, arguments())
+    assert len(turned) == 2 + 2 * 2, "self attention of two streams, and q and k of two streams that meet"
+    assert calls["norm_rows"] == 12 and not calls["norm_rope"]
 
 
 @pytest.mark.parametrize(

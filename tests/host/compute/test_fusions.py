@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from nvfp4_video.host.compute import fusions, linear, matmul
+from nvfp4_video.host.compute import fusions, linear, matmul, positions
 from nvfp4_video.host.compute.modes import EIGHT_BITS, Compute
 from nvfp4_video.kernels import dispatch, fp8, reference
 from nvfp4_video.tests.support.lora_helpers import CPU, NVFP4
@@ -133,6 +133,22 @@ def test_who_replaced_a_layer_s_forward_gets_what_the_layer_would_get(where, x):
     assert torch.equal(*inputs)
 
 
+def test_a_feed_forward_whose_source_is_not_known_is_the_host_s(monkeypatch, x):
+    class Newer(FeedForward):
+        def forward(self, x):
+            return self.net(x) * 2
+
+    monkeypatch.setattr(sys.modules["comfy.ldm.lightricks.model"], "FeedForward", Newer)
+    fused, plain = build(Newer)
+    assert type(fused) is Newer and torch.equal(run(fused, x), run(plain, x))
+
+
+def test_an_activation_that_somebody_set_on_the_host_s_class_is_computed(monkeypatch, x):
+    fused, plain = build(FeedForward)
+    monkeypatch.setattr(GELU_approx, "forward", lambda self, x: self.proj(x).relu())
+    assert type(fused).__name__ == "FusedFeedForward" and torch.equal(run(fused, x), run(plain, x))
+
+
 def test_core_s_bypass_lora_on_the_second_linear_takes_the_activated_tensor(x):
     fused, plain = build(FeedForward)
     weights = [Bypass(module.net[2]) for module in (fused, plain)]
@@ -218,3 +234,17 @@ def test_projections_in_two_modes_share_no_rows(x):
     fused, plain = build(CrossAttention, "int8")
     assert all("_nvfp4_shared" in layer.__dict__ for layer in fused.children())
     assert torch.equal(run(fused, x), run(plain, x))
+
+
+def test_what_was_prepared_for_another_device_s_modes_is_undone_and_nothing_else():
+    attention, _ = build(CrossAttention)
+    linears = attention.to_q, attention.to_k, attention.to_v
+    timesteps = torch.nn.Module()
+    timesteps.__class__ = kept = positions.embedding_class(torch.nn.Module)
+    model = torch.nn.ModuleList((attention, build(FeedForward)[0], timesteps))
+    for module in model.modules():
+        if "nvfp4_mode" in module.__dict__:
+            linear.choose_mode(module, "bf16")
+    fusions.fuse(model, type(linears[0]))
+    assert [type(module) for module in model] == [CrossAttention, FeedForward, kept]
+    assert not any(name.startswith("_nvfp4_share") for layer in linears for name in layer.__dict__)

@@ -158,6 +158,7 @@ def plan(switches, monkeypatch) -> tuple[graph_plan.Plan, list[Graph]]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
     monkeypatch.setattr(graph_plan, "_capture_stream", lambda device: Stream())
+    monkeypatch.setattr(graph_plan, "_kept", [])
     given = inputs()
     arguments = {"img": given["x"], "context": given["context"], "transformer_options": {}}
     return graph_plan.Plan(arguments, [given["context"]]), made
@@ -181,8 +182,9 @@ def test_a_capture_that_fails_is_ended_and_the_first_error_is_the_one_told(error
     assert found.value is error and ended == made and not plan.graphs[0]
 
 
+@pytest.mark.parametrize("chained", [False, True])
 @pytest.mark.parametrize(("status", "alive"), [(1, False), (2, True), (0, True)])
-def test_tensors_of_a_failed_capture_are_freed_inside_it_or_never(status, alive, plan, monkeypatch):
+def test_tensors_of_a_failed_capture_are_freed_inside_it_or_never(status, alive, chained, plan, monkeypatch):
     plan, _ = plan
     seen: list = []
 
@@ -191,19 +193,25 @@ def test_tensors_of_a_failed_capture_are_freed_inside_it_or_never(status, alive,
         ctypes.cast(found, ctypes.POINTER(ctypes.c_int))[0] = status
         return 0
 
-    def original(arguments):
+    def kernel():
         made = torch.zeros(3)
         seen.append(weakref.ref(made))
         raise RuntimeError("a kernel that cannot be loaded")
 
+    def original(arguments):
+        try:
+            kernel()
+        except RuntimeError as error:
+            raise (RuntimeError(str(error)) if chained else error)  # noqa: B904
+
     monkeypatch.setattr(graph_plan, "_driver", lambda: types.SimpleNamespace(cuStreamIsCapturing=is_capturing))
-    monkeypatch.setattr(graph_plan, "_kept", [])
     monkeypatch.setattr(Graph, "capture_end", lambda self: seen.append(seen[0]() is not None))
     with pytest.raises(RuntimeError, match="cannot be loaded"):
         plan.capture(0, (), (), {}, original)
     assert seen[1:] == [alive]
     gc.collect()
     assert (seen[0]() is not None) == alive
+    assert ("until ComfyUI ends" in block_graphs.obstacle(Model(), GPU)) == alive, "what is never freed is kept once"
 
 
 def test_a_block_that_hands_on_new_tensors_has_them_copied_to_the_plan_s(plan):

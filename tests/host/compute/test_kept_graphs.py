@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,31 @@ def test_graphs_end_with_their_sampling_where_keeping_them_would_take_memory_fro
     assert not graphs_of(model)
 
 
+def test_a_model_that_hooks_on_its_own_blocks_refer_to_is_not_kept_by_what_is_known_of_them(gpu: Gpu):
+    model = Model()
+    sampling(gpu, model)
+    for graph in graphs_of(model):
+        graph.options = graph.original = graph.layer = None
+    model.transformer_blocks[0].register_forward_hook(lambda *_, model=model: None)
+    block_graphs.end_of_sampling(patcher_of(model))
+    alive, gpu.model = weakref.ref(model), None
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_graphs_made_in_inference_mode_are_replayed_outside_of_it(gpu: Gpu):
+    model = gpu.model = Model()
+    with torch.inference_mode():
+        sampling(gpu, model)
+    before = counts(model)["eager"]
+    sampling(gpu, model, steps=1)
+    assert counts(model)["eager"] == before and gpu.captured == [0, 1, 2]
+    with torch.inference_mode():
+        step(gpu, model)
+    assert counts(model)["eager"] == before
+
+
 @pytest.mark.parametrize("change", ["a function", "a method", "a switch"])
 def test_graphs_are_of_the_functions_and_switches_of_their_time(change: str, gpu: Gpu, monkeypatch):
     model = Model()
@@ -106,7 +132,9 @@ def test_graphs_are_of_the_functions_and_switches_of_their_time(change: str, gpu
     else:
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
     step(gpu, model)
-    assert gpu.captured == [0, 1, 2] * 2 and not any(graph.alive for graph in graphs)
+    assert gpu.captured == [0, 1, 2] and not any(graph.alive for graph in graphs), "it runs itself once first"
+    step(gpu, model)
+    assert gpu.captured == [0, 1, 2] * 2
 
 
 def test_kept_graphs_go_if_there_is_no_room_for_what_they_compute_in(gpu: Gpu, caplog):

@@ -37,6 +37,13 @@ def latent_to_pixel_coords(coords, factor):
     return coords * factor
 
 
+def generate_freqs():
+    """By this name and those below the host's functions behind its tables are found; here they do nothing."""
+
+
+get_fractional_positions = freqs_cis_matrix = generate_freqs
+
+
 class SymmetricPatchifier:
     """Tokens of video in the order and with the strides of the host's, and their coordinates."""
 
@@ -78,6 +85,12 @@ class LTXVModel(torch.nn.Module):
     def apply_keyframes_abs_pos_embedding(self, x, pixel_coords, **_):
         return x
 
+    def _precompute_freqs_cis(self, coords, dtype):
+        return (coords / self.positional_embedding_max_pos[0]).to(dtype)
+
+    def _prepare_positional_embeddings(self, coords, frame_rate, x_dtype):
+        coords.mul_(1 / frame_rate)
+
 
 class LTXAVModel(LTXVModel):
     """Tables as the host makes them: it writes to the coordinates it is given. ``taken``: inputs the host took."""
@@ -105,12 +118,9 @@ class LTXAVModel(LTXVModel):
             times = torch.cat([reference, times])
         return [video, self.audio_patchify_proj(audio)], [coords, times], more | {"has_spatial_mask": varies}
 
-    def _precompute_freqs_cis(self, coords, dtype):
-        return (coords / self.positional_embedding_max_pos[0]).to(dtype)
-
     def _prepare_positional_embeddings(self, pixel_coords, frame_rate, x_dtype):
         self.made += 1
-        pixel_coords[0].mul_(1 / frame_rate)
+        super()._prepare_positional_embeddings(pixel_coords[0], frame_rate, x_dtype)
         return [(self._precompute_freqs_cis(one, x_dtype), True) for one in pixel_coords]
 
 
@@ -120,7 +130,7 @@ def patcher(monkeypatch: pytest.MonkeyPatch) -> ModelPatcher:
     module.LTXAVModel = LTXAVModel
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(positions, "_known_embedding", lambda: Timesteps)
-    monkeypatch.setattr(positions, "_INPUT", fusions.fingerprint(*positions._input_code(LTXAVModel)[1]))
+    monkeypatch.setattr(positions, "_CODE", fusions.fingerprint(*positions._code(LTXAVModel)[1]))
     inner = torch.nn.Module()
     inner.diffusion_model = LTXAVModel()
     found = ModelPatcher(inner, CPU, CPU)
@@ -173,6 +183,30 @@ def test_anything_they_follow_from_makes_them_anew(patcher, monkeypatch):
         fresh.positional_embedding_max_pos = model.positional_embedding_max_pos
         right = fresh._prepare_positional_embeddings(again, named.get("frame_rate", 25.0), found[0][0].dtype)
         assert torch.equal(found[0][0], right[0][0]), number
+
+
+@pytest.mark.parametrize("place", ["the class", "the model", "around the model's"])
+def test_a_function_of_somebody_s_is_asked_in_every_step(place, patcher, monkeypatch):
+    model, step = patcher.model.diffusion_model, iter(range(9))
+    taken = take(model)
+    host_s = LTXAVModel._precompute_freqs_cis
+    if place == "the class":
+        monkeypatch.setattr(LTXAVModel, "_precompute_freqs_cis", lambda *given: host_s(*given) + next(step))
+    elif place == "the model":
+        model._precompute_freqs_cis = lambda *given: host_s(model, *given) + next(step)
+    else:
+        ours = model._prepare_positional_embeddings
+
+        def around(*given):
+            tables = ours(*given)
+            tables[0][0].add_(next(step))
+            return tables
+
+        model._prepare_positional_embeddings = around
+    found = [take(model)[3][0][0] for _ in range(3)]
+    by = 1 if place == "around the model's" else 2  # tables a step
+    for number, one in enumerate(found):
+        assert torch.equal(one, taken[3][0][0] + by * number), "another one in each step"
 
 
 def test_nothing_is_kept_after_a_sampling_or_with_gradients(patcher):

@@ -85,8 +85,7 @@ def test_int8_counts_as_more_exact_than_fp8(patcher):
 def test_of_two_schedules_the_more_exact_counts(patcher):
     use_schedule(patcher, FIRST)
     use_schedule(patcher, RANGES, "0.9-1=fp8")
-    found = [modes for modes, _ in sampled(patcher, SIGMAS)]
-    assert found == [EXACT[0], *["fp8 fp8 bf16 None"] * 5, *[AS_LOADED[0]] * 2]
+    assert sampled(patcher, SIGMAS) == [EXACT, *[("fp8 fp8 bf16 None", "fp8")] * 5, AS_LOADED, AS_LOADED]
 
 
 def test_a_step_that_fails_leaves_the_layers_as_they_were(patcher):

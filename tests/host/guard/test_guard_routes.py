@@ -119,7 +119,8 @@ def test_a_sound_prompt_goes_on_as_it_came(host, caplog, monkeypatch):
     data = queued()
     assert routes.on_prompt(data) is data
     assert lines(caplog) == []
-    assert host.sent == [("nvfp4.findings", {"findings": []})], "the client drops what it was told of another prompt"
+    sent = ("nvfp4.findings", {"findings": [], "refused": False})
+    assert host.sent == [sent], "the client drops what it was told of another prompt"
 
 
 def test_switched_off_the_handler_is_silent_unless_a_guard_is_in_the_graph(host, caplog, tmp_path):
@@ -146,7 +147,9 @@ def test_the_user_s_block_replaces_the_prompt_by_one_that_fails_where_the_troubl
     assert refused["class_type"] == "NVFP4LaunchGuard"
     reason = NVFP4LaunchGuard.validate_inputs(refused["inputs"]["policy"])
     assert "wait_stream" in reason and "--disable-async-offload" in reason
-    assert len(lines(caplog)) == 1 and len(host.sent) == 1
+    assert len(lines(caplog)) == 1
+    ((_, sent),) = host.sent
+    assert sent["refused"] is True and [finding["id"] for finding in sent["findings"]] == ["prefetch_crash"]
 
 
 def test_block_lets_warnings_through(host, tmp_path, monkeypatch):
@@ -154,6 +157,7 @@ def test_block_lets_warnings_through(host, tmp_path, monkeypatch):
     monkeypatch.setattr(routes, "probe", lambda: HEALTHY)
     data = queued(prompt=clip(video={"length": 120}))
     assert routes.on_prompt(data)["prompt"] == data["prompt"]
+    assert [sent["refused"] for _, sent in host.sent] == [False]
 
 
 @pytest.mark.parametrize(("policy", "refused"), [("warn", False), ("block", True)])

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+from nvfp4_video.host.guard import check as guard
 from nvfp4_video.host.guard import files as guard_files
 from nvfp4_video.host.guard import view as guard_view
 from nvfp4_video.host.guard.files import FileFacts, name_says_distilled
@@ -103,6 +104,43 @@ def test_a_lora_makes_a_model_distilled_by_its_strength(lora: dict, distilled: b
     assert ids(prompt) == {}
 
 
+def override(cfg: object, start: object = 0.0, end: object = 1.0, model: str = "model") -> dict:
+    return node("CFGOverride", model=[model, 0], cfg=cfg, start_percent=start, end_percent=end)
+
+
+@pytest.mark.parametrize(
+    ("guided", "overrides", "named_cfg"),
+    [
+        (3.0, [override(1.0)], None),
+        (1.0, [override(4.0)], 4),
+        (1.0, [override(4.0, 0.5)], 4),
+        (3.0, [override(1.0, 0.0, 0.5)], 3),
+        (1.0, [override(4.0, 0.5, 0.5)], None),
+        (1.0, [override(4.0), override(1.0, model="o0")], None),
+        (1.0, [override(1.0), override(4.0, model="o0")], 4),
+        (3.0, [override(1.0, ["?", 0])], None),
+        (3.0, [override(["?", 0])], None),
+    ],
+)
+def test_a_cfg_that_the_model_brings_counts_over_the_guider_s(guided: float, overrides: list, named_cfg, named):
+    more = {f"o{place}": entry for place, entry in enumerate(overrides)}
+    prompt = clip(model={"unet_name": "distilled"}, guider={"cfg": guided, "model": [list(more)[-1], 0]}, **more)
+    found = guard.check(prompt, HEALTHY)
+    assert [finding.title for finding in found] == (
+        [f"A distilled model is sampled with cfg {named_cfg} instead of 1."] if named_cfg else []
+    )
+    at = "guider" if named_cfg == guided else list(more)[-1]
+    assert [fix.node for finding in found for fix in finding.fixes] == ([at] if named_cfg else [])
+
+
+@pytest.mark.parametrize(("first", "second", "guides"), [(1.0, 8.0, True), (8.0, 1.0, True), (1.0, 1.0, False)])
+def test_both_scales_of_a_guider_with_two_conditionings_count(first: float, second: float, guides: bool, named):
+    dual = node("DualCFGGuider", model=["model", 0], cond1=["conditioning", 0], cond2=["conditioning", 0],
+                negative=["conditioning", 1], cfg_conds=first, cfg_cond2_negative=second)  # fmt: skip
+    found = ids(clip(model={"unet_name": "distilled"}, guider=dual))
+    assert found == ({"distilled_cfg": "warning"} if guides else {})
+
+
 def test_a_distilled_model_with_the_lora_taken_off_again_is_none(named):
     lora = node("LoraLoaderModelOnly", model=["model", 0], lora_name=LORA, strength_model=-1.0)
     assert ids(clip(model={"unet_name": "distilled"}, lora=lora, guider={"model": ["lora", 0], "cfg": 3.0})) == {}
@@ -117,6 +155,7 @@ def test_a_distilled_model_with_the_lora_taken_off_again_is_none(named):
         "dev+distilled",
         "sun-distilled",
         "distillation",
+        "distilled-freestyle",
     ],
 )
 def test_a_name_that_says_distilled_says_it(name: str):
@@ -125,7 +164,8 @@ def test_a_name_that_says_distilled_says_it(name: str):
 
 @pytest.mark.parametrize(
     "name", ["undistilled", "ltx-undistilled", "non-distilled", "nondistilled", "ltx_not_distilled", "de-distilled",
-             "pre-distillation", "no_distill", "distilled/dev", "ltx-2.3-dev", "2.3undistilled"]
+             "pre-distillation", "no_distill", "distilled/dev", "ltx-2.3-dev", "2.3undistilled", "anti-distilled",
+             "undo_distill", "never distilled", "ltx-2.3-distill-free", "distillation_removed", "distilled-removed"]
 )  # fmt: skip
 def test_a_name_that_denies_it_or_is_silent_does_not(name: str):
     assert not name_says_distilled(name + ".safetensors")

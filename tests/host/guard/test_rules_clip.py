@@ -59,9 +59,13 @@ def test_different_frame_rates_are_named_with_their_places(stub_comfy):
     assert ids(clip(create={"fps": ["rate", 0]}, conditioning={"frame_rate": ["rate", 0]}, **rate)) == {}
 
 
-def test_a_frame_rate_behind_an_interpolation_may_differ(stub_comfy):
-    prompt = clip(create={"fps": 48, "images": ["more", 0]}, more=node("RIFE VFI", images=["decode", 0]))
+@pytest.mark.parametrize("kind", ["RIFE VFI", "FrameInterpolate", "VHS_SelectEveryNthImage",
+                                  "ImageBatchRepeatInterleaving", "ImageExpandBatch+"])  # fmt: skip
+def test_a_frame_rate_behind_a_node_that_changes_the_number_of_frames_may_differ(kind: str, stub_comfy):
+    prompt = clip(create={"fps": 48, "images": ["more", 0]}, more=node(kind, images=["decode", 0]))
     assert ids(prompt) == {}
+    prompt["more"]["class_type"] = "ImageUpscaleWithModel"
+    assert ids(prompt) == {"fps": "warning"}
 
 
 def test_two_clips_in_one_prompt_may_have_different_frame_rates(stub_comfy):

@@ -111,6 +111,13 @@ def test_owners_of_amd_s_gpus_are_not_told_to_install_cuda(monkeypatch, name, gp
     assert guard.check_host(host | facts(torch_cuda=(12, 8))) == []
 
 
+def test_nodes_are_called_by_names_that_comfyui_shows(stub_comfy):
+    swapped = only(clip(decode={"samples": ["separate", 1]}))
+    assert "output 1 of Separate AV Latent" in swapped.remedy
+    silent = clip(sampler={"latent_image": ["video", 0]}, decode={"samples": ["separate", 0]})
+    assert "with Concat AV Latent before the sampler" in only(silent).remedy
+
+
 def test_a_node_is_called_as_the_running_host_calls_it(monkeypatch):
     host = SimpleNamespace(NODE_DISPLAY_NAME_MAPPINGS={"LTXVEmptyLatentAudio": "Empty LTXV Latent Audio"})
     assert "`frames_number` in LTXV Empty Latent Audio to 121" in only(clip(audio={"frames_number": 97})).remedy

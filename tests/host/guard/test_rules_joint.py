@@ -41,7 +41,7 @@ def test_the_two_outputs_of_a_separate_node_are_told_apart(node_id: str, name: s
     prompt[node_id]["inputs"][name] = ["separate", wrong]
     finding = only(prompt)
     assert (finding.id, finding.severity, finding.nodes) == ("swapped_streams", "error", (node_id, "separate"))
-    assert f"output {right + 1} of LTXV Separate AV Latent" in finding.remedy
+    assert f"output {right + 1} of Separate AV Latent" in finding.remedy
 
 
 def test_a_concat_whose_inputs_are_swapped_is_two_errors():
@@ -52,7 +52,7 @@ def test_a_concat_whose_inputs_are_swapped_is_two_errors():
 @pytest.mark.parametrize(("kind", "name"), [("LTXVLatentUpsampler", "samples"), ("LTXVCropGuides", "latent")])
 def test_a_joint_latent_has_to_be_separated_for_nodes_that_do_not_do_it_themselves(kind: str, name: str):
     finding = only(sounding(more=node(kind, **{name: ["sampler", 0]})))
-    assert finding.id == "swapped_streams" and "LTXV Separate AV Latent" in finding.remedy
+    assert finding.id == "swapped_streams" and "Separate AV Latent" in finding.remedy
     assert ids(sounding(more=node(kind, **{name: ["separate", 0]}))) == {}
 
 
@@ -112,8 +112,12 @@ def test_cropped_guides_and_a_crop_with_the_wrong_conditioning():
 
 def test_guides_of_a_clip_that_is_only_looked_at_do_not_matter():
     prompt = guided(crop=False)
-    prompt["create"] = prompt["save"] = node("PreviewImage", images=["decode", 0])
-    assert ids(prompt) == {}
+    for look in (node("PreviewImage", images=["decode", 0]),
+                 node("VHS_VideoCombine", images=["decode", 0], frame_rate=24, save_output=False)):  # fmt: skip
+        prompt["create"] = prompt["save"] = look
+        assert ids(prompt) == {}
+    look["inputs"]["save_output"] = True
+    assert ids(prompt) == {"uncropped_guides": "warning"}
 
 
 def test_a_model_without_sound_stops_on_a_joint_latent():
@@ -139,6 +143,16 @@ def test_a_model_that_is_told_no_rate_takes_25_which_is_wrong_for_another():
     assert (finding.id, finding.severity, finding.nodes) == ("untold_rate", "warning", ("guider", "audio"))
     assert ids(untold(25)) == {}
     assert ids(sounding()) == {}
+
+
+@pytest.mark.parametrize(("kind", "name"), [("BasicGuider", "conditioning"), ("DualCFGGuider", "cond1")])
+def test_guiders_that_call_the_conditioning_otherwise_are_told_no_rate_either(kind: str, name: str):
+    prompt = untold(24)
+    prompt["guider"] = node(kind, model=["model", 0], **{name: ["text", 0]})
+    assert only(prompt).id == "untold_rate" and only(prompt).nodes == ("guider", "audio")
+    prompt |= {"told": node("LTXVConditioning", positive=["text", 0], negative=["text", 0], frame_rate=24)}
+    prompt["guider"]["inputs"][name] = ["told", 0]
+    assert ids(prompt) == {}
 
 
 def test_a_conditioning_that_is_not_known_may_have_a_rate():

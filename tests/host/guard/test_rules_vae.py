@@ -115,6 +115,7 @@ def test_another_family_s_vae_cannot_make_ltx_latents_and_may_encode_for_its_own
 
 SOUNDS = {
     "the host's loader": node("LTXVAudioVAELoader", ckpt_name="sound.safetensors"),
+    "of little memory": node("LowVRAMAudioVAELoader", ckpt_name="sound.safetensors", dependencies=["model", 0]),
     "a file of sound": node("VAELoader", vae_name="sound.safetensors"),
     "ours": node("NVFP4VAELoader", vae_name="full.safetensors", kind="audio", allow_preview=False),
 }
@@ -147,8 +148,9 @@ def test_a_video_vae_at_a_node_for_sound_is_an_error(kind: str):
         assert ids(with_vae(own=loader, more=more)) == {}
 
 
-def test_an_audio_vae_loader_of_a_file_without_one_is_an_error():
-    loader = node("LTXVAudioVAELoader", ckpt_name="full.safetensors")
+@pytest.mark.parametrize("kind", ["LTXVAudioVAELoader", "LowVRAMAudioVAELoader"])
+def test_an_audio_vae_loader_of_a_file_without_one_is_an_error(kind: str):
+    loader = node(kind, ckpt_name="full.safetensors")
     finding = only(with_vae(av=loader))
     assert (finding.id, finding.severity, finding.nodes) == ("no_audio_vae", "error", ("av",))
     loader["inputs"]["ckpt_name"] = "sound.safetensors"
@@ -207,7 +209,8 @@ def test_with_two_versions_in_one_prompt_nothing_is_said():
 )
 def test_a_latent_upscaler_of_another_version_is_told_by_its_name(name: str, model: str, right: bool):
     vae = "vae-2.0.safetensors" if model == "ltx-2.safetensors" else "full.safetensors"
-    prompt = with_vae(vae, model, loader=node("LatentUpscaleModelLoader", model_name=name),
-                      up=node("LTXVLatentUpsampler", samples=["separate", 0], upscale_model=["loader", 0],
-                              vae=["vae", 0]))  # fmt: skip
-    assert ids(prompt) == ({} if right else {"other_version": "warning"})
+    for kind in ("LatentUpscaleModelLoader", "LowVRAMLatentUpscaleModelLoader"):
+        prompt = with_vae(vae, model, loader=node(kind, model_name=name),
+                          up=node("LTXVLatentUpsampler", samples=["separate", 0], upscale_model=["loader", 0],
+                                  vae=["vae", 0]))  # fmt: skip
+        assert ids(prompt) == ({} if right else {"other_version": "warning"})

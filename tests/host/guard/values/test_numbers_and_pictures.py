@@ -55,6 +55,15 @@ def kj(**inputs: object) -> dict:
         (node("CM_FloatToInt", a=24.6), (24,)),
         (node("ComfyNumberConvert", value="12"), (12.0, 12)),
         (node("ComfyNotNode", value=0), (True,)),
+        (node("ComfyAndNode", **{"values.value0": True, "values.value1": 0}), (False,)),
+        (node("ComfyAndNode", **{"values.value0": True, "values.value1": 2}), (True,)),
+        (node("ComfyOrNode", **{"values.value0": False, "values.value1": True}), (True,)),
+        (node("ComfyOrNode", **{"values.value0": False}), (False,)),
+        (node("CustomCombo", choice="large", index=2), ("large", 2)),
+        (node("StringConcatenate", string_a="1.0", string_b="0.0", delimiter=", "), ("1.0, 0.0",)),
+        (node("StringCompare", string_a="Large", string_b="large", mode="Equal", case_sensitive=False), (True,)),
+        (node("StringCompare", string_a="Large", string_b="large", mode="Equal", case_sensitive=True), (False,)),
+        (node("StringCompare", string_a="Large", string_b="La", mode="Starts With", case_sensitive=True), (True,)),
         (node("ImpactCompare", cmp="a > b", a=3, b=2), (True,)),
         (node("ImpactIfNone"), (None, False)),
         (node("ResolutionMaster", width=720, height=1280, auto_detect=False), (720, 1280)),
@@ -114,6 +123,13 @@ def test_sides_that_a_node_decides_are_known_whatever_the_picture_was():
     assert outputs(kj(), **UNSEEN)[:3] == (Picture(512, 512, None), 512, 512)
     assert outputs(node("GetImageSize", image=["q", 0]), q=resized("scale width", width=1280), **UNSEEN) == ()
     assert outputs(node("GetImageSize", image=P), **IMAGE) == (720, 1280, 3)
+
+
+def test_texts_that_double_from_node_to_node_are_unknown_before_they_fill_the_memory():
+    chain = {str(i): node("StringConcatenate", string_a=[str(i - 1), 0], string_b=[str(i - 1), 0], delimiter="")
+             for i in range(1, 60)}  # fmt: skip
+    assert outputs(node("StringLength", string=["59", 0]), **chain | {"0": node("PrimitiveString", value="ab")}) == ()
+    assert outputs(chain["1"], **{"0": node("PrimitiveString", value="ab")}) == ("abab",)
 
 
 @pytest.mark.parametrize("kind", ["pad", "pad_edge", "pillarbox_blur"])

@@ -103,6 +103,24 @@ def test_a_node_of_comfyui_is_run_and_another_pack_s_is_not(classes: Callable[[s
     assert at(node("LTXVScheduler", **LTXV)) is None and asked == []
 
 
+def test_a_scheduler_that_asks_for_a_model_gets_its_sampling(
+    classes: Callable[[str, str], list[dict]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(schedules, "_sampling", lambda: "LTX-2's")
+    options = {"steps": 8, "alpha": 0.6, "beta": 0.6}
+    asked = classes("BetaSamplingScheduler", "comfy_extras.nodes_custom_sampler")
+    assert at(node("BetaSamplingScheduler", model=["x", 0], **options)) == Sigmas((1.0, 0.0), of_model=True)
+    model = asked[0].pop("model")
+    assert asked == [options] and model.get_model_object("model_sampling") == "LTX-2's"
+
+
+def test_a_schedule_with_steps_put_in_between_is_made_by_the_host(classes: Callable[[str, str], list[dict]]):
+    asked = classes("ExtendIntermediateSigmas", "comfy_extras.nodes_custom_sampler")
+    options = {"steps": 2, "start_at_sigma": -1.0, "end_at_sigma": 0.5, "spacing": "linear"}
+    assert at(node("ExtendIntermediateSigmas", sigmas=["m", 0], **options)) == Sigmas((1.0, 0.0))
+    assert asked[0].pop("sigmas").tolist() == pytest.approx(SIGMAS) and asked == [options]
+
+
 def test_the_latent_s_size_counts_for_the_shift(classes: Callable[[str, str], list[dict]]):
     asked = classes("LTXVScheduler", "comfy_extras.nodes_lt")
     video = {"v": node("EmptyLTXVLatentVideo", width=768, height=512, length=121)}
