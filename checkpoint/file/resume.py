@@ -81,6 +81,10 @@ class PartFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files as they are."""
         self._file.close()
         self._journal.close()
 

@@ -121,7 +121,7 @@ def _write(
             hashes, done = _stream(plan, reader, deltas, part, guard, packer, lambda done: step(done, total))
         except CheckpointError as error:
             if not isinstance(error.__cause__, OSError):  # it is in what is read: no run of this request can go on
-                part.__exit__()
+                part.close()
                 discard(path)
             raise
         for name, content in plan.made.items():
