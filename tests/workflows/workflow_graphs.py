@@ -73,7 +73,7 @@ def clip(
     inner.leave("report", build.report)
     x, y, linked = NOTE_WIDE + GAP, 0, {}
     if image:  # above the note, which one of the front end's renderers draws as long as its text
-        loaded = sheet.add("LoadImage", (0, 0), NOTE_WIDE, "First frame", room=240, image="example.png")
+        loaded = sheet.add("LoadImage", (0, 0), NOTE_WIDE, "First frame", room=300, image="example.png")
         y, linked = loaded.bottom + GAP + TITLE, {"image": loaded["IMAGE"]}
     sheet.note((0, y), (NOTE_WIDE, LOWEST - y if image else TALL), note[0], flow(note[1]))
     shown = inner.stand(sheet, (x, 0), CHOICES_WIDE, text_height=220, **linked)
